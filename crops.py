@@ -1,0 +1,104 @@
+"""A crop is a matrix: random crops and colour changes for a whole batch at once, on the device that trains.
+
+A view of an image is a map theta (2, 3) from the view's coordinates to the image's, both in [-1, 1] as in `F.affine_grid`
+(align_corners=False):
+
+    [x_image, y_image]^T = theta [x_view, y_view, 1]^T,    theta = [[+-w, 0, cx], [0, h, cy]]
+
+w, h are the crop's share of the width and height, (cx, cy) its centre, a negative w a flip. One theta samples the image
+and whatever else lies over it (masks, priors), so these can't come apart; one map after another is a matrix product.
+
+Colour is a matrix too: saturation, hue and grey are one 3x3 matrix an image. Recipe and strengths are those of DINO (Caron et al.
+2021, arXiv 2104.14294, from BYOL): jitter, grey, blur, solarise; blur is given for 224 px and scaled to the view. Where
+we differ: all random numbers come from one CPU generator, so a seed gives the same views on every device, and a
+crop that would be wider than the image is cut to its width instead of drawn again. Next to read: `dino.py`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+
+def random_crops(
+    n: int,
+    scale: tuple[float, float],
+    generator: Generator,
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    flip: float = 0.0,
+) -> Tensor:
+    """Draw n random resized crops.
+
+    scale: smallest and largest share of the image's area, in (0, 1]; ratio: of width to height relative to the image's own;
+    flip: probability of a mirror image. Returns theta (n, 2, 3), on the CPU. Raises ValueError for an impossible scale.
+    """
+    if not 0 < scale[0] <= scale[1] <= 1:
+        raise ValueError(f"crop scale {scale}: give the smallest and largest share of the area, 0 < a <= b <= 1")
+    area, aspect, across, down, mirror = torch.rand(5, n, generator=generator)
+    area = scale[0] + (scale[1] - scale[0]) * area
+    aspect = ratio[0] * (ratio[1] / ratio[0]) ** aspect  # log-uniform, so that 3/4 is as likely as 4/3
+    w, h = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
+    cx, cy = (2 * across - 1) * (1 - w), (2 * down - 1) * (1 - h)
+    w = torch.where(mirror < flip, -w, w)
+    zero = torch.zeros(n)
+    return torch.stack([w, zero, cx, zero, h, cy], dim=1).view(n, 2, 3)
+
+
+def compose(outer: Tensor, inner: Tensor) -> Tensor:
+    """The map `inner` followed by `outer`, both (B, 2, 3): view of a view, such as a crop of an aligned image."""
+    return torch.cat([outer[:, :, :2] @ inner[:, :, :2], outer[:, :, :2] @ inner[:, :, 2:] + outer[:, :, 2:]], dim=2)
+
+
+def crop(images: Tensor, theta: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """Sample views of `size` px from images (B, C, H, W) at theta (B, 2, 3), bilinearly, zero outside the image."""
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    grid = F.affine_grid(theta, [len(images), images.shape[1], *size], align_corners=False)  # (B, h, w, 2)
+    return F.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
+
+
+def distort(images: Tensor, generator: Generator, blur: float = 0.5, solarise: float = 0.0) -> Tensor:
+    """Change the colours of images (B, C, H, W) in [0, 1], each in its own way; returns the same shape and range.
+
+    blur, solarise: the probability of each. Jitter (probability 0.8) changes brightness and contrast by up to 40 %, and for
+    RGB saturation by 20 % and hue by 36 degrees; a fifth of RGB images turn grey.
+    """
+    B, C = images.shape[:2]
+    chance, strength = torch.rand(5, B, generator=generator), torch.rand(5, B, generator=generator)
+    jitter = (chance[0] < 0.8).float()
+    brightness, contrast = 1 + jitter * 0.4 * (2 * strength[0] - 1), 1 + jitter * 0.4 * (2 * strength[1] - 1)
+    saturation, hue = 1 + jitter * 0.2 * (2 * strength[2] - 1), jitter * 0.2 * torch.pi * (2 * strength[3] - 1)
+    saturation = saturation * (chance[1] >= 0.2)
+    gain = (brightness * contrast).view(B, 1, 1, 1).to(images.device)
+    lift = (brightness * (1 - contrast)).view(B, 1, 1, 1).to(images.device)
+    if C == 3:
+        matrix = colour_matrix(saturation, hue).to(images.device)  # (B, 3, 3)
+        images = (matrix @ images.flatten(2)).view_as(images)
+    images = (images * gain + images.mean(dim=(1, 2, 3), keepdim=True) * lift).clamp(0, 1)
+    chosen = (chance[2] < blur).nonzero()[:, 0]
+    if len(chosen):
+        sigma = (0.1 + 1.9 * strength[4][chosen]) * images.shape[-1] / 224
+        images = images.index_copy(0, chosen.to(images.device), gaussian_blur(images[chosen], sigma))
+    inverted = (chance[3] < solarise).view(B, 1, 1, 1).to(images.device)
+    return torch.where(inverted & (images >= 0.5), 1 - images, images)
+
+
+def colour_matrix(saturation: Tensor, hue: Tensor) -> Tensor:
+    """Matrices (B, 3, 3) that scale the chroma of RGB by saturation (B,) and turn it by hue (B,) radians, in YIQ space."""
+    to_yiq = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+    turn = torch.zeros(len(hue), 3, 3)
+    turn[:, 0, 0] = 1
+    turn[:, 1, 1] = turn[:, 2, 2] = saturation * hue.cos()
+    turn[:, 1, 2] = -saturation * hue.sin()
+    turn[:, 2, 1] = saturation * hue.sin()
+    return torch.linalg.inv(to_yiq) @ turn @ to_yiq
+
+
+def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
+    """Blur images (B, C, H, W), each by its own sigma (B,) in pixels; edges are repeated outward."""
+    B, C, H, W = images.shape
+    radius = min(max(1, int(3 * sigma.max() + 0.5)), H - 1, W - 1)
+    offsets = torch.arange(-radius, radius + 1, device=images.device)
+    kernel = torch.exp(-(offsets**2) / (2 * sigma.to(images)[:, None] ** 2))
+    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(C, dim=0)[:, None]  # (B * C, 1, k)
+    x = F.pad(images.reshape(1, B * C, H, W), [radius] * 4, mode="replicate")
+    x = F.conv2d(x, kernel[:, :, None, :], groups=B * C)  # across
+    return F.conv2d(x, kernel[:, :, :, None], groups=B * C).view(B, C, H, W)  # down

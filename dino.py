@@ -1,0 +1,182 @@
+"""DINO: self-distillation without labels (Caron et al. 2021, arXiv 2104.14294), which says so when it collapses.
+
+A student and a teacher of the same shape see different views of an image; the student learns to predict the teacher's
+distribution over K prototypes, the teacher follows as the student's moving average:
+
+    P_s = softmax(g_s(x) / tau_s),   P_t = softmax((g_t(x) - c) / tau_t)                           (1), centred as in (4)
+    min  sum over x in {x_1^g, x_2^g}, x' in V, x' != x  of  H(P_t(x), P_s(x')),  H(a, b) = -a log b     (3)
+    c       <- m c + (1 - m) mean_i g_t(x_i)                                                             (4)
+    theta_t <- lambda theta_t + (1 - lambda) theta_s
+
+Centring (c) and sharpening (small tau_t) balance each other; when they don't, all images get the same output: collapse.
+The loss alone does not show it, which is this method's most reported failure, often seen days later on small data. So
+`Health` follows, over the teacher's outputs, the entropy h(P_t), the KL divergence of P_t from the mean P_t (how much an
+output says about its image, 0 when collapsed), and the prototypes in use, and names the kind:
+
+    uniform          KL = 0, entropy near log K: centring won      -> sharpen: a lower teacher temperature
+    one prototype    KL = 0, entropy low: sharpening won           -> a faster centre, a higher temperature, a lower lr
+
+`DINOHead` has the published parameter names. Next to read: `ssl.py`, then `train.py`.
+"""
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class WeightNormLinear(nn.Module):
+    """A linear layer without bias whose rows have length g, here fixed at 1: prototypes differ by direction alone."""
+
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(out_dim, 1), requires_grad=False)
+        self.weight_v = nn.Parameter(torch.empty(out_dim, in_dim))
+        nn.init.trunc_normal_(self.weight_v, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=1))
+
+
+class DINOHead(nn.Module):
+    """Features (B, in_dim) to prototype scores (B, out_dim): a three-layer MLP, a unit sphere, K directions on it."""
+
+    def __init__(self, in_dim: int, out_dim: int, hidden_dim: int = 2048, bottleneck_dim: int = 256):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(in_dim, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, bottleneck_dim),
+        )
+        self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
+        for layer in self.mlp[::2]:
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.last_layer(F.normalize(self.mlp(features), dim=-1))
+
+
+class DINOLoss(nn.Module):
+    """Cross-entropy between teacher and student over all pairs of different views: equations (1), (3), (4)."""
+
+    def __init__(self, out_dim: int, student_temp: float = 0.1, center_momentum: float = 0.9):
+        super().__init__()
+        self.student_temp, self.center_momentum = student_temp, center_momentum
+        self.register_buffer("center", torch.zeros(1, out_dim))
+
+    def forward(self, student: Tensor, teacher: Tensor, teacher_temp: float) -> Tensor:
+        """Scores of the student (V, B, K) and the teacher (2, B, K), whose views are the student's first two: a scalar.
+
+        In training mode the centre then moves toward this batch's mean.
+        """
+        log_ps = (student / self.student_temp).log_softmax(dim=-1)
+        pt = self.teacher_probabilities(teacher, teacher_temp)
+        losses = -torch.einsum("tbk,sbk->ts", pt, log_ps) / student.shape[1]  # (2, V)
+        same_view = torch.eye(*losses.shape, dtype=torch.bool, device=losses.device)
+        if self.training:
+            mean = teacher.detach().mean(dim=(0, 1))[None].to(self.center)  # (1, K)
+            self.center.lerp_(mean, 1 - self.center_momentum)
+        return losses.masked_fill(same_view, 0).sum() / (~same_view).sum()
+
+    @torch.no_grad()
+    def teacher_probabilities(self, teacher: Tensor, teacher_temp: float) -> Tensor:
+        """P_t, equation (1): scores (..., K), centred and sharpened, to probabilities (..., K)."""
+        return ((teacher - self.center) / teacher_temp).softmax(dim=-1)
+
+
+class Collapse(RuntimeError):
+    """All images get the same output; the message names the kind and the remedy."""
+
+
+class Health(nn.Module):
+    """Moving averages over the teacher's outputs that tell whether different images still get different ones."""
+
+    def __init__(self, out_dim: int, momentum: float = 0.95, floor: float = 0.02, patience: int = 100):
+        """floor: the least healthy KL, as a share of log K; patience: steps below it before it is called a collapse."""
+        super().__init__()
+        self.momentum, self.floor, self.patience = momentum, floor, patience
+        self.register_buffer("entropy", torch.tensor(math.log(out_dim)))  # nats
+        self.register_buffer("kl", torch.tensor(0.0))  # nats
+        self.register_buffer("usage", torch.full((out_dim,), 1 / out_dim))  # share of images that a prototype wins
+        self.register_buffer("steps_below", torch.tensor(0))
+
+    @torch.no_grad()
+    def update(self, pt: Tensor) -> None:
+        """Take in one step's teacher probabilities (..., K)."""
+        pt = pt.flatten(0, -2)
+        entropy, mean = torch.special.entr(pt).sum(dim=1).mean(), pt.mean(dim=0)
+        kl = torch.special.entr(mean).sum() - entropy  # mean over images of KL(P_t || mean P_t)
+        wins = torch.bincount(pt.argmax(dim=1), minlength=pt.shape[1]) / len(pt)
+        for average, new in ((self.entropy, entropy), (self.kl, kl), (self.usage, wins)):
+            average.lerp_(new, 1 - self.momentum)
+        below = self.kl < self.floor * math.log(pt.shape[1])
+        self.steps_below.copy_(torch.where(below, self.steps_below + 1, 0))
+
+    def prototypes(self) -> int:
+        """How many prototypes win at least a tenth of an even share of the images."""
+        return int((self.usage > 0.1 / len(self.usage)).sum())
+
+    def check(self) -> None:
+        """Raise `Collapse`, with its kind and what to change, if the KL has been near 0 for `patience` steps."""
+        if self.steps_below < self.patience:
+            return
+        ceiling = math.log(len(self.usage))
+        if self.entropy > 0.5 * ceiling:
+            kind = "uniform: every image gets nearly the same weight on all prototypes"
+            remedy = "lower --teacher-temp (0.04, or less while warming up), lower --out-dim, or lower --momentum (0.99)"
+        else:
+            kind = "one prototype: every image gets the same prototype"
+            remedy = "raise --teacher-temp, lower --center-momentum (0.9) so that the centre follows, or lower --lr"
+        raise Collapse(
+            f"DINO has collapsed, {kind} (teacher entropy {self.entropy:.2f} of at most {ceiling:.2f}, KL {self.kl:.3f}, "
+            f"{self.prototypes()} prototypes in use). What to change: {remedy}."
+        )
+
+
+class DINO(nn.Module):
+    """Student, teacher and their heads around an encoder that returns Features (`vit.ViT`, `resnet.ResNet`)."""
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        embed_dim: int,
+        out_dim: int = 256,
+        hidden_dim: int = 256,
+        bottleneck_dim: int = 64,
+        center_momentum: float = 0.9,
+    ):
+        """The sizes are for thousands of images; for millions the paper has out_dim 65536, hidden 2048, bottleneck 256."""
+        super().__init__()
+        self.student, self.student_head = encoder, DINOHead(embed_dim, out_dim, hidden_dim, bottleneck_dim)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.teacher_head = copy.deepcopy(self.student_head).requires_grad_(False)
+        self.loss = DINOLoss(out_dim, center_momentum=center_momentum)
+        self.health = Health(out_dim)
+
+    def forward(self, views: list[Tensor], teacher_temp: float = 0.04, layer: int = -1) -> tuple[Tensor, list]:
+        """One step's loss, and what the student saw.
+
+        views: one tensor a resolution, view after view: [globals (2 B, C, H, W), locals (V B, C, h, w) if any].
+        Returns the loss (a scalar) and the student's Features for each of them, with the attention of block `layer`.
+        """
+        features = [self.student(x, layer=layer) for x in views]
+        B = len(views[0]) // 2
+        student = torch.cat([self.student_head(f.pooled) for f in features]).unflatten(0, (-1, B))  # (V, B, K)
+        with torch.no_grad():
+            teacher = self.teacher_head(self.teacher(views[0], layer=None).pooled).unflatten(0, (2, B))
+        self.health.update(self.loss.teacher_probabilities(teacher, teacher_temp))
+        return self.loss(student, teacher, teacher_temp), features
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """theta_t <- momentum theta_t + (1 - momentum) theta_s, and the same for buffers."""
+        for teacher, student in ((self.teacher, self.student), (self.teacher_head, self.student_head)):
+            for t, s in zip(teacher.parameters(), student.parameters()):
+                t.lerp_(s, 1 - momentum)
+            for t, s in zip(teacher.buffers(), student.buffers()):
+                t.copy_(s)

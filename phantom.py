@@ -1,0 +1,119 @@
+"""Drawn chest X-rays: data with exact masks that needs no download, for showing what a method does in minutes.
+
+An image is a stack of soft shapes in body coordinates (u to the image's right, v down; the trunk spans about [-1, 1]):
+trunk, spine, ribs, clavicles, mediastinum, two lungs, heart, and up to four findings. A random affine pose carries
+image pixels to body coordinates, so no two patients stand alike; shape, contrast, exposure and noise vary as well.
+
+- masks: `left lung`, `right lung`, `heart`. Sides are the patient's, as in radiology: the left lung is on the image's
+  right, and the heart leans to it. A lung's mask ends where the heart covers it.
+- labels, each present or not by itself: `enlarged heart`, `effusion`, `nodule`, `opacity`.
+
+Image i of a seed is the same whatever the number of images, the batch or the device: each has its own random stream.
+Everything is batched tensor work, thousands of images a second. Next to read: `vit.py`.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+REGIONS = ["left lung", "right lung", "heart"]
+FINDINGS = ["enlarged heart", "effusion", "nodule", "opacity"]
+PREVALENCE = 0.3  # of each finding
+NUMBERS = 64  # random numbers an image may use for pose, shape, contrast and findings
+BATCH = 256
+
+
+def phantom(n: int, seed: int, img_size: int = 64, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    """Draw n chest X-rays from a seed.
+
+    Returns images (n, 1, S, S) uint8, masks (n, 3, S, S) bool in the order of REGIONS, and labels (n, 4) float, 0 or 1,
+    in the order of FINDINGS. Raises ValueError for n or img_size out of range.
+    """
+    if n < 1 or img_size < 16:
+        raise ValueError(f"phantom: {n} images of {img_size} px asked for: at least 1 image of at least 16 px is needed")
+    drawn = []
+    for start in range(0, n, BATCH):
+        streams = [np.random.default_rng([seed, i]) for i in range(start, min(start + BATCH, n))]
+        numbers = np.stack([stream.random(NUMBERS, dtype=np.float32) for stream in streams])
+        noise = np.stack([stream.standard_normal((img_size, img_size), dtype=np.float32) for stream in streams])
+        drawn.append(_draw(torch.from_numpy(numbers).to(device), torch.from_numpy(noise).to(device)))
+    images, masks, labels = (torch.cat(parts).cpu() for parts in zip(*drawn))
+    return images, masks, labels
+
+
+def _draw(numbers: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One batch: numbers (B, NUMBERS) in [0, 1) and standard normal noise (B, S, S) become images, masks, labels."""
+    columns = iter(numbers.unbind(1))
+    soft = 3.0 / noise.shape[-1]  # an edge is about a pixel and a half wide
+
+    def draw(low: float, high: float) -> Tensor:  # one number for each image, uniform
+        return (low + (high - low) * next(columns))[:, None, None]  # (B, 1, 1)
+
+    def happens(probability: float) -> Tensor:
+        return (next(columns) < probability).float()[:, None, None]  # (B, 1, 1)
+
+    def inside(signed: Tensor) -> Tensor:  # 1 where signed > 0, with a soft edge
+        return torch.sigmoid(signed / soft * 2)
+
+    def ellipse(u0: Tensor, v0: Tensor, a: Tensor, b: Tensor, angle: Tensor) -> Tensor:  # > 0 inside
+        du, dv = u - u0, v - v0
+        p, q = du * angle.cos() + dv * angle.sin(), dv * angle.cos() - du * angle.sin()
+        return (1 - torch.sqrt((p / a) ** 2 + (q / b) ** 2 + 1e-6)) * torch.minimum(a, b)
+
+    # The pose: an affine map from the image to the body.
+    steps = (torch.arange(noise.shape[-1], device=noise.device) + 0.5) / noise.shape[-1] * 2 - 1
+    x, y = steps[None, None, :] - draw(-0.18, 0.18), steps[None, :, None] - draw(-0.15, 0.2)
+    tilt, width, height = draw(-0.2, 0.2), draw(0.68, 1.0), draw(0.72, 1.1)
+    u = (x * tilt.cos() + y * tilt.sin()) / width  # (B, S, S)
+    v = (y * tilt.cos() - x * tilt.sin()) / height
+
+    # The findings, and what they change in shape.
+    big_heart, effusion, nodule, opacity = (happens(PREVALENCE) for _ in FINDINGS)
+    side = {name: happens(0.5) * 2 - 1 for name in FINDINGS[1:]}  # +1: the image's right, the patient's left
+
+    # Trunk, narrower at the neck, and what is bright inside it.
+    shoulder = 0.92 - 0.55 * torch.sigmoid((draw(-0.98, -0.86) - v) * 14)
+    trunk = inside(shoulder - u.abs() * (1 + 0.08 * v))
+    spine = torch.exp(-((u / 0.085) ** 2)) * (0.8 + 0.2 * torch.cos(v * draw(26, 32)))
+    middle = torch.exp(-((u / draw(0.16, 0.22)) ** 4))
+    ribs = torch.cos((v + draw(0.35, 0.55) * (u.abs() - 0.35) ** 2 + 0.25 * u.abs()) * draw(19, 24) + draw(0, 6.28))
+    ribs = ribs.clamp(min=0.3) - 0.3
+    collar = draw(-0.8, -0.72)
+    clavicles = torch.exp(-(((v - collar + 0.22 * u.abs()) / 0.05) ** 2)) * inside(u.abs() - 0.08) * inside(0.8 - u.abs())
+
+    # Lungs: eggs cut off by a domed diaphragm; the heart lies over them.
+    lungs = []
+    for direction in (1, -1):  # the patient's left lung is on the image's right
+        u0, v0, a, b = draw(0.42, 0.5) * direction, draw(-0.2, -0.08), draw(0.28, 0.36), draw(0.54, 0.68)
+        taper = 1 + 0.22 * ((v - v0) / b).clamp(-1, 1)
+        egg = (1 - torch.sqrt(((u - u0) / (a * taper)) ** 2 + ((v - v0) / b) ** 2 + 1e-6)) * a
+        dome = v0 + b * draw(0.55, 0.85) + 0.9 * (u - u0 + 0.06 * direction) ** 2 - v
+        lungs.append(torch.minimum(egg, dome))
+    size = draw(0.22, 0.29) * (1 + big_heart * draw(0.28, 0.5))
+    heart = ellipse(draw(0.06, 0.14) + 0.25 * (size - 0.22), draw(0.1, 0.24), size * draw(1.1, 1.3), size, draw(0.3, 0.8))
+    left, right = (inside(torch.minimum(lung, -heart)) for lung in lungs)
+    heart, air = inside(heart), inside(torch.maximum(*lungs))
+
+    # Intensities: bone and fluid bright, air dark.
+    tissue = draw(0.42, 0.62)
+    image = tissue + 0.06 * spine + 0.06 * middle + 0.08 * clavicles + 0.05 * (v > 0.5) * (v - 0.5)
+    depth = draw(0.24, 0.42)
+    image = image - depth * air * (1 - 0.75 * middle) + draw(0.06, 0.13) * ribs * (0.4 + 0.6 * air)
+    image = image + heart * air * depth + heart * draw(0.07, 0.16)
+    field = {+1: left, -1: right}
+    where = {name: torch.where(at > 0, field[1], field[-1]) for name, at in side.items()}
+    level = draw(0.18, 0.42) - 0.35 * (u.abs() - 0.45)  # the meniscus climbs toward the chest wall
+    image = image + effusion * where["effusion"] * inside(v - level) * depth * draw(0.5, 0.9)
+    spot = ellipse(draw(0.36, 0.55) * side["nodule"], draw(-0.45, 0.15), *(draw(0.06, 0.1),) * 2, draw(0, 1))
+    image = image + nodule * where["nodule"] * inside(spot) * draw(0.12, 0.26)
+    u0, v0, spread = draw(0.34, 0.56) * side["opacity"], draw(-0.45, 0.2), draw(0.14, 0.26)
+    cloud = torch.exp(-((u - u0) ** 2 + (v - v0) ** 2) / spread**2)
+    image = image + opacity * where["opacity"] * cloud * draw(0.1, 0.22)
+
+    # Exposure: scatter outside the trunk, an uneven beam, contrast, noise.
+    image = draw(0.02, 0.14) + trunk * image
+    image = (image * (1 + draw(-0.12, 0.12) * x + draw(-0.12, 0.12) * y)).clamp(0.01, 1) ** draw(0.8, 1.25)
+    image = image * draw(0.85, 1.1) + draw(0.015, 0.05) * noise
+    masks = torch.stack([left, right, heart], dim=1) > 0.5  # (B, 3, S, S)
+    labels = torch.cat([big_heart, effusion, nodule, opacity], dim=1)[..., 0]  # (B, 4)
+    return (image[:, None].clamp(0, 1) * 255).round().to(torch.uint8), masks, labels

@@ -1,0 +1,141 @@
+"""DINO computes the published numbers, trains only the student, and says so when it collapses."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dino import DINO, Collapse, DINOHead, DINOLoss, Health
+from vit import ViT
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def golden(name: str) -> dict[str, torch.Tensor]:
+    return {k: torch.from_numpy(v) for k, v in np.load(GOLDEN / name).items()}
+
+
+def test_the_head_equals_the_published_one_under_its_published_names():
+    numbers = golden("dino_head.npz")
+    head = DINOHead(48, 64, hidden_dim=96, bottleneck_dim=32)
+    head.load_state_dict({k.removeprefix("weight."): v for k, v in numbers.items() if "weight." in k}, strict=True)
+    torch.testing.assert_close(head(numbers["features"]), numbers["output"], rtol=1e-5, atol=1e-6)
+
+
+def test_three_steps_of_the_loss_and_its_centre_equal_the_published_ones():
+    numbers = golden("dino_loss.npz")
+    loss = DINOLoss(64, float(numbers["student_temp"]), float(numbers["center_momentum"]))
+    for step in ("step0", "step1", "step2"):
+        temperature = float(numbers["teacher_temp_schedule"][numbers[f"{step}.epoch"]])
+        student, teacher = (numbers[f"{step}.{who}"].unflatten(0, (-1, 4)) for who in ("student", "teacher"))
+        torch.testing.assert_close(loss(student, teacher, temperature), numbers[f"{step}.loss"], rtol=1e-5, atol=0)
+        torch.testing.assert_close(loss.center, numbers[f"{step}.center_after"], rtol=1e-5, atol=1e-7)
+
+
+def test_a_dino_release_s_backbone_loads_strictly():
+    weights = {k.removeprefix("weight."): v for k, v in golden("dino_vit.npz").items() if k.startswith("weight.")}
+    checkpoint = {"backbone." + k: v for k, v in weights.items()} | {"head.last_layer.weight_v": torch.zeros(2, 2)}
+    backbone = {k.removeprefix("backbone."): v for k, v in checkpoint.items() if k.startswith("backbone.")}
+    ViT(32, 8, 3, 48, 3, 3).load_state_dict(backbone, strict=True)
+
+
+def test_a_view_is_never_compared_with_itself():
+    torch.manual_seed(0)
+    loss = DINOLoss(8).double().eval()
+    student, teacher = torch.randn(5, 3, 8).double(), torch.randn(2, 3, 8).double()
+    p, q = (student / 0.1).log_softmax(-1), (teacher / 0.05).softmax(-1)
+    pairs = [-(q[t] * p[s]).sum(-1).mean() for t in range(2) for s in range(5) if s != t]
+    torch.testing.assert_close(loss(student, teacher, 0.05), sum(pairs) / 8)
+
+
+def small_dino(**options) -> DINO:
+    torch.manual_seed(0)
+    return DINO(ViT(16, 4, 1, 12, 2, 3), 12, out_dim=16, hidden_dim=16, bottleneck_dim=8, **options)
+
+
+def test_only_the_student_learns_and_the_teacher_follows_as_its_moving_average():
+    dino = small_dino()
+    loss, features = dino([torch.rand(6, 1, 16, 16), torch.rand(12, 1, 8, 8)])
+    loss.backward()
+    assert [f.pooled.shape for f in features] == [(6, 12), (12, 12)]
+    assert all(p.grad is None for p in [*dino.teacher.parameters(), *dino.teacher_head.parameters()])
+    assert dino.student.blocks[0].mlp.fc1.weight.grad.abs().sum() > 0
+    assert dino.student_head.last_layer.weight_g.grad is None  # prototypes keep length 1
+
+    before = dino.teacher.patch_embed.proj.weight.clone()
+    with torch.no_grad():
+        dino.student.patch_embed.proj.weight.add_(1)
+    dino.update_teacher(0.75)
+    torch.testing.assert_close(dino.teacher.patch_embed.proj.weight, before + 0.25)
+
+
+def test_the_loss_falls_when_the_student_learns_to_predict_the_teacher():
+    dino = small_dino()
+    dino.student_head = DINOHead(12, 16, 16, 8)  # no longer the teacher's copy
+    dino.loss.eval()  # the centre rests
+    views = [torch.rand(16, 1, 16, 16)]
+    optimizer = torch.optim.AdamW([p for p in dino.parameters() if p.requires_grad], lr=1e-3)
+    losses = []
+    for _ in range(40):
+        loss, _ = dino(views)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+# Collapse
+
+
+def watch(probabilities: torch.Tensor, steps: int = 300) -> Health:
+    health = Health(probabilities.shape[-1], patience=50)
+    for _ in range(steps):
+        health.update(probabilities)
+    return health
+
+
+def test_entropy_kl_and_prototypes_in_use_are_what_they_should_be():
+    own = watch(torch.eye(8))  # eight images, each its own prototype
+    assert own.entropy < 0.01 and abs(own.kl - math.log(8)) < 0.01 and own.prototypes() == 8
+    pair = watch(torch.eye(8)[[0, 0, 0, 1]])
+    assert pair.prototypes() == 2 and abs(pair.kl - 0.5623) < 0.01
+    own.check()
+    pair.check()
+
+
+def test_uniform_outputs_are_named_with_what_to_change():
+    with pytest.raises(Collapse, match="uniform: every image gets .* lower --teacher-temp"):
+        watch(torch.full((8, 32), 1 / 32)).check()
+
+
+def test_a_single_prototype_is_named_with_what_to_change():
+    with pytest.raises(Collapse, match="one prototype: every image gets .* raise --teacher-temp"):
+        watch(torch.eye(32)[[3] * 8]).check()
+
+
+def test_a_few_bad_steps_are_not_a_collapse():
+    health = watch(torch.full((8, 32), 1 / 32), steps=40)
+    health.check()
+    for _ in range(20):
+        health.update(torch.eye(32)[:8])
+    assert health.steps_below == 0
+
+
+@pytest.mark.parametrize(
+    "kind, teacher_temp, center_momentum", [("uniform", 5.0, 0.9), ("one prototype", 0.04, 1.0)]
+)
+def test_training_provokes_both_kinds_of_collapse(kind, teacher_temp, center_momentum):
+    """Without sharpening the outputs become uniform; without centring one prototype takes all (their Figure 7)."""
+    dino = small_dino(center_momentum=center_momentum)
+    optimizer = torch.optim.AdamW([p for p in dino.parameters() if p.requires_grad], lr=3e-3)
+    with pytest.raises(Collapse, match=kind):
+        for _ in range(600):
+            loss, _ = dino([torch.rand(16, 1, 16, 16)], teacher_temp)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            dino.update_teacher(0.9)
+            dino.health.check()

@@ -1,0 +1,55 @@
+"""Average precision, against worked examples and brute force."""
+
+import pytest
+import torch
+
+from metrics import average_precision, localisation_ap
+
+
+def brute_force(scores: torch.Tensor, targets: torch.Tensor) -> float:
+    """AP by its definition, one threshold after the other."""
+    ap, recall = 0.0, 0.0
+    for threshold in sorted(set(scores.tolist()), reverse=True):
+        chosen = scores >= threshold
+        hits = targets[chosen].sum().item()
+        ap += (hits / targets.sum().item() - recall) * hits / chosen.sum().item()
+        recall = hits / targets.sum().item()
+    return ap
+
+
+def test_a_worked_example():
+    scores = torch.tensor([0.9, 0.8, 0.7, 0.6])
+    assert average_precision(scores, torch.tensor([1, 0, 1, 0])).item() == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
+
+
+@pytest.mark.parametrize("levels", [2, 5, 1000])
+def test_it_equals_the_definition_with_few_and_many_ties(levels):
+    generator = torch.Generator().manual_seed(levels)
+    for _ in range(20):
+        scores = torch.randint(levels, (30,), generator=generator).double()
+        targets = torch.randint(2, (30,), generator=generator)
+        targets[0] = 1
+        assert average_precision(scores, targets).item() == pytest.approx(brute_force(scores, targets), abs=1e-12)
+
+
+def test_a_constant_map_scores_the_share_of_positives_wherever_they_lie():
+    targets = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 0, 1, 1]])
+    assert average_precision(torch.zeros(2, 5), targets).tolist() == pytest.approx([0.4, 0.4])
+
+
+def test_without_a_positive_it_is_nan_and_with_only_positives_one():
+    scores = torch.rand(2, 4)
+    result = average_precision(scores, torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1]]))
+    assert result[0].isnan() and result[1] == 1
+
+
+def test_a_map_that_is_the_region_scores_one_and_each_map_meets_each_region():
+    masks = torch.zeros(1, 2, 8, 8, dtype=torch.bool)
+    masks[0, 0, :, :4] = True
+    masks[0, 1, :, 4:] = True
+    maps = torch.zeros(1, 2, 4)
+    maps[0, 0, [0, 2]] = 0.5  # left patches of a 2x2 grid
+    maps[0, 1, [1, 3]] = 0.5
+    ap = localisation_ap(maps, masks, (2, 2))
+    assert ap.shape == (1, 2, 2)
+    assert ap[0].diagonal().tolist() == [1, 1] and ap[0, 0, 1] < 0.5 and ap[0, 1, 0] < 0.5

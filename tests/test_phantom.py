@@ -1,0 +1,76 @@
+"""The drawn chest X-rays are the same for a seed, and their masks and labels tell the truth."""
+
+import pytest
+import torch
+
+from phantom import BATCH, FINDINGS, REGIONS, phantom
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    return phantom(300, seed=1)
+
+
+def test_what_is_drawn_has_the_promised_shapes(drawn):
+    images, masks, labels = drawn
+    assert images.shape == (300, 1, 64, 64) and images.dtype == torch.uint8
+    assert masks.shape == (300, len(REGIONS), 64, 64) and masks.dtype == torch.bool
+    assert labels.shape == (300, len(FINDINGS)) and set(labels.unique().tolist()) == {0.0, 1.0}
+    assert (masks.sum(dim=(2, 3)) > 40).all()  # nobody lacks a lung or a heart
+
+
+def test_a_seed_draws_the_same_images_however_many_and_another_seed_others(drawn):
+    assert BATCH < 300  # so that the second batch is met, too
+    for some, many in zip(phantom(5, seed=1), drawn):
+        assert torch.equal(some, many[:5])
+    assert torch.equal(phantom(BATCH + 1, seed=1)[0][-1], drawn[0][BATCH])
+    assert not torch.equal(phantom(5, seed=2)[0], drawn[0][:5])
+
+
+def test_regions_do_not_overlap(drawn):
+    assert drawn[1].sum(dim=1).max() == 1
+
+
+def test_the_left_lung_is_on_the_image_s_right_and_the_heart_leans_to_it(drawn):
+    x = torch.arange(64.0)
+    masks = drawn[1].float()
+    left, right, heart = ((masks[:, r] * x).sum(dim=(1, 2)) / masks[:, r].sum(dim=(1, 2)) for r in range(3))
+    assert (left > right).all()
+    assert ((heart - right) > (left - heart)).float().mean() > 0.7
+
+
+def test_the_drawing_agrees_with_its_masks(drawn):
+    """Lungs are darker than what surrounds them, the heart is brighter than the lungs, in nearly every healthy image."""
+    images, masks, labels = drawn
+    healthy = labels.sum(dim=1) == 0
+    values, masks = images[healthy, 0].float(), masks[healthy]
+    inside = [(values * m).sum(dim=(1, 2)) / m.sum(dim=(1, 2)) for m in masks.unbind(1)]
+    ring = torch.nn.functional.max_pool2d(masks.float(), 7, 1, 3).bool() & ~masks.any(dim=1, keepdim=True)
+    around = [(values * m).sum(dim=(1, 2)) / m.sum(dim=(1, 2)) for m in ring.unbind(1)]
+    for r in range(2):
+        assert (inside[r] < around[r]).float().mean() > 0.95
+        assert (inside[2] > inside[r]).all()
+
+
+def test_findings_change_the_image_where_they_are_said_to_be(drawn):
+    images, masks, labels = drawn
+    air = masks[:, :2].any(dim=1)
+    hearts = masks[:, 2].sum(dim=(1, 2)).float() / air.sum(dim=(1, 2))
+    assert hearts[labels[:, 0] == 1].mean() > 1.4 * hearts[labels[:, 0] == 0].mean()
+    values = images.float() * masks[:, :2]
+    left, right = (values.sum(dim=(2, 3)) / masks[:, :2].sum(dim=(2, 3))).unbind(1)
+    unlike = (left - right).abs()  # fluid and opacities lie on one side
+    assert unlike[labels[:, 1:].sum(dim=1) > 0].mean() > 1.5 * unlike[labels[:, 1:].sum(dim=1) == 0].mean()
+
+
+def test_other_sizes_show_the_same_patient():
+    small, large = phantom(3, seed=1, img_size=32), phantom(3, seed=1, img_size=128)
+    shrunk = torch.nn.functional.avg_pool2d(large[1].float(), 4)
+    assert (shrunk - small[1].float()).abs().mean() < 0.02
+    assert torch.equal(small[2], large[2])
+
+
+def test_impossible_requests_are_refused():
+    for n, size in ((0, 64), (3, 8)):
+        with pytest.raises(ValueError, match="at least 1 image of at least 16 px"):
+            phantom(n, seed=0, img_size=size)

@@ -1,0 +1,225 @@
+"""A Vision Transformer that says where it looked (Dosovitskiy et al. 2020, arXiv 2010.11929).
+
+An image is cut into N patches, each patch becomes a token, a CLS token is put in front, and `depth` pre-norm blocks mix
+and transform the T = N + 1 tokens (equations numbered as in the paper):
+
+    z_0  = [x_cls; x_1 E; ...; x_N E] + E_pos                                                      (1)
+    z'_l = MSA(LN(z_{l-1})) + z_{l-1},   z_l = MLP(LN(z'_l)) + z'_l                                (2), (3)
+    y    = LN(z_L)                                                                                 (4)
+    [q, k, v] = z U_qkv,   A = softmax(q k^T / sqrt(d)),   SA(z) = A v                             (5), (6), (7)
+
+Every forward returns `Features(pooled, patches, attention)`. `attention` is the CLS row of A in one block, the weights
+with which each head pooled the image. `F.scaled_dot_product_attention` never forms A, so that one row is computed beside
+it: softmax(q_cls k^T / sqrt(d)) costs O(N) time and memory, not O(N^2), and can be trained through, which is
+all that `attention_priors.py` needs. `attention_maps` gives the full A of every block, for pictures.
+
+Parameter names and numerics (LayerNorm eps 1e-6, exact GELU) are those of the DINO and timm releases, whose state dicts
+load with strict=True once the classifier or projection head is dropped. Where we differ: position embeddings are resized to the
+exact grid, where DINO's code adds 0.1 to the scale factor. Next to read: `attention_priors.py`.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Features(NamedTuple):
+    """What an encoder returns: `pooled` (B, D), `patches` (B, N, D) row by row, `attention` (B, heads, N) or None.
+
+    `attention` holds probabilities: the pooling token's softmax row over the patches, its own column dropped and the
+    rest not renormalised, so that a head which looks at CLS itself sums to less than 1.
+    """
+
+    pooled: Tensor
+    patches: Tensor
+    attention: Tensor | None
+
+
+class PatchEmbed(nn.Module):
+    """Images (B, C, H, W) to patch tokens (B, N, D), equation (1): a convolution whose stride is its kernel."""
+
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images).flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, N, D)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, equations (5)-(7), which can also hand out the first token's attention row."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (B, T, D) to q, k, v, each (B, heads, T, d) with d = D / heads."""
+        B, T, D = x.shape
+        return self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4).unbind()
+
+    def forward(self, x: Tensor, row: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, T, D) to mixed tokens (B, T, D) and, if `row`, the first token's attention (B, heads, T)."""
+        q, k, v = self.split(x)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, T, D)
+        return self.proj(mixed), self.weights(q[:, :, :1], k)[:, :, 0] if row else None
+
+    @staticmethod
+    def weights(q: Tensor, k: Tensor) -> Tensor:
+        """softmax(q k^T / sqrt(d)) for queries (B, heads, Q, d): (B, heads, Q, T), equation (6)."""
+        return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)
+
+
+class MLP(nn.Module):
+    """Two linear layers with a GELU between."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block, equations (2) and (3), with stochastic depth (Huang et al. 2016)."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim, int(dim * mlp_ratio))
+        self.drop_path = drop_path
+
+    def keep(self, branch: Tensor) -> Tensor:
+        """Drop the branch (B, T, D) of an image with probability drop_path, and scale up those that stay."""
+        if not self.training or self.drop_path == 0:
+            return branch
+        kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
+        return branch * kept / (1 - self.drop_path)
+
+    def forward(self, x: Tensor, row: bool = False) -> tuple[Tensor, Tensor | None]:
+        mixed, attention = self.attn(self.norm1(x), row)
+        x = x + self.keep(mixed)
+        return x + self.keep(self.mlp(self.norm2(x))), attention
+
+
+class ViT(nn.Module):
+    """A Vision Transformer whose every forward returns `Features`, attention included.
+
+    img_size: side of the training images in pixels, or (height, width); it sets the size of the position embedding, and other sizes
+        are met by resizing that. pool: None for a CLS token, or a module that maps patches (B, N, D) to
+        (pooled (B, D), attention (B, N) or (B, heads, N)); then there is no CLS token.
+
+    Raises ValueError if patch_size does not divide img_size, or num_heads embed_dim.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 384,
+        depth: int = 12,
+        num_heads: int = 6,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        pool: nn.Module | None = None,
+    ):
+        super().__init__()
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}: change either")
+        self.patch_size, self.embed_dim, self.num_heads, self.depth = patch_size, embed_dim, num_heads, depth
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        self.native_grid = self._grid(height, width)
+        self.pool = pool
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        if pool is None:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        tokens = math.prod(self.native_grid) + (pool is None)
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim))
+        rates = torch.linspace(0, drop_path, depth).tolist()  # deeper blocks are dropped more often
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, rate) for rate in rates)
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """As in the DINO release: truncated normal of 0.02 for linear layers and embeddings, zero biases."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        if self.pool is None:
+            nn.init.trunc_normal_(self.cls_token, std=0.02)
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        p = self.patch_size
+        for side in (height, width):
+            if side % p or side < p:
+                near = " or ".join(str(n * p) for n in (side // p, side // p + 1) if n)
+                raise ValueError(
+                    f"an image of {height}x{width} px cannot be cut into patches of {p} px: "
+                    f"use a multiple of {p}, such as {near}"
+                )
+        return height // p, width // p
+
+    def grid(self, images: Tensor) -> tuple[int, int]:
+        """Rows and columns (h, w) of patches that images (B, C, H, W) are cut into; N = h * w."""
+        return self._grid(*images.shape[-2:])
+
+    def positions_for(self, grid: tuple[int, int]) -> Tensor:
+        """The position embedding (1, T, D) for a grid (h, w), resized bicubically where it is not the native one."""
+        if grid == self.native_grid:
+            return self.pos_embed
+        extra = self.pos_embed.shape[1] - math.prod(self.native_grid)  # 1 with a CLS token, which has no place
+        cls, patches = self.pos_embed[:, :extra], self.pos_embed[:, extra:]
+        patches = patches.transpose(1, 2).unflatten(2, self.native_grid)  # (1, D, h0, w0)
+        patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
+        return torch.cat([cls, patches.flatten(2).transpose(1, 2)], dim=1)
+
+    def embed(self, images: Tensor, positions: bool = True) -> Tensor:
+        """Images (B, C, H, W) to input tokens (B, T, D), equation (1)."""
+        grid = self.grid(images)
+        x = self.patch_embed(images)  # (B, N, D)
+        if self.pool is None:
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + N, D)
+        return x + self.positions_for(grid) if positions else x
+
+    def forward(self, images: Tensor, layer: int | None = -1, positions: bool = True) -> Features:
+        """Encode images (B, C, H, W), H and W multiples of patch_size.
+
+        layer: the block whose CLS row is handed out as `attention`, -1 the last; None for no attention.
+        positions: False leaves the position embedding out (RelViT must not be told what it shall find).
+        """
+        x = self.embed(images, positions)
+        exposed = None if layer is None or self.pool is not None else range(self.depth)[layer]
+        attention = None
+        for i, block in enumerate(self.blocks):
+            x, row = block(x, row=i == exposed)
+            attention = row[:, :, 1:] if i == exposed else attention  # (B, heads, N)
+        x = self.norm(x)
+        if self.pool is None:
+            return Features(x[:, 0], x[:, 1:], attention)
+        pooled, attention = self.pool(x)
+        return Features(pooled, x, attention[:, None] if attention.dim() == 2 else attention)
+
+    @torch.no_grad()
+    def attention_maps(self, images: Tensor) -> Tensor:
+        """The full attention A of every block for images (B, C, H, W): (B, depth, heads, T, T), T = 1 + N with CLS.
+
+        Takes O(depth * heads * T^2) memory; for training use `forward`, which hands out one row.
+        """
+        x, maps = self.embed(images), []
+        for block in self.blocks:
+            q, k, _ = block.attn.split(block.norm1(x))
+            maps.append(Attention.weights(q, k))
+            x, _ = block(x)
+        return torch.stack(maps, dim=1)
