@@ -1,23 +1,26 @@
-"""SPAN: attention heads that follow spatial priors (Miao et al. 2022, arXiv 2209.03745; no public code exists).
+"""SPAN: attention heads that follow spatial priors (Miao et al. 2022, arXiv 2209.03745; no public code
+exists).
 
-Where things are in an image is often known beforehand: lungs and heart, the parts of a product under a fixed camera. SPAN
-lets single attention heads of a ViT learn it, each from one prior over the image, while the other heads stay free and
-the self-supervised objective goes on as before. Priors come from one labelled sample, or from the statistics of unlabelled
-images. The formulas are numbered here, for the tests to refer to (theta: a view as a matrix, see `crops.py`):
+Where things are in an image is often known beforehand: lungs and heart, the parts of a product under a fixed
+camera. SPAN lets single attention heads of a ViT learn it, each from one prior over the image, while the
+other heads stay free and the self-supervised objective goes on as before. Priors come from one labelled
+sample, or from the statistics of unlabelled images. The formulas are numbered here, for the tests to refer to
+(theta: a view as a matrix, see `crops.py`):
 
-    P_r   = prior_r(theta x), averaged over each patch, normalised to sum 1 over the N patches         (1) `follow`
-    s_r   = share of prior_r's mass that the view still sees, in [0, 1]                                (2) `follow`
-    A_r   = the CLS row of head r over the patches, normalised to sum 1                                (3) `span_loss`
-    L     = sum_r s_r KL(P_r || A_r) / sum_r s_r                                                       (4) `span_loss`
-    T_i   = argmax_T NCC(c(image_i), c(sample o T)),  T affine, c: local contrast                      (5) `align`
-    f_i   = argmax_f NCC(c(image_i), c(sample o (T_i + f))) - stiffness |grad f|^2                     (6) `bend`
+    P_r   = prior_r(theta x), averaged over each patch, normalised to sum 1 over the N patches (1) `follow`
+    s_r   = share of prior_r's mass that the view still sees, in [0, 1]                        (2) `follow`
+    A_r   = the CLS row of head r over the patches, normalised to sum 1                        (3) `span_loss`
+    L     = sum_r s_r KL(P_r || A_r) / sum_r s_r                                               (4) `span_loss`
+    T_i   = argmax_T NCC(c(image_i), c(sample o T)),  T affine, c: local contrast              (5) `align`
+    f_i   = argmax_f NCC(c(image_i), c(sample o (T_i + f))) - stiffness |grad f|^2             (6) `bend`
 
-(1) The same theta samples image and prior: a prior follows its crop. (2) keeps a view that shows a tenth of a lung from being
-trained as if it showed all of it. (5) and (6) are ours, not the paper's: they register the sample to each training image,
-once, without labels. A prior carried along fits image i, and not only the average image.
+(1) The same theta samples image and prior: a prior follows its crop. (2) keeps a view that shows a tenth of a
+lung from being trained as if it showed all of it. (5) and (6) are ours, not the paper's: they register the
+sample to each training image, once, without labels. A prior carried along fits image i, and not only the
+average image.
 
-Always report the prior's own score beside the attention's: attention that only repeats its prior has learned nothing.
-Claim 1 is measured with this file. Next to read: `crops.py`.
+Always report the prior's own score beside the attention's: attention that only repeats its prior has learned
+nothing. Claim 1 is measured with this file. Next to read: `crops.py`.
 """
 
 import torch
@@ -30,7 +33,8 @@ WORKING_SIZE = 64  # pixels: images are registered at this size, and blurs below
 def priors_from_masks(masks: Tensor, blur: float = 0.025) -> Tensor:
     """Priors (R, H, W) from the masks (R, H, W) of one labelled sample: blurred, largest value 1.
 
-    blur: Gaussian sigma as a share of the image's width, the doubt about where the border lies in other images. Raises ValueError if a mask is empty.
+    blur: Gaussian sigma as a share of the image's width, the doubt about where the border lies in other
+    images. Raises ValueError if a mask is empty.
     """
     _check_priors(masks)
     priors = _blur(masks.float()[None], blur * masks.shape[-1])[0]
@@ -41,13 +45,17 @@ def priors_from_statistics(images: Tensor, clusters: int = 2, blur: float = 0.02
     """Priors (2 + clusters, H, W) from unlabelled images (M, C, H, W) of one kind of scene, largest value 1.
 
     In this order: the mean image, the standard deviation over images (where they differ there is something to
-    see), and k-means clusters of pixel positions by mean, deviation and place, from the darkest to the brightest.
-    Raises ValueError if there are fewer than 2 images, or nothing varies.
+    see), and k-means clusters of pixel positions by mean, deviation and place, from the darkest to the
+    brightest. Raises ValueError if there are fewer than 2 images, or nothing varies.
     """
     if len(images) < 2:
-        raise ValueError(f"priors_from_statistics: {len(images)} image(s) have no statistics: give at least 2")
+        raise ValueError(
+            f"priors_from_statistics: {len(images)} image(s) have no statistics: give at least 2"
+        )
     H, W = images.shape[-2:]
-    mean, deviation = (m.mean(dim=0) for m in (images.float().mean(dim=0), images.float().std(dim=0)))  # (H, W)
+    mean, deviation = (
+        m.mean(dim=0) for m in (images.float().mean(dim=0), images.float().std(dim=0))
+    )  # (H, W)
     y, x = torch.meshgrid(torch.linspace(-1, 1, H), torch.linspace(-1, 1, W), indexing="ij")
     points = torch.stack([mean, deviation, x.to(mean), y.to(mean)]).flatten(1).T  # (H * W, 4)
     points = (points - points.mean(dim=0)) / points.std(dim=0).clamp_min(1e-6)
@@ -64,11 +72,12 @@ def priors_from_statistics(images: Tensor, clusters: int = 2, blur: float = 0.02
 def align(
     sample: Tensor, images: Tensor, steps: int = 75, lr: float = 0.03, blurs: tuple[float, ...] = (4.0, 1.5)
 ) -> Tensor:
-    """Register one sample (C, H, W) to images (B, C, H, W) by affine maps: equation (5), Adam on 6 numbers an image.
+    """Register one sample (C, H, W) to images (B, C, H, W) by affine maps: equation (5), Adam on 6 numbers an
+    image.
 
-    blurs: Gaussian blur at each stage, coarse to fine, in pixels at WORKING_SIZE.
-    Returns theta (B, 2, 3), from an image's coordinates to the sample's. An image's map does not depend on the others.
-    Raises ValueError if sample and images differ in shape.
+    blurs: Gaussian blur at each stage, coarse to fine, in pixels at WORKING_SIZE. Returns theta (B, 2, 3),
+    from an image's coordinates to the sample's. An image's map does not depend on the others. Raises
+    ValueError if sample and images differ in shape.
     """
     theta = torch.eye(2, 3, device=images.device).repeat(len(images), 1, 1)
     for blur in blurs:
@@ -91,22 +100,29 @@ def bend(
     knots: int = 8,
     stiffness: float = 1.0,
 ) -> Tensor:
-    """Refine affine maps theta (B, 2, 3) by smooth displacements: equation (6), after which `carry` fits non-affine shapes.
+    """Refine affine maps theta (B, 2, 3) by smooth displacements: equation (6), after which `carry` fits
+    non-affine shapes.
 
-    Returns flow (B, 2, knots, knots) in units of theta's target, [-1, 1], interpolated bicubically between the knots.
+    Returns flow (B, 2, knots, knots) in units of theta's target, [-1, 1], interpolated bicubically between
+    the knots.
     """
     source, target = _contrast(sample, images, blur)
     affine = F.affine_grid(theta, target.shape, align_corners=False)  # (B, h, w, 2)
 
     def points(flow: Tensor) -> tuple[Tensor, Tensor]:
-        across, down = flow.diff(dim=3).square().mean(dim=(1, 2, 3)), flow.diff(dim=2).square().mean(dim=(1, 2, 3))
+        across, down = flow.diff(dim=3).square().mean(dim=(1, 2, 3)), flow.diff(dim=2).square().mean(
+            dim=(1, 2, 3)
+        )
         return affine + _between(flow, target.shape[-2:]), stiffness * (across + down)
 
-    return _register(source, target, torch.zeros(len(images), 2, knots, knots, device=images.device), points, steps, lr)
+    return _register(
+        source, target, torch.zeros(len(images), 2, knots, knots, device=images.device), points, steps, lr
+    )
 
 
 def carry(priors: Tensor, theta: Tensor, flow: Tensor | None = None) -> Tensor:
-    """Priors (R, H, W) of the sample as they lie over images registered by theta (B, 2, 3) and flow: (B, R, H, W)."""
+    """Priors (R, H, W) of the sample as they lie over images registered by theta (B, 2, 3) and flow: (B, R,
+    H, W)."""
     shape = [len(theta), *priors.shape]
     points = F.affine_grid(theta, shape, align_corners=False)
     if flow is not None:
@@ -117,11 +133,13 @@ def carry(priors: Tensor, theta: Tensor, flow: Tensor | None = None) -> Tensor:
 def _contrast(sample: Tensor, images: Tensor, blur: float) -> tuple[Tensor, Tensor]:
     """Local contrast c of sample (1, C, h, w) and images (B, C, h, w): what is bright for its surroundings.
 
-    Exposure differs between images and the trunk outshines what lies in it; local contrast weighs all borders alike. The images are
-    blurred and thinned, which loses nothing after a blur and saves time.
+    Exposure differs between images and the trunk outshines what lies in it; local contrast weighs all borders
+    alike. The images are blurred and thinned, which loses nothing after a blur and saves time.
     """
     if sample.shape != images.shape[1:]:
-        raise ValueError(f"the sample is {tuple(sample.shape)}, the images are {tuple(images.shape[1:])}: resize one")
+        raise ValueError(
+            f"the sample is {tuple(sample.shape)}, the images are {tuple(images.shape[1:])}: resize one"
+        )
 
     def contrast(x: Tensor) -> Tensor:
         x = _blur(F.interpolate(x.float(), size=(WORKING_SIZE, WORKING_SIZE), mode="area"), blur)
@@ -132,7 +150,8 @@ def _contrast(sample: Tensor, images: Tensor, blur: float) -> tuple[Tensor, Tens
 
 
 def _register(source: Tensor, target: Tensor, start: Tensor, points, steps: int, lr: float) -> Tensor:
-    """Adam from `start` (B, ...) on -NCC + penalty, where points(x) gives the sampling grid and the penalty (B,)."""
+    """Adam from `start` (B, ...) on -NCC + penalty, where points(x) gives the sampling grid and the penalty
+    (B,)."""
     source, x = source.expand_as(target), start.clone().requires_grad_()
     optimizer = torch.optim.Adam([x], lr=lr)
     for step in range(steps):
@@ -160,15 +179,18 @@ def _ncc(a: Tensor, b: Tensor) -> Tensor:
 def follow(priors: Tensor, theta: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Look at priors through views: equations (1) and (2).
 
-    priors: (R, H, W), the same for all views, or (B, R, H, W), non-negative; theta (B, 2, 3): the views, crops or
-    alignments or one after the other; grid: rows and columns (h, w) of patches in a view. Outside the image the prior is 0.
-    Returns the distributions (B, R, h * w), all zero where a view sees nothing of a prior, and the share seen (B, R).
+    priors: (R, H, W), the same for all views, or (B, R, H, W), non-negative; theta (B, 2, 3): the views,
+    crops or alignments or one after the other; grid: rows and columns (h, w) of patches in a view. Outside
+    the image the prior is 0. Returns the distributions (B, R, h * w), all zero where a view sees nothing of a
+    prior, and the share seen (B, R).
     """
     h, w = grid
     if priors.dim() == 3:
         priors = priors.expand(len(theta), *priors.shape)
     H, W = priors.shape[-2:]
-    per_patch = max(1, -(-H // h)), max(1, -(-W // w))  # samples along a patch, so that no pixel is stepped over
+    per_patch = max(1, -(-H // h)), max(
+        1, -(-W // w)
+    )  # samples along a patch, so that no pixel is stepped over
     size = [len(theta), priors.shape[1], h * per_patch[0], w * per_patch[1]]
     points = F.affine_grid(theta, size, align_corners=False)
     seen = F.grid_sample(priors, points, padding_mode="zeros", align_corners=False)  # (B, R, h * k, w * k)
@@ -181,16 +203,18 @@ def follow(priors: Tensor, theta: Tensor, grid: tuple[int, int]) -> tuple[Tensor
 def span_loss(attention: Tensor, prior: Tensor, share: Tensor, kind: str = "kl") -> Tensor:
     """The SPAN loss, a scalar: equations (3) and (4).
 
-    attention (B, heads, N): probabilities; head r is guided by prior r, heads beyond R stay free. prior (B, R, N) and
-    share (B, R): from `follow`. kind: "kl" KL(P || A) in nats; "mse" N^2 times the mean squared difference, so that 1 is
-    the scale of a uniform map; "dice" 1 - 2 sum(P A) / (sum(P^2) + sum(A^2)).
-    Raises ValueError for more priors than heads, different grids, or an unknown kind.
+    attention (B, heads, N): probabilities; head r is guided by prior r, heads beyond R stay free. prior (B,
+    R, N) and share (B, R): from `follow`. kind: "kl" KL(P || A) in nats; "mse" N^2 times the mean squared
+    difference, so that 1 is the scale of a uniform map; "dice" 1 - 2 sum(P A) / (sum(P^2) + sum(A^2)). Raises
+    ValueError for more priors than heads, different grids, or an unknown kind.
     """
     (B, heads, N), R = attention.shape, prior.shape[1]
     if R > heads:
         raise ValueError(f"{R} priors but {heads} attention heads: use at least {R} heads or fewer priors")
     if prior.shape != (B, R, N):
-        raise ValueError(f"prior is {tuple(prior.shape)}, attention {tuple(attention.shape)}: they need the same B and N")
+        raise ValueError(
+            f"prior is {tuple(prior.shape)}, attention {tuple(attention.shape)}: they need the same B and N"
+        )
     A = attention[:, :R].float() if attention.dtype in (torch.float16, torch.bfloat16) else attention[:, :R]
     A = A / A.sum(dim=2, keepdim=True).clamp_min(1e-12)
     if kind == "kl":
@@ -207,7 +231,9 @@ def span_loss(attention: Tensor, prior: Tensor, share: Tensor, kind: str = "kl")
 def _check_priors(priors: Tensor) -> None:
     empty = (priors.flatten(1).sum(dim=1) <= 0).nonzero()[:, 0].tolist()
     if empty:
-        raise ValueError(f"prior {', '.join(map(str, empty))} (counted from 0) is empty: it must cover some of the image")
+        raise ValueError(
+            f"prior {', '.join(map(str, empty))} (counted from 0) is empty: it must cover some of the image"
+        )
 
 
 def _blur(x: Tensor, sigma: float) -> Tensor:
@@ -215,7 +241,9 @@ def _blur(x: Tensor, sigma: float) -> Tensor:
     if sigma <= 0:
         return x
     radius = min(int(3 * sigma + 0.5), *(side - 1 for side in x.shape[-2:]))
-    kernel = torch.exp(-torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype) ** 2 / (2 * sigma**2))
+    kernel = torch.exp(
+        -torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype) ** 2 / (2 * sigma**2)
+    )
     kernel = (kernel / kernel.sum()).view(1, 1, 1, -1)
     x, shape = F.pad(x, [radius] * 4, mode="replicate").flatten(0, 1)[:, None], x.shape
     return F.conv2d(F.conv2d(x, kernel), kernel.transpose(2, 3)).view(shape)

@@ -1,17 +1,19 @@
 """A crop is a matrix: random crops and colour changes for a whole batch at once, on the device that trains.
 
-A view of an image is a map theta (2, 3) from the view's coordinates to the image's, both in [-1, 1] as in `F.affine_grid`
-(align_corners=False):
+A view of an image is a map theta (2, 3) from the view's coordinates to the image's, both in [-1, 1] as in
+`F.affine_grid` (align_corners=False):
 
     [x_image, y_image]^T = theta [x_view, y_view, 1]^T,    theta = [[+-w, 0, cx], [0, h, cy]]
 
-w, h are the crop's share of the width and height, (cx, cy) its centre, a negative w a flip. One theta samples the image
-and whatever else lies over it (masks, priors), so these can't come apart; one map after another is a matrix product.
+w, h are the crop's share of the width and height, (cx, cy) its centre, a negative w a flip. One theta samples
+the image and whatever else lies over it (masks, priors), so these can't come apart; one map after another is
+a matrix product.
 
-Colour is a matrix too: saturation, hue and grey are one 3x3 matrix an image. Recipe and strengths are those of DINO (Caron et al.
-2021, arXiv 2104.14294, from BYOL): jitter, grey, blur, solarise; blur is given for 224 px and scaled to the view. Where
-we differ: all random numbers come from one CPU generator, so a seed gives the same views on every device, and a
-crop that would be wider than the image is cut to its width instead of drawn again. Next to read: `dino.py`.
+Colour is a matrix too: saturation, hue and grey are one 3x3 matrix an image. Recipe and strengths are those
+of DINO (Caron et al. 2021, arXiv 2104.14294, from BYOL): jitter, grey, blur, solarise; blur is given for 224
+px and scaled to the view. Where we differ: all random numbers come from one CPU generator, so a seed gives
+the same views on every device, and a crop that would be wider than the image is cut to its width instead of
+drawn again. Next to read: `dino.py`.
 """
 
 import torch
@@ -28,11 +30,14 @@ def random_crops(
 ) -> Tensor:
     """Draw n random resized crops.
 
-    scale: smallest and largest share of the image's area, in (0, 1]; ratio: of width to height relative to the image's own;
-    flip: probability of a mirror image. Returns theta (n, 2, 3), on the CPU. Raises ValueError for an impossible scale.
+    scale: smallest and largest share of the image's area, in (0, 1]; ratio: of width to height relative to
+    the image's own; flip: probability of a mirror image. Returns theta (n, 2, 3), on the CPU. Raises
+    ValueError for an impossible scale.
     """
     if not 0 < scale[0] <= scale[1] <= 1:
-        raise ValueError(f"crop scale {scale}: give the smallest and largest share of the area, 0 < a <= b <= 1")
+        raise ValueError(
+            f"crop scale {scale}: give the smallest and largest share of the area, 0 < a <= b <= 1"
+        )
     area, aspect, across, down, mirror = torch.rand(5, n, generator=generator)
     area = scale[0] + (scale[1] - scale[0]) * area
     aspect = ratio[0] * (ratio[1] / ratio[0]) ** aspect  # log-uniform, so that 3/4 is as likely as 4/3
@@ -44,45 +49,60 @@ def random_crops(
 
 
 def compose(outer: Tensor, inner: Tensor) -> Tensor:
-    """The map `inner` followed by `outer`, both (B, 2, 3): view of a view, such as a crop of an aligned image."""
-    return torch.cat([outer[:, :, :2] @ inner[:, :, :2], outer[:, :, :2] @ inner[:, :, 2:] + outer[:, :, 2:]], dim=2)
+    """The map `inner` followed by `outer`, both (B, 2, 3): view of a view, such as a crop of an aligned
+    image."""
+    return torch.cat(
+        [outer[:, :, :2] @ inner[:, :, :2], outer[:, :, :2] @ inner[:, :, 2:] + outer[:, :, 2:]], dim=2
+    )
 
 
 def crop(images: Tensor, theta: Tensor, size: int | tuple[int, int]) -> Tensor:
     """Sample views of `size` px from images (B, C, H, W) at theta (B, 2, 3), bilinearly, zero outside the image."""
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    grid = F.affine_grid(theta, [len(images), images.shape[1], *size], align_corners=False)  # (B, h, w, 2)
+    h, w = (size, size) if isinstance(size, int) else size
+    x, y = ((torch.arange(n, device=theta.device) * 2 + 1) / n - 1 for n in (w, h))
+    # The same points as F.affine_grid's, whose product of (h w, 3) and (3, 2) takes longer than the sampling.
+    grid = torch.empty(len(theta), h, w, 2, device=theta.device)
+    for i in range(2):
+        a, b, c = theta[:, i, :, None, None].unbind(1)  # (B, 1, 1) each
+        torch.add(a * x + c, b * y[:, None], out=grid[..., i])
     return F.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
 
 
 def distort(images: Tensor, generator: Generator, blur: float = 0.5, solarise: float = 0.0) -> Tensor:
     """Change the colours of images (B, C, H, W) in [0, 1], each in its own way; returns the same shape and range.
 
-    blur, solarise: the probability of each. Jitter (probability 0.8) changes brightness and contrast by up to 40 %, and for
-    RGB saturation by 20 % and hue by 36 degrees; a fifth of RGB images turn grey.
+    blur, solarise: the probability of each. Jitter (probability 0.8) changes brightness and contrast by up to
+    40 %, and for RGB saturation by 20 % and hue by 36 degrees; a fifth of RGB images turn grey.
     """
     B, C = images.shape[:2]
-    chance, strength = torch.rand(5, B, generator=generator), torch.rand(5, B, generator=generator)
+    chance, strength = torch.rand(4, B, generator=generator), torch.rand(5, B, generator=generator)
     jitter = (chance[0] < 0.8).float()
-    brightness, contrast = 1 + jitter * 0.4 * (2 * strength[0] - 1), 1 + jitter * 0.4 * (2 * strength[1] - 1)
-    saturation, hue = 1 + jitter * 0.2 * (2 * strength[2] - 1), jitter * 0.2 * torch.pi * (2 * strength[3] - 1)
-    saturation = saturation * (chance[1] >= 0.2)
-    gain = (brightness * contrast).view(B, 1, 1, 1).to(images.device)
-    lift = (brightness * (1 - contrast)).view(B, 1, 1, 1).to(images.device)
+    brightness, contrast, saturation = 1 + jitter * (2 * strength[:3] - 1) * torch.tensor(
+        [[0.4], [0.4], [0.2]]
+    )
+    hue = jitter * 0.2 * torch.pi * (2 * strength[3] - 1)  # radians
     if C == 3:
-        matrix = colour_matrix(saturation, hue).to(images.device)  # (B, 3, 3)
+        matrix = colour_matrix(saturation * (chance[1] >= 0.2), hue).to(images.device)  # (B, 3, 3)
         images = (matrix @ images.flatten(2)).view_as(images)
-    images = (images * gain + images.mean(dim=(1, 2, 3), keepdim=True) * lift).clamp(0, 1)
-    chosen = (chance[2] < blur).nonzero()[:, 0]
-    if len(chosen):
-        sigma = (0.1 + 1.9 * strength[4][chosen]) * images.shape[-1] / 224
-        images = images.index_copy(0, chosen.to(images.device), gaussian_blur(images[chosen], sigma))
-    inverted = (chance[3] < solarise).view(B, 1, 1, 1).to(images.device)
-    return torch.where(inverted & (images >= 0.5), 1 - images, images)
+    gain = (brightness * contrast).view(B, 1, 1, 1).to(images.device)
+    lift = (brightness * (1 - contrast)).view(B, 1, 1, 1).to(images.device) * images.mean(
+        dim=(1, 2, 3), keepdim=True
+    )
+    images = (images * gain).add_(lift).clamp_(0, 1)
+    blurred = (chance[2] < blur).nonzero()[:, 0]
+    if len(blurred):
+        sigma = (0.1 + 1.9 * strength[4][blurred]) * images.shape[-1] / 224
+        blurred = blurred.to(images.device)
+        images[blurred] = gaussian_blur(images[blurred], sigma)
+    inverted = (chance[3] < solarise).nonzero()[:, 0].to(images.device)
+    bright = images[inverted]
+    images[inverted] = torch.where(bright >= 0.5, 1 - bright, bright)
+    return images
 
 
 def colour_matrix(saturation: Tensor, hue: Tensor) -> Tensor:
-    """Matrices (B, 3, 3) that scale the chroma of RGB by saturation (B,) and turn it by hue (B,) radians, in YIQ space."""
+    """Matrices (B, 3, 3) that scale the chroma of RGB by saturation (B,) and turn it by hue (B,) radians, in
+    YIQ space."""
     to_yiq = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
     turn = torch.zeros(len(hue), 3, 3)
     turn[:, 0, 0] = 1

@@ -19,7 +19,8 @@ since scanners rarely use the full range; transparency lies on black. The set ha
 *shows* only grey, however it is stored, else three.
 
 A damaged image is skipped with a note: one bad file should not cost a night. What would silently change the
-lesson (a broken mask, a mask of another size, a label that cannot be read) is a `DataError`. Next to read: `train.py`.
+lesson (a broken mask, a mask of another size, a label that cannot be read) is a `DataError`. Next to read:
+`train.py`.
 """
 
 import csv
@@ -51,6 +52,8 @@ class DataError(ValueError):
 
 
 class Data(NamedTuple):
+    """Images and all that is known of them; masks and labels may be unknown for some, or for all."""
+
     images: Tensor  # (N, C, S, S) uint8
     masks: Tensor | None  # (N, R, S, S) bool, None if there are no regions at all
     has_masks: Tensor  # (N,) bool: all R masks of this image are known
@@ -70,10 +73,11 @@ def select(data: Data, index: Tensor) -> Data:
 def load(
     source: str, img_size: int, seed: int = 0, train_images: int = 1500, sample: str | None = None
 ) -> tuple[dict[str, Data], str | None, list[str]]:
-    """The parts {"train", "val", "test"}, the labelled sample's name and notes, as `load_folder` returns them.
+    """The parts {"train", "val", "test"}, the labelled sample's name and notes, as `load_folder` returns
+    them.
 
-    source: "phantom", drawn anew from the seed (each part from a seed of its own), or a folder, which img_size and
-    sample apply to but seed and train_images don't. Raises DataError.
+    source: "phantom", drawn anew from the seed (each part from a seed of its own), or a folder, which
+    img_size and sample apply to but seed and train_images don't. Raises DataError.
     """
     if source != "phantom":
         return load_folder(source, img_size, sample)
@@ -88,7 +92,8 @@ def load(
 
 
 def normalise(images: Tensor) -> Tensor:
-    """Images (B, C, H, W) in [0, 1] to about zero mean and unit deviation, as every encoder here expects them."""
+    """Images (B, C, H, W) in [0, 1] to about zero mean and unit deviation, as every encoder here expects
+    them."""
     return (images - 0.5) / 0.25
 
 

@@ -1,20 +1,22 @@
-"""DINO: self-distillation without labels (Caron et al. 2021, arXiv 2104.14294), which says so when it collapses.
+"""DINO: self-distillation without labels (Caron et al. 2021, arXiv 2104.14294), which says so when it
+collapses.
 
-A student and a teacher of the same shape see different views of an image; the student learns to predict the teacher's
-distribution over K prototypes, the teacher follows as the student's moving average:
+A student and a teacher of the same shape see different views of an image; the student learns to predict the
+teacher's distribution over K prototypes, the teacher follows as the student's moving average:
 
-    P_s = softmax(g_s(x) / tau_s),   P_t = softmax((g_t(x) - c) / tau_t)                           (1), centred as in (4)
+    P_s = softmax(g_s(x) / tau_s),   P_t = softmax((g_t(x) - c) / tau_t)                     (1)
     min  sum over x in {x_1^g, x_2^g}, x' in V, x' != x  of  H(P_t(x), P_s(x')),  H(a, b) = -a log b     (3)
     c       <- m c + (1 - m) mean_i g_t(x_i)                                                             (4)
     theta_t <- lambda theta_t + (1 - lambda) theta_s
 
-Centring (c) and sharpening (small tau_t) balance each other; when they don't, all images get the same output: collapse.
-The loss alone does not show it, which is this method's most reported failure, often seen days later on small data. So
-`Health` follows, over the teacher's outputs, the entropy h(P_t), the KL divergence of P_t from the mean P_t (how much an
-output says about its image, 0 when collapsed), and the prototypes in use, and names the kind:
+Centring (c) and sharpening (small tau_t) balance each other; when they don't, all images get the same output:
+collapse. The loss alone does not show it, which is this method's most reported failure, often seen days later
+on small data. So `Health` follows, over the teacher's outputs, the entropy h(P_t), the KL divergence of P_t
+from the mean P_t (how much an output says about its image, 0 when collapsed), and the prototypes in use, and
+names the kind:
 
-    uniform          KL = 0, entropy near log K: centring won      -> sharpen: a lower teacher temperature
-    one prototype    KL = 0, entropy low: sharpening won           -> a faster centre, a higher temperature, a lower lr
+    uniform          KL = 0, entropy near log K: centring won    -> a lower teacher temperature
+    one prototype    KL = 0, entropy low: sharpening won         -> a faster centre, a higher temperature
 
 `DINOHead` has the published parameter names. Next to read: `ssl.py`, then `train.py`.
 """
@@ -28,7 +30,8 @@ from torch import Tensor, nn
 
 
 class WeightNormLinear(nn.Module):
-    """A linear layer without bias whose rows have length g, here fixed at 1: prototypes differ by direction alone."""
+    """A linear layer without bias whose rows have length g, here fixed at 1: prototypes differ by direction
+    alone."""
 
     def __init__(self, in_dim: int, out_dim: int):
         super().__init__()
@@ -41,7 +44,8 @@ class WeightNormLinear(nn.Module):
 
 
 class DINOHead(nn.Module):
-    """Features (B, in_dim) to prototype scores (B, out_dim): a three-layer MLP, a unit sphere, K directions on it."""
+    """Features (B, in_dim) to prototype scores (B, out_dim): a three-layer MLP, a unit sphere, K directions
+    on it."""
 
     def __init__(self, in_dim: int, out_dim: int, hidden_dim: int = 2048, bottleneck_dim: int = 256):
         super().__init__()
@@ -62,7 +66,8 @@ class DINOHead(nn.Module):
 
 
 class DINOLoss(nn.Module):
-    """Cross-entropy between teacher and student over all pairs of different views: equations (1), (3), (4)."""
+    """Cross-entropy between teacher and student over all pairs of different views: equations (1), (3),
+    (4)."""
 
     def __init__(self, out_dim: int, student_temp: float = 0.1, center_momentum: float = 0.9):
         super().__init__()
@@ -70,7 +75,8 @@ class DINOLoss(nn.Module):
         self.register_buffer("center", torch.zeros(1, out_dim))
 
     def forward(self, student: Tensor, teacher: Tensor, teacher_temp: float) -> Tensor:
-        """Scores of the student (V, B, K) and the teacher (2, B, K), whose views are the student's first two: a scalar.
+        """Scores of the student (V, B, K) and the teacher (2, B, K), whose views are the student's first two:
+        a scalar.
 
         In training mode the centre then moves toward this batch's mean.
         """
@@ -94,15 +100,19 @@ class Collapse(RuntimeError):
 
 
 class Health(nn.Module):
-    """Moving averages over the teacher's outputs that tell whether different images still get different ones."""
+    """Moving averages over the teacher's outputs that tell whether different images still get different
+    ones."""
 
     def __init__(self, out_dim: int, momentum: float = 0.95, floor: float = 0.02, patience: int = 100):
-        """floor: the least healthy KL, as a share of log K; patience: steps below it before it is called a collapse."""
+        """floor: the least healthy KL, as a share of log K; patience: steps below it before it is called a
+        collapse."""
         super().__init__()
         self.momentum, self.floor, self.patience = momentum, floor, patience
         self.register_buffer("entropy", torch.tensor(math.log(out_dim)))  # nats
         self.register_buffer("kl", torch.tensor(0.0))  # nats
-        self.register_buffer("usage", torch.full((out_dim,), 1 / out_dim))  # share of images that a prototype wins
+        self.register_buffer(
+            "usage", torch.full((out_dim,), 1 / out_dim)
+        )  # share of images that a prototype wins
         self.register_buffer("steps_below", torch.tensor(0))
 
     @torch.no_grad()
@@ -122,24 +132,26 @@ class Health(nn.Module):
         return int((self.usage > 0.1 / len(self.usage)).sum())
 
     def check(self) -> None:
-        """Raise `Collapse`, with its kind and what to change, if the KL has been near 0 for `patience` steps."""
+        """Raise `Collapse`, with its kind and what to change, if the KL has been near 0 for `patience`
+        steps."""
         if self.steps_below < self.patience:
             return
         ceiling = math.log(len(self.usage))
         if self.entropy > 0.5 * ceiling:
             kind = "uniform: every image gets nearly the same weight on all prototypes"
-            remedy = "lower --teacher-temp (0.04, or less while warming up), lower --out-dim, or lower --momentum (0.99)"
+            remedy = "lower --teacher-temp (0.02), --lr or --out-dim, or raise --momentum (0.996)"
         else:
             kind = "one prototype: every image gets the same prototype"
-            remedy = "raise --teacher-temp, lower --center-momentum (0.9) so that the centre follows, or lower --lr"
+            remedy = "lower --center-momentum (0.9) or --lr, or raise --teacher-temp"
         raise Collapse(
-            f"DINO has collapsed, {kind} (teacher entropy {self.entropy:.2f} of at most {ceiling:.2f}, KL {self.kl:.3f}, "
-            f"{self.prototypes()} prototypes in use). What to change: {remedy}."
+            f"DINO has collapsed, {kind} (teacher entropy {self.entropy:.2f} of at most {ceiling:.2f}, KL "
+            f"{self.kl:.3f}, {self.prototypes()} prototypes in use). To change: {remedy}. Or --keep-going."
         )
 
 
 class DINO(nn.Module):
-    """Student, teacher and their heads around an encoder that returns Features (`vit.ViT`, `resnet.ResNet`)."""
+    """Student, teacher and their heads around an encoder that returns Features (`vit.ViT`,
+    `resnet.ResNet`)."""
 
     def __init__(
         self,
@@ -150,7 +162,8 @@ class DINO(nn.Module):
         bottleneck_dim: int = 64,
         center_momentum: float = 0.9,
     ):
-        """The sizes are for thousands of images; for millions the paper has out_dim 65536, hidden 2048, bottleneck 256."""
+        """The sizes are for thousands of images; for millions the paper has out_dim 65536, hidden 2048,
+        bottleneck 256."""
         super().__init__()
         self.student, self.student_head = encoder, DINOHead(embed_dim, out_dim, hidden_dim, bottleneck_dim)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
@@ -158,15 +171,20 @@ class DINO(nn.Module):
         self.loss = DINOLoss(out_dim, center_momentum=center_momentum)
         self.health = Health(out_dim)
 
-    def forward(self, views: list[Tensor], teacher_temp: float = 0.04, layer: int = -1) -> tuple[Tensor, list]:
+    def forward(
+        self, views: list[Tensor], teacher_temp: float = 0.04, layer: int = -1
+    ) -> tuple[Tensor, list]:
         """One step's loss, and what the student saw.
 
-        views: one tensor a resolution, view after view: [globals (2 B, C, H, W), locals (V B, C, h, w) if any].
-        Returns the loss (a scalar) and the student's Features for each of them, with the attention of block `layer`.
+        views: one tensor a resolution, view after view: [globals (2 B, C, H, W), locals (V B, C, h, w) if
+        any]. Returns the loss (a scalar) and the student's Features for each of them, with the attention of
+        block `layer`.
         """
         features = [self.student(x, layer=layer) for x in views]
         B = len(views[0]) // 2
-        student = torch.cat([self.student_head(f.pooled) for f in features]).unflatten(0, (-1, B))  # (V, B, K)
+        student = torch.cat([self.student_head(f.pooled) for f in features]).unflatten(
+            0, (-1, B)
+        )  # (V, B, K)
         with torch.no_grad():
             teacher = self.teacher_head(self.teacher(views[0], layer=None).pooled).unflatten(0, (2, B))
         self.health.update(self.loss.teacher_probabilities(teacher, teacher_temp))

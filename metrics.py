@@ -4,8 +4,9 @@
 
     AP = sum_n (R_n - R_{n-1}) P_n
 
-over the distinct thresholds n, P and R being precision and recall of all that scores at least as high. Equal scores enter together,
-so a constant map scores exactly the share of positives: no luck from the order of pixels. Next to read: `evaluate.py`.
+over the distinct thresholds n, P and R being precision and recall of all that scores at least as high. Equal
+scores enter together, so a constant map scores exactly the share of positives: no luck from the order of
+pixels. Next to read: `evaluate.py`.
 """
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 
 
 def average_precision(scores: Tensor, targets: Tensor) -> Tensor:
-    """Average precision of scores (..., P) against binary targets (..., P): (...), in [0, 1], NaN without a positive."""
+    """Average precision of scores (..., P) against binary targets (..., P): (...), in [0, 1], NaN without a
+    positive."""
     scores, order = scores.sort(dim=-1, descending=True)
     hits = targets.expand(order.shape).gather(-1, order).double().cumsum(dim=-1)
     precision = hits / torch.arange(1, scores.shape[-1] + 1, device=scores.device)
@@ -30,6 +32,8 @@ def localisation_ap(maps: Tensor, masks: Tensor, grid: tuple[int, int]) -> Tenso
 
     Maps on a grid (h, w) are upsampled bilinearly to the size of the masks first.
     """
-    maps = F.interpolate(maps.float().unflatten(2, grid), size=masks.shape[-2:], mode="bilinear", align_corners=False)
+    maps = F.interpolate(
+        maps.float().unflatten(2, grid), size=masks.shape[-2:], mode="bilinear", align_corners=False
+    )
     maps, masks = maps.flatten(2)[:, :, None], masks.flatten(2)[:, None]  # (B, M, 1, P), (B, 1, R, P)
     return average_precision(maps.expand(-1, -1, masks.shape[2], -1), masks)

@@ -1,15 +1,17 @@
-"""Drawn chest X-rays: data with exact masks that needs no download, for showing what a method does in minutes.
+"""Drawn chest X-rays: data with exact masks that needs no download, for showing what a method does in
+minutes.
 
-An image is a stack of soft shapes in body coordinates (u to the image's right, v down; the trunk spans about [-1, 1]):
-trunk, spine, ribs, clavicles, mediastinum, two lungs, heart, and up to four findings. A random affine pose carries
-image pixels to body coordinates, so no two patients stand alike; shape, contrast, exposure and noise vary as well.
+An image is a stack of soft shapes in body coordinates (u to the image's right, v down; the trunk spans about
+[-1, 1]): trunk, spine, ribs, clavicles, mediastinum, two lungs, heart, and up to four findings. A random
+affine pose carries image pixels to body coordinates, so no two patients stand alike; shape, contrast,
+exposure and noise vary as well.
 
-- masks: `left lung`, `right lung`, `heart`. Sides are the patient's, as in radiology: the left lung is on the image's
-  right, and the heart leans to it. A lung's mask ends where the heart covers it.
+- masks: `left lung`, `right lung`, `heart`. Sides are the patient's, as in radiology: the left lung is on the
+  image's right, and the heart leans to it. A lung's mask ends where the heart covers it.
 - labels, each present or not by itself: `enlarged heart`, `effusion`, `nodule`, `opacity`.
 
-Image i of a seed is the same whatever the number of images, the batch or the device: each has its own random stream.
-Everything is batched tensor work, thousands of images a second. Next to read: `vit.py`.
+Image i of a seed is the same whatever the number of images, the batch or the device: each has its own random
+stream. Everything is batched tensor work, thousands of images a second. Next to read: `vit.py`.
 """
 
 import numpy as np
@@ -26,23 +28,28 @@ BATCH = 256
 def phantom(n: int, seed: int, img_size: int = 64, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
     """Draw n chest X-rays from a seed.
 
-    Returns images (n, 1, S, S) uint8, masks (n, 3, S, S) bool in the order of REGIONS, and labels (n, 4) float, 0 or 1,
-    in the order of FINDINGS. Raises ValueError for n or img_size out of range.
+    Returns images (n, 1, S, S) uint8, masks (n, 3, S, S) bool in the order of REGIONS, and labels (n, 4)
+    float, 0 or 1, in the order of FINDINGS. Raises ValueError for n or img_size out of range.
     """
     if n < 1 or img_size < 16:
-        raise ValueError(f"phantom: {n} images of {img_size} px asked for: at least 1 image of at least 16 px is needed")
+        raise ValueError(
+            f"phantom: {n} images of {img_size} px asked for: at least 1 image of at least 16 px is needed"
+        )
     drawn = []
     for start in range(0, n, BATCH):
         streams = [np.random.default_rng([seed, i]) for i in range(start, min(start + BATCH, n))]
         numbers = np.stack([stream.random(NUMBERS, dtype=np.float32) for stream in streams])
-        noise = np.stack([stream.standard_normal((img_size, img_size), dtype=np.float32) for stream in streams])
+        noise = np.stack(
+            [stream.standard_normal((img_size, img_size), dtype=np.float32) for stream in streams]
+        )
         drawn.append(_draw(torch.from_numpy(numbers).to(device), torch.from_numpy(noise).to(device)))
     images, masks, labels = (torch.cat(parts).cpu() for parts in zip(*drawn))
     return images, masks, labels
 
 
 def _draw(numbers: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One batch: numbers (B, NUMBERS) in [0, 1) and standard normal noise (B, S, S) become images, masks, labels."""
+    """One batch: numbers (B, NUMBERS) in [0, 1) and standard normal noise (B, S, S) become images, masks,
+    labels."""
     columns = iter(numbers.unbind(1))
     soft = 3.0 / noise.shape[-1]  # an edge is about a pixel and a half wide
 
@@ -76,10 +83,16 @@ def _draw(numbers: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     trunk = inside(shoulder - u.abs() * (1 + 0.08 * v))
     spine = torch.exp(-((u / 0.085) ** 2)) * (0.8 + 0.2 * torch.cos(v * draw(26, 32)))
     middle = torch.exp(-((u / draw(0.16, 0.22)) ** 4))
-    ribs = torch.cos((v + draw(0.35, 0.55) * (u.abs() - 0.35) ** 2 + 0.25 * u.abs()) * draw(19, 24) + draw(0, 6.28))
+    ribs = torch.cos(
+        (v + draw(0.35, 0.55) * (u.abs() - 0.35) ** 2 + 0.25 * u.abs()) * draw(19, 24) + draw(0, 6.28)
+    )
     ribs = ribs.clamp(min=0.3) - 0.3
     collar = draw(-0.8, -0.72)
-    clavicles = torch.exp(-(((v - collar + 0.22 * u.abs()) / 0.05) ** 2)) * inside(u.abs() - 0.08) * inside(0.8 - u.abs())
+    clavicles = (
+        torch.exp(-(((v - collar + 0.22 * u.abs()) / 0.05) ** 2))
+        * inside(u.abs() - 0.08)
+        * inside(0.8 - u.abs())
+    )
 
     # Lungs: eggs cut off by a domed diaphragm; the heart lies over them.
     lungs = []
@@ -90,7 +103,9 @@ def _draw(numbers: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dome = v0 + b * draw(0.55, 0.85) + 0.9 * (u - u0 + 0.06 * direction) ** 2 - v
         lungs.append(torch.minimum(egg, dome))
     size = draw(0.22, 0.29) * (1 + big_heart * draw(0.28, 0.5))
-    heart = ellipse(draw(0.06, 0.14) + 0.25 * (size - 0.22), draw(0.1, 0.24), size * draw(1.1, 1.3), size, draw(0.3, 0.8))
+    heart = ellipse(
+        draw(0.06, 0.14) + 0.25 * (size - 0.22), draw(0.1, 0.24), size * draw(1.1, 1.3), size, draw(0.3, 0.8)
+    )
     left, right = (inside(torch.minimum(lung, -heart)) for lung in lungs)
     heart, air = inside(heart), inside(torch.maximum(*lungs))
 

@@ -1,7 +1,9 @@
-"""Pictures of what a model looks at, drawn so that they can be compared: one fixed colour scale for all heatmaps.
+"""Pictures of what a model looks at, drawn so that they can be compared: one fixed colour scale for all
+heatmaps.
 
-Attention is shown relative to a uniform map (1 = no preference, 8 = eight times its share), from 0 to SCALE, in every figure; no
-panel is stretched to its own maximum. Colours are Okabe and Ito's, which the colour-blind can tell apart.
+Attention is shown relative to a uniform map (1 = no preference, 8 = eight times its share), from 0 to SCALE,
+in every figure; no panel is stretched to its own maximum. Colours are Okabe and Ito's, which the colour-blind
+can tell apart.
 """
 
 from pathlib import Path
@@ -20,46 +22,48 @@ SCALE = 12.0
 
 
 def attention_grid(
-    path: Path, images: Tensor, masks: Tensor | None, regions: list[str], columns: dict[str, Tensor], grid: tuple[int, int]
+    path: Path, images: Tensor, masks: Tensor | None, regions: list[str], columns: dict[str, Tensor]
 ) -> None:
-    """Rows of images; columns: the image, its true regions (if masks are given), then each map over the dimmed image.
+    """Rows of images; columns: the image, its true regions (if there are masks), each map over the dimmed
+    image.
 
-    images (B, C, H, W) in [0, 1], masks (B, R, H, W), columns {title: (B, N)} of patch maps that sum to 1 at most.
+    images (B, C, H, W) in [0, 1], masks (B, R, H, W), columns {title: (B, h, w)} of attention over patches.
     """
     titles = ["image"] + ["true regions"] * (masks is not None) + list(columns)
     B, (H, W) = len(images), images.shape[-2:]
-    figure, axes = plt.subplots(
-        B, len(titles), figsize=(1.15 * len(titles) + 0.7, 1.15 * B + 0.5), squeeze=False, layout="constrained"
-    )
-    for b in range(B):
-        pixels = images[b].permute(1, 2, 0).squeeze(2).numpy()  # (H, W) or (H, W, 3)
-        for ax, title in zip(axes[b], titles):
-            ax.imshow(pixels, cmap="gray", vmin=0, vmax=1)
+    size = (1.15 * len(titles) + 0.7, 1.15 * B + 0.6)
+    figure, axes = plt.subplots(B, len(titles), figsize=size, squeeze=False, layout="constrained")
+    for b, row in enumerate(axes):
+        for ax, title in zip(row, titles):
+            ax.imshow(images[b].permute(1, 2, 0).squeeze(2).numpy(), cmap="gray", vmin=0, vmax=1)
             ax.set_axis_off()
             if b == 0:
                 ax.set_title(title, fontsize=7)
-        for r in range(len(regions) if masks is not None else 0):
-            axes[b, 1].contour(masks[b, r].float(), levels=[0.5], colors=COLOURS[r % len(COLOURS)], linewidths=1)
-        for ax, maps in zip(axes[b, -len(columns) :], columns.values()):
-            heat = (maps[b] * maps.shape[1]).view(1, 1, *grid)
+        for r in range(0 if masks is None else len(regions)):
+            row[1].contour(masks[b, r].float().numpy(), levels=[0.5], colors=COLOURS[r % len(COLOURS)], linewidths=1)
+        for ax, maps in zip(row[len(titles) - len(columns) :], columns.values()):
+            heat = (maps[b] * maps[b].numel())[None, None]  # 1 = uniform
             heat = F.interpolate(heat, size=(H, W), mode="bilinear", align_corners=False)[0, 0]
-            shown = ax.imshow(heat, cmap="magma", vmin=0, vmax=SCALE, alpha=0.8)
+            shown = ax.imshow(heat.numpy(), cmap="magma", vmin=0, vmax=SCALE, alpha=0.8)
     bar = figure.colorbar(shown, ax=axes, fraction=0.012, pad=0.01)
     bar.set_label("attention / uniform", fontsize=7)
     bar.ax.tick_params(labelsize=6)
     if masks is not None:
-        handles = [plt.Line2D([], [], color=COLOURS[r % len(COLOURS)], label=name) for r, name in enumerate(regions)]
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(regions), fontsize=7, frameon=False)
+        lines = [plt.Line2D([], [], color=c, label=name) for c, name in zip(COLOURS, regions)]
+        figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), fontsize=7, frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def curves(path: Path, history: list[dict]) -> None:
-    """Training curves, one panel a quantity, over epochs: history is a list of {"epoch": e, name: value, ...}."""
+    """Training curves, one panel a quantity, over epochs: history is a list of {"epoch": e, name: value,
+    ...}."""
     names = [name for name in history[-1] if name not in ("epoch", "lr", "images_per_s")]
-    figure, axes = plt.subplots(1, len(names), figsize=(2.4 * len(names), 2.1), squeeze=False, layout="constrained")
-    for ax, name, colour in zip(axes[0], names, COLOURS):
-        ax.plot([row["epoch"] for row in history], [row.get(name, np.nan) for row in history], color=colour)
+    figure, axes = plt.subplots(
+        1, len(names), figsize=(2.4 * len(names), 2.1), squeeze=False, layout="constrained"
+    )
+    for ax, name in zip(axes[0], names):
+        ax.plot([row["epoch"] for row in history], [row.get(name, np.nan) for row in history], color=COLOURS[5])
         ax.set_xlabel("epoch", fontsize=8)
         ax.set_ylabel(name.replace("_", " "), fontsize=8)
         ax.tick_params(labelsize=7)

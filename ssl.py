@@ -1,11 +1,12 @@
 """A doorway, not a room: `from ssl import DINO, RelViT` works here, and so does Python's own `ssl`.
 
-A file called ssl.py hides the standard library's module of that name from everything that runs in this folder, and much
-needs it: `import torch` imports `asyncio`, which asks for `ssl.SSLWantReadError`, and dies. So this file loads the
-standard library's ssl from the interpreter's own folder, leaves *that* module in `sys.modules["ssl"]` (what an import statement
-hands out is whatever lies there when the file has run), and gives it one addition, a module `__getattr__`
-(PEP 562): a name that ssl does not know is looked up in `dino.py`, on first use. So asyncio, https, pip and tqdm never notice,
-and importing ssl does not import torch. The lesson: don't name a file like a standard module; if you must, step aside.
+A file called ssl.py hides the standard library's module of that name from everything that runs in this
+folder, and much needs it: `import torch` imports `asyncio`, which asks for `ssl.SSLWantReadError`, and dies.
+So this file loads the standard library's ssl from the interpreter's own folder, leaves *that* module in
+`sys.modules["ssl"]` (what an import statement hands out is whatever lies there when the file has run), and
+gives it one addition, a module `__getattr__` (PEP 562): a name that ssl does not know is looked up in
+`dino.py`, on first use. So asyncio, https, pip and tqdm never notice, and importing ssl does not import
+torch. The lesson: don't name a file like a standard module; if you must, step aside.
 """
 
 import importlib

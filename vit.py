@@ -1,21 +1,23 @@
 """A Vision Transformer that says where it looked (Dosovitskiy et al. 2020, arXiv 2010.11929).
 
-An image is cut into N patches, each patch becomes a token, a CLS token is put in front, and `depth` pre-norm blocks mix
-and transform the T = N + 1 tokens (equations numbered as in the paper):
+An image is cut into N patches, each patch becomes a token, a CLS token is put in front, and `depth` pre-norm
+blocks mix and transform the T = N + 1 tokens (equations numbered as in the paper):
 
-    z_0  = [x_cls; x_1 E; ...; x_N E] + E_pos                                                      (1)
-    z'_l = MSA(LN(z_{l-1})) + z_{l-1},   z_l = MLP(LN(z'_l)) + z'_l                                (2), (3)
-    y    = LN(z_L)                                                                                 (4)
-    [q, k, v] = z U_qkv,   A = softmax(q k^T / sqrt(d)),   SA(z) = A v                             (5), (6), (7)
+    z_0  = [x_cls; x_1 E; ...; x_N E] + E_pos                                       (1)
+    z'_l = MSA(LN(z_{l-1})) + z_{l-1},   z_l = MLP(LN(z'_l)) + z'_l                 (2), (3)
+    y    = LN(z_L)                                                                  (4)
+    [q, k, v] = z U_qkv,   A = softmax(q k^T / sqrt(d)),   SA(z) = A v              (5), (6), (7)
 
-Every forward returns `Features(pooled, patches, attention)`. `attention` is the CLS row of A in one block, the weights
-with which each head pooled the image. `F.scaled_dot_product_attention` never forms A, so that one row is computed beside
-it: softmax(q_cls k^T / sqrt(d)) costs O(N) time and memory, not O(N^2), and can be trained through, which is
-all that `attention_priors.py` needs. `attention_maps` gives the full A of every block, for pictures.
+Every forward returns `Features(pooled, patches, attention)`. `attention` is the CLS row of A in one block,
+the weights with which each head pooled the image. `F.scaled_dot_product_attention` never forms A, so that one
+row is computed beside it: softmax(q_cls k^T / sqrt(d)) costs O(N) time and memory, not O(N^2), and can be
+trained through, which is all that `attention_priors.py` needs. `attention_maps` gives the full A of every
+block, for pictures.
 
-Parameter names and numerics (LayerNorm eps 1e-6, exact GELU) are those of the DINO and timm releases, whose state dicts
-load with strict=True once the classifier or projection head is dropped. Where we differ: position embeddings are resized to the
-exact grid, where DINO's code adds 0.1 to the scale factor. Next to read: `attention_priors.py`.
+Parameter names and numerics (LayerNorm eps 1e-6, exact GELU) are those of the DINO and timm releases, whose
+state dicts load with strict=True once the classifier or projection head is dropped. Where we differ: position
+embeddings are resized to the exact grid, where DINO's code adds 0.1 to the scale factor. Next to read:
+`attention_priors.py`.
 """
 
 import math
@@ -27,10 +29,11 @@ from torch import Tensor, nn
 
 
 class Features(NamedTuple):
-    """What an encoder returns: `pooled` (B, D), `patches` (B, N, D) row by row, `attention` (B, heads, N) or None.
+    """What an encoder returns: `pooled` (B, D), `patches` (B, N, D) row by row, `attention` (B, heads, N) or
+    None.
 
-    `attention` holds probabilities: the pooling token's softmax row over the patches, its own column dropped and the
-    rest not renormalised, so that a head which looks at CLS itself sums to less than 1.
+    `attention` holds probabilities: the pooling token's softmax row over the patches, its own column dropped
+    and the rest not renormalised, so that a head which looks at CLS itself sums to less than 1.
     """
 
     pooled: Tensor
@@ -39,7 +42,8 @@ class Features(NamedTuple):
 
 
 class PatchEmbed(nn.Module):
-    """Images (B, C, H, W) to patch tokens (B, N, D), equation (1): a convolution whose stride is its kernel."""
+    """Images (B, C, H, W) to patch tokens (B, N, D), equation (1): a convolution whose stride is its
+    kernel."""
 
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int):
         super().__init__()
@@ -50,7 +54,8 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, equations (5)-(7), which can also hand out the first token's attention row."""
+    """Multi-head self-attention, equations (5)-(7), which can also hand out the first token's attention
+    row."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -64,7 +69,8 @@ class Attention(nn.Module):
         return self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4).unbind()
 
     def forward(self, x: Tensor, row: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Tokens (B, T, D) to mixed tokens (B, T, D) and, if `row`, the first token's attention (B, heads, T)."""
+        """Tokens (B, T, D) to mixed tokens (B, T, D) and, if `row`, the first token's attention (B, heads,
+        T)."""
         q, k, v = self.split(x)
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, T, D)
         return self.proj(mixed), self.weights(q[:, :, :1], k)[:, :, 0] if row else None
@@ -114,7 +120,8 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """A Vision Transformer whose every forward returns `Features`, attention included.
 
-    img_size: side of the training images in pixels, or (height, width); it sets the size of the position embedding, and other sizes
+    img_size: side of the training images in pixels, or (height, width); it sets the size of the position
+    embedding, and other sizes
         are met by resizing that. pool: None for a CLS token, or a module that maps patches (B, N, D) to
         (pooled (B, D), attention (B, N) or (B, heads, N)); then there is no CLS token.
 
@@ -135,7 +142,9 @@ class ViT(nn.Module):
     ):
         super().__init__()
         if embed_dim % num_heads:
-            raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}: change either")
+            raise ValueError(
+                f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}: change either"
+            )
         self.patch_size, self.embed_dim, self.num_heads, self.depth = patch_size, embed_dim, num_heads, depth
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         self.native_grid = self._grid(height, width)
@@ -176,10 +185,13 @@ class ViT(nn.Module):
         return self._grid(*images.shape[-2:])
 
     def positions_for(self, grid: tuple[int, int]) -> Tensor:
-        """The position embedding (1, T, D) for a grid (h, w), resized bicubically where it is not the native one."""
+        """The position embedding (1, T, D) for a grid (h, w), resized bicubically where it is not the native
+        one."""
         if grid == self.native_grid:
             return self.pos_embed
-        extra = self.pos_embed.shape[1] - math.prod(self.native_grid)  # 1 with a CLS token, which has no place
+        extra = self.pos_embed.shape[1] - math.prod(
+            self.native_grid
+        )  # 1 with a CLS token, which has no place
         cls, patches = self.pos_embed[:, :extra], self.pos_embed[:, extra:]
         patches = patches.transpose(1, 2).unflatten(2, self.native_grid)  # (1, D, h0, w0)
         patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
@@ -213,7 +225,8 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def attention_maps(self, images: Tensor) -> Tensor:
-        """The full attention A of every block for images (B, C, H, W): (B, depth, heads, T, T), T = 1 + N with CLS.
+        """The full attention A of every block for images (B, C, H, W): (B, depth, heads, T, T), T = 1 + N
+        with CLS.
 
         Takes O(depth * heads * T^2) memory; for training use `forward`, which hands out one row.
         """

@@ -1,6 +1,5 @@
 """Priors follow their crops, registration finds known maps, and the SPAN loss is what its formula says."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -73,7 +72,9 @@ def test_every_image_may_have_a_prior_of_its_own():
 
 def test_alignment_recovers_a_known_affine_map():
     image = phantom(1, seed=5)[0].float() / 255
-    known = torch.tensor([[[1.08, 0.06, 0.1], [-0.08, 0.94, -0.08]], [[0.92, -0.05, -0.06], [0.04, 1.06, 0.12]]])
+    known = torch.tensor(
+        [[[1.08, 0.06, 0.1], [-0.08, 0.94, -0.08]], [[0.92, -0.05, -0.06], [0.04, 1.06, 0.12]]]
+    )
     moved = F.grid_sample(
         image.expand(2, -1, -1, -1), F.affine_grid(known, (2, 1, 64, 64), align_corners=False),
         padding_mode="border", align_corners=False,
@@ -94,7 +95,9 @@ def test_an_image_is_registered_the_same_whatever_its_batch_mates_are():
     theta = align(images[0], images[1:], steps=10)
     torch.testing.assert_close(align(images[0], images[2:3], steps=10)[0], theta[1], atol=1e-4, rtol=0)
     flow = bend(images[0], images[1:], theta, steps=10)
-    torch.testing.assert_close(bend(images[0], images[2:3], theta[1:2], steps=10)[0], flow[1], atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        bend(images[0], images[2:3], theta[1:2], steps=10)[0], flow[1], atol=1e-4, rtol=0
+    )
 
 
 def test_bending_fits_what_no_affine_map_can():
@@ -131,7 +134,12 @@ def test_a_prior_from_a_mask_is_largest_inside_it_and_fades_over_its_border():
     mask = torch.zeros(1, 40, 40, dtype=torch.bool)
     mask[:, 10:30, 10:30] = True
     prior = priors_from_masks(mask, blur=0.05)
-    assert prior.max() == 1 and prior[0, 20, 20] > 0.99 and 0.3 < prior[0, 20, 10] < 0.7 and prior[0, 20, 2] < 0.01
+    assert (
+        prior.max() == 1
+        and prior[0, 20, 20] > 0.99
+        and 0.3 < prior[0, 20, 10] < 0.7
+        and prior[0, 20, 2] < 0.01
+    )
     assert torch.equal(priors_from_masks(mask, blur=0.0), mask.float())
 
 
@@ -162,7 +170,9 @@ def distributions(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_kl_is_the_formula_with_attention_renormalised():
-    prior, attention = distributions(2, 1, 5), 0.7 * distributions(2, 3, 5, seed=1)  # 0.3 went to the CLS token
+    prior, attention = distributions(2, 1, 5), 0.7 * distributions(
+        2, 3, 5, seed=1
+    )  # 0.3 went to the CLS token
     A = attention[:, :1] / 0.7
     expected = (prior * (prior / A).log()).sum(dim=2).mean()
     torch.testing.assert_close(span_loss(attention, prior, torch.ones(2, 1).double()), expected)

@@ -38,9 +38,15 @@ def test_a_crop_of_a_crop_is_one_matrix():
     # Linear ramps are sampled exactly, so two steps and one must agree.
     y, x = torch.meshgrid(torch.linspace(0, 1, 64), torch.linspace(0, 1, 64), indexing="ij")
     image = torch.stack([x, y])[None]
-    first, second = torch.tensor([[[0.7, 0, 0.1], [0, 0.6, 0.2]]]), torch.tensor([[[-0.5, 0, 0.3], [0, 0.8, -0.1]]])
-    both = torch.cat([first[:, :, :2] @ second[:, :, :2], first[:, :, :2] @ second[:, :, 2:] + first[:, :, 2:]], dim=2)
-    torch.testing.assert_close(crop(crop(image, first, 64), second, 64), crop(image, both, 64), atol=1e-4, rtol=0)
+    first, second = torch.tensor([[[0.7, 0, 0.1], [0, 0.6, 0.2]]]), torch.tensor(
+        [[[-0.5, 0, 0.3], [0, 0.8, -0.1]]]
+    )
+    both = torch.cat(
+        [first[:, :, :2] @ second[:, :, :2], first[:, :, :2] @ second[:, :, 2:] + first[:, :, 2:]], dim=2
+    )
+    torch.testing.assert_close(
+        crop(crop(image, first, 64), second, 64), crop(image, both, 64), atol=1e-4, rtol=0
+    )
 
 
 def test_a_seed_gives_the_same_views_again():
@@ -61,7 +67,9 @@ def test_colours_of_an_image_do_not_depend_on_its_batch_mates():
     images = torch.rand(6, 3, 8, 8)
     other = images.clone()
     other[1:] = torch.rand(5, 3, 8, 8)
-    torch.testing.assert_close(distort(images, generator(), 1.0, 0.5)[0], distort(other, generator(), 1.0, 0.5)[0])
+    torch.testing.assert_close(
+        distort(images, generator(), 1.0, 0.5)[0], distort(other, generator(), 1.0, 0.5)[0]
+    )
 
 
 def test_hue_turns_colours_but_leaves_grey_alone_and_saturation_zero_is_grey():
@@ -69,7 +77,9 @@ def test_hue_turns_colours_but_leaves_grey_alone_and_saturation_zero_is_grey():
     matrix = colour_matrix(torch.tensor([1.2, 0.0]), torch.tensor([0.5, 0.0]))
     torch.testing.assert_close(matrix[0] @ grey, grey, atol=1e-5, rtol=0)
     assert (matrix[1] @ torch.rand(3, 5)).std(dim=0).max() < 1e-5
-    torch.testing.assert_close(colour_matrix(torch.ones(1), torch.zeros(1))[0], torch.eye(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        colour_matrix(torch.ones(1), torch.zeros(1))[0], torch.eye(3), atol=1e-5, rtol=0
+    )
 
 
 def test_blur_is_a_normalised_gaussian_of_each_image_s_own_width():

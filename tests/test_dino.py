@@ -20,7 +20,9 @@ def golden(name: str) -> dict[str, torch.Tensor]:
 def test_the_head_equals_the_published_one_under_its_published_names():
     numbers = golden("dino_head.npz")
     head = DINOHead(48, 64, hidden_dim=96, bottleneck_dim=32)
-    head.load_state_dict({k.removeprefix("weight."): v for k, v in numbers.items() if "weight." in k}, strict=True)
+    head.load_state_dict(
+        {k.removeprefix("weight."): v for k, v in numbers.items() if "weight." in k}, strict=True
+    )
     torch.testing.assert_close(head(numbers["features"]), numbers["output"], rtol=1e-5, atol=1e-6)
 
 
@@ -30,13 +32,19 @@ def test_three_steps_of_the_loss_and_its_centre_equal_the_published_ones():
     for step in ("step0", "step1", "step2"):
         temperature = float(numbers["teacher_temp_schedule"][numbers[f"{step}.epoch"]])
         student, teacher = (numbers[f"{step}.{who}"].unflatten(0, (-1, 4)) for who in ("student", "teacher"))
-        torch.testing.assert_close(loss(student, teacher, temperature), numbers[f"{step}.loss"], rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            loss(student, teacher, temperature), numbers[f"{step}.loss"], rtol=1e-5, atol=0
+        )
         torch.testing.assert_close(loss.center, numbers[f"{step}.center_after"], rtol=1e-5, atol=1e-7)
 
 
 def test_a_dino_release_s_backbone_loads_strictly():
-    weights = {k.removeprefix("weight."): v for k, v in golden("dino_vit.npz").items() if k.startswith("weight.")}
-    checkpoint = {"backbone." + k: v for k, v in weights.items()} | {"head.last_layer.weight_v": torch.zeros(2, 2)}
+    weights = {
+        k.removeprefix("weight."): v for k, v in golden("dino_vit.npz").items() if k.startswith("weight.")
+    }
+    checkpoint = {"backbone." + k: v for k, v in weights.items()} | {
+        "head.last_layer.weight_v": torch.zeros(2, 2)
+    }
     backbone = {k.removeprefix("backbone."): v for k, v in checkpoint.items() if k.startswith("backbone.")}
     ViT(32, 8, 3, 48, 3, 3).load_state_dict(backbone, strict=True)
 
@@ -128,7 +136,7 @@ def test_a_few_bad_steps_are_not_a_collapse():
     "kind, teacher_temp, center_momentum", [("uniform", 5.0, 0.9), ("one prototype", 0.04, 1.0)]
 )
 def test_training_provokes_both_kinds_of_collapse(kind, teacher_temp, center_momentum):
-    """Without sharpening the outputs become uniform; without centring one prototype takes all (their Figure 7)."""
+    """Without sharpening the outputs become uniform; without centring one takes all (their Figure 7)."""
     dino = small_dino(center_momentum=center_momentum)
     optimizer = torch.optim.AdamW([p for p in dino.parameters() if p.requires_grad], lr=3e-3)
     with pytest.raises(Collapse, match=kind):

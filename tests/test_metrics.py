@@ -19,7 +19,9 @@ def brute_force(scores: torch.Tensor, targets: torch.Tensor) -> float:
 
 def test_a_worked_example():
     scores = torch.tensor([0.9, 0.8, 0.7, 0.6])
-    assert average_precision(scores, torch.tensor([1, 0, 1, 0])).item() == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
+    assert average_precision(scores, torch.tensor([1, 0, 1, 0])).item() == pytest.approx(
+        0.5 * 1 + 0.5 * 2 / 3
+    )
 
 
 @pytest.mark.parametrize("levels", [2, 5, 1000])
@@ -29,7 +31,9 @@ def test_it_equals_the_definition_with_few_and_many_ties(levels):
         scores = torch.randint(levels, (30,), generator=generator).double()
         targets = torch.randint(2, (30,), generator=generator)
         targets[0] = 1
-        assert average_precision(scores, targets).item() == pytest.approx(brute_force(scores, targets), abs=1e-12)
+        assert average_precision(scores, targets).item() == pytest.approx(
+            brute_force(scores, targets), abs=1e-12
+        )
 
 
 def test_a_constant_map_scores_the_share_of_positives_wherever_they_lie():

@@ -40,7 +40,7 @@ def test_the_left_lung_is_on_the_image_s_right_and_the_heart_leans_to_it(drawn):
 
 
 def test_the_drawing_agrees_with_its_masks(drawn):
-    """Lungs are darker than what surrounds them, the heart is brighter than the lungs, in nearly every healthy image."""
+    """Lungs are darker than what surrounds them, hearts brighter than lungs, in nearly every healthy one."""
     images, masks, labels = drawn
     healthy = labels.sum(dim=1) == 0
     values, masks = images[healthy, 0].float(), masks[healthy]

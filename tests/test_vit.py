@@ -127,7 +127,11 @@ def test_a_pool_takes_the_place_of_the_cls_token():
 
     vit = small(pool=Mean())
     features = vit(torch.rand(2, 1, 16, 16))
-    assert isinstance(features, Features) and not hasattr(vit, "cls_token") and vit.pos_embed.shape == (1, 16, 12)
+    assert (
+        isinstance(features, Features)
+        and not hasattr(vit, "cls_token")
+        and vit.pos_embed.shape == (1, 16, 12)
+    )
     torch.testing.assert_close(features.pooled, features.patches.mean(dim=1))
     assert features.attention.shape == (2, 1, 16)
 

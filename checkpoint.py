@@ -1,0 +1,109 @@
+"""A run is a folder: what it was asked for, how far it came, and how it goes on.
+
+    config.json      every setting, the command line, versions and machine
+    last.pt          weights, optimizer, random states and history after the last finished epoch
+    metrics.jsonl    a line an epoch;  metrics.json  final figures, flat names to numbers
+
+Every file is written beside its place and then moved there, so that a kill leaves the old one or the new one,
+never half of one. Checkpoints are read with `weights_only=True`: one that would run code is refused.
+"""
+
+import argparse
+import json
+import platform
+import shlex
+from pathlib import Path
+
+import torch
+from torch import Generator, nn
+from torch.optim import Optimizer
+
+OF_THE_CALL = ("out", "overwrite", "resume", "keep_going", "device")  # settings that --resume may change
+
+
+def write_whole(path: Path, content: str | dict) -> None:
+    """Write text, or a dict as JSON if the name says so, or a checkpoint: whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    if path.suffix == ".pt":
+        torch.save(content, part)
+    else:
+        part.write_text(content if isinstance(content, str) else json.dumps(content, indent=1) + "\n")
+    part.replace(path)
+
+
+def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
+    """Raise ValueError rather than touch a folder that holds something, unless asked to."""
+    if resume and not (out / "last.pt").exists():
+        raise ValueError(f"--resume: there is no {out}/last.pt; start without --resume")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; name a folder")
+    if resume or not out.exists() or not any(out.iterdir()):
+        return
+    if not (out / "config.json").exists():
+        raise ValueError(f"--out {out} holds something else than a run; name another folder")
+    if not overwrite:
+        raise ValueError(f"--out {out} holds a run: --resume goes on with it, --overwrite starts again")
+
+
+def start(args: argparse.Namespace, argv: list[str]) -> None:
+    """Make the folder of a new run and write its config.json; what an overwritten run left is removed."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    for stale in ("last.pt", "metrics.jsonl", "metrics.json"):
+        (args.out / stale).unlink(missing_ok=True)
+    config = {**vars(args), "out": str(args.out), "command": shlex.join(["python", "train.py", *argv])}
+    config["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
+    config["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads, {args.device}"
+    write_whole(args.out / "config.json", config)
+
+
+def resumed(args: argparse.Namespace, defaults: argparse.Namespace) -> argparse.Namespace:
+    """The settings of the run in --out, to go on with. Raises ValueError if the command line asks for
+    others."""
+    saved, _ = load_run(args.out)
+    for name, value in vars(args).items():
+        if name in OF_THE_CALL:
+            setattr(saved, name, value)
+        elif value != getattr(defaults, name) and value != getattr(saved, name, None):
+            there = getattr(saved, name, None)
+            raise ValueError(
+                f"--resume: {args.out} was started with {name} = {there}, not {value}; drop the flag"
+            )
+    return saved
+
+
+def save(
+    out: Path, model: nn.Module, optimizer: Optimizer, generator: Generator, history: list[dict]
+) -> None:
+    """Write last.pt and metrics.jsonl after an epoch."""
+    checkpoint = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "generator": generator.get_state(),
+        "torch_rng": torch.get_rng_state(),
+        "history": history,
+    }
+    write_whole(out / "last.pt", checkpoint)
+    write_whole(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
+
+
+def restore(out: Path, model: nn.Module, optimizer: Optimizer, generator: Generator) -> list[dict]:
+    """Put everything back as `save` found it; returns the history, a row a finished epoch."""
+    _, checkpoint = load_run(out)
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    generator.set_state(checkpoint["generator"])
+    torch.set_rng_state(checkpoint["torch_rng"])
+    return checkpoint["history"]
+
+
+def load_run(folder: Path) -> tuple[argparse.Namespace, dict]:
+    """A run's settings and its checkpoint. Raises ValueError if the folder is no run, or a file is
+    damaged."""
+    try:
+        config = argparse.Namespace(**json.loads((folder / "config.json").read_text()))
+        return config, torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(f"{folder} is not a run of train.py: {error.filename} cannot be read") from None
+    except Exception as error:  # a damaged or foreign file fails in the unpickler in many ways
+        reason = " ".join(str(error).split())[:120]
+        raise ValueError(f"{folder}: config.json or last.pt is damaged ({reason})") from None

@@ -1,0 +1,267 @@
+"""The chain from data to table, on the command line: what it learns, how it fails, how it goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import train
+from checkpoint import load_run
+from phantom import REGIONS, phantom
+
+TINY = "--train-images 32 --embed-dim 24 --depth 2 --num-heads 3 --batch-size 8 --out-dim 16 --epochs 2".split()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_test_images():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data.PHANTOM_SIZES", {"val": 8, "test": 8})
+        yield
+
+
+def refused(capsys, *argv: str) -> str:
+    """The line with which train.py refuses to start, with exit status 2 and no traceback."""
+    with pytest.raises(SystemExit) as stop:
+        train.main(list(argv))
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and "\n" not in error and error.startswith("train.py: ")
+    return error
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "span"
+    train.main([*TINY, "--out", str(out)])
+    return out
+
+
+def test_a_run_leaves_its_settings_its_figures_its_weights_and_its_pictures(run):
+    metrics = json.loads((run / "metrics.json").read_text())
+    for what in ("prior", "aligned_prior", "attention"):
+        values = [metrics[f"{what}_AP_{region.replace(' ', '_')}"] for region in REGIONS]
+        assert metrics[f"{what}_mAP"] == pytest.approx(np.mean(values)) and 0 < min(values) <= max(values) <= 1
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2] and {"loss", "span_loss", "teacher_entropy", "kl"} <= set(lines[0])
+    config = json.loads((run / "config.json").read_text())
+    assert config["embed_dim"] == 24 and config["command"].startswith("python train.py --train-images 32")
+    for picture in ("attention.png", "curves.png"):
+        assert min(Image.open(run / picture).size) > 100
+    assert not list(run.glob("*.part"))
+
+
+def test_the_registered_prior_is_better_than_the_prior_as_it_is(run):
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["aligned_prior_mAP"] > metrics["prior_mAP"] + 0.1
+
+
+def test_guided_heads_learn_to_look_where_the_sample_s_masks_say(tmp_path):
+    argv = "--train-images 128 --embed-dim 48 --depth 2 --epochs 12 --batch-size 16 --out-dim 32 --lr 3e-3"
+    train.main([*argv.split(), "--out", str(tmp_path / "span")])
+    metrics = json.loads((tmp_path / "span" / "metrics.json").read_text())
+    assert metrics["attention_mAP"] > metrics["prior_mAP"] + 0.05  # 0.1 is chance
+
+
+def test_runs_are_compared_side_by_side_on_the_same_images(run, tmp_path, capsys):
+    train.main([*TINY, "--prior", "none", "--out", str(tmp_path / "dino")])
+    capsys.readouterr()
+    evaluate.main([str(run), str(tmp_path / "dino"), "--images", "2"])
+    table = capsys.readouterr().out
+    assert "span: aligned prior" in table and "dino: attention" in table and "mean" in table
+    assert (run / "compare.png").exists()
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert f"{100 * metrics['attention_mAP']:.1f}" in table  # evaluate.py measures what train.py measured
+
+
+def test_a_seed_gives_the_same_weights_again(run, tmp_path):
+    train.main([*TINY, "--out", str(tmp_path / "again")])
+    first, second = (load_run(folder)[1]["model"] for folder in (run, tmp_path / "again"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("options", ["--local-crops-number 2 --flip 0.5", "--span-loss dice --drop-path 0.2"])
+def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(options, tmp_path):
+    argv = [*TINY, *options.split(), "--epochs", "4"]
+    train.main([*argv, "--out", str(tmp_path / "whole")])
+    command = [sys.executable, "train.py", *argv, "--out", str(tmp_path / "killed")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "killed" / "last.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    train.main(["--out", str(tmp_path / "killed"), "--resume"])
+    whole, resumed = (load_run(tmp_path / name)[1]["model"] for name in ("whole", "killed"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_priors_may_be_every_image_s_masks_statistics_or_a_file(tmp_path):
+    np.save(tmp_path / "priors.npy", phantom(1, seed=9)[1][0].numpy().astype(np.float32))
+    for prior in ("masks", "statistics", str(tmp_path / "priors.npy")):
+        out = tmp_path / Path(prior).stem
+        train.main([*TINY, "--num-heads", "4", "--epochs", "1", "--prior", prior, "--out", str(out)])
+        assert json.loads((out / "metrics.json").read_text())["span_loss"] > 0
+
+
+# Refusals
+
+
+def test_an_existing_run_is_neither_overwritten_nor_resumed_unless_asked_to(run, tmp_path, capsys):
+    before = (run / "last.pt").read_bytes()
+    assert "--resume goes on with it, --overwrite starts again" in refused(capsys, *TINY, "--out", str(run))
+    assert "was started with embed_dim = 24, not 48" in refused(capsys, "--out", str(run), "--resume", "--embed-dim", "48")
+    assert "there is no" in refused(capsys, "--out", str(tmp_path / "new"), "--resume")
+    (tmp_path / "thesis.txt").write_text("years of work")
+    assert "something else than a run" in refused(capsys, *TINY, "--out", str(tmp_path), "--overwrite")
+    assert "is a file" in refused(capsys, *TINY, "--out", str(tmp_path / "thesis.txt"))
+    assert (run / "last.pt").read_bytes() == before and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ("--img-size 60", "60x60 px cannot be cut into patches of 8 px: use a multiple of 8, such as 56 or 64"),
+        ("--num-heads 2", "3 priors (left lung, right lung, heart) but --num-heads 2"),
+        ("--embed-dim 25", "embed_dim 25 is not a multiple of num_heads 3"),
+        ("--epochs 0", "--epochs 0: it must be finite and at least 1"),
+        ("--lr nan", "--lr nan: it must be finite"),
+        ("--span-layer 2", "--span-layer 2: there are 2 blocks, 0 to 1"),
+        ("--global-scale 0.9 0.4", "0 < a <= b <= 1"),
+        ("--device abacus", "--device abacus can't be used"),
+        ("--sample nobody", "sample `nobody` is not drawn"),
+        ("--data nowhere", "nowhere is not a folder; expected images/"),
+        ("--prior nowhere.npy", "nowhere.npy is not sample, masks, statistics, none, or a .npy file"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_in_one_line_before_anything_is_written(argv, message, tmp_path, capsys):
+    assert message in refused(capsys, *TINY, *argv.split(), "--out", str(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "prior, message",
+    [
+        (np.ones((2, 32, 32)), "must be (R, 64, 64), as --img-size says"),
+        (np.ones((64, 64)), "must be (R, 64, 64)"),
+        (-np.ones((1, 64, 64)), "finite and not negative"),
+        (np.stack([np.ones((64, 64)), np.zeros((64, 64))]), "prior 1 (counted from 0) is empty"),
+        (np.array([{"a": 1}], dtype=object), "a .npy file"),
+    ],
+)
+def test_a_prior_file_that_does_not_fit_is_refused(prior, message, tmp_path, capsys):
+    np.save(tmp_path / "prior.npy", prior, allow_pickle=True)
+    argv = [*TINY, "--prior", str(tmp_path / "prior.npy"), "--out", str(tmp_path / "new")]
+    assert message in refused(capsys, *argv)
+
+
+def folder_of_phantoms(path: Path, masked: int) -> Path:
+    """A user's folder: 24 images, the first `masked` of them with masks."""
+    images, masks, _ = phantom(24, seed=3)
+    for region in REGIONS:
+        (path / "masks" / region).mkdir(parents=True)
+    (path / "images").mkdir()
+    for i in range(24):
+        Image.fromarray(images[i, 0].numpy()).save(path / "images" / f"{i:02d}.png")
+        for r, region in enumerate(REGIONS[: 3 if i < masked else 0]):
+            Image.fromarray(masks[i, r].numpy()).save(path / "masks" / region / f"{i:02d}.png")
+    return path
+
+
+def test_a_folder_with_one_labelled_image_trains_and_says_what_cannot_be_measured(tmp_path, capsys):
+    data = folder_of_phantoms(tmp_path / "mine", masked=1)
+    (data / "images" / "05.png").write_bytes(b"")
+    train.main([*TINY, "--data", str(data), "--out", str(tmp_path / "run")])
+    printed = capsys.readouterr().out
+    assert "05.png is skipped" in printed and "no test image of" in printed and "AP can't be measured" in printed
+    assert (tmp_path / "run" / "attention.png").exists()
+
+
+def test_a_folder_without_masks_is_refused_unless_the_prior_needs_none(tmp_path, capsys):
+    data = folder_of_phantoms(tmp_path / "mine", masked=0)
+    argv = [*TINY, "--data", str(data), "--out", str(tmp_path / "run")]
+    assert "has a mask for every region; outline one" in refused(capsys, *argv)
+    assert "has a mask for every region; outline one" in refused(capsys, *argv, "--prior", "masks")
+    train.main([*argv, "--prior", "none", "--epochs", "1"])
+
+
+def test_an_empty_mask_of_the_sample_is_refused_by_region(tmp_path, capsys):
+    data = folder_of_phantoms(tmp_path / "mine", masked=24)
+    Image.fromarray(np.zeros((64, 64), np.uint8)).save(data / "masks" / "heart" / "07.png")
+    argv = [*TINY, "--data", str(data), "--sample", "07.png", "--out", str(tmp_path / "run")]
+    assert "the masks of sample 07.png are empty for heart" in refused(capsys, *argv)
+
+
+# Failures while training
+
+
+def test_a_collapse_stops_the_run_and_keep_going_overrides(tmp_path, capsys):
+    argv = [*TINY, "--prior", "none", "--epochs", "40", "--teacher-temp", "5"]
+    with pytest.raises(SystemExit) as stop:
+        train.main([*argv, "--out", str(tmp_path / "stopped")])
+    assert stop.value.code == 1 and "DINO has collapsed, uniform" in capsys.readouterr().err
+    train.main([*argv, "--out", str(tmp_path / "on"), "--keep-going"])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_weights(tmp_path, capsys, monkeypatch):
+    steps = iter(range(100))
+    real = train.span_loss
+    monkeypatch.setattr(train, "span_loss", lambda *args: real(*args) * (float("nan") if next(steps) == 6 else 1))
+    with pytest.raises(SystemExit) as stop:
+        train.main([*TINY, "--out", str(tmp_path / "run")])
+    assert stop.value.code == 1 and "step 6: the loss is nan" in capsys.readouterr().err
+    weights = load_run(tmp_path / "run")[1]["model"]
+    assert all(w.isfinite().all() for w in weights.values())
+
+
+def test_a_step_with_an_infinite_gradient_changes_no_weight():
+    model = torch.nn.Linear(1, 1)
+    before = model.weight.clone()
+    with pytest.raises(FloatingPointError, match="step 7"):
+        loss = (model.weight.sum() * 0).sqrt()  # finite, but its slope is not
+        optimizer = torch.optim.SGD(model.parameters(), lr=1)
+        train.descend(loss, model, optimizer, train.parse([]), step=7)
+    assert torch.equal(model.weight, before)
+
+
+def test_an_interrupted_run_says_how_to_go_on(tmp_path):
+    command = [sys.executable, "train.py", *TINY, "--epochs", "500", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    while not (tmp_path / "run" / "last.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert "--resume goes on" in process.communicate()[0] and process.returncode == 130
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("echo spoiled",)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", "truncated", Evil()])
+def test_a_checkpoint_that_is_damaged_or_would_run_code_is_refused(content, run, tmp_path, capfd):
+    (tmp_path / "config.json").write_text((run / "config.json").read_text())
+    if isinstance(content, Evil):
+        torch.save(content, tmp_path / "last.pt")
+    else:
+        whole = (run / "last.pt").read_bytes()
+        (tmp_path / "last.pt").write_bytes(whole[: len(whole) // 2] if content == "truncated" else content)
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([str(tmp_path)])
+    out, error = capfd.readouterr()
+    assert stop.value.code == 2 and "last.pt is damaged" in error and "\n" not in error.strip()
+    assert "spoiled" not in out
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([str(tmp_path)])
+    assert stop.value.code == 2 and "is not a run of train.py" in capsys.readouterr().err
