@@ -1,11 +1,10 @@
-"""SPAN: attention heads that follow spatial priors (Miao et al. 2022, arXiv 2209.03745; no public code
-exists).
+"""SPAN: attention heads that follow spatial priors (Miao et al. 2022, arXiv 2209.03745).
 
 Where things are in an image is often known beforehand: lungs and heart, the parts of a product under a fixed
 camera. SPAN lets single attention heads of a ViT learn it, each from one prior over the image, while the
-other heads stay free and the self-supervised objective goes on as before. Priors come from one labelled
-sample, or from the statistics of unlabelled images. The formulas are numbered here, for the tests to refer to
-(theta: a view as a matrix, see `crops.py`):
+other heads stay free and the self-supervised objective goes on as before. No public code exists. Priors come
+from one labelled sample, or from the statistics of unlabelled images. The formulas are numbered here, for the
+tests to refer to (theta: a view as a matrix, see `crops.py`):
 
     P_r   = prior_r(theta x), averaged over each patch, normalised to sum 1 over the N patches (1) `follow`
     s_r   = share of prior_r's mass that the view still sees, in [0, 1]                        (2) `follow`
@@ -49,13 +48,10 @@ def priors_from_statistics(images: Tensor, clusters: int = 2, blur: float = 0.02
     brightest. Raises ValueError if there are fewer than 2 images, or nothing varies.
     """
     if len(images) < 2:
-        raise ValueError(
-            f"priors_from_statistics: {len(images)} image(s) have no statistics: give at least 2"
-        )
+        raise ValueError(f"{len(images)} image has no statistics to take priors from: give at least 2")
     H, W = images.shape[-2:]
-    mean, deviation = (
-        m.mean(dim=0) for m in (images.float().mean(dim=0), images.float().std(dim=0))
-    )  # (H, W)
+    images = images.float().mean(dim=1)  # (M, H, W)
+    mean, deviation = images.mean(dim=0), images.std(dim=0)  # (H, W)
     y, x = torch.meshgrid(torch.linspace(-1, 1, H), torch.linspace(-1, 1, W), indexing="ij")
     points = torch.stack([mean, deviation, x.to(mean), y.to(mean)]).flatten(1).T  # (H * W, 4)
     points = (points - points.mean(dim=0)) / points.std(dim=0).clamp_min(1e-6)
@@ -72,8 +68,7 @@ def priors_from_statistics(images: Tensor, clusters: int = 2, blur: float = 0.02
 def align(
     sample: Tensor, images: Tensor, steps: int = 75, lr: float = 0.03, blurs: tuple[float, ...] = (4.0, 1.5)
 ) -> Tensor:
-    """Register one sample (C, H, W) to images (B, C, H, W) by affine maps: equation (5), Adam on 6 numbers an
-    image.
+    """Register one sample (C, H, W) to images (B, C, H, W) by affine maps, equation (5), with Adam.
 
     blurs: Gaussian blur at each stage, coarse to fine, in pixels at WORKING_SIZE. Returns theta (B, 2, 3),
     from an image's coordinates to the sample's. An image's map does not depend on the others. Raises
@@ -100,8 +95,7 @@ def bend(
     knots: int = 8,
     stiffness: float = 1.0,
 ) -> Tensor:
-    """Refine affine maps theta (B, 2, 3) by smooth displacements: equation (6), after which `carry` fits
-    non-affine shapes.
+    """Refine affine maps theta (B, 2, 3) by smooth displacements, equation (6), to fit non-affine shapes.
 
     Returns flow (B, 2, knots, knots) in units of theta's target, [-1, 1], interpolated bicubically between
     the knots.
@@ -110,19 +104,15 @@ def bend(
     affine = F.affine_grid(theta, target.shape, align_corners=False)  # (B, h, w, 2)
 
     def points(flow: Tensor) -> tuple[Tensor, Tensor]:
-        across, down = flow.diff(dim=3).square().mean(dim=(1, 2, 3)), flow.diff(dim=2).square().mean(
-            dim=(1, 2, 3)
-        )
+        across, down = (flow.diff(dim=dim).square().mean(dim=(1, 2, 3)) for dim in (3, 2))
         return affine + _between(flow, target.shape[-2:]), stiffness * (across + down)
 
-    return _register(
-        source, target, torch.zeros(len(images), 2, knots, knots, device=images.device), points, steps, lr
-    )
+    flat = torch.zeros(len(images), 2, knots, knots, device=images.device)
+    return _register(source, target, flat, points, steps, lr)
 
 
 def carry(priors: Tensor, theta: Tensor, flow: Tensor | None = None) -> Tensor:
-    """Priors (R, H, W) of the sample as they lie over images registered by theta (B, 2, 3) and flow: (B, R,
-    H, W)."""
+    """The sample's priors (R, H, W) as they lie over images registered by theta and flow: (B, R, H, W)."""
     shape = [len(theta), *priors.shape]
     points = F.affine_grid(theta, shape, align_corners=False)
     if flow is not None:
@@ -137,21 +127,19 @@ def _contrast(sample: Tensor, images: Tensor, blur: float) -> tuple[Tensor, Tens
     alike. The images are blurred and thinned, which loses nothing after a blur and saves time.
     """
     if sample.shape != images.shape[1:]:
-        raise ValueError(
-            f"the sample is {tuple(sample.shape)}, the images are {tuple(images.shape[1:])}: resize one"
-        )
+        raise ValueError(f"the sample is {tuple(sample.shape)}, images {tuple(images.shape[1:])}: resize one")
 
     def contrast(x: Tensor) -> Tensor:
         x = _blur(F.interpolate(x.float(), size=(WORKING_SIZE, WORKING_SIZE), mode="area"), blur)
+        noise = 0.3 * x.std(dim=(1, 2, 3), keepdim=True) + 1e-6  # what varies less than this is left flat
         x = x - _blur(x, 8.0)
-        return F.avg_pool2d(x / (_blur(x.square(), 8.0) + 0.02**2).sqrt(), max(1, int(blur + 0.5)))
+        return F.avg_pool2d(x / (_blur(x.square(), 8.0) + noise**2).sqrt(), max(1, int(blur + 0.5)))
 
     return contrast(sample[None]), contrast(images)
 
 
 def _register(source: Tensor, target: Tensor, start: Tensor, points, steps: int, lr: float) -> Tensor:
-    """Adam from `start` (B, ...) on -NCC + penalty, where points(x) gives the sampling grid and the penalty
-    (B,)."""
+    """Adam from `start` (B, ...) on penalty - NCC, where points(x) is the sampling grid and the penalty."""
     source, x = source.expand_as(target), start.clone().requires_grad_()
     optimizer = torch.optim.Adam([x], lr=lr)
     for step in range(steps):
@@ -188,9 +176,7 @@ def follow(priors: Tensor, theta: Tensor, grid: tuple[int, int]) -> tuple[Tensor
     if priors.dim() == 3:
         priors = priors.expand(len(theta), *priors.shape)
     H, W = priors.shape[-2:]
-    per_patch = max(1, -(-H // h)), max(
-        1, -(-W // w)
-    )  # samples along a patch, so that no pixel is stepped over
+    per_patch = -(-H // h), -(-W // w)  # samples along a patch, rounded up: no pixel is stepped over
     size = [len(theta), priors.shape[1], h * per_patch[0], w * per_patch[1]]
     points = F.affine_grid(theta, size, align_corners=False)
     seen = F.grid_sample(priors, points, padding_mode="zeros", align_corners=False)  # (B, R, h * k, w * k)
@@ -212,10 +198,8 @@ def span_loss(attention: Tensor, prior: Tensor, share: Tensor, kind: str = "kl")
     if R > heads:
         raise ValueError(f"{R} priors but {heads} attention heads: use at least {R} heads or fewer priors")
     if prior.shape != (B, R, N):
-        raise ValueError(
-            f"prior is {tuple(prior.shape)}, attention {tuple(attention.shape)}: they need the same B and N"
-        )
-    A = attention[:, :R].float() if attention.dtype in (torch.float16, torch.bfloat16) else attention[:, :R]
+        raise ValueError(f"prior {tuple(prior.shape)}, attention {tuple(attention.shape)}: B or N differ")
+    A = attention[:, :R].to(prior.dtype)  # out of half precision
     A = A / A.sum(dim=2, keepdim=True).clamp_min(1e-12)
     if kind == "kl":
         losses = (torch.xlogy(prior, prior) - prior * A.clamp_min(1e-12).log()).sum(dim=2)  # (B, R)

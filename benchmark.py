@@ -2,8 +2,9 @@
 
     python benchmark.py [--json FILE]
 
-Machines are noisy and drift, so two things are timed in turn, A B A B ..., and the median of the ratios B / A is
-what is reported, with the quartiles. Everything runs on one thread, so that the ratios are ratios per core.
+Machines are noisy and drift, so two things are timed in turn, A B A B ..., and the median of the ratios B / A
+is what is reported, with the quartiles. Everything runs on one thread, so that the ratios are ratios per
+core.
 """
 
 import argparse
@@ -26,7 +27,8 @@ from vit import ViT
 
 
 def ratio(a: Callable, b: Callable, runs: int) -> tuple[float, float, float]:
-    """Lower quartile, median and upper quartile of time(b) / time(a) over paired runs, one pair of warm-up."""
+    """Lower quartile, median and upper quartile of time(b) / time(a) over paired runs, one pair of
+    warm-up."""
     ratios = []
     for _ in range(runs + 1):
         times = []
@@ -39,7 +41,8 @@ def ratio(a: Callable, b: Callable, runs: int) -> tuple[float, float, float]:
 
 
 def training_step(vit: ViT, images: Tensor, exposed: bool) -> Callable:
-    """A step that trains through the pooled features, and through the attention row as well if it is exposed."""
+    """A step that trains through the pooled features, and through the attention row as well if it is
+    exposed."""
     optimizer = torch.optim.AdamW(vit.parameters(), lr=1e-4)
 
     def step() -> None:
@@ -55,7 +58,8 @@ def training_step(vit: ViT, images: Tensor, exposed: bool) -> Callable:
 
 
 def kept_bytes(side: int) -> int:
-    """Bytes that autograd keeps for the exposed row of a small ViT with patches of 4 px on images of `side` px."""
+    """Bytes that autograd keeps for the exposed row of a small ViT with patches of 4 px on images of `side`
+    px."""
     vit, images, kept = ViT(side, 4, 1, 24, 1, 3), torch.rand(1, 1, side, side), {}
     for layer in (None, -1):
         held: list[int] = []
@@ -66,7 +70,8 @@ def kept_bytes(side: int) -> int:
 
 
 def views_with_pillow(pictures: list[Image.Image], size: int) -> list[Image.Image]:
-    """One view of each picture as data loaders make it: crop, resize, jitter, blur, solarise, one image at a time."""
+    """One view of each picture as data loaders make it: crop, resize, jitter, blur, solarise, one image at a
+    time."""
     views = []
     for picture in pictures:
         area, aspect = random.uniform(0.4, 1.0), (3 / 4) * (16 / 9) ** random.random()
@@ -94,7 +99,10 @@ def pillow_pipeline(pictures: list[Image.Image], size: int) -> Callable:
     """Views of all pictures as a tensor, as a data loader without workers would make them."""
 
     def work() -> Tensor:
-        views = [torch.frombuffer(bytearray(v.tobytes()), dtype=torch.uint8) for v in views_with_pillow(pictures, size)]
+        views = [
+            torch.frombuffer(bytearray(v.tobytes()), dtype=torch.uint8)
+            for v in views_with_pillow(pictures, size)
+        ]
         return torch.stack([v.view(size, size, -1).permute(2, 0, 1).float() / 255 for v in views])
 
     return work
@@ -106,7 +114,9 @@ def batched_pipeline(images: Tensor) -> Callable:
 
     def work() -> Tensor:
         theta = random_crops(len(images), (0.4, 1.0), generator)
-        return distort(crop(images.float() / 255, theta, images.shape[-1]), generator, blur=0.55, solarise=0.1)
+        return distort(
+            crop(images.float() / 255, theta, images.shape[-1]), generator, blur=0.55, solarise=0.1
+        )
 
     return work
 
@@ -132,7 +142,9 @@ def main() -> None:
         images = phantom(64, seed=0, img_size=size)[0].repeat(1, channels, 1, 1)
         pictures = [Image.fromarray(x.permute(1, 2, 0).squeeze(2).numpy()) for x in images]
         pair = batched_pipeline(images), pillow_pipeline(pictures, size)
-        rows[f"views per second, batched / Pillow one by one: {size} px, {channels} channel(s)"] = ratio(*pair, args.runs)
+        rows[f"views per second, batched / Pillow one by one: {size} px, {channels} channel(s)"] = ratio(
+            *pair, args.runs
+        )
     for name, (low, median, high) in rows.items():
         print(f"{name:78} {median:10.3f}   ({low:.3f} to {high:.3f})")
     if args.json:

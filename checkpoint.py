@@ -57,8 +57,7 @@ def start(args: argparse.Namespace, argv: list[str]) -> None:
 
 
 def resumed(args: argparse.Namespace, defaults: argparse.Namespace) -> argparse.Namespace:
-    """The settings of the run in --out, to go on with. Raises ValueError if the command line asks for
-    others."""
+    """The settings of the run in --out; ValueError if the command line asks for others."""
     saved, _ = load_run(args.out)
     for name, value in vars(args).items():
         if name in OF_THE_CALL:
@@ -97,8 +96,7 @@ def restore(out: Path, model: nn.Module, optimizer: Optimizer, generator: Genera
 
 
 def load_run(folder: Path) -> tuple[argparse.Namespace, dict]:
-    """A run's settings and its checkpoint. Raises ValueError if the folder is no run, or a file is
-    damaged."""
+    """A run's settings and its checkpoint; ValueError if the folder is no run or a file is damaged."""
     try:
         config = argparse.Namespace(**json.loads((folder / "config.json").read_text()))
         return config, torch.load(folder / "last.pt", map_location="cpu", weights_only=True)

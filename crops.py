@@ -48,16 +48,9 @@ def random_crops(
     return torch.stack([w, zero, cx, zero, h, cy], dim=1).view(n, 2, 3)
 
 
-def compose(outer: Tensor, inner: Tensor) -> Tensor:
-    """The map `inner` followed by `outer`, both (B, 2, 3): view of a view, such as a crop of an aligned
-    image."""
-    return torch.cat(
-        [outer[:, :, :2] @ inner[:, :, :2], outer[:, :, :2] @ inner[:, :, 2:] + outer[:, :, 2:]], dim=2
-    )
-
-
 def crop(images: Tensor, theta: Tensor, size: int | tuple[int, int]) -> Tensor:
-    """Sample views of `size` px from images (B, C, H, W) at theta (B, 2, 3), bilinearly, zero outside the image."""
+    """Sample views of `size` px from images (B, C, H, W) at theta (B, 2, 3), bilinearly, zero outside the
+    image."""
     h, w = (size, size) if isinstance(size, int) else size
     x, y = ((torch.arange(n, device=theta.device) * 2 + 1) / n - 1 for n in (w, h))
     # The same points as F.affine_grid's, whose product of (h w, 3) and (3, 2) takes longer than the sampling.
@@ -69,7 +62,8 @@ def crop(images: Tensor, theta: Tensor, size: int | tuple[int, int]) -> Tensor:
 
 
 def distort(images: Tensor, generator: Generator, blur: float = 0.5, solarise: float = 0.0) -> Tensor:
-    """Change the colours of images (B, C, H, W) in [0, 1], each in its own way; returns the same shape and range.
+    """Change the colours of images (B, C, H, W) in [0, 1], each in its own way; returns the same shape and
+    range.
 
     blur, solarise: the probability of each. Jitter (probability 0.8) changes brightness and contrast by up to
     40 %, and for RGB saturation by 20 % and hue by 36 degrees; a fifth of RGB images turn grey.
@@ -101,8 +95,7 @@ def distort(images: Tensor, generator: Generator, blur: float = 0.5, solarise: f
 
 
 def colour_matrix(saturation: Tensor, hue: Tensor) -> Tensor:
-    """Matrices (B, 3, 3) that scale the chroma of RGB by saturation (B,) and turn it by hue (B,) radians, in
-    YIQ space."""
+    """Matrices (B, 3, 3) that scale chroma by saturation (B,) and turn it by hue (B,) radians, in YIQ."""
     to_yiq = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
     turn = torch.zeros(len(hue), 3, 3)
     turn[:, 0, 0] = 1

@@ -73,8 +73,7 @@ def select(data: Data, index: Tensor) -> Data:
 def load(
     source: str, img_size: int, seed: int = 0, train_images: int = 1500, sample: str | None = None
 ) -> tuple[dict[str, Data], str | None, list[str]]:
-    """The parts {"train", "val", "test"}, the labelled sample's name and notes, as `load_folder` returns
-    them.
+    """{"train", "val", "test"}, the labelled sample's name, and notes, as `load_folder` returns them.
 
     source: "phantom", drawn anew from the seed (each part from a seed of its own), or a folder, which
     img_size and sample apply to but seed and train_images don't. Raises DataError.
@@ -92,8 +91,7 @@ def load(
 
 
 def normalise(images: Tensor) -> Tensor:
-    """Images (B, C, H, W) in [0, 1] to about zero mean and unit deviation, as every encoder here expects
-    them."""
+    """Images (B, C, H, W) in [0, 1] to about zero mean and unit deviation, as encoders expect them."""
     return (images - 0.5) / 0.25
 
 

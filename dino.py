@@ -1,5 +1,4 @@
-"""DINO: self-distillation without labels (Caron et al. 2021, arXiv 2104.14294), which says so when it
-collapses.
+"""DINO: self-distillation without labels (Caron et al. 2021, arXiv 2104.14294), with a watch for collapse.
 
 A student and a teacher of the same shape see different views of an image; the student learns to predict the
 teacher's distribution over K prototypes, the teacher follows as the student's moving average:
@@ -30,8 +29,7 @@ from torch import Tensor, nn
 
 
 class WeightNormLinear(nn.Module):
-    """A linear layer without bias whose rows have length g, here fixed at 1: prototypes differ by direction
-    alone."""
+    """A linear layer whose rows have length g, here fixed at 1: prototypes differ by direction alone."""
 
     def __init__(self, in_dim: int, out_dim: int):
         super().__init__()
@@ -44,8 +42,8 @@ class WeightNormLinear(nn.Module):
 
 
 class DINOHead(nn.Module):
-    """Features (B, in_dim) to prototype scores (B, out_dim): a three-layer MLP, a unit sphere, K directions
-    on it."""
+    """Features (B, in_dim) to scores (B, out_dim): an MLP, a unit sphere, K prototypes as directions on
+    it."""
 
     def __init__(self, in_dim: int, out_dim: int, hidden_dim: int = 2048, bottleneck_dim: int = 256):
         super().__init__()
@@ -66,8 +64,7 @@ class DINOHead(nn.Module):
 
 
 class DINOLoss(nn.Module):
-    """Cross-entropy between teacher and student over all pairs of different views: equations (1), (3),
-    (4)."""
+    """Cross-entropy of teacher and student over all pairs of different views: equations (1), (3), (4)."""
 
     def __init__(self, out_dim: int, student_temp: float = 0.1, center_momentum: float = 0.9):
         super().__init__()
@@ -75,8 +72,7 @@ class DINOLoss(nn.Module):
         self.register_buffer("center", torch.zeros(1, out_dim))
 
     def forward(self, student: Tensor, teacher: Tensor, teacher_temp: float) -> Tensor:
-        """Scores of the student (V, B, K) and the teacher (2, B, K), whose views are the student's first two:
-        a scalar.
+        """Scores of student (V, B, K) and teacher (2, B, K), which saw the student's first 2 views: a scalar.
 
         In training mode the centre then moves toward this batch's mean.
         """
@@ -100,19 +96,16 @@ class Collapse(RuntimeError):
 
 
 class Health(nn.Module):
-    """Moving averages over the teacher's outputs that tell whether different images still get different
-    ones."""
+    """Moving averages over the teacher's outputs: do different images still get different ones?"""
 
     def __init__(self, out_dim: int, momentum: float = 0.95, floor: float = 0.02, patience: int = 100):
-        """floor: the least healthy KL, as a share of log K; patience: steps below it before it is called a
-        collapse."""
+        """floor: the least healthy KL, as a share of log K; patience: steps below it that are a collapse."""
         super().__init__()
         self.momentum, self.floor, self.patience = momentum, floor, patience
         self.register_buffer("entropy", torch.tensor(math.log(out_dim)))  # nats
         self.register_buffer("kl", torch.tensor(0.0))  # nats
-        self.register_buffer(
-            "usage", torch.full((out_dim,), 1 / out_dim)
-        )  # share of images that a prototype wins
+        # The share of images that a prototype wins.
+        self.register_buffer("usage", torch.full((out_dim,), 1 / out_dim))
         self.register_buffer("steps_below", torch.tensor(0))
 
     @torch.no_grad()
@@ -132,8 +125,7 @@ class Health(nn.Module):
         return int((self.usage > 0.1 / len(self.usage)).sum())
 
     def check(self) -> None:
-        """Raise `Collapse`, with its kind and what to change, if the KL has been near 0 for `patience`
-        steps."""
+        """Raise `Collapse`, with kind and remedy, if the KL has been below the floor for `patience` steps."""
         if self.steps_below < self.patience:
             return
         ceiling = math.log(len(self.usage))
@@ -150,8 +142,7 @@ class Health(nn.Module):
 
 
 class DINO(nn.Module):
-    """Student, teacher and their heads around an encoder that returns Features (`vit.ViT`,
-    `resnet.ResNet`)."""
+    """Student, teacher and their heads around an encoder that returns Features, such as `vit.ViT`."""
 
     def __init__(
         self,
@@ -162,8 +153,7 @@ class DINO(nn.Module):
         bottleneck_dim: int = 64,
         center_momentum: float = 0.9,
     ):
-        """The sizes are for thousands of images; for millions the paper has out_dim 65536, hidden 2048,
-        bottleneck 256."""
+        """Sizes for thousands of images; for millions the paper has 65536, 2048 and 256."""
         super().__init__()
         self.student, self.student_head = encoder, DINOHead(embed_dim, out_dim, hidden_dim, bottleneck_dim)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
@@ -176,15 +166,13 @@ class DINO(nn.Module):
     ) -> tuple[Tensor, list]:
         """One step's loss, and what the student saw.
 
-        views: one tensor a resolution, view after view: [globals (2 B, C, H, W), locals (V B, C, h, w) if
-        any]. Returns the loss (a scalar) and the student's Features for each of them, with the attention of
+        views: one tensor a resolution, view after view: [globals (2 B, C, H, W), locals (V B, C, h, w)], or
+        globals alone. Returns the loss (a scalar) and the student's Features of each, with the attention of
         block `layer`.
         """
-        features = [self.student(x, layer=layer) for x in views]
-        B = len(views[0]) // 2
-        student = torch.cat([self.student_head(f.pooled) for f in features]).unflatten(
-            0, (-1, B)
-        )  # (V, B, K)
+        features, B = [self.student(x, layer=layer) for x in views], len(views[0]) // 2
+        student = torch.cat([self.student_head(f.pooled) for f in features])
+        student = student.unflatten(0, (-1, B))  # (V, B, K)
         with torch.no_grad():
             teacher = self.teacher_head(self.teacher(views[0], layer=None).pooled).unflatten(0, (2, B))
         self.health.update(self.loss.teacher_probabilities(teacher, teacher_temp))

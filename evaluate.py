@@ -33,8 +33,7 @@ def build_encoder(config: argparse.Namespace, in_chans: int) -> ViT:
 def make_priors(
     config: argparse.Namespace, parts: dict[str, Data], sample: str | None
 ) -> tuple[Tensor, list[str]]:
-    """What `--prior` asks for: priors (R, S, S), or (N, R, S, S) for `masks`, and names. Raises
-    ValueError."""
+    """What --prior asks for, and names: (R, S, S), for masks (N, R, S, S). Raises ValueError."""
     train, blur, lacking = parts["train"], config.prior_blur, "has a mask for every region; outline one"
     if config.prior == "masks":
         if not train.has_masks.any():
@@ -70,8 +69,7 @@ def priors_from_file(path: str, size: int, blur: float) -> tuple[Tensor, list[st
 
 
 def lay_over(config: argparse.Namespace, priors: Tensor, sample: Tensor, images: Tensor) -> Tensor:
-    """The sample's priors (R, S, S) as they lie over images (N, C, S, S) uint8 after `--align`: (N, R, S,
-    S)."""
+    """The sample's priors (R, S, S) laid over images (N, C, S, S) uint8 as --align asks: (N, R, S, S)."""
     if config.align == "none":
         return priors.expand(len(images), *priors.shape)
     laid = []
@@ -126,8 +124,7 @@ def measure(
 
 
 def flatten(table: dict[str, dict[str, float]]) -> dict[str, float]:
-    """{what: {region: AP}} under the flat names of metrics.json: `attention_mAP`, `attention_AP_heart`,
-    ..."""
+    """{what: {region: AP}} under the flat names of metrics.json: attention_mAP, attention_AP_heart ..."""
     flat = {}
     for what, row in table.items():
         name = what.replace(",", "").replace(" ", "_")

@@ -15,8 +15,7 @@ from torch import Tensor
 
 
 def average_precision(scores: Tensor, targets: Tensor) -> Tensor:
-    """Average precision of scores (..., P) against binary targets (..., P): (...), in [0, 1], NaN without a
-    positive."""
+    """Average precision (...) of scores (..., P) against binary targets (..., P); NaN without a positive."""
     scores, order = scores.sort(dim=-1, descending=True)
     hits = targets.expand(order.shape).gather(-1, order).double().cumsum(dim=-1)
     precision = hits / torch.arange(1, scores.shape[-1] + 1, device=scores.device)

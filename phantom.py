@@ -1,5 +1,4 @@
-"""Drawn chest X-rays: data with exact masks that needs no download, for showing what a method does in
-minutes.
+"""Drawn chest X-rays: exact masks, no download, and enough in them to show a method in minutes.
 
 An image is a stack of soft shapes in body coordinates (u to the image's right, v down; the trunk spans about
 [-1, 1]): trunk, spine, ribs, clavicles, mediastinum, two lungs, heart, and up to four findings. A random
@@ -48,8 +47,7 @@ def phantom(n: int, seed: int, img_size: int = 64, device: str = "cpu") -> tuple
 
 
 def _draw(numbers: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One batch: numbers (B, NUMBERS) in [0, 1) and standard normal noise (B, S, S) become images, masks,
-    labels."""
+    """A batch: numbers (B, NUMBERS) in [0, 1) and normal noise (B, S, S) become images, masks, labels."""
     columns = iter(numbers.unbind(1))
     soft = 3.0 / noise.shape[-1]  # an edge is about a pixel and a half wide
 

@@ -1,5 +1,4 @@
-"""Pictures of what a model looks at, drawn so that they can be compared: one fixed colour scale for all
-heatmaps.
+"""Pictures of what a model looks at, with one fixed colour scale, so that they can be compared.
 
 Attention is shown relative to a uniform map (1 = no preference, 8 = eight times its share), from 0 to SCALE,
 in every figure; no panel is stretched to its own maximum. Colours are Okabe and Ito's, which the colour-blind
@@ -24,8 +23,7 @@ SCALE = 12.0
 def attention_grid(
     path: Path, images: Tensor, masks: Tensor | None, regions: list[str], columns: dict[str, Tensor]
 ) -> None:
-    """Rows of images; columns: the image, its true regions (if there are masks), each map over the dimmed
-    image.
+    """Rows: images. Columns: the image, its true regions (if there are masks), each map over the image.
 
     images (B, C, H, W) in [0, 1], masks (B, R, H, W), columns {title: (B, h, w)} of attention over patches.
     """
@@ -40,7 +38,9 @@ def attention_grid(
             if b == 0:
                 ax.set_title(title, fontsize=7)
         for r in range(0 if masks is None else len(regions)):
-            row[1].contour(masks[b, r].float().numpy(), levels=[0.5], colors=COLOURS[r % len(COLOURS)], linewidths=1)
+            row[1].contour(
+                masks[b, r].float().numpy(), levels=[0.5], colors=COLOURS[r % len(COLOURS)], linewidths=1
+            )
         for ax, maps in zip(row[len(titles) - len(columns) :], columns.values()):
             heat = (maps[b] * maps[b].numel())[None, None]  # 1 = uniform
             heat = F.interpolate(heat, size=(H, W), mode="bilinear", align_corners=False)[0, 0]
@@ -56,14 +56,15 @@ def attention_grid(
 
 
 def curves(path: Path, history: list[dict]) -> None:
-    """Training curves, one panel a quantity, over epochs: history is a list of {"epoch": e, name: value,
-    ...}."""
+    """Curves over epochs, one panel a quantity, from a history [{"epoch": e, name: value, ...}, ...]."""
     names = [name for name in history[-1] if name not in ("epoch", "lr", "images_per_s")]
     figure, axes = plt.subplots(
         1, len(names), figsize=(2.4 * len(names), 2.1), squeeze=False, layout="constrained"
     )
     for ax, name in zip(axes[0], names):
-        ax.plot([row["epoch"] for row in history], [row.get(name, np.nan) for row in history], color=COLOURS[5])
+        ax.plot(
+            [row["epoch"] for row in history], [row.get(name, np.nan) for row in history], color=COLOURS[5]
+        )
         ax.set_xlabel("epoch", fontsize=8)
         ax.set_ylabel(name.replace("_", " "), fontsize=8)
         ax.tick_params(labelsize=7)

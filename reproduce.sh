@@ -34,4 +34,3 @@ run() {
 export -f run
 
 experiments | xargs -P 2 -L 1 bash -c 'run "$@"' _
-python tables.py runs

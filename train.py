@@ -34,27 +34,36 @@ from ssl import DINO  # the doorway ssl.py in this folder, which leaves Python's
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The settings, from the command line."""
     intro, examples = __doc__.split("\n\n")[:2]
-    parser = argparse.ArgumentParser(description=intro, epilog=examples, formatter_class=Formatter)
+    usage = "python train.py [--out DIR] [--data DIR] [--prior PRIOR] [flags below]"
+    parser = argparse.ArgumentParser(
+        usage=usage, description=intro, epilog=examples, formatter_class=Formatter
+    )
     add = parser.add_argument_group("run").add_argument
     add("--out", type=Path, default=Path("runs/span"), help="folder for all that the run writes")
     add("--overwrite", action="store_true", help="start again in a folder that holds a run")
     add("--resume", action="store_true", help="go on with the run in --out after its last whole epoch")
     add("--keep-going", action="store_true", help="train on after a collapse")
     add("--seed", type=int, default=0, help="of drawn data, weights and views")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
+    add("--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
     add = parser.add_argument_group("data").add_argument
-    add("--data", default="phantom", help="phantom (drawn chest X-rays), or a folder of images")
+    add("--data", type=str, default="phantom", help="phantom (drawn chest X-rays), or a folder of images")
     add("--train-images", type=int, default=1500, help="how many phantoms to draw for training")
     add("--img-size", type=int, default=64, help="pixels a side that images are resized to")
-    add("--sample", help="name of the labelled image (default: the first that has all masks)")
+    add("--sample", type=str, help="name of the labelled image (default: the first that has all masks)")
     add = parser.add_argument_group("where to look (SPAN)").add_argument
     priors = "sample: one image's masks; masks: every image's; statistics; none; or a .npy file (R, S, S)"
-    add("--prior", default="sample", help=priors)
-    add("--align", choices=["bend", "affine", "none"], default="bend", help="registers the sample")
+    add("--prior", type=str, default="sample", help=priors)
+    add("--align", type=str, choices=["bend", "affine", "none"], default="bend", help="registers the sample")
     add("--no-follow", dest="follow", action="store_false", help="let priors stay while crops move")
     add("--prior-blur", type=float, default=0.025, help="sigma, as a share of the image's width")
     add("--span-weight", type=float, default=3.0, help="of the SPAN loss beside DINO's")
-    add("--span-loss", choices=["kl", "mse", "dice"], default="kl", help="distance from prior to attention")
+    add(
+        "--span-loss",
+        type=str,
+        choices=["kl", "mse", "dice"],
+        default="kl",
+        help="distance from prior to attention",
+    )
     add("--span-layer", type=int, default=-1, help="the block whose heads are guided, -1 the last")
     add = parser.add_argument_group("DINO").add_argument
     add("--out-dim", type=int, default=256, help="prototypes; hundreds for thousands of images")
@@ -81,8 +90,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults beside the flags, examples as they were written."""
+class Formatter(
+    argparse.ArgumentDefaultsHelpFormatter,
+    argparse.MetavarTypeHelpFormatter,
+    argparse.RawDescriptionHelpFormatter,
+):
+    """Help with types and defaults beside the flags, and the examples as they were written."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=36, width=110)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        says = not (action.default is None or isinstance(action.default, bool))
+        return super()._get_help_string(action) if says else action.help
 
 
 def check(args: argparse.Namespace) -> None:

@@ -29,8 +29,7 @@ from torch import Tensor, nn
 
 
 class Features(NamedTuple):
-    """What an encoder returns: `pooled` (B, D), `patches` (B, N, D) row by row, `attention` (B, heads, N) or
-    None.
+    """What an encoder returns: pooled (B, D), patches (B, N, D) row by row, attention (B, heads, N).
 
     `attention` holds probabilities: the pooling token's softmax row over the patches, its own column dropped
     and the rest not renormalised, so that a head which looks at CLS itself sums to less than 1.
@@ -42,8 +41,7 @@ class Features(NamedTuple):
 
 
 class PatchEmbed(nn.Module):
-    """Images (B, C, H, W) to patch tokens (B, N, D), equation (1): a convolution whose stride is its
-    kernel."""
+    """Images (B, C, H, W) to patch tokens (B, N, D), equation (1): a convolution with stride = kernel."""
 
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int):
         super().__init__()
@@ -54,8 +52,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, equations (5)-(7), which can also hand out the first token's attention
-    row."""
+    """Multi-head self-attention, equations (5)-(7), which can hand out the first token's attention."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -69,8 +66,7 @@ class Attention(nn.Module):
         return self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4).unbind()
 
     def forward(self, x: Tensor, row: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Tokens (B, T, D) to mixed tokens (B, T, D) and, if `row`, the first token's attention (B, heads,
-        T)."""
+        """Tokens (B, T, D) to tokens (B, T, D) and, if `row`, the first one's attention (B, heads, T)."""
         q, k, v = self.split(x)
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, T, D)
         return self.proj(mixed), self.weights(q[:, :, :1], k)[:, :, 0] if row else None
@@ -185,7 +181,7 @@ class ViT(nn.Module):
         return self._grid(*images.shape[-2:])
 
     def positions_for(self, grid: tuple[int, int]) -> Tensor:
-        """The position embedding (1, T, D) for a grid (h, w), resized bicubically where it is not the native
+        """The position embedding (1, T, D) for a grid (h, w), resized bicubically unless it is the native
         one."""
         if grid == self.native_grid:
             return self.pos_embed
@@ -225,8 +221,7 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def attention_maps(self, images: Tensor) -> Tensor:
-        """The full attention A of every block for images (B, C, H, W): (B, depth, heads, T, T), T = 1 + N
-        with CLS.
+        """The full attention A of every block for images (B, C, H, W): (B, depth, heads, T, T).
 
         Takes O(depth * heads * T^2) memory; for training use `forward`, which hands out one row.
         """

@@ -18,7 +18,9 @@ import train
 from checkpoint import load_run
 from phantom import REGIONS, phantom
 
-TINY = "--train-images 32 --embed-dim 24 --depth 2 --num-heads 3 --batch-size 8 --out-dim 16 --epochs 2".split()
+TINY = (
+    "--train-images 32 --embed-dim 24 --depth 2 --num-heads 3 --batch-size 8 --out-dim 16 --epochs 2".split()
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -48,9 +50,16 @@ def test_a_run_leaves_its_settings_its_figures_its_weights_and_its_pictures(run)
     metrics = json.loads((run / "metrics.json").read_text())
     for what in ("prior", "aligned_prior", "attention"):
         values = [metrics[f"{what}_AP_{region.replace(' ', '_')}"] for region in REGIONS]
-        assert metrics[f"{what}_mAP"] == pytest.approx(np.mean(values)) and 0 < min(values) <= max(values) <= 1
+        assert (
+            metrics[f"{what}_mAP"] == pytest.approx(np.mean(values)) and 0 < min(values) <= max(values) <= 1
+        )
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [1, 2] and {"loss", "span_loss", "teacher_entropy", "kl"} <= set(lines[0])
+    assert [line["epoch"] for line in lines] == [1, 2] and {
+        "loss",
+        "span_loss",
+        "teacher_entropy",
+        "kl",
+    } <= set(lines[0])
     config = json.loads((run / "config.json").read_text())
     assert config["embed_dim"] == 24 and config["command"].startswith("python train.py --train-images 32")
     for picture in ("attention.png", "curves.png"):
@@ -117,7 +126,9 @@ def test_priors_may_be_every_image_s_masks_statistics_or_a_file(tmp_path):
 def test_an_existing_run_is_neither_overwritten_nor_resumed_unless_asked_to(run, tmp_path, capsys):
     before = (run / "last.pt").read_bytes()
     assert "--resume goes on with it, --overwrite starts again" in refused(capsys, *TINY, "--out", str(run))
-    assert "was started with embed_dim = 24, not 48" in refused(capsys, "--out", str(run), "--resume", "--embed-dim", "48")
+    assert "was started with embed_dim = 24, not 48" in refused(
+        capsys, "--out", str(run), "--resume", "--embed-dim", "48"
+    )
     assert "there is no" in refused(capsys, "--out", str(tmp_path / "new"), "--resume")
     (tmp_path / "thesis.txt").write_text("years of work")
     assert "something else than a run" in refused(capsys, *TINY, "--out", str(tmp_path), "--overwrite")
@@ -128,7 +139,10 @@ def test_an_existing_run_is_neither_overwritten_nor_resumed_unless_asked_to(run,
 @pytest.mark.parametrize(
     "argv, message",
     [
-        ("--img-size 60", "60x60 px cannot be cut into patches of 8 px: use a multiple of 8, such as 56 or 64"),
+        (
+            "--img-size 60",
+            "60x60 px cannot be cut into patches of 8 px: use a multiple of 8, such as 56 or 64",
+        ),
         ("--num-heads 2", "3 priors (left lung, right lung, heart) but --num-heads 2"),
         ("--embed-dim 25", "embed_dim 25 is not a multiple of num_heads 3"),
         ("--epochs 0", "--epochs 0: it must be finite and at least 1"),
@@ -141,7 +155,9 @@ def test_an_existing_run_is_neither_overwritten_nor_resumed_unless_asked_to(run,
         ("--prior nowhere.npy", "nowhere.npy is not sample, masks, statistics, none, or a .npy file"),
     ],
 )
-def test_settings_that_cannot_be_are_refused_in_one_line_before_anything_is_written(argv, message, tmp_path, capsys):
+def test_settings_that_cannot_be_are_refused_in_one_line_before_anything_is_written(
+    argv, message, tmp_path, capsys
+):
     assert message in refused(capsys, *TINY, *argv.split(), "--out", str(tmp_path / "new"))
     assert not (tmp_path / "new").exists()
 
@@ -180,7 +196,9 @@ def test_a_folder_with_one_labelled_image_trains_and_says_what_cannot_be_measure
     (data / "images" / "05.png").write_bytes(b"")
     train.main([*TINY, "--data", str(data), "--out", str(tmp_path / "run")])
     printed = capsys.readouterr().out
-    assert "05.png is skipped" in printed and "no test image of" in printed and "AP can't be measured" in printed
+    assert (
+        "05.png is skipped" in printed and "no test image of" in printed and "AP can't be measured" in printed
+    )
     assert (tmp_path / "run" / "attention.png").exists()
 
 
@@ -213,7 +231,9 @@ def test_a_collapse_stops_the_run_and_keep_going_overrides(tmp_path, capsys):
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_weights(tmp_path, capsys, monkeypatch):
     steps = iter(range(100))
     real = train.span_loss
-    monkeypatch.setattr(train, "span_loss", lambda *args: real(*args) * (float("nan") if next(steps) == 6 else 1))
+    monkeypatch.setattr(
+        train, "span_loss", lambda *args: real(*args) * (float("nan") if next(steps) == 6 else 1)
+    )
     with pytest.raises(SystemExit) as stop:
         train.main([*TINY, "--out", str(tmp_path / "run")])
     assert stop.value.code == 1 and "step 6: the loss is nan" in capsys.readouterr().err
