@@ -11,7 +11,7 @@ tests to refer to (theta: a view as a matrix, see `crops.py`):
     A_r   = the CLS row of head r over the patches, normalised to sum 1                        (3) `span_loss`
     L     = sum_r s_r KL(P_r || A_r) / sum_r s_r                                               (4) `span_loss`
     T_i   = argmax_T NCC(c(image_i), c(sample o T)),  T affine, c: local contrast              (5) `align`
-    f_i   = argmax_f NCC(c(image_i), c(sample o (T_i + f))) - stiffness |grad f|^2             (6) `bend`
+    f_i   = argmax_f NCC(c(image_i), c(sample o (T_i + f))) - stiffness |diff f|^2             (6) `bend`
 
 (1) The same theta samples image and prior: a prior follows its crop. (2) keeps a view that shows a tenth of a
 lung from being trained as if it showed all of it. (5) and (6) are ours, not the paper's: they register the
@@ -36,8 +36,14 @@ def priors_from_masks(masks: Tensor, blur: float = 0.025) -> Tensor:
     images. Raises ValueError if a mask is empty.
     """
     _check_priors(masks)
-    priors = _blur(masks.float()[None], blur * masks.shape[-1])[0]
-    return priors / priors.amax(dim=(1, 2), keepdim=True)
+    return blurred(masks.float()[None], blur)[0]
+
+
+def blurred(masks: Tensor, blur: float) -> Tensor:
+    """Priors (B, R, H, W) from the masks of many images, as `priors_from_masks`; an empty mask stays
+    empty."""
+    priors = _blur(masks, blur * masks.shape[-1])
+    return priors / priors.amax(dim=(2, 3), keepdim=True).clamp_min(1e-12)
 
 
 def priors_from_statistics(images: Tensor, clusters: int = 2, blur: float = 0.025, steps: int = 20) -> Tensor:
@@ -52,6 +58,8 @@ def priors_from_statistics(images: Tensor, clusters: int = 2, blur: float = 0.02
     H, W = images.shape[-2:]
     images = images.float().mean(dim=1)  # (M, H, W)
     mean, deviation = images.mean(dim=0), images.std(dim=0)  # (H, W)
+    if deviation.max() == 0:
+        raise ValueError("no pixel differs between the images: there are no statistics to take priors from")
     y, x = torch.meshgrid(torch.linspace(-1, 1, H), torch.linspace(-1, 1, W), indexing="ij")
     points = torch.stack([mean, deviation, x.to(mean), y.to(mean)]).flatten(1).T  # (H * W, 4)
     points = (points - points.mean(dim=0)) / points.std(dim=0).clamp_min(1e-6)
@@ -60,9 +68,9 @@ def priors_from_statistics(images: Tensor, clusters: int = 2, blur: float = 0.02
     for _ in range(steps):
         member = F.one_hot(torch.cdist(points, centres).argmin(dim=1), clusters).float()  # (H * W, clusters)
         centres = (member.T @ points) / member.sum(dim=0).clamp_min(1)[:, None]
-    priors = torch.cat([torch.stack([mean, deviation]), member.T.view(clusters, H, W)])
-    _check_priors(priors)
-    return priors_from_masks(priors, blur)
+    brightness = (member * mean.flatten()[:, None]).sum(dim=0) / member.sum(dim=0).clamp_min(1)
+    member = member[:, brightness.argsort()]
+    return priors_from_masks(torch.cat([torch.stack([mean, deviation]), member.T.view(clusters, H, W)]), blur)
 
 
 def align(
@@ -97,8 +105,8 @@ def bend(
 ) -> Tensor:
     """Refine affine maps theta (B, 2, 3) by smooth displacements, equation (6), to fit non-affine shapes.
 
-    Returns flow (B, 2, knots, knots) in units of theta's target, [-1, 1], interpolated bicubically between
-    the knots.
+    Returns flow (B, 2, knots, knots): displacements in the sample's coordinates, [-1, 1] being its size,
+    bicubic between the knots. stiffness weighs the mean squared difference of neighbouring knots.
     """
     source, target = _contrast(sample, images, blur)
     affine = F.affine_grid(theta, target.shape, align_corners=False)  # (B, h, w, 2)
@@ -117,7 +125,7 @@ def carry(priors: Tensor, theta: Tensor, flow: Tensor | None = None) -> Tensor:
     points = F.affine_grid(theta, shape, align_corners=False)
     if flow is not None:
         points = points + _between(flow, priors.shape[-2:])
-    return F.grid_sample(priors.expand(shape), points, padding_mode="zeros", align_corners=False)
+    return F.grid_sample(priors.float().expand(shape), points, padding_mode="zeros", align_corners=False)
 
 
 def _contrast(sample: Tensor, images: Tensor, blur: float) -> tuple[Tensor, Tensor]:
@@ -138,6 +146,7 @@ def _contrast(sample: Tensor, images: Tensor, blur: float) -> tuple[Tensor, Tens
     return contrast(sample[None]), contrast(images)
 
 
+@torch.enable_grad()
 def _register(source: Tensor, target: Tensor, start: Tensor, points, steps: int, lr: float) -> Tensor:
     """Adam from `start` (B, ...) on penalty - NCC, where points(x) is the sampling grid and the penalty."""
     source, x = source.expand_as(target), start.clone().requires_grad_()
@@ -199,7 +208,9 @@ def span_loss(attention: Tensor, prior: Tensor, share: Tensor, kind: str = "kl")
         raise ValueError(f"{R} priors but {heads} attention heads: use at least {R} heads or fewer priors")
     if prior.shape != (B, R, N):
         raise ValueError(f"prior {tuple(prior.shape)}, attention {tuple(attention.shape)}: B or N differ")
-    A = attention[:, :R].to(prior.dtype)  # out of half precision
+    halves = (torch.float16, torch.bfloat16)
+    attention, prior, share = (t.float() if t.dtype in halves else t for t in (attention, prior, share))
+    A = attention[:, :R]
     A = A / A.sum(dim=2, keepdim=True).clamp_min(1e-12)
     if kind == "kl":
         losses = (torch.xlogy(prior, prior) - prior * A.clamp_min(1e-12).log()).sum(dim=2)  # (B, R)

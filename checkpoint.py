@@ -33,22 +33,29 @@ def write_whole(path: Path, content: str | dict) -> None:
 
 def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
     """Raise ValueError rather than touch a folder that holds something, unless asked to."""
-    if resume and not (out / "last.pt").exists():
-        raise ValueError(f"--resume: there is no {out}/last.pt; start without --resume")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a folder")
-    if resume or not out.exists() or not any(out.iterdir()):
-        return
-    if not (out / "config.json").exists():
+    empty = not out.exists() or not any(out.iterdir())
+    is_run = (out / "config.json").exists() and '"command": "python train.py' in (
+        out / "config.json"
+    ).read_text()
+    if not empty and not is_run:
         raise ValueError(f"--out {out} holds something else than a run; name another folder")
-    if not overwrite:
+    if resume and not (out / "last.pt").exists():
+        remedy = (
+            "start without --resume"
+            if empty
+            else "it stopped before its first epoch ended, --overwrite starts again"
+        )
+        raise ValueError(f"--resume: there is no {out}/last.pt; {remedy}")
+    if not (empty or resume or overwrite):
         raise ValueError(f"--out {out} holds a run: --resume goes on with it, --overwrite starts again")
 
 
 def start(args: argparse.Namespace, argv: list[str]) -> None:
     """Make the folder of a new run and write its config.json; what an overwritten run left is removed."""
     args.out.mkdir(parents=True, exist_ok=True)
-    for stale in ("last.pt", "metrics.jsonl", "metrics.json"):
+    for stale in ("last.pt", "metrics.jsonl", "metrics.json", "attention.png", "curves.png", "compare.png"):
         (args.out / stale).unlink(missing_ok=True)
     config = {**vars(args), "out": str(args.out), "command": shlex.join(["python", "train.py", *argv])}
     config["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
@@ -56,18 +63,17 @@ def start(args: argparse.Namespace, argv: list[str]) -> None:
     write_whole(args.out / "config.json", config)
 
 
-def resumed(args: argparse.Namespace, defaults: argparse.Namespace) -> argparse.Namespace:
-    """The settings of the run in --out; ValueError if the command line asks for others."""
+def resumed(args: argparse.Namespace, typed: set[str]) -> argparse.Namespace:
+    """The settings of the run in --out; ValueError if what was typed asks for others."""
     saved, _ = load_run(args.out)
-    for name, value in vars(args).items():
-        if name in OF_THE_CALL:
-            setattr(saved, name, value)
-        elif value != getattr(defaults, name) and value != getattr(saved, name, None):
-            there = getattr(saved, name, None)
+    for name in typed - set(OF_THE_CALL):
+        there, asked = getattr(saved, name, None), getattr(args, name)
+        if asked != there:
+            flag = name.replace("_", "-")
             raise ValueError(
-                f"--resume: {args.out} was started with {name} = {there}, not {value}; drop the flag"
+                f"--resume: {args.out} was started with --{flag} {there}, not {asked}; drop the flag"
             )
-    return saved
+    return argparse.Namespace(**{**vars(saved), **{name: getattr(args, name) for name in OF_THE_CALL}})
 
 
 def save(
@@ -98,8 +104,10 @@ def restore(out: Path, model: nn.Module, optimizer: Optimizer, generator: Genera
 def load_run(folder: Path) -> tuple[argparse.Namespace, dict]:
     """A run's settings and its checkpoint; ValueError if the folder is no run or a file is damaged."""
     try:
-        config = argparse.Namespace(**json.loads((folder / "config.json").read_text()))
-        return config, torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
+        config = json.loads((folder / "config.json").read_text())
+        checkpoint = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
+        config["command"], checkpoint["model"], checkpoint["history"]  # what every run has
+        return argparse.Namespace(**config), checkpoint
     except OSError as error:
         raise ValueError(f"{folder} is not a run of train.py: {error.filename} cannot be read") from None
     except Exception as error:  # a damaged or foreign file fails in the unpickler in many ways

@@ -54,7 +54,7 @@ def crop(images: Tensor, theta: Tensor, size: int | tuple[int, int]) -> Tensor:
     h, w = (size, size) if isinstance(size, int) else size
     x, y = ((torch.arange(n, device=theta.device) * 2 + 1) / n - 1 for n in (w, h))
     # The same points as F.affine_grid's, whose product of (h w, 3) and (3, 2) takes longer than the sampling.
-    grid = torch.empty(len(theta), h, w, 2, device=theta.device)
+    grid = torch.empty(len(theta), h, w, 2, device=theta.device, dtype=images.dtype)
     for i in range(2):
         a, b, c = theta[:, i, :, None, None].unbind(1)  # (B, 1, 1) each
         torch.add(a * x + c, b * y[:, None], out=grid[..., i])
@@ -62,8 +62,7 @@ def crop(images: Tensor, theta: Tensor, size: int | tuple[int, int]) -> Tensor:
 
 
 def distort(images: Tensor, generator: Generator, blur: float = 0.5, solarise: float = 0.0) -> Tensor:
-    """Change the colours of images (B, C, H, W) in [0, 1], each in its own way; returns the same shape and
-    range.
+    """Change the colours of images (B, C, H, W) in [0, 1], each in its own way, within the same range.
 
     blur, solarise: the probability of each. Jitter (probability 0.8) changes brightness and contrast by up to
     40 %, and for RGB saturation by 20 % and hue by 36 degrees; a fifth of RGB images turn grey.
@@ -71,18 +70,16 @@ def distort(images: Tensor, generator: Generator, blur: float = 0.5, solarise: f
     B, C = images.shape[:2]
     chance, strength = torch.rand(4, B, generator=generator), torch.rand(5, B, generator=generator)
     jitter = (chance[0] < 0.8).float()
-    brightness, contrast, saturation = 1 + jitter * (2 * strength[:3] - 1) * torch.tensor(
-        [[0.4], [0.4], [0.2]]
-    )
+    most = torch.tensor([[0.4], [0.4], [0.2]])
+    brightness, contrast, saturation = 1 + most * jitter * (2 * strength[:3] - 1)
     hue = jitter * 0.2 * torch.pi * (2 * strength[3] - 1)  # radians
     if C == 3:
         matrix = colour_matrix(saturation * (chance[1] >= 0.2), hue).to(images.device)  # (B, 3, 3)
         images = (matrix @ images.flatten(2)).view_as(images)
-    gain = (brightness * contrast).view(B, 1, 1, 1).to(images.device)
-    lift = (brightness * (1 - contrast)).view(B, 1, 1, 1).to(images.device) * images.mean(
-        dim=(1, 2, 3), keepdim=True
+    gain, lift = (
+        torch.stack([brightness * contrast, brightness * (1 - contrast)]).view(2, B, 1, 1, 1).to(images)
     )
-    images = (images * gain).add_(lift).clamp_(0, 1)
+    images = (images * gain).add_(lift * images.mean(dim=(1, 2, 3), keepdim=True)).clamp_(0, 1)
     blurred = (chance[2] < blur).nonzero()[:, 0]
     if len(blurred):
         sigma = (0.1 + 1.9 * strength[4][blurred]) * images.shape[-1] / 224

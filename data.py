@@ -11,8 +11,9 @@ With `images/`, all else is optional. `masks/<region>/` outlines one region in f
 (another suffix is fine). Few images need masks: one with every region, the *labelled sample*, can teach where
 to look. `labels.csv` names images in a column `file`; then either a column `label` holds the class, or there
 is one column per finding with 0, 1 or blank (unknown). A column `split` (train, val, test) may join either;
-without it, 70/15/15 % follow from the names alone, so no seed ever carries a test image into training. In the
-other layout each folder is a class, and an image is called "good/1.png".
+without it, 70/15/15 % follow from the names alone, so no seed ever carries a test image into training;
+several images of one patient need the column, or they end on both sides. In the other layout each folder is a
+class, and an image is called "good/1.png".
 
 Every picture ends as 8 bit. Deep grey (16 bit, float) is first stretched from its own minimum to its maximum,
 since scanners rarely use the full range; transparency lies on black. The set has one channel if every picture
@@ -71,15 +72,15 @@ def select(data: Data, index: Tensor) -> Data:
 
 
 def load(
-    source: str, img_size: int, seed: int = 0, train_images: int = 1500, sample: str | None = None
+    data: str, img_size: int, seed: int = 0, train_images: int = 1500, sample: str | None = None
 ) -> tuple[dict[str, Data], str | None, list[str]]:
     """{"train", "val", "test"}, the labelled sample's name, and notes, as `load_folder` returns them.
 
-    source: "phantom", drawn anew from the seed (each part from a seed of its own), or a folder, which
+    data: "phantom", drawn anew from the seed (each part from a seed of its own), or a folder, which
     img_size and sample apply to but seed and train_images don't. Raises DataError.
     """
-    if source != "phantom":
-        return load_folder(source, img_size, sample)
+    if data != "phantom":
+        return load_folder(data, img_size, sample)
     parts = {}
     for i, (part, n) in enumerate({"train": train_images, **PHANTOM_SIZES}.items()):
         images, masks, labels = phantom(n, len(PARTS) * seed + i, img_size)
@@ -180,9 +181,7 @@ def _decode(path: Path) -> tuple[np.ndarray | None, str]:
             pixels = np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
     except Exception as error:  # Pillow's decoders raise almost anything on a damaged file, not only OSError
         return None, " ".join(str(error).split()) or type(error).__name__
-    if not np.isfinite(pixels).all():
-        raise DataError(f"{path} has NaN or infinite pixels; replace them by numbers or remove the file")
-    return pixels, ""
+    return (pixels, "") if np.isfinite(pixels).all() else (None, "it has NaN or infinite pixels")
 
 
 def _resize(pixels: np.ndarray, size: int) -> np.ndarray:
@@ -219,7 +218,7 @@ def _read_images(paths: dict[str, Path], masks: dict[str, dict], size: int, note
         if pixels is not None and min(pixels.shape[:2]) < 8:
             problem = f"{pixels.shape[1]} x {pixels.shape[0]} px, but 8 x 8 is the least"
         if problem:
-            notes.append(f"{path} is skipped: {problem}")
+            notes.append(f"{path} is skipped: {problem}; repair or remove it")
             continue
         own = [_read_mask(m[name], path, pixels.shape, size) if name in m else empty for m in masks.values()]
         names.append(name)

@@ -17,7 +17,10 @@ names the kind:
     uniform          KL = 0, entropy near log K: centring won    -> a lower teacher temperature
     one prototype    KL = 0, entropy low: sharpening won         -> a faster centre, a higher temperature
 
-`DINOHead` has the published parameter names. Next to read: `ssl.py`, then `train.py`.
+`DINOHead` has the published parameter names. Where we differ from the release, for small data and short runs:
+no warm-up of the teacher's temperature, no frozen last layer, constant weight decay, and the student, not the
+teacher, is what is kept and measured, since over a few hundred steps the teacher lags behind. Next to read:
+`ssl.py`, then `train.py`.
 """
 
 import copy
@@ -131,10 +134,10 @@ class Health(nn.Module):
         ceiling = math.log(len(self.usage))
         if self.entropy > 0.5 * ceiling:
             kind = "uniform: every image gets nearly the same weight on all prototypes"
-            remedy = "lower --teacher-temp (0.02), --lr or --out-dim, or raise --momentum (0.996)"
+            remedy = "lower --teacher-temp, --lr or --out-dim, or raise --momentum toward 1"
         else:
             kind = "one prototype: every image gets the same prototype"
-            remedy = "lower --center-momentum (0.9) or --lr, or raise --teacher-temp"
+            remedy = "lower --center-momentum or --lr, or raise --teacher-temp"
         raise Collapse(
             f"DINO has collapsed, {kind} (teacher entropy {self.entropy:.2f} of at most {ceiling:.2f}, KL "
             f"{self.kl:.3f}, {self.prototypes()} prototypes in use). To change: {remedy}. Or --keep-going."
@@ -142,7 +145,8 @@ class Health(nn.Module):
 
 
 class DINO(nn.Module):
-    """Student, teacher and their heads around an encoder that returns Features, such as `vit.ViT`."""
+    """Student, teacher and their heads around an encoder(images, layer=...) -> Features, such as
+    `vit.ViT`."""
 
     def __init__(
         self,
@@ -177,6 +181,12 @@ class DINO(nn.Module):
             teacher = self.teacher_head(self.teacher(views[0], layer=None).pooled).unflatten(0, (2, B))
         self.health.update(self.loss.teacher_probabilities(teacher, teacher_temp))
         return self.loss(student, teacher, teacher_temp), features
+
+    def train(self, mode: bool = True) -> "DINO":
+        """As ever, but the teacher stays in evaluation mode: its targets have no noise of their own."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:

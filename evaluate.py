@@ -8,13 +8,14 @@ test image, on the attention's grid of patches and, for honesty, at every pixel.
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from attention_priors import align, bend, carry, follow, priors_from_masks, priors_from_statistics
+from attention_priors import align, bend, blurred, carry, follow, priors_from_masks, priors_from_statistics
 from checkpoint import load_run
 from data import Data, load, normalise, select
 from metrics import localisation_ap
@@ -22,6 +23,10 @@ from plots import attention_grid
 from vit import ViT
 
 BATCH = 250  # images at a time, where no gradient is kept
+
+
+class CannotMeasure(ValueError):
+    """There are no masks to measure with; the message says which."""
 
 
 def build_encoder(config: argparse.Namespace, in_chans: int) -> ViT:
@@ -33,15 +38,13 @@ def build_encoder(config: argparse.Namespace, in_chans: int) -> ViT:
 def make_priors(
     config: argparse.Namespace, parts: dict[str, Data], sample: str | None
 ) -> tuple[Tensor, list[str]]:
-    """What --prior asks for, and names: (R, S, S), for masks (N, R, S, S). Raises ValueError."""
-    train, blur, lacking = parts["train"], config.prior_blur, "has a mask for every region; outline one"
-    if config.prior == "masks":
-        if not train.has_masks.any():
-            raise ValueError(f"--prior masks: no training image of {config.data} {lacking}")
-        return train.masks, train.regions
+    """Priors (R, S, S) over one image, as --prior asks, and their names. Raises ValueError."""
+    train, blur = parts["train"], config.prior_blur
     if config.prior == "sample":
         if sample is None:
-            raise ValueError(f"--prior sample: no image of {config.data} {lacking}")
+            raise ValueError(
+                f"--prior sample: no image of {config.data} has a mask for every region; outline one"
+            )
         masks = train.masks[train.names.index(sample)]
         empty = [region for region, mask in zip(train.regions, masks) if not mask.any()]
         if empty:
@@ -52,31 +55,50 @@ def make_priors(
     if config.prior == "statistics":
         names = ["mean", "deviation", "cluster 1", "cluster 2"]
         return priors_from_statistics(train.images, blur=blur), names
-    return priors_from_file(config.prior, config.img_size, blur)
-
-
-def priors_from_file(path: str, size: int, blur: float) -> tuple[Tensor, list[str]]:
-    """Priors (R, size, size) from a .npy file, and names for them. Raises ValueError if they don't fit."""
     try:
-        priors = torch.from_numpy(np.load(path, allow_pickle=False)).float()
+        priors = torch.from_numpy(np.load(config.prior, allow_pickle=False)).float()
     except Exception as error:  # np.load fails on foreign files in many ways
         what = "sample, masks, statistics, none, or a .npy file"
-        raise ValueError(f"--prior {path} is not {what} ({type(error).__name__}: {error})") from None
-    if priors.dim() != 3 or priors.shape[1:] != (size, size) or not (priors.isfinite() & (priors >= 0)).all():
-        shape = f"(R, {size}, {size}), as --img-size says, finite and not negative"
-        raise ValueError(f"--prior {path} holds an array {tuple(priors.shape)}: it must be {shape}")
+        raise ValueError(f"--prior {config.prior} is not {what} ({type(error).__name__}: {error})") from None
+    S = config.img_size
+    if priors.dim() != 3 or not len(priors) or priors.shape[1:] != (S, S):
+        raise ValueError(f"--prior {config.prior} is an array {tuple(priors.shape)}: make it (R, {S}, {S})")
+    if not (priors.isfinite() & (priors >= 0)).all() or not priors.flatten(1).any(dim=1).all():
+        raise ValueError(f"--prior {config.prior}: each prior must be finite, not negative, and not empty")
     return priors_from_masks(priors, blur), [f"prior {r}" for r in range(len(priors))]
 
 
-def lay_over(config: argparse.Namespace, priors: Tensor, sample: Tensor, images: Tensor) -> Tensor:
-    """The sample's priors (R, S, S) laid over images (N, C, S, S) uint8 as --align asks: (N, R, S, S)."""
-    if config.align == "none":
-        return priors.expand(len(images), *priors.shape)
-    laid = []
+def register(config: argparse.Namespace, sample: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The sample (C, S, S) registered to images (N, C, S, S) as --align asks: theta (N, 2, 3), flow (N, 2, k,
+    k)."""
+    thetas, flows = [], []
     for part in images.split(BATCH):
-        theta = align(sample, part)
-        laid.append(carry(priors, theta, bend(sample, part, theta) if config.align == "bend" else None))
-    return torch.cat(laid)
+        thetas.append(align(sample, part))
+        bends = bend(sample, part, thetas[-1]) if config.align == "bend" else torch.zeros(len(part), 2, 1, 1)
+        flows.append(bends.to(images.device))
+    return torch.cat(thetas), torch.cat(flows)
+
+
+def lay_over(
+    config: argparse.Namespace, parts: dict[str, Data], sample: str | None, images: Tensor
+) -> tuple[Callable[[Tensor], Tensor], list[str]]:
+    """A function from indices (B,) of images (N, C, S, S) to the priors (B, R, S, S) that lie over them; and
+    names.
+
+    images are the training images if --prior is masks. Raises ValueError.
+    """
+    train = parts["train"]
+    if config.prior == "masks":
+        if not train.has_masks.any():
+            raise ValueError(f"--prior masks: no training image of {config.data} has a mask for every region")
+        masks = train.masks.to(images.device)  # blurred as the sample's are; a missing mask stays empty
+        return lambda index: blurred(masks[index].float(), config.prior_blur), train.regions
+    priors, names = make_priors(config, parts, sample)
+    priors = priors.to(images.device)
+    if config.prior != "sample" or config.align == "none":
+        return lambda index: priors.expand(len(index), *priors.shape), names
+    theta, flow = register(config, train.images[train.names.index(sample)].to(images.device), images)
+    return lambda index: carry(priors, theta[index], flow[index]), names
 
 
 @torch.no_grad()
@@ -90,31 +112,27 @@ def attention_of(encoder: ViT, images: Tensor, layer: int) -> Tensor:
 def measure(
     config: argparse.Namespace, encoder: ViT, parts: dict[str, Data], sample: str | None
 ) -> tuple[dict[str, dict[str, float]], dict[str, Tensor]]:
-    """AP on the test images that have masks: {prior, aligned prior, attention ...: {region: AP}}.
+    """AP on the test images that have masks: {attention, prior, aligned prior ...: {region: AP}}.
 
-    Also the attention (M, h, w) behind it, {title: maps}, for pictures. Raises ValueError if masks are
-    missing.
+    Also the attention (M, h, w) behind it, {title: maps}, for pictures. Raises CannotMeasure without masks.
     """
     val, test = (select(parts[part], parts[part].has_masks) for part in ("val", "test"))
     guided = config.prior in ("sample", "masks")
     for part, data in (("test", test), ("validation", val)):
         if not data.names and not (guided and data is val):
-            raise ValueError(f"no {part} image of {config.data} has all masks: AP can't be measured")
+            raise CannotMeasure(f"no {part} image of {config.data} has all masks: AP can't be measured")
     grid, layer, heads = encoder.native_grid, config.span_layer, torch.arange(len(test.regions))
     if not guided:
         ap = localisation_ap(attention_of(encoder, val.images, layer), val.masks, grid)  # (M, heads, R)
         heads = ap.nanmean(dim=0).argmax(dim=0)  # the best for each region
     maps = {"attention": (attention_of(encoder, test.images, layer)[:, heads], grid)}
     if config.prior == "sample":
-        priors, _ = make_priors(config, parts, sample)
-        train, whole = parts["train"], torch.eye(2, 3).expand(len(test.names), 2, 3)
-        laid = lay_over(config, priors, train.images[train.names.index(sample)], test.images)
-        maps = {
-            "prior": (follow(priors, whole, grid)[0], grid),
-            "aligned prior": (follow(laid, whole, grid)[0], grid),
-            **maps,
-            "aligned prior, every pixel": (laid.flatten(2), tuple(laid.shape[2:])),
-        }
+        whole, everyone = torch.eye(2, 3).expand(len(test.names), 2, 3), torch.arange(len(test.names))
+        maps["prior"] = follow(make_priors(config, parts, sample)[0], whole, grid)[0], grid
+        if config.align != "none":
+            laid = lay_over(config, parts, sample, test.images)[0](everyone)
+            maps["aligned prior"] = follow(laid, whole, grid)[0], grid
+            maps["aligned prior, every pixel"] = laid.flatten(2), tuple(laid.shape[2:])
     table = {}
     for what, (m, size) in maps.items():
         ap = localisation_ap(m, test.masks, size).diagonal(dim1=1, dim2=2).nanmean(dim=0)  # (R,)
@@ -135,36 +153,47 @@ def flatten(table: dict[str, dict[str, float]]) -> dict[str, float]:
 
 def print_table(columns: dict[str, dict[str, float]]) -> None:
     """Print AP in percent: a row a region and their mean, a column for each entry of {what: {region: AP}}."""
-    print("\nAP in %       " + "".join(f"  {title:>7}" for title in columns))
-    for region in [*next(iter(columns.values())), "mean"]:
+    regions = list(next(iter(columns.values())))
+    first = max(map(len, [*regions, "AP in %"]))
+    print(f"\n{'AP in %':{first}}" + "".join(f"  {title:>7}" for title in columns))
+    for region in [*regions, "mean"]:
         row = [np.mean(list(c.values())) if region == "mean" else c[region] for c in columns.values()]
         cells = [f"  {100 * ap:{max(7, len(title))}.1f}" for ap, title in zip(row, columns)]
-        print(f"{region:14}" + "".join(cells))
+        print(f"{region:{first}}" + "".join(cells))
     print()
 
 
-def load_encoder(config: argparse.Namespace, checkpoint: dict, in_chans: int) -> ViT:
-    """The trained encoder, the student's, of a run."""
+def load_encoder(run: Path, config: argparse.Namespace, checkpoint: dict, in_chans: int) -> ViT:
+    """The trained encoder, the student's, of a run. Raises ValueError if settings and checkpoint disagree."""
     encoder, prefix = build_encoder(config, in_chans), "student."
-    weights = checkpoint["model"].items()
-    encoder.load_state_dict({k.removeprefix(prefix): v for k, v in weights if k.startswith(prefix)})
+    weights = {k.removeprefix(prefix): v for k, v in checkpoint["model"].items() if k.startswith(prefix)}
+    try:
+        encoder.load_state_dict(weights)
+    except RuntimeError:
+        raise ValueError(f"{run}: last.pt holds a model of other sizes than config.json says") from None
     return encoder
 
 
 def compare(runs: list[Path], n_images: int) -> None:
     """Measure runs on the same test images, print them side by side, write compare.png into the first."""
     columns, pictures, source = {}, {}, None
+    short = {run: run.name if len({r.name for r in runs}) == len(runs) else str(run) for run in runs}
     for run in runs:
         config, checkpoint = load_run(run)
-        wanted = config.data, config.img_size, config.seed, config.train_images, config.sample
+        wanted = {"data": config.data, "img_size": config.img_size, "sample": config.sample}
+        if config.data == "phantom":
+            wanted |= {"seed": config.seed, "train_images": config.train_images}
         if source is None:
-            source, (parts, sample, _) = wanted, load(*wanted)
-        if source != wanted:
-            raise ValueError(f"{run} and {runs[0]} saw different data ({wanted}, {source}): compare equals")
-        encoder = load_encoder(config, checkpoint, parts["test"].images.shape[1])
+            source, (parts, sample, _) = wanted, load(**wanted)
+        differ = [name for name in source | wanted if source.get(name) != wanted.get(name)]
+        if differ:
+            raise ValueError(
+                f"{runs[0]} and {run} differ in {', '.join(differ)}: compare runs on the same images"
+            )
+        encoder = load_encoder(run, config, checkpoint, parts["test"].images.shape[1])
         table, maps = measure(config, encoder, parts, sample)
-        columns |= {f"{run.name}: {what}": row for what, row in table.items()}
-        pictures |= {f"{run.name}\n{title}": m[:n_images] for title, m in maps.items()}
+        columns |= {f"{short[run]}: {what}": row for what, row in table.items()}
+        pictures |= {f"{short[run]}\n{title}": m[:n_images] for title, m in maps.items()}
     print_table(columns)
     test, path = select(parts["test"], parts["test"].has_masks), runs[0] / "compare.png"
     images, masks = test.images[:n_images].float() / 255, test.masks[:n_images]
@@ -182,8 +211,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=6, help="test images in the picture (default: 6)")
     args = parser.parse_args(argv)
     try:
+        if args.images < 1:
+            raise ValueError(f"--images {args.images}: draw at least 1")
         compare(args.runs, args.images)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         sys.exit(2)
 

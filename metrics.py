@@ -31,8 +31,9 @@ def localisation_ap(maps: Tensor, masks: Tensor, grid: tuple[int, int]) -> Tenso
 
     Maps on a grid (h, w) are upsampled bilinearly to the size of the masks first.
     """
-    maps = F.interpolate(
-        maps.float().unflatten(2, grid), size=masks.shape[-2:], mode="bilinear", align_corners=False
-    )
-    maps, masks = maps.flatten(2)[:, :, None], masks.flatten(2)[:, None]  # (B, M, 1, P), (B, 1, R, P)
-    return average_precision(maps.expand(-1, -1, masks.shape[2], -1), masks)
+    size, found = masks.shape[-2:], []
+    for m, k in zip(maps.float().unflatten(2, grid).split(32), masks.split(32)):  # sorting takes memory
+        m = F.interpolate(m, size=size, mode="bilinear", align_corners=False).flatten(2)[:, :, None]
+        k = k.flatten(2)[:, None]
+        found.append(average_precision(m.expand(-1, -1, k.shape[2], -1), k))  # (b, M, R)
+    return torch.cat(found)

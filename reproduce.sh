@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 export OMP_NUM_THREADS=1
-mkdir -p runs
+mkdir -p runs results
 
 experiments() {
     for seed in 0 1 2 3 4; do
@@ -11,7 +11,7 @@ experiments() {
         echo "masks-$seed --seed $seed --prior masks"
         echo "dino-$seed --seed $seed --prior none"
     done
-    for seed in 0 1 2; do
+    for seed in 0 1; do
         echo "no_alignment-$seed --seed $seed --align none"
         echo "affine_alignment-$seed --seed $seed --align affine"
         echo "no_following-$seed --seed $seed --no-follow"
@@ -34,3 +34,6 @@ run() {
 export -f run
 
 experiments | xargs -P 2 -L 1 bash -c 'run "$@"' _
+[ -f results/benchmark.json ] || python benchmark.py --json results/benchmark.json
+python evaluate.py runs/span-0 runs/dino-0 && cp runs/span-0/compare.png results/
+python tables.py runs

@@ -1,4 +1,4 @@
-"""A doorway, not a room: `from ssl import DINO, RelViT` works here, and so does Python's own `ssl`.
+"""A doorway, not a room: `from ssl import DINO` works here, and so does Python's own `ssl`.
 
 A file called ssl.py hides the standard library's module of that name from everything that runs in this
 folder, and much needs it: `import torch` imports `asyncio`, which asks for `ssl.SSLWantReadError`, and dies.

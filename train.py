@@ -14,6 +14,7 @@ import argparse
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,14 +26,14 @@ from checkpoint import check_folder, restore, resumed, save, start, write_whole
 from crops import crop, distort, random_crops
 from data import Data, load, normalise, select
 from dino import Collapse
-from evaluate import attention_of, build_encoder, flatten, lay_over, make_priors, measure, print_table
+from evaluate import CannotMeasure, attention_of, build_encoder, flatten, lay_over, measure, print_table
 from plots import attention_grid, curves
 from vit import ViT
 from ssl import DINO  # the doorway ssl.py in this folder, which leaves Python's own ssl as it was
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The settings, from the command line."""
+def parse(argv: list[str]) -> tuple[argparse.Namespace, set[str]]:
+    """The settings, and the names of those that were typed."""
     intro, examples = __doc__.split("\n\n")[:2]
     usage = "python train.py [--out DIR] [--data DIR] [--prior PRIOR] [flags below]"
     parser = argparse.ArgumentParser(
@@ -87,7 +88,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--warmup", type=float, default=0.1, help="share of all steps in which the learning rate rises")
     add("--weight-decay", type=float, default=0.04, help="of matrices; vectors have none")
     add("--clip-grad", type=float, default=3.0, help="largest norm of the gradient")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    untyped = argparse.Namespace(**dict.fromkeys(vars(args)))  # what is there already gets no default
+    return args, {name for name, value in vars(parser.parse_args(argv, untyped)).items() if value is not None}
 
 
 class Formatter(
@@ -106,42 +109,34 @@ class Formatter(
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise ValueError, naming the value and the limit, for settings that cannot be."""
-    counts = (
-        "epochs",
-        "batch_size",
-        "patch_size",
-        "embed_dim",
-        "num_heads",
-        "depth",
-        "train_images",
-        "out_dim",
-    )
-    positive, not_negative = ("lr", "teacher_temp", "clip_grad"), (
-        "prior_blur",
-        "span_weight",
-        "local_crops_number",
-    )
-    for names, least in ((counts, 1), (positive, 1e-9), (not_negative, 0)):
-        for name in names:
-            if not least <= getattr(args, name) < math.inf:
+    """Raise ValueError, naming the value and the limits, for settings that cannot be."""
+    limits = {
+        (1, 10**9): "epochs batch_size patch_size embed_dim num_heads depth train_images img_size",
+        (2, 10**9): "out_dim",
+        (0, 2**32 - 1): "seed local_crops_number",
+        (1e-9, 1e9): "lr teacher_temp clip_grad",
+        (0, 1e9): "prior_blur span_weight weight_decay",
+        (0, 1): "momentum center_momentum flip warmup",
+        (0, 0.99): "drop_path",
+        (-args.depth, args.depth - 1): "span_layer",
+    }
+    for (least, most), names in limits.items():
+        for name in names.split():
+            if not least <= getattr(args, name) <= most:  # NaN is not, either
                 flag = name.replace("_", "-")
-                raise ValueError(f"--{flag} {getattr(args, name)}: it must be finite and at least {least:g}")
-    if not -args.depth <= args.span_layer < args.depth:
-        raise ValueError(
-            f"--span-layer {args.span_layer}: there are {args.depth} blocks, 0 to {args.depth - 1}"
-        )
+                raise ValueError(
+                    f"--{flag} {getattr(args, name)}: it must lie between {least:g} and {most:g}"
+                )
     for scale in (args.global_scale, args.local_scale):
         random_crops(1, scale, Generator())  # it knows which scales can be
     try:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {args.device} can't be used: {reason}") from None
+        raise ValueError(f"--device {args.device} can't be used: {str(error).splitlines()[0]}") from None
 
 
-def prepare(args: argparse.Namespace) -> tuple[dict[str, Data], str | None, DINO, Tensor | None]:
-    """Data by part, the sample's name, the model, and the priors over the training images (see `train`).
+def prepare(args: argparse.Namespace) -> tuple[dict[str, Data], str | None, DINO, Tensor, Callable | None]:
+    """Data by part, the sample's name, model and training images on the device, priors as from `lay_over`.
 
     Raises ValueError for all that a user can get wrong; nothing is written before it returns.
     """
@@ -150,26 +145,27 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, Data], str | None, DINO
     for note in notes:
         print(f"note: {note}")
     train = parts["train"]
+    if not train.names:
+        raise ValueError(f"{args.data}: no image is left to train on; look at the column split in labels.csv")
     torch.manual_seed(args.seed)
     encoder = build_encoder(args, train.images.shape[1])
     dino = DINO(encoder, args.embed_dim, args.out_dim, center_momentum=args.center_momentum)
     size = sum(p.numel() for p in encoder.parameters()) / 1e6
     counts = ", ".join(f"{len(d.names)} {part}" for part, d in parts.items())
-    print(f"{args.data}: {counts} images; {size:.2f} M weights")
+    print(f"{args.data}: {counts} images; {size:.2f} M weights, on {args.device}")
+    dino, images, started = dino.to(args.device), train.images.to(args.device), time.perf_counter()
     if args.prior == "none":
-        return parts, sample, dino, None
-    priors, names = make_priors(args, parts, sample)
+        return parts, sample, dino, images, None
+    if args.prior == "sample" and args.align != "none":
+        print(f"registering the sample to {len(images)} images ...", flush=True)
+    laid, names = lay_over(args, parts, sample, images)
     if len(names) > args.num_heads:
         raise ValueError(
             f"{len(names)} priors ({', '.join(names)}) but --num-heads {args.num_heads}: give each a head"
         )
-    print("guided heads: " + ", ".join(f"{i} {name}" for i, name in enumerate(names)))
-    if args.prior == "sample" and args.align != "none":
-        started = time.perf_counter()
-        priors = lay_over(args, priors, train.images[train.names.index(sample)], train.images).half()
-        seconds = time.perf_counter() - started
-        print(f"registered sample {sample} to {len(train.names)} images in {seconds:.0f} s")
-    return parts, sample, dino, priors
+    guided = ", ".join(f"{i} {name}" for i, name in enumerate(names))
+    print(f"guided heads: {guided}; priors ready after {time.perf_counter() - started:.0f} s")
+    return parts, sample, dino, images, laid
 
 
 def views_of(
@@ -192,15 +188,27 @@ def views_of(
     return [normalise(views), normalise(local)], [theta, near]
 
 
-def guide(features: list, thetas: list[Tensor], priors: Tensor, args: argparse.Namespace) -> Tensor:
-    """The SPAN loss over all views, one Features and theta (V B, 2, 3) a resolution; priors (B, R, S, S)."""
-    losses = []
-    for f, theta in zip(features, thetas):
-        side = math.isqrt(f.patches.shape[1])
+def guide(
+    views: list[Tensor],
+    features: list,
+    thetas: list[Tensor],
+    priors: Tensor,
+    dino: DINO,
+    args: argparse.Namespace,
+) -> Tensor:
+    """The SPAN loss over all views: a tensor, Features and theta (V B, 2, 3) a resolution; priors (B, R, S,
+    S).
+
+    Each resolution counts by the share of the priors that its views see, as each view does within it.
+    """
+    losses, shares = [], []
+    for view, f, theta in zip(views, features, thetas):
         seen_through = theta if args.follow else torch.eye(2, 3, device=theta.device).expand_as(theta)
-        prior, share = follow(priors.repeat(len(theta) // len(priors), 1, 1, 1), seen_through, (side, side))
-        losses.append(span_loss(f.attention, prior, share, args.span_loss) * len(theta))
-    return sum(losses) / sum(map(len, thetas))
+        everyone = priors.repeat(len(theta) // len(priors), 1, 1, 1)  # (V B, R, S, S)
+        prior, share = follow(everyone, seen_through, dino.student.grid(view))
+        shares.append(share.sum())
+        losses.append(span_loss(f.attention, prior, share, args.span_loss) * shares[-1])
+    return sum(losses) / sum(shares).clamp_min(1e-12)
 
 
 def cosine(step: int, total: int, first: float, last: float) -> float:
@@ -216,8 +224,8 @@ def optimizer_for(model: nn.Module, args: argparse.Namespace) -> torch.optim.Ada
     return torch.optim.AdamW([matrices, vectors], lr=args.lr)
 
 
-def train(args: argparse.Namespace, dino: DINO, images: Tensor, priors: Tensor | None) -> list[dict]:
-    """Train on images (N, C, S, S) uint8 with priors (N, R, S, S), or (R, S, S) for all, or None.
+def train(args: argparse.Namespace, dino: DINO, images: Tensor, laid: Callable | None) -> list[dict]:
+    """Train on images (N, C, S, S) uint8, guided by the priors laid(index) (B, R, S, S) unless laid is None.
 
     Returns the history, a row an epoch. Raises Collapse, or FloatingPointError before weights are spoiled.
     """
@@ -239,9 +247,8 @@ def train(args: argparse.Namespace, dino: DINO, images: Tensor, priors: Tensor |
             views, thetas = views_of(images[index].float() / 255, args, generator)
             loss, features = dino(views, args.teacher_temp, args.span_layer)
             logged = {"loss": loss.detach()}
-            if priors is not None:
-                laid = priors[index].float() if priors.dim() == 4 else priors.expand(batch, *priors.shape)
-                span = guide(features, thetas, laid, args)
+            if laid is not None:
+                span = guide(views, features, thetas, laid(index), dino, args)
                 loss, logged["span_loss"] = loss + args.span_weight * span, span.detach()
             descend(loss, dino, optimizer, args, step)
             dino.update_teacher(cosine(step, total, args.momentum, 1.0))
@@ -268,8 +275,8 @@ def descend(loss: Tensor, model: nn.Module, optimizer, args: argparse.Namespace,
     norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
     if not (loss.isfinite() and norm.isfinite()):
         raise FloatingPointError(
-            f"step {step}: the loss is {loss.item():.3g}, its gradient's norm {norm.item():.3g}; the weights "
-            f"are untouched and {args.out} holds the last whole epoch. Lower --lr, or look for odd images"
+            f"step {step}: the loss is {loss.item():.3g}, the norm of its gradient {norm.item():.3g}; the step "
+            "was not taken. Lower --lr, or look for a setting or an image that is out of range"
         )
     optimizer.step()
 
@@ -285,7 +292,7 @@ def finish(args: argparse.Namespace, encoder: ViT, parts: dict, sample: str | No
         masks = shown.masks[:6]
         metrics |= flatten(table)
         print_table(table)
-    except ValueError as error:
+    except CannotMeasure as error:
         print(error)
         attention = attention_of(encoder, shown.images[:6], args.span_layer)
         maps = {f"head {h}": attention[:, h].unflatten(1, encoder.native_grid) for h in range(args.num_heads)}
@@ -299,29 +306,27 @@ def finish(args: argparse.Namespace, encoder: ViT, parts: dict, sample: str | No
 def main(argv: list[str] | None = None) -> None:
     """The command line: exit status 0 when done, 1 for a failed training, 2 for unusable input."""
     argv = sys.argv[1:] if argv is None else argv
-    args = parse(argv)
+    args, typed = parse(argv)
     try:
-        check_folder(args.out, args.resume, args.overwrite)
-        args = resumed(args, parse([])) if args.resume else args
-        parts, sample, dino, priors = prepare(args)
-        dino, images = dino.to(args.device), parts["train"].images.to(args.device)
-        priors = None if priors is None else priors.to(args.device)
-        if not args.resume:
-            start(args, argv)
-    except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    try:
+        try:
+            check_folder(args.out, args.resume, args.overwrite)
+            args = resumed(args, typed) if args.resume else args
+            parts, sample, dino, images, laid = prepare(args)
+            if not args.resume:
+                start(args, argv)
+        except (ValueError, OSError) as error:
+            print(f"train.py: {error}", file=sys.stderr)
+            sys.exit(2)
         started = time.perf_counter()
-        history = train(args, dino, images, priors)
+        history = train(args, dino, images, laid)
         print(f"trained in {time.perf_counter() - started:.0f} s")
+        finish(args, dino.student.cpu(), parts, sample, history)
     except (Collapse, FloatingPointError) as error:
         print(f"\ntrain.py: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print(f"\nstopped; whole epochs are kept: python train.py --out {args.out} --resume goes on")
+        print(f"\nstopped; --out {args.out} --resume goes on after the last whole epoch, if there was one")
         sys.exit(130)
-    finish(args, dino.student.cpu(), parts, sample, history)
 
 
 if __name__ == "__main__":

@@ -86,8 +86,19 @@ def test_alignment_recovers_a_known_affine_map():
 
 def test_alignment_is_blind_to_exposure():
     image = phantom(1, seed=5)[0].float() / 255
+    known = torch.tensor([[[1.05, 0.04, 0.08], [-0.05, 0.96, -0.06]]])
+    grid = F.affine_grid(known, (1, 1, 64, 64), align_corners=False)
+    moved = F.grid_sample(image, grid, padding_mode="border", align_corners=False)
     ramp = torch.linspace(0.6, 1.2, 64)
-    torch.testing.assert_close(align(image[0], 0.5 * image * ramp + 0.2), identity(1), atol=0.02, rtol=0)
+    torch.testing.assert_close(align(image[0], 0.5 * moved * ramp + 0.2), known, atol=0.03, rtol=0)
+
+
+def test_registration_works_where_gradients_are_switched_off():
+    images = phantom(2, seed=6)[0].float() / 255
+    with torch.no_grad():
+        theta = align(images[0], images[1:], steps=3)
+        bend(images[0], images[1:], theta, steps=3)
+    assert not theta.requires_grad
 
 
 def test_an_image_is_registered_the_same_whatever_its_batch_mates_are():
@@ -158,6 +169,11 @@ def test_statistics_find_where_images_differ_and_what_is_bright():
     assert deviation[3, 3] == 1 and deviation[10, 3] < 0.01
     assert mean[10, 12] > 4 * mean[10, 3]
     assert bright[:, 8:].min() == 1 and bright[10:, :7].max() == 0 and dark[10:, :7].min() == 1
+    with pytest.raises(ValueError, match="no pixel differs"):
+        priors_from_statistics(images[:1].repeat(3, 1, 1, 1))
+    _, _, *three = priors_from_statistics(images, clusters=3, blur=0.0)
+    levels = [(mean * cluster).sum() / cluster.sum() for cluster in three]
+    assert levels == sorted(levels)  # from the darkest to the brightest
     with pytest.raises(ValueError, match="give at least 2"):
         priors_from_statistics(images[:1])
 
@@ -210,10 +226,12 @@ def test_a_view_that_sees_less_of_a_prior_counts_less_and_none_not_at_all():
 
 
 def test_the_loss_stays_finite_where_attention_vanishes_in_half_precision():
-    attention = torch.tensor([[[1.0, 0.0]]], dtype=torch.float16, requires_grad=True)
-    loss = span_loss(attention, torch.tensor([[[0.5, 0.5]]]), torch.ones(1, 1))
-    loss.backward()
-    assert loss.isfinite() and attention.grad.isfinite().all()
+    for small in (0.0, 1e-4):
+        attention = torch.tensor([[[1.0, small]]], dtype=torch.float16, requires_grad=True)
+        prior = torch.tensor([[[0.5, 0.5]]], dtype=torch.float16)
+        loss = span_loss(attention, prior, torch.ones(1, 1, dtype=torch.float16))
+        loss.backward()
+        assert loss.dtype == torch.float32 and loss.isfinite() and attention.grad.isfinite().all()
 
 
 def test_what_does_not_fit_is_refused():

@@ -95,6 +95,15 @@ def test_the_loss_falls_when_the_student_learns_to_predict_the_teacher():
     assert losses[-1] < 0.5 * losses[0]
 
 
+def test_the_teacher_s_targets_have_no_noise_of_their_own():
+    dino = DINO(
+        ViT(16, 4, 1, 12, 2, 3, drop_path=0.5), 12, out_dim=16, hidden_dim=16, bottleneck_dim=8
+    ).train()
+    images = torch.rand(8, 1, 16, 16)
+    assert torch.equal(dino.teacher(images).pooled, dino.teacher(images).pooled)
+    assert not torch.equal(dino.student(images).pooled, dino.student(images).pooled)
+
+
 # Collapse
 
 

@@ -42,7 +42,7 @@ def test_the_doorway_hands_out_self_supervision():
     assert python("import torch; from ssl import DINO; print(DINO.__module__)") == "dino"
 
 
-def test_a_name_that_neither_room_knows_is_an_attribute_error():
+def test_a_name_that_nobody_knows_is_an_attribute_error():
     message = "module 'ssl' has no attribute 'nonsense'"
     assert message in python("import ssl\ntry: ssl.nonsense\nexcept AttributeError as e: print(e)")
 

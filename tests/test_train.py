@@ -101,12 +101,13 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(options, tm
     argv = [*TINY, *options.split(), "--epochs", "4"]
     train.main([*argv, "--out", str(tmp_path / "whole")])
     command = [sys.executable, "train.py", *argv, "--out", str(tmp_path / "killed")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (tmp_path / "killed" / "last.pt").exists():
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    assert len(load_run(tmp_path / "killed")[1]["history"]) < 4  # it was killed in time
     train.main(["--out", str(tmp_path / "killed"), "--resume"])
     whole, resumed = (load_run(tmp_path / name)[1]["model"] for name in ("whole", "killed"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -120,16 +121,56 @@ def test_priors_may_be_every_image_s_masks_statistics_or_a_file(tmp_path):
         assert json.loads((out / "metrics.json").read_text())["span_loss"] > 0
 
 
+def test_the_heads_of_an_unguided_run_are_chosen_on_validation_images_not_on_test_images(monkeypatch):
+    """Head 1 is best on validation, head 0 on test: head 1 must be reported."""
+    images, masks, _ = phantom(8, seed=3)
+    maps = torch.stack(
+        [torch.rand(8, 64), torch.nn.functional.avg_pool2d(masks[:, :1].float(), 8).flatten(1)], dim=1
+    )
+    data = train.Data(
+        images, masks[:, :1], torch.ones(8, dtype=torch.bool), None, list("abcdefgh"), ["lung"], []
+    )
+    shown = iter([maps, maps.flip(1)])  # validation comes first
+    monkeypatch.setattr(evaluate, "attention_of", lambda *args: next(shown))
+    args, _ = train.parse(["--prior", "none"])
+    encoder = evaluate.build_encoder(args, 1)
+    table, pictures = evaluate.measure(args, encoder, {"train": data, "val": data, "test": data}, None)
+    assert list(pictures) == ["head 1\nlung"] and table["attention"]["lung"] < 0.5
+
+
+def test_the_span_loss_weighs_resolutions_by_the_share_that_their_views_see():
+    args, _ = train.parse("--embed-dim 24 --depth 1 --num-heads 3 --out-dim 16".split())
+    dino = train.DINO(evaluate.build_encoder(args, 1), 24, 16)
+    images, priors = torch.rand(2, 1, 64, 64), torch.rand(2, 3, 64, 64)
+    theta = torch.eye(2, 3).repeat(4, 1, 1)
+    blind = theta.clone()
+    blind[:, 0, 2] = 5.0  # looks far beside the image
+    views = [images.repeat(2, 1, 1, 1), images.repeat(2, 1, 1, 1)[..., :32, :32]]
+    features = [dino.student(view) for view in views]
+    one = train.guide(views[:1], features[:1], [theta], priors, dino, args)
+    torch.testing.assert_close(train.guide(views, features, [theta, blind], priors, dino, args), one)
+    args.follow = False  # then a view gets the whole prior, whatever it sees
+    torch.testing.assert_close(train.guide(views[:1], features[:1], [blind], priors, dino, args), one)
+
+
 # Refusals
 
 
 def test_an_existing_run_is_neither_overwritten_nor_resumed_unless_asked_to(run, tmp_path, capsys):
     before = (run / "last.pt").read_bytes()
     assert "--resume goes on with it, --overwrite starts again" in refused(capsys, *TINY, "--out", str(run))
-    assert "was started with embed_dim = 24, not 48" in refused(
+    assert "was started with --embed-dim 24, not 48" in refused(
         capsys, "--out", str(run), "--resume", "--embed-dim", "48"
     )
-    assert "there is no" in refused(capsys, "--out", str(tmp_path / "new"), "--resume")
+    assert "start without --resume" in refused(capsys, "--out", str(tmp_path / "new"), "--resume")
+    (tmp_path / "dead").mkdir()
+    (tmp_path / "dead" / "config.json").write_text((run / "config.json").read_text())
+    assert "--overwrite starts again" in refused(capsys, "--out", str(tmp_path / "dead"), "--resume")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "vit"}')
+    assert "something else than a run" in refused(
+        capsys, *TINY, "--out", str(tmp_path / "other"), "--overwrite"
+    )
     (tmp_path / "thesis.txt").write_text("years of work")
     assert "something else than a run" in refused(capsys, *TINY, "--out", str(tmp_path), "--overwrite")
     assert "is a file" in refused(capsys, *TINY, "--out", str(tmp_path / "thesis.txt"))
@@ -145,9 +186,12 @@ def test_an_existing_run_is_neither_overwritten_nor_resumed_unless_asked_to(run,
         ),
         ("--num-heads 2", "3 priors (left lung, right lung, heart) but --num-heads 2"),
         ("--embed-dim 25", "embed_dim 25 is not a multiple of num_heads 3"),
-        ("--epochs 0", "--epochs 0: it must be finite and at least 1"),
-        ("--lr nan", "--lr nan: it must be finite"),
-        ("--span-layer 2", "--span-layer 2: there are 2 blocks, 0 to 1"),
+        ("--epochs 0", "--epochs 0: it must lie between 1 and"),
+        ("--lr nan", "--lr nan: it must lie between"),
+        ("--warmup 5", "--warmup 5.0: it must lie between 0 and 1"),
+        ("--momentum 1.5", "--momentum 1.5: it must lie between 0 and 1"),
+        ("--seed -1", "--seed -1: it must lie between 0 and"),
+        ("--span-layer 2", "--span-layer 2: it must lie between -2 and 1"),
         ("--global-scale 0.9 0.4", "0 < a <= b <= 1"),
         ("--device abacus", "--device abacus can't be used"),
         ("--sample nobody", "sample `nobody` is not drawn"),
@@ -165,10 +209,11 @@ def test_settings_that_cannot_be_are_refused_in_one_line_before_anything_is_writ
 @pytest.mark.parametrize(
     "prior, message",
     [
-        (np.ones((2, 32, 32)), "must be (R, 64, 64), as --img-size says"),
-        (np.ones((64, 64)), "must be (R, 64, 64)"),
-        (-np.ones((1, 64, 64)), "finite and not negative"),
-        (np.stack([np.ones((64, 64)), np.zeros((64, 64))]), "prior 1 (counted from 0) is empty"),
+        (np.ones((2, 32, 32)), "is an array (2, 32, 32): make it (R, 64, 64)"),
+        (np.ones((64, 64)), "make it (R, 64, 64)"),
+        (np.ones((0, 64, 64)), "make it (R, 64, 64)"),
+        (-np.ones((1, 64, 64)), "must be finite, not negative, and not empty"),
+        (np.stack([np.ones((64, 64)), np.zeros((64, 64))]), "must be finite, not negative, and not empty"),
         (np.array([{"a": 1}], dtype=object), "a .npy file"),
     ],
 )
@@ -206,8 +251,16 @@ def test_a_folder_without_masks_is_refused_unless_the_prior_needs_none(tmp_path,
     data = folder_of_phantoms(tmp_path / "mine", masked=0)
     argv = [*TINY, "--data", str(data), "--out", str(tmp_path / "run")]
     assert "has a mask for every region; outline one" in refused(capsys, *argv)
-    assert "has a mask for every region; outline one" in refused(capsys, *argv, "--prior", "masks")
+    assert "has a mask for every region" in refused(capsys, *argv, "--prior", "masks")
     train.main([*argv, "--prior", "none", "--epochs", "1"])
+
+
+def test_a_folder_whose_split_leaves_nothing_to_train_on_is_refused(tmp_path, capsys):
+    data = folder_of_phantoms(tmp_path / "mine", masked=0)
+    rows = "".join(f"{i:02d}.png,test\n" for i in range(24))
+    (data / "labels.csv").write_text("file,split\n" + rows)
+    argv = [*TINY, "--data", str(data), "--prior", "none", "--out", str(tmp_path / "run")]
+    assert "no image is left to train on" in refused(capsys, *argv)
 
 
 def test_an_empty_mask_of_the_sample_is_refused_by_region(tmp_path, capsys):
@@ -228,17 +281,18 @@ def test_a_collapse_stops_the_run_and_keep_going_overrides(tmp_path, capsys):
     train.main([*argv, "--out", str(tmp_path / "on"), "--keep-going"])
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_weights(tmp_path, capsys, monkeypatch):
-    steps = iter(range(100))
-    real = train.span_loss
+def test_a_loss_that_is_not_finite_stops_the_run_by_name_before_the_weights_are_spoiled(
+    tmp_path, capsys, monkeypatch
+):
+    steps, real, make, seen = iter(range(100)), train.span_loss, train.optimizer_for, []
     monkeypatch.setattr(
         train, "span_loss", lambda *args: real(*args) * (float("nan") if next(steps) == 6 else 1)
     )
+    monkeypatch.setattr(train, "optimizer_for", lambda model, args: seen.append(model) or make(model, args))
     with pytest.raises(SystemExit) as stop:
         train.main([*TINY, "--out", str(tmp_path / "run")])
     assert stop.value.code == 1 and "step 6: the loss is nan" in capsys.readouterr().err
-    weights = load_run(tmp_path / "run")[1]["model"]
-    assert all(w.isfinite().all() for w in weights.values())
+    assert all(p.isfinite().all() for p in seen[0].parameters())
 
 
 def test_a_step_with_an_infinite_gradient_changes_no_weight():
@@ -247,13 +301,15 @@ def test_a_step_with_an_infinite_gradient_changes_no_weight():
     with pytest.raises(FloatingPointError, match="step 7"):
         loss = (model.weight.sum() * 0).sqrt()  # finite, but its slope is not
         optimizer = torch.optim.SGD(model.parameters(), lr=1)
-        train.descend(loss, model, optimizer, train.parse([]), step=7)
+        train.descend(loss, model, optimizer, train.parse([])[0], step=7)
     assert torch.equal(model.weight, before)
 
 
 def test_an_interrupted_run_says_how_to_go_on(tmp_path):
     command = [sys.executable, "train.py", *TINY, "--epochs", "500", "--out", str(tmp_path / "run")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     while not (tmp_path / "run" / "last.pt").exists():
         assert process.poll() is None
         time.sleep(0.01)

@@ -1,0 +1,153 @@
+"""The README's tables, from measured figures: no number in them is typed.
+
+    python tables.py runs     collect the finished runs in a folder into results/runs.json, and fill
+    python tables.py          fill the README from results/ as it is
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->`. Runs are named EXPERIMENT-SEED.
+"""
+
+import argparse
+import json
+import re
+import statistics
+from pathlib import Path
+
+from checkpoint import write_whole
+
+ROOT = Path(__file__).parent
+REGIONS = ["left_lung", "right_lung", "heart"]
+ABLATIONS = {
+    "span": "default: KL, last block, global crops, bent alignment, blur 2.5 %",
+    "affine_alignment": "affine alignment only",
+    "no_alignment": "no alignment",
+    "no_following": "priors don't follow the crops",
+    "mse": "MSE in place of KL",
+    "dice": "Dice in place of KL",
+    "layer_before": "second-last block guided",
+    "local_crops": "2 local crops besides",
+    "no_blur": "prior not blurred",
+    "blur_twice": "prior blurred twice as wide",
+}
+
+
+def collect(runs: Path) -> dict[str, dict]:
+    """{run name: command, versions, machine and figures} of all finished runs in a folder."""
+    found = {}
+    for path in sorted(runs.glob("*/metrics.json")):
+        config = json.loads((path.parent / "config.json").read_text())
+        about = {key: config[key] for key in ("command", "seed", "versions", "machine")}
+        figures = {name: round(value, 5) for name, value in json.loads(path.read_text()).items()}
+        found[path.parent.name] = about | figures
+    return found
+
+
+def points(runs: dict, experiment: str, name: str) -> dict[int, float]:
+    """{seed: percentage points} of one figure over the runs of an experiment."""
+    found = [run for key, run in runs.items() if key.rsplit("-", 1)[0] == experiment]
+    return {run["seed"]: 100 * run[name] for run in found}
+
+
+def spread(values: list[float], sign: str = "") -> str:
+    """Mean ± standard deviation over seeds."""
+    deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
+    return f"{statistics.mean(values):{sign}.1f} ± {deviation:.1f}"
+
+
+def gaps(a: dict[int, float], b: dict[int, float]) -> list[float]:
+    """a - b for each seed that both have."""
+    return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown, numbers to the right."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def localisation(runs: dict) -> str:
+    """AP by region: the prior, the aligned prior, SPAN's attention, its upper bound, and DINO's best
+    heads."""
+    columns = {
+        "prior": ("span", "prior"),
+        "aligned prior": ("span", "aligned_prior"),
+        "**attention, one labelled sample**": ("span", "attention"),
+        "attention, all masks": ("masks", "attention"),
+        "DINO, best heads": ("dino", "attention"),
+    }
+    rows = []
+    for region in [f"AP_{region}" for region in REGIONS] + ["mAP"]:
+        cells = [
+            spread(list(points(runs, run, f"{what}_{region}").values())) for run, what in columns.values()
+        ]
+        rows.append([region.removeprefix("AP_").replace("_", " "), *cells])
+    return markdown(["pixel AP, %", *columns], rows)
+
+
+def claims(runs: dict) -> str:
+    """What is claimed of SPAN's localisation, what was measured over seeds, and whether it holds in every
+    seed."""
+    attention = points(runs, "span", "attention_mAP")
+    rows = []
+    for claim, bar, other, smallest in (
+        ("above DINO's best heads (paper: 58.7)", "58.7", points(runs, "dino", "attention_mAP"), 58.7),
+        ("above the prior as it is", "15", points(runs, "span", "prior_mAP"), 15.0),
+        ("above the aligned prior, on the same grid", "0", points(runs, "span", "aligned_prior_mAP"), 0.0),
+        (
+            "above the aligned prior at every pixel",
+            "0",
+            points(runs, "span", "aligned_prior_every_pixel_mAP"),
+            0.0,
+        ),
+        ("within 1 point of all masks", "-1", points(runs, "masks", "attention_mAP"), -1.0),
+    ):
+        gap = gaps(attention, other)
+        holds = sum(value > smallest for value in gap)
+        rows.append([claim, bar, spread(gap, "+"), f"{holds} of {len(gap)}"])
+    return markdown(["SPAN's attention mAP is ...", "bar", "measured", "seeds in which it holds"], rows)
+
+
+def ablation(runs: dict) -> str:
+    """Attention mAP with one thing changed at a time, and the difference to the default on the same seeds."""
+    default, rows = points(runs, "span", "attention_mAP"), []
+    for experiment, title in ABLATIONS.items():
+        values = points(runs, experiment, "attention_mAP")
+        if values:
+            same_seeds = [default[seed] for seed in values] if experiment == "span" else list(values.values())
+            gap = "" if experiment == "span" else spread(gaps(values, default), "+")
+            rows.append([title, spread(same_seeds), gap, str(len(values))])
+    return markdown(["changed", "attention mAP, %", "to the default, same seeds", "seeds"], rows)
+
+
+def benchmark(rows: dict[str, list[float]]) -> str:
+    """Medians and quartiles of benchmark.py."""
+    return markdown(
+        ["measured", "median", "quartiles"],
+        [[name, f"{median:g}", f"{low:g} to {high:g}"] for name, (low, median, high) in rows.items()],
+    )
+
+
+def fill(readme: str, results: Path) -> str:
+    """The README with every table made anew from results/*.json."""
+    runs = json.loads((results / "runs.json").read_text())
+    made = {"localisation": localisation(runs), "claims": claims(runs), "ablation": ablation(runs)}
+    made["benchmark"] = benchmark(json.loads((results / "benchmark.json").read_text()))
+    pattern = re.compile(r"(<!-- table (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+    return pattern.sub(lambda match: match[1] + made[match[2]] + match[3], readme)
+
+
+def main() -> None:
+    """Collect if asked to, and fill."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "runs", nargs="?", type=Path, help="the folder of runs to collect into results/runs.json"
+    )
+    args = parser.parse_args()
+    if args.runs:
+        (ROOT / "results").mkdir(exist_ok=True)
+        write_whole(ROOT / "results" / "runs.json", collect(args.runs))
+    readme = ROOT / "README.md"
+    write_whole(readme, fill(readme.read_text(), ROOT / "results"))
+
+
+if __name__ == "__main__":
+    main()
