@@ -40,8 +40,7 @@ def priors_from_masks(masks: Tensor, blur: float = 0.025) -> Tensor:
 
 
 def blurred(masks: Tensor, blur: float) -> Tensor:
-    """Priors (B, R, H, W) from the masks of many images, as `priors_from_masks`; an empty mask stays
-    empty."""
+    """Priors (B, R, H, W) from many images' masks, as in `priors_from_masks`; empty ones stay empty."""
     priors = _blur(masks, blur * masks.shape[-1])
     return priors / priors.amax(dim=(2, 3), keepdim=True).clamp_min(1e-12)
 

@@ -3,22 +3,20 @@
     python benchmark.py [--json FILE]
 
 Machines are noisy and drift, so two things are timed in turn, A B A B ..., and the median of the ratios B / A
-is what is reported, with the quartiles. Everything runs on one thread, so that the ratios are ratios per
-core.
+is what is reported, with the quartiles.
 """
 
 import argparse
-import io
-import json
+import os
 import random
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
-from torch import Tensor, nn
+from torch import Tensor
 
 from checkpoint import write_whole
 from crops import crop, distort, random_crops
@@ -27,8 +25,7 @@ from vit import ViT
 
 
 def ratio(a: Callable, b: Callable, runs: int) -> tuple[float, float, float]:
-    """Lower quartile, median and upper quartile of time(b) / time(a) over paired runs, one pair of
-    warm-up."""
+    """Lower quartile, median and upper quartile of time(b) / time(a) over paired runs, after one pair."""
     ratios = []
     for _ in range(runs + 1):
         times = []
@@ -41,8 +38,7 @@ def ratio(a: Callable, b: Callable, runs: int) -> tuple[float, float, float]:
 
 
 def training_step(vit: ViT, images: Tensor, exposed: bool) -> Callable:
-    """A step that trains through the pooled features, and through the attention row as well if it is
-    exposed."""
+    """A step that trains through the pooled features and, if it is exposed, through the attention row."""
     optimizer = torch.optim.AdamW(vit.parameters(), lr=1e-4)
 
     def step() -> None:
@@ -57,21 +53,8 @@ def training_step(vit: ViT, images: Tensor, exposed: bool) -> Callable:
     return step
 
 
-def kept_bytes(side: int) -> int:
-    """Bytes that autograd keeps for the exposed row of a small ViT with patches of 4 px on images of `side`
-    px."""
-    vit, images, kept = ViT(side, 4, 1, 24, 1, 3), torch.rand(1, 1, side, side), {}
-    for layer in (None, -1):
-        held: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t.nbytes) or t, lambda t: t):
-            vit(images, layer=layer)
-        kept[layer] = sum(held)
-    return kept[-1] - kept[None]
-
-
 def views_with_pillow(pictures: list[Image.Image], size: int) -> list[Image.Image]:
-    """One view of each picture as data loaders make it: crop, resize, jitter, blur, solarise, one image at a
-    time."""
+    """One view of each picture as data loaders make it: crop, jitter, blur, solarise, one after the other."""
     views = []
     for picture in pictures:
         area, aspect = random.uniform(0.4, 1.0), (3 / 4) * (16 / 9) ** random.random()
@@ -121,34 +104,39 @@ def batched_pipeline(images: Tensor) -> Callable:
     return work
 
 
-def main() -> None:
-    """Print the table; --json also writes it."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--runs", type=int, default=30, help="paired runs of each (default: 30)")
-    parser.add_argument("--json", type=Path, help="write the figures here, too")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+def measure(runs: int) -> dict[str, tuple[float, float, float]]:
+    """{what: quartiles of the ratio}."""
     rows = {}
+    torch.set_num_threads(1)
     for name, vit, images in (
-        ("ViT of train.py, 128 images of 64 px", ViT(64, 8, 1, 96, 4, 6), torch.rand(128, 1, 64, 64)),
-        ("ViT-S/16, 4 images of 224 px", ViT(224, 16, 3, 384, 12, 6), torch.rand(4, 3, 224, 224)),
+        ("the ViT of train.py, 128 images of 64 px", ViT(64, 8, 1, 96, 4, 6), torch.rand(128, 1, 64, 64)),
+        ("ViT-S/16, 8 images of 224 px", ViT(224, 16, 3, 384, 12, 6), torch.rand(8, 3, 224, 224)),
     ):
         steps = [training_step(vit, images, exposed) for exposed in (False, True)]
-        rows[f"training step with attention / without: {name}"] = ratio(*steps, args.runs)
-    for side in (64, 128, 256):
-        rows[f"bytes kept for the attention row, N = {(side // 4) ** 2}"] = (kept_bytes(side),) * 3
+        rows[f"training step with the attention row / without: {name}"] = ratio(*steps, runs)
     for size, channels in ((64, 1), (64, 3), (224, 3)):
         images = phantom(64, seed=0, img_size=size)[0].repeat(1, channels, 1, 1)
         pictures = [Image.fromarray(x.permute(1, 2, 0).squeeze(2).numpy()) for x in images]
-        pair = batched_pipeline(images), pillow_pipeline(pictures, size)
-        rows[f"views per second, batched / Pillow one by one: {size} px, {channels} channel(s)"] = ratio(
-            *pair, args.runs
-        )
+        for threads in sorted({1, os.cpu_count()}):
+            torch.set_num_threads(threads)
+            name = f"{size} px, {channels} channel(s), {threads} thread(s)"
+            name = f"views a second, batched / Pillow one by one: {name}"
+            rows[name] = ratio(batched_pipeline(images), pillow_pipeline(pictures, size), runs)
+    return rows
+
+
+def main() -> None:
+    """Print the table; --json also writes it."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--runs", type=int, default=40, help="paired runs of each (default: 40)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, too")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    rows = measure(args.runs)
     for name, (low, median, high) in rows.items():
-        print(f"{name:78} {median:10.3f}   ({low:.3f} to {high:.3f})")
+        print(f"{name:90} {median:7.3f}   ({low:.3f} to {high:.3f})")
     if args.json:
-        write_whole(args.json, {name: [round(x, 4) for x in row] for name, row in rows.items()})
+        write_whole(args.json, {name: [round(x, 3) for x in row] for name, row in rows.items()})
 
 
 if __name__ == "__main__":

@@ -49,8 +49,10 @@ def random_crops(
 
 
 def crop(images: Tensor, theta: Tensor, size: int | tuple[int, int]) -> Tensor:
-    """Sample views of `size` px from images (B, C, H, W) at theta (B, 2, 3), bilinearly, zero outside the
-    image."""
+    """Sample views of `size` px from images (B, C, H, W) at theta (B, 2, 3), bilinearly, 0 outside.
+
+    The gradient reaches the images, not theta.
+    """
     h, w = (size, size) if isinstance(size, int) else size
     x, y = ((torch.arange(n, device=theta.device) * 2 + 1) / n - 1 for n in (w, h))
     # The same points as F.affine_grid's, whose product of (h w, 3) and (3, 2) takes longer than the sampling.

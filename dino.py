@@ -45,8 +45,7 @@ class WeightNormLinear(nn.Module):
 
 
 class DINOHead(nn.Module):
-    """Features (B, in_dim) to scores (B, out_dim): an MLP, a unit sphere, K prototypes as directions on
-    it."""
+    """Features (B, in_dim) to scores (B, out_dim): an MLP, a unit sphere, K prototypes as directions."""
 
     def __init__(self, in_dim: int, out_dim: int, hidden_dim: int = 2048, bottleneck_dim: int = 256):
         super().__init__()

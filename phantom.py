@@ -9,8 +9,8 @@ exposure and noise vary as well.
   image's right, and the heart leans to it. A lung's mask ends where the heart covers it.
 - labels, each present or not by itself: `enlarged heart`, `effusion`, `nodule`, `opacity`.
 
-Image i of a seed is the same whatever the number of images, the batch or the device: each has its own random
-stream. Everything is batched tensor work, thousands of images a second. Next to read: `vit.py`.
+Image i of a seed is the same whatever the number of images: each has its own random stream. Everything is
+batched tensor work, thousands of images a second. Next to read: `vit.py`.
 """
 
 import numpy as np

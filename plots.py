@@ -49,7 +49,8 @@ def attention_grid(
     bar.set_label("attention / uniform", fontsize=7)
     bar.ax.tick_params(labelsize=6)
     if masks is not None:
-        lines = [plt.Line2D([], [], color=c, label=name) for c, name in zip(COLOURS, regions)]
+        colours = [COLOURS[r % len(COLOURS)] for r in range(len(regions))]
+        lines = [plt.Line2D([], [], color=c, label=name) for c, name in zip(colours, regions)]
         figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), fontsize=7, frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -57,7 +58,7 @@ def attention_grid(
 
 def curves(path: Path, history: list[dict]) -> None:
     """Curves over epochs, one panel a quantity, from a history [{"epoch": e, name: value, ...}, ...]."""
-    names = [name for name in history[-1] if name not in ("epoch", "lr", "images_per_s")]
+    names = [name for name in history[-1] if name not in ("epoch", "images_per_s")]
     figure, axes = plt.subplots(
         1, len(names), figsize=(2.4 * len(names), 2.1), squeeze=False, layout="constrained"
     )

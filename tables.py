@@ -65,8 +65,7 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def localisation(runs: dict) -> str:
-    """AP by region: the prior, the aligned prior, SPAN's attention, its upper bound, and DINO's best
-    heads."""
+    """AP by region: prior, aligned prior, SPAN's attention, its upper bound, DINO's best heads."""
     columns = {
         "prior": ("span", "prior"),
         "aligned prior": ("span", "aligned_prior"),
@@ -84,8 +83,7 @@ def localisation(runs: dict) -> str:
 
 
 def claims(runs: dict) -> str:
-    """What is claimed of SPAN's localisation, what was measured over seeds, and whether it holds in every
-    seed."""
+    """What is claimed of SPAN's localisation, what was measured, and in how many seeds it holds."""
     attention = points(runs, "span", "attention_mAP")
     rows = []
     for claim, bar, other, smallest in (
@@ -112,9 +110,8 @@ def ablation(runs: dict) -> str:
     for experiment, title in ABLATIONS.items():
         values = points(runs, experiment, "attention_mAP")
         if values:
-            same_seeds = [default[seed] for seed in values] if experiment == "span" else list(values.values())
             gap = "" if experiment == "span" else spread(gaps(values, default), "+")
-            rows.append([title, spread(same_seeds), gap, str(len(values))])
+            rows.append([title, spread(list(values.values())), gap, str(len(values))])
     return markdown(["changed", "attention mAP, %", "to the default, same seeds", "seeds"], rows)
 
 

@@ -275,8 +275,8 @@ def descend(loss: Tensor, model: nn.Module, optimizer, args: argparse.Namespace,
     norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
     if not (loss.isfinite() and norm.isfinite()):
         raise FloatingPointError(
-            f"step {step}: the loss is {loss.item():.3g}, the norm of its gradient {norm.item():.3g}; the step "
-            "was not taken. Lower --lr, or look for a setting or an image that is out of range"
+            f"step {step}: the loss is {loss.item():.3g}, its gradient's norm {norm.item():.3g}: step not "
+            "taken. Lower --lr, or look for a setting or an image that is out of range"
         )
     optimizer.step()
 

@@ -117,9 +117,8 @@ class ViT(nn.Module):
     """A Vision Transformer whose every forward returns `Features`, attention included.
 
     img_size: side of the training images in pixels, or (height, width); it sets the size of the position
-    embedding, and other sizes
-        are met by resizing that. pool: None for a CLS token, or a module that maps patches (B, N, D) to
-        (pooled (B, D), attention (B, N) or (B, heads, N)); then there is no CLS token.
+    embedding, which is resized for other images. pool: None for a CLS token, or a module that maps patches
+    (B, N, D) to (pooled (B, D), attention (B, N) or (B, heads, N)); then there is no CLS token.
 
     Raises ValueError if patch_size does not divide img_size, or num_heads embed_dim.
     """
@@ -181,13 +180,10 @@ class ViT(nn.Module):
         return self._grid(*images.shape[-2:])
 
     def positions_for(self, grid: tuple[int, int]) -> Tensor:
-        """The position embedding (1, T, D) for a grid (h, w), resized bicubically unless it is the native
-        one."""
+        """The position embedding (1, T, D) for a grid (h, w), resized bicubically if it is not native."""
         if grid == self.native_grid:
             return self.pos_embed
-        extra = self.pos_embed.shape[1] - math.prod(
-            self.native_grid
-        )  # 1 with a CLS token, which has no place
+        extra = int(self.pool is None)  # the CLS token, which has no place in the grid
         cls, patches = self.pos_embed[:, :extra], self.pos_embed[:, extra:]
         patches = patches.transpose(1, 2).unflatten(2, self.native_grid)  # (1, D, h0, w0)
         patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
