@@ -20,7 +20,6 @@ experiments() {
         echo "layer_before-$seed --seed $seed --span-layer -2"
         echo "local_crops-$seed --seed $seed --local-crops-number 2"
         echo "no_blur-$seed --seed $seed --prior-blur 0"
-        echo "blur_twice-$seed --seed $seed --prior-blur 0.05"
     done
 }
 

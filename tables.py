@@ -26,7 +26,6 @@ ABLATIONS = {
     "layer_before": "second-last block guided",
     "local_crops": "2 local crops besides",
     "no_blur": "prior not blurred",
-    "blur_twice": "prior blurred twice as wide",
 }
 
 

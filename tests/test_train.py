@@ -162,6 +162,8 @@ def test_an_existing_run_is_neither_overwritten_nor_resumed_unless_asked_to(run,
     assert "was started with --embed-dim 24, not 48" in refused(
         capsys, "--out", str(run), "--resume", "--embed-dim", "48"
     )
+    typed_default = refused(capsys, "--out", str(run), "--resume", "--epochs", "15")
+    assert "was started with --epochs 2, not 15" in typed_default
     assert "start without --resume" in refused(capsys, "--out", str(tmp_path / "new"), "--resume")
     (tmp_path / "dead").mkdir()
     (tmp_path / "dead" / "config.json").write_text((run / "config.json").read_text())
