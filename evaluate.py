@@ -125,20 +125,21 @@ def measure(
     if not guided:
         ap = localisation_ap(attention_of(encoder, val.images, layer), val.masks, grid)  # (M, heads, R)
         heads = ap.nanmean(dim=0).argmax(dim=0)  # the best for each region
-    maps = {"attention": (attention_of(encoder, test.images, layer)[:, heads], grid)}
+    maps, attention = {}, attention_of(encoder, test.images, layer)[:, heads]  # (M, R, N)
     if config.prior == "sample":
         whole, everyone = torch.eye(2, 3).expand(len(test.names), 2, 3), torch.arange(len(test.names))
         maps["prior"] = follow(make_priors(config, parts, sample)[0], whole, grid)[0], grid
         if config.align != "none":
             laid = lay_over(config, parts, sample, test.images)[0](everyone)
-            maps["aligned prior"] = follow(laid, whole, grid)[0], grid
             maps["aligned prior, every pixel"] = laid.flatten(2), tuple(laid.shape[2:])
+            maps["aligned prior"] = follow(laid, whole, grid)[0], grid
+    maps["attention"] = attention, grid
     table = {}
     for what, (m, size) in maps.items():
         ap = localisation_ap(m, test.masks, size).diagonal(dim1=1, dim2=2).nanmean(dim=0)  # (R,)
         table[what] = dict(zip(test.regions, ap.tolist()))
     titles = [f"head {h}\n{region}" for h, region in zip(heads.tolist(), test.regions)]
-    return table, dict(zip(titles, maps["attention"][0].unflatten(2, grid).unbind(1)))
+    return table, dict(zip(titles, attention.unflatten(2, grid).unbind(1)))
 
 
 def flatten(table: dict[str, dict[str, float]]) -> dict[str, float]:
