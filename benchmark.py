@@ -128,7 +128,7 @@ def measure(runs: int) -> dict[str, tuple[float, float, float]]:
 def main() -> None:
     """Print the table; --json also writes it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--runs", type=int, default=40, help="paired runs of each (default: 40)")
+    parser.add_argument("--runs", type=int, default=20, help="paired runs of each (default: 20)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, too")
     args = parser.parse_args()
     torch.manual_seed(0)

@@ -11,6 +11,7 @@ experiments() {
         echo "masks-$seed --seed $seed --prior masks"
         echo "dino-$seed --seed $seed --prior none"
     done
+    echo "dino_long-0 --seed 0 --prior none --epochs 60"
     for seed in 0 1; do
         echo "no_alignment-$seed --seed $seed --align none"
         echo "affine_alignment-$seed --seed $seed --align affine"

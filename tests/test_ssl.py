@@ -48,7 +48,8 @@ def test_a_name_that_nobody_knows_is_an_attribute_error():
 
 
 @pytest.mark.parametrize(
-    "file", ["vit.py", "attention_priors.py", "dino.py", "crops.py", "metrics.py", "phantom.py"]
+    "file",
+    ["vit.py", "attention_priors.py", "dino.py", "crops.py", "metrics.py", "phantom.py", "isnet_lrp.py"],
 )
 def test_a_concept_file_copied_alone_into_an_empty_folder_imports(file, tmp_path):
     (tmp_path / file).write_text((ROOT / file).read_text())

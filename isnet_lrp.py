@@ -1,0 +1,440 @@
+"""LRP over any model, as changed gradients, and the ISNet loss that keeps a classifier off the background.
+
+Layer-wise relevance propagation hands a logit back through the network, layer by layer, to the pixels. Every
+rule here is a change of the gradient g that arrives at an operation's output, so that one backward pass does
+it all:
+
+    R = input * (changed gradient d logit / d input)                                                 (1)
+    linear, convolution    z = w x + b         g <- g z / (z + eps sign z)                           (2)
+    the same with gamma    w' = w + gamma w+   g <- g z / (z' + eps sign z'), back through w'        (3)
+    elementwise            y = f(x)            g <- g f(x) / x  in place of  g f'(x)                 (4)
+    layer, group norm      the deviation is a constant, the subtraction of the mean stays linear     (5)
+    batch norm             mean and deviation are constants, folded into the layer before it         (6)
+    a @ b, a * b           both depend on the input: g <- g / 2, half of the relevance to each       (7)
+    input layer (box)      z - w+ low - w- high in place of z, for pixels in [low, high]             (8)
+
+(2), (3), (8): Montavon et al. 2019. (4), (5), (7): AttnLRP, Achtibat et al. 2024, arXiv 2402.05602; softmax
+keeps its gradient. The loss: ISNet, Bassi et al. 2022, arXiv 2202.00232, and Faster ISNet 2024, arXiv
+2401.08409.
+
+`lrp` is a `TorchFunctionMode`: it sees conv2d, gelu, matmul ... as the model calls them, as module or as
+function, in place or not, once or often; no model has to be changed. The model's output and all gradients
+within it are the true ones: the rules act only while `explain` walks back. So one forward serves
+classification and relevance, and the training loss, which differentiates the heatmap again, misses no term.
+What has no rule keeps its gradient; that is right for whatever is straight along the ray from 0 through its
+input (reshape, sum, max, ReLU ...), which is tried out, and anything else is named in a warning, once.
+"""
+
+import types
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+class _Route(torch.autograd.Function):
+    """y, whose gradient goes to y as ever; but while explaining, g y / (z + eps sign z) goes to z instead."""
+
+    @staticmethod
+    def forward(ctx, rules: "lrp", y: Tensor, z: Tensor, epsilon: float | None) -> Tensor:
+        ctx.rules, ctx.epsilon = rules, epsilon
+        ctx.save_for_backward(y, z)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        if not ctx.rules.explaining:
+            return None, g, None, None
+        if ctx.epsilon is None:  # y and z are equal
+            return None, None, g, None
+        y, z = (t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in ctx.saved_tensors)
+        return None, None, (g * y / _stabilise(z, ctx.epsilon)).to(g.dtype), None
+
+
+class _Scale(torch.autograd.Function):
+    """x as it is, but while explaining its gradient is multiplied by a number; 0 makes it a constant."""
+
+    @staticmethod
+    def forward(ctx, rules: "lrp", x: Tensor, factor: float) -> Tensor:
+        ctx.rules, ctx.factor = rules, factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        return None, g * ctx.factor if ctx.rules.explaining else g, None
+
+
+def _stabilise(z: Tensor, epsilon: float) -> Tensor:
+    return z + epsilon * torch.where(z >= 0, 1.0, -1.0).to(z.dtype)
+
+
+class lrp(TorchFunctionMode):
+    """Within this context every operation on what depends on the watched input has a relevance rule.
+
+    epsilon: the stabiliser of (2); gamma: 0 for the epsilon rule, larger to favour positive contributions,
+    toward the z+ rule. Use `watch(images)` before the model's forward, `explain(score, images)` after it.
+    """
+
+    def __init__(self, epsilon: float = 1e-6, gamma: float = 0.0):
+        super().__init__()
+        if epsilon < 0 or gamma < 0:
+            raise ValueError(f"lrp: epsilon {epsilon} and gamma {gamma} must not be negative")
+        self.epsilon, self.gamma, self.explaining = epsilon, gamma, False
+        self.states = (
+            WeakIdKeyDictionary()
+        )  # tensors that depend on the input: None, a layer to come, or a successor
+        self.asked: dict[str, bool] = {}
+        self.box: list[Tensor] = []  # the input and its bounds, where rule (8) is wanted
+
+    def watch(self, images: Tensor) -> Tensor:
+        """Mark the input whose relevance is asked for; returns it, requiring a gradient."""
+        images = images if images.requires_grad else images.detach().requires_grad_()
+        self.states[images] = None
+        return images
+
+    def explain(self, score: Tensor, inputs: list[Tensor], create_graph: bool = False) -> list[Tensor]:
+        """Changed gradients of the scores' sum with respect to inputs, by the rules."""
+        self.explaining = True
+        try:
+            return list(torch.autograd.grad(self.current(score).sum(), inputs, create_graph=create_graph))
+        finally:
+            self.explaining = False
+
+    def __exit__(self, *error) -> None:
+        super().__exit__(*error)
+        self.states.clear()
+
+    def active(self, t) -> bool:
+        """Whether t is a tensor that depends on the input."""
+        return isinstance(t, Tensor) and t in self.states
+
+    def current(self, t):
+        """What a tensor stands for now: its successor after in-place operations, a layer's output with its
+        rule."""
+        while self.active(t) and self.states[t] is not None:
+            state = self.states[t]
+            if isinstance(state, tuple):
+                self.states[t] = state = self.linear(t, *state)
+                self.states.setdefault(state, None)
+            t = state
+        return t
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if self.explaining or not any(map(self.active, tree_leaves((args, kwargs)))):
+            return func(*args, **kwargs)
+        name = func.__name__
+        name = name.strip("_") if name.startswith("__") else name.removesuffix("_")
+        if name in COMPOSITE:
+            with self:
+                return _reenter(func)(*args, **kwargs)
+        with torch._C.DisableTorchFunction():  # a context outside this one must not see what is done here
+            return self.operate(func, name, args, kwargs)
+
+    def operate(self, func, name: str, args, kwargs):
+        """Run one operation by its rule, in-place ones out of place, and remember what depends on the
+        input."""
+        changed = None
+        if name in IN_PLACE or func.__name__ == name + "_":
+            name, changed = IN_PLACE.get(name, name), self.current(args[0])
+            func = getattr(torch.Tensor, name, None) or getattr(F, name)
+        elif kwargs.get("inplace"):
+            kwargs, changed = {**kwargs, "inplace": False}, self.current(args[0])
+        if name != "batch_norm":  # which is folded into the layer before it, if there is one
+            args, kwargs = tree_map(self.current, (args, kwargs))
+        y = (
+            RULES[name](self, func, *args, **kwargs)
+            if name in RULES
+            else self.plain(func, name, args, kwargs)
+        )
+        for t in tree_leaves(y):
+            if isinstance(t, Tensor) and t.is_floating_point():
+                self.states.setdefault(t, None)
+        if changed is None:
+            return y
+        self.states[changed] = y
+        return args[0]
+
+    def plain(self, func, name: str, args, kwargs):
+        """An operation without a rule keeps its gradient; warn, once, if it isn't straight (piecewise
+        affine)."""
+        y = func(*args, **kwargs)
+        if isinstance(y, Tensor) and y.is_floating_point() and name not in PLAIN | self.asked.keys():
+
+            def along(n: float) -> Tensor:  # the ray from 0 through the input
+                stretch = lambda t: n * t if self.active(t) and t.is_floating_point() else t  # noqa: E731
+                args_, kwargs_ = tree_map(stretch, (args, kwargs))
+                return func(*args_, **kwargs_)
+
+            with torch.no_grad():
+                size = float(y.abs().max())
+                self.asked[name] = torch.allclose(along(2) + along(0), 2 * y, rtol=1e-3, atol=1e-5 * size)
+            if not self.asked[name]:
+                warnings.warn(f"lrp has no rule for '{name}': it keeps its plain gradient", stacklevel=4)
+        return y
+
+    def linear(self, y: Tensor, op: Callable, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        """Rule (2), (3), or at the watched input (8), for y = op(x, w, b)."""
+
+        def part(change: Callable) -> list:  # weights and bias, changed
+            return [v if v is None else change(v) for v in (w, b)]
+
+        if self.box and x is self.box[0]:
+            _, low, high = self.box
+            positive, negative = part(lambda v: v.clamp(min=0)), part(lambda v: v.clamp(max=0))
+            return _Route.apply(self, y, op(x, w, b) - op(low, *positive) - op(high, *negative), 1e-9)
+        z = op(x, *part(lambda v: v + self.gamma * v.clamp(min=0))) if self.gamma else y
+        return _Route.apply(self, y, z, self.epsilon)
+
+    def constant(self, x: Tensor) -> Tensor:
+        """x, without relevance."""
+        return _Scale.apply(self, x, 0.0)
+
+    def half(self, y: Tensor, *factors) -> Tensor:
+        """Rule (7) for the product y of factors; if only one depends on the input, y is linear in it."""
+        return _Scale.apply(self, y, 0.5) if all(map(self.active, factors)) else y
+
+
+# The rules: each takes (rules, func, *args, **kwargs) and returns the operation's true output.
+
+
+def _layer(rules: lrp, func, x, w, b=None, *args, **kwargs) -> Tensor:
+    """Linear layers and convolutions: the rule waits until it is known whether batch norm follows."""
+    y = func(x, w, b, *args, **kwargs)
+    if rules.active(w):
+        return rules.half(y, x, w)
+    rules.states[y] = (lambda x, w, b: func(x, w, b, *args, **kwargs), x, w, b)
+    return y
+
+
+def _matmul(rules: lrp, func, a, b, *args, **kwargs) -> Tensor:
+    """Matrix products: (7) if both depend on the input, else (2) or (3) with the other as weights."""
+    y = func(a, b, *args, **kwargs)
+    if rules.active(a) and rules.active(b):
+        return rules.half(y, a, b)
+    if rules.active(a):
+        return rules.linear(y, lambda x, w, _: func(x, w), a, b, None)
+    return rules.linear(y, lambda x, w, _: func(w, x), b, a, None)
+
+
+def _times(rules: lrp, func, a, b, *args, **kwargs):
+    """Elementwise products: (7)."""
+    return rules.half(func(a, b, *args, **kwargs), a, b)
+
+
+def _over(rules: lrp, func, a, b, *args, **kwargs):
+    """Quotients: a divisor that depends on the input is a constant, like the deviation in (5)."""
+    return func(a, rules.constant(b) if rules.active(b) else b, *args, **kwargs)
+
+
+def _elementwise(rules: lrp, func, x, *args, **kwargs) -> Tensor:
+    """Rule (4)."""
+    return _Route.apply(rules, func(x, *args, **kwargs), x, 1e-9)
+
+
+def _norm(rules: lrp, y: Tensor, x: Tensor, groups: Tensor, eps: float, weight, bias) -> Tensor:
+    """Rule (5) for y, which normalises each row of groups, x in another shape."""
+    centred = groups - groups.mean(dim=-1, keepdim=True)
+    deviation = (centred.square().mean(dim=-1, keepdim=True) + eps).sqrt()
+    z = (centred / rules.constant(deviation)).view_as(x)
+    return _Route.apply(rules, y, z * (1 if weight is None else weight) + (0 if bias is None else bias), None)
+
+
+def _layer_norm(rules: lrp, func, x, normalized_shape, weight=None, bias=None, eps=1e-5, *args) -> Tensor:
+    y = func(x, normalized_shape, weight, bias, eps)
+    return _norm(rules, y, x, x.flatten(-len(normalized_shape)), eps, weight, bias)
+
+
+def _group_norm(rules: lrp, func, x, num_groups, weight=None, bias=None, eps=1e-5, *args) -> Tensor:
+    y = func(x, num_groups, weight, bias, eps)
+    weight, bias = (v if v is None else v.view(-1, *[1] * (x.dim() - 2)) for v in (weight, bias))
+    return _norm(rules, y, x, x.reshape(len(x), num_groups, -1), eps, weight, bias)
+
+
+def _batch_norm(
+    rules: lrp,
+    func,
+    x,
+    running_mean,
+    running_var,
+    weight=None,
+    bias=None,
+    training=False,
+    momentum=0.1,
+    eps=1e-5,
+) -> Tensor:
+    """Rule (6), with the batch's statistics in training mode and the running ones in evaluation mode."""
+    before = rules.states.get(x)
+    x = x if isinstance(before, tuple) else rules.current(x)
+    dims, shape = [0, *range(2, x.dim())], (-1,) + (1,) * (x.dim() - 2)
+    mean, var = (
+        (x.mean(dim=dims), x.var(dim=dims, unbiased=False)) if training else (running_mean, running_var)
+    )
+    scale = rules.constant((var + eps).rsqrt()) * (1 if weight is None else weight)
+    shift = (0 if bias is None else bias) - rules.constant(mean) * scale
+    y = func(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    if not isinstance(before, tuple):
+        return _Route.apply(rules, y, x * scale.view(shape) + shift.view(shape), None)
+    op, inputs, w, b = before
+    folded = w * scale.view(-1, *[1] * (w.dim() - 1))
+    return rules.linear(y, op, inputs, folded, shift if b is None else b * scale + shift)
+
+
+def _attention(
+    rules: lrp, func, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, **kwargs
+):
+    """Softmax attention as two products, (7), and a softmax, which keeps its gradient."""
+    if dropout_p:
+        raise ValueError("lrp: attention dropout must be 0 while relevance is asked for")
+    y = func(q, k, v, attn_mask, 0.0, is_causal, scale=scale, **kwargs)
+    scores = (q @ k.transpose(-2, -1)) * (q.shape[-1] ** -0.5 if scale is None else scale)  # (..., Q, T)
+    scores = rules.half(scores, q, k)
+    if is_causal:
+        attn_mask = torch.ones_like(scores, dtype=torch.bool).tril()
+    if attn_mask is not None:
+        allowed = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, -torch.inf) if allowed else scores + attn_mask
+    z = scores.softmax(dim=-1) @ v
+    looking = q if rules.active(q) else k  # what the weights depend on
+    return _Route.apply(rules, y, rules.half(z, looking, v), None)
+
+
+def _bias_first(rules: lrp, func, b, x, w, **kwargs) -> Tensor:
+    """addmm(b, x, w): a linear layer with its arguments in another order."""
+    y = func(b, x, w, **kwargs)
+    return rules.half(y, x, w) if rules.active(w) else rules.linear(y, lambda x, w, b: func(b, x, w), x, w, b)
+
+
+SMOOTH = "relu6 elu selu celu gelu silu mish sigmoid logsigmoid tanh softplus softsign hardtanh hardswish "
+SMOOTH += "hardsigmoid clamp clamp_min clamp_max threshold square sqrt exp log pow"
+LAYERS = "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"
+RULES = {
+    **dict.fromkeys(SMOOTH.split(), _elementwise),
+    **dict.fromkeys(LAYERS.split(), _layer),
+    **dict.fromkeys(["matmul", "bmm", "mm", "rmatmul"], _matmul),
+    **dict.fromkeys(["mul", "rmul", "multiply"], _times),
+    **dict.fromkeys(["div", "truediv", "divide", "true_divide"], _over),
+    "addmm": _bias_first,
+    "layer_norm": _layer_norm,
+    "group_norm": _group_norm,
+    "batch_norm": _batch_norm,
+    "scaled_dot_product_attention": _attention,
+}
+# Not straight, but meant to keep their gradient: softmax, losses, and what draws random numbers.
+PLAIN = set(
+    "softmax log_softmax logsumexp cross_entropy nll_loss mse_loss l1_loss kl_div dropout dropout1d".split()
+)
+PLAIN |= set("dropout2d dropout3d binary_cross_entropy_with_logits rand_like randn_like bernoulli".split())
+IN_PLACE = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div"}
+COMPOSITE = {"multi_head_attention_forward", "normalize"}  # Python functions of operations that have rules
+
+
+def _reenter(func: types.FunctionType) -> types.FunctionType:
+    """The same Python function, which no longer hands itself over to a context, while what it calls still
+    does."""
+    names = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+    unaware = {**func.__globals__, **dict.fromkeys(names, lambda *args: False)}
+    return types.FunctionType(func.__code__, unaware, func.__name__, func.__defaults__, func.__closure__)
+
+
+def relevance(
+    model: Callable,
+    images: Tensor,
+    target: Tensor | Callable,
+    epsilon: float = 1e-6,
+    gamma: float = 0.0,
+    input_rule: tuple[float, float] | None = None,
+    create_graph: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The LRP heatmap of a classifier (B, C, H, W) -> (B, K): signed relevance (B, C, H, W), and the model's
+    output.
+
+    target: labels (B,), whose logits are explained; weights (B, K) of a sum of logits (log-odds: +1 and -1);
+    or a function of the output to scores (B,). input_rule: (low, high) of the pixels for rule (8) in the
+    first layer. create_graph: for training through the heatmap. Without biases the relevance of an image sums
+    to its score.
+    """
+    with lrp(epsilon, gamma) as rules:
+        x = rules.watch(images)
+        inputs = [x]
+        if input_rule is not None:
+            inputs += [torch.full_like(x, bound, requires_grad=True) for bound in input_rule]
+            rules.box = inputs
+        output = rules.current(model(x))
+        if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(images):
+            raise ValueError(
+                f"relevance needs a model with output (B, K), not {getattr(output, 'shape', type(output))}"
+            )
+        gradients = rules.explain(_score(output, target), inputs, create_graph)
+    heatmap = sum(x * g for x, g in zip(inputs, gradients))
+    return heatmap, output
+
+
+def _score(output: Tensor, target: Tensor | Callable) -> Tensor:
+    """The quantity (B,) to explain."""
+    if callable(target):
+        return target(output)
+    if target.is_floating_point():
+        return (output * target).sum(dim=1)
+    if target.min() < 0 or target.max() >= output.shape[1]:
+        raise ValueError(f"target {target.tolist()} out of range: the model has {output.shape[1]} outputs")
+    return output.gather(1, target[:, None])[:, 0]
+
+
+def background_loss(heatmap: Tensor, mask: Tensor, decay: float = 1.0, E: float = 1.0) -> Tensor:
+    """The ISNet loss (B,): how much of the relevance, beside its mean in the foreground, lies in the
+    background.
+
+        H = sum_channels |R| / its mean in the foreground,  h = pooled (1 - mask) H
+        u = h / (h + E),  loss = -log(1 - u)
+
+    heatmap (B, C, H, W), signed; mask (B, 1, H, W), 1 in the foreground. decay: 1 pools over all pixels alike
+    (the foreground's count as zeros, as published); below 1 the n-th largest weighs decay^n, so that a small
+    marker isn't averaged away. An image with an empty mask has no loss, which is said once. Raises
+    ValueError.
+    """
+    H, inside = _checked(heatmap, mask)
+    size = inside.sum(dim=1)
+    if (size == 0).any():
+        warnings.warn("background_loss: an image with an empty mask has no background loss", stacklevel=2)
+    mean = (H * inside).sum(dim=1) / size.clamp(min=1)
+    outside = H * (1 - inside) / mean.clamp(min=torch.finfo(H.dtype).tiny ** 0.5)[:, None]  # (B, P)
+    weights = decay ** torch.arange(H.shape[1], device=H.device, dtype=H.dtype)
+    ranked = outside if decay == 1 else outside.sort(dim=1, descending=True).values
+    h = (ranked * weights).sum(dim=1) / weights.sum()
+    return torch.log1p(h / E) * (size > 0)  # -log(1 - h / (h + E))
+
+
+def foreground_loss(heatmap: Tensor, mask: Tensor, c1: float, c2: float, hybrid: bool = False) -> Tensor:
+    """What keeps F, the sum of |R| in the foreground, between c1 and c2: (B,).
+
+        (min(F / c1, 1) - 1)^2 + x^2,  x = max(F / c1 - c2 / c1, 0)
+
+    Without it the background loss can be met by inflating the foreground's relevance. hybrid: 2 x - 1 in
+    place of x^2 where x > 1, as in Faster ISNet, so that a far outlier does not rule the batch. Raises
+    ValueError.
+    """
+    if not 0 < c1 < c2:
+        raise ValueError(f"foreground_loss: c1 {c1} and c2 {c2} must be 0 < c1 < c2")
+    H, inside = _checked(heatmap, mask)
+    F_c1 = (H * inside).sum(dim=1) / c1
+    x = (F_c1 - c2 / c1).clamp(min=0)
+    above = torch.where(x > 1, 2 * x - 1, x.square()) if hybrid else x.square()
+    return (F_c1.clamp(max=1) - 1).square() + above
+
+
+def _checked(heatmap: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """|R| summed over channels and the mask, both (B, H * W) in float32 or better."""
+    if mask.shape != (len(heatmap), 1, *heatmap.shape[2:]):
+        raise ValueError(
+            f"mask {tuple(mask.shape)} does not fit heatmap {tuple(heatmap.shape)}: give (B, 1, H, W)"
+        )
+    inside = mask.to(torch.promote_types(heatmap.dtype, torch.float32)).flatten(1)
+    if not ((inside == 0) | (inside == 1)).all():
+        raise ValueError("a mask must hold only 0 (background) and 1 (foreground): threshold it first")
+    return heatmap.to(inside.dtype).abs().sum(dim=1).flatten(1), inside

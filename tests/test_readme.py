@@ -1,0 +1,56 @@
+"""The README says what was measured, and its examples run."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import tables
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_readme_s_tables_are_those_that_the_results_give():
+    assert tables.fill(README, ROOT / "results") == README
+    assert README.count("| ---: |") >= 4  # and they are not empty
+
+
+def test_a_table_changes_when_a_result_changes(tmp_path):
+    for file in (ROOT / "results").glob("*.json"):
+        text = re.sub(r'("attention_mAP": 0\.)\d', r"\g<1>1", file.read_text(), count=1)
+        (tmp_path / file.name).write_text(text)
+    assert tables.fill(README, tmp_path) != README
+
+
+def test_the_readme_s_lines_for_copying_run():
+    code = re.search(r"Copying one file.*?```python\n(.*?)```", README, re.DOTALL)[1]
+    masks = torch.zeros(2, 32, 32)
+    masks[0, 4:12, 4:12] = masks[1, 20:28, 8:24] = 1
+    sample, images = torch.rand(1, 32, 32), torch.rand(3, 1, 32, 32)
+    theta = torch.eye(2, 3).expand(3, 2, 3)
+    attention = torch.rand(3, 6, 196).softmax(dim=2).requires_grad_()
+    names = dict(
+        masks=masks, sample=sample, images=images, theta=theta, attention=attention, loss=torch.tensor(0.0)
+    )
+    exec(code, names)
+    names["loss"].backward()
+    assert attention.grad[:, :2].abs().sum() > 0 and attention.grad[:, 2:].abs().sum() == 0
+
+
+@pytest.mark.parametrize("file", re.findall(r"`(\w+\.(?:py|sh))`", README))
+def test_every_file_that_the_readme_names_exists(file):
+    assert (ROOT / file).exists()
+
+
+def test_spread_and_gaps_are_mean_and_deviation_of_the_same_seeds():
+    assert tables.spread([1.0, 2.0, 3.0]) == "2.0 ± 1.0" and tables.spread([1.0, 3.0], "+") == "+2.0 ± 1.4"
+    assert tables.spread([1.0]) == "1.0"
+    assert tables.gaps({0: 5.0, 1: 7.0, 2: 9.0}, {1: 4.0, 2: 5.0}) == [3.0, 4.0]
+    runs = {
+        "span-0": {"seed": 0, "x": 0.5},
+        "span-1": {"seed": 1, "x": 0.25},
+        "no_span-0": {"seed": 0, "x": 0.9},
+    }
+    assert tables.points(runs, "span", "x") == {0: 50.0, 1: 25.0}
