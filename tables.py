@@ -128,8 +128,8 @@ def fill(readme: str, results: Path) -> str:
     runs = json.loads((results / "runs.json").read_text())
     made = {"localisation": localisation(runs), "claims": claims(runs), "ablation": ablation(runs)}
     made["benchmark"] = benchmark(json.loads((results / "benchmark.json").read_text()))
-    pattern = re.compile(r"(<!-- table (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
-    return pattern.sub(lambda match: match[1] + made[match[2]] + match[3], readme)
+    pattern = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+    return pattern.sub(lambda match: f"{match[1]}{made[match[2]]}\n{match[3]}", readme)
 
 
 def main() -> None:
