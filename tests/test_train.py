@@ -18,6 +18,7 @@ import train
 from checkpoint import load_run
 from phantom import REGIONS, phantom
 
+ROOT = Path(__file__).parents[1]
 TINY = (
     "--train-images 32 --embed-dim 24 --depth 2 --num-heads 3 --batch-size 8 --out-dim 16 --epochs 2".split()
 )
