@@ -93,6 +93,15 @@ def test_alignment_is_blind_to_exposure():
     torch.testing.assert_close(align(image[0], 0.5 * moved * ramp + 0.2), known, atol=0.03, rtol=0)
 
 
+def test_local_contrast_finds_organs_where_the_outline_of_the_trunk_would_mislead():
+    """Two samples in odd poses; without local contrast their masks overlap the true ones by 0.67 and 0.57 (Dice)."""
+    images, masks, _ = phantom(22, seed=0)
+    for sample in (19, 21):
+        found = carry(masks[sample].float(), align(images[sample], images[:12])) > 0.5
+        both, either = (found & masks[:12]).sum(), found.sum() + masks[:12].sum()
+        assert 2 * both / either > 0.75
+
+
 def test_registration_works_where_gradients_are_switched_off():
     images = phantom(2, seed=6)[0].float() / 255
     with torch.no_grad():

@@ -102,6 +102,11 @@ def test_other_sizes_also_not_square_are_met_by_resizing_the_positions():
     with torch.no_grad():  # a constant embedding stays constant at any size
         vit.pos_embed.fill_(0.7)
     torch.testing.assert_close(vit.positions_for((2, 6)), torch.full((1, 13, 12), 0.7))
+    with torch.no_grad():  # one that knows its row knows it at any size, and nothing of columns
+        vit.pos_embed[:, 1:] = torch.arange(4.0).repeat_interleave(4)[None, :, None]
+    rows = vit.positions_for((2, 6))[0, 1:, 0].view(2, 6)
+    torch.testing.assert_close(rows, rows[:, :1].expand(2, 6))
+    assert rows[1, 0] > rows[0, 0] + 1
 
 
 def test_a_vit_for_oblong_images_reads_patches_row_by_row():
