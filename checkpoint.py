@@ -36,17 +36,13 @@ def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a folder")
     empty = not out.exists() or not any(out.iterdir())
-    is_run = (out / "config.json").exists() and '"command": "python train.py' in (
-        out / "config.json"
-    ).read_text()
+    config = out / "config.json"
+    is_run = config.exists() and '"command": "python train.py' in config.read_text()
     if not empty and not is_run:
         raise ValueError(f"--out {out} holds something else than a run; name another folder")
     if resume and not (out / "last.pt").exists():
-        remedy = (
-            "start without --resume"
-            if empty
-            else "it stopped before its first epoch ended, --overwrite starts again"
-        )
+        stopped = "it stopped before its first epoch ended, --overwrite starts again"
+        remedy = "start without --resume" if empty else stopped
         raise ValueError(f"--resume: there is no {out}/last.pt; {remedy}")
     if not (empty or resume or overwrite):
         raise ValueError(f"--out {out} holds a run: --resume goes on with it, --overwrite starts again")

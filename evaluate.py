@@ -1,7 +1,7 @@
 """What comes out: runs of `train.py`, measured side by side on test images that no choice was made on.
 
 For each region the pixel average precision (AP) of an attention head, averaged over test images. A head that
-was guided belongs to its region; in a run without guidance each region gets the head that is best on
+was guided by masks belongs to their region; in any other run each region gets the head that is best on
 validation images. A run guided by one labelled sample also shows its prior, as it is and registered to each
 test image, on the attention's grid of patches and, for honesty, at every pixel.
 """
@@ -69,8 +69,10 @@ def make_priors(
 
 
 def register(config: argparse.Namespace, sample: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The sample (C, S, S) registered to images (N, C, S, S) as --align asks: theta (N, 2, 3), flow (N, 2, k,
-    k)."""
+    """The sample (C, S, S) registered to images (N, C, S, S): theta (N, 2, 3) and flow (N, 2, k, k).
+
+    Without bending the flow is zero.
+    """
     thetas, flows = [], []
     for part in images.split(BATCH):
         thetas.append(align(sample, part))
@@ -82,8 +84,7 @@ def register(config: argparse.Namespace, sample: Tensor, images: Tensor) -> tupl
 def lay_over(
     config: argparse.Namespace, parts: dict[str, Data], sample: str | None, images: Tensor
 ) -> tuple[Callable[[Tensor], Tensor], list[str]]:
-    """A function from indices (B,) of images (N, C, S, S) to the priors (B, R, S, S) that lie over them; and
-    names.
+    """A function from indices (B,) of images (N, C, S, S) to the priors (B, R, S, S) over them; their names.
 
     images are the training images if --prior is masks. Raises ValueError.
     """

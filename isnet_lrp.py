@@ -356,8 +356,8 @@ def relevance(
 
     target: labels (B,), whose logits are explained; weights (B, K) of a sum of logits (log-odds: +1 and -1);
     or a function of the output to scores (B,). input_rule: (low, high) of the pixels for rule (8) in the
-    first layer. create_graph: for training through the heatmap. Without biases the relevance of an image sums
-    to its score.
+    first layer. create_graph: for training through the heatmap. In a network without biases, softmax and
+    gates the relevance of an image sums to its score.
     """
     with lrp(epsilon, gamma) as rules:
         x = rules.watch(images)

@@ -83,24 +83,18 @@ def localisation(runs: dict) -> str:
 
 def claims(runs: dict) -> str:
     """What is claimed of SPAN's localisation, what was measured, and in how many seeds it holds."""
-    attention = points(runs, "span", "attention_mAP")
-    rows = []
-    for claim, bar, other, smallest in (
-        ("above DINO's best heads (paper: 58.7)", "58.7", points(runs, "dino", "attention_mAP"), 58.7),
-        ("above DINO's best heads after 60 epochs", "58.7", points(runs, "dino_long", "attention_mAP"), 58.7),
-        ("above the prior as it is", "15", points(runs, "span", "prior_mAP"), 15.0),
-        ("above the aligned prior, on the same grid", "0", points(runs, "span", "aligned_prior_mAP"), 0.0),
-        (
-            "above the aligned prior at every pixel",
-            "0",
-            points(runs, "span", "aligned_prior_every_pixel_mAP"),
-            0.0,
-        ),
-        ("within 1 point of all masks", "-1", points(runs, "masks", "attention_mAP"), -1.0),
+    attention, rows = points(runs, "span", "attention_mAP"), []
+    for claim, bar, experiment, what in (
+        ("above DINO's best heads (paper: 58.7)", 58.7, "dino", "attention"),
+        ("above DINO's best heads after 60 epochs", 58.7, "dino_long", "attention"),
+        ("above the prior as it is", 15, "span", "prior"),
+        ("above the aligned prior, on the same grid", 0, "span", "aligned_prior"),
+        ("above the aligned prior at every pixel", 0, "span", "aligned_prior_every_pixel"),
+        ("within 1 point of all masks", -1, "masks", "attention"),
     ):
-        gap = gaps(attention, other)
-        holds = sum(value > smallest for value in gap)
-        rows += [[claim, bar, spread(gap, "+"), f"{holds} of {len(gap)}"]] if gap else []
+        gap = gaps(attention, points(runs, experiment, f"{what}_mAP"))
+        holds = sum(value > bar for value in gap)
+        rows += [[claim, f"{bar:g}", spread(gap, "+"), f"{holds} of {len(gap)}"]] if gap else []
     return markdown(["SPAN's attention mAP is ...", "bar", "measured", "seeds in which it holds"], rows)
 
 

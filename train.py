@@ -196,10 +196,10 @@ def guide(
     dino: DINO,
     args: argparse.Namespace,
 ) -> Tensor:
-    """The SPAN loss over all views: a tensor, Features and theta (V B, 2, 3) a resolution; priors (B, R, S,
-    S).
+    """The SPAN loss over all views, with a tensor, Features and theta (V B, 2, 3) for each resolution.
 
-    Each resolution counts by the share of the priors that its views see, as each view does within it.
+    priors (B, R, S, S) lie over the whole images. Each resolution counts by the share of the priors that its
+    views see, as each view does within it.
     """
     losses, shares = [], []
     for view, f, theta in zip(views, features, thetas):

@@ -14,8 +14,8 @@ row is computed beside it: softmax(q_cls k^T / sqrt(d)) costs O(N) time and memo
 trained through, which is all that `attention_priors.py` needs. `attention_maps` gives the full A of every
 block, for pictures.
 
-Parameter names and numerics (LayerNorm eps 1e-6, exact GELU) are those of the DINO and timm releases, whose
-state dicts load with strict=True once the classifier or projection head is dropped. Where we differ: position
+Parameter names and numerics (LayerNorm eps 1e-6, exact GELU) are those of the DINO release, whose state dicts
+load with strict=True once the head is dropped (timm uses the same names). Where we differ: position
 embeddings are resized to the exact grid, where DINO's code adds 0.1 to the scale factor. Next to read:
 `attention_priors.py`.
 """
