@@ -1,4 +1,4 @@
-"""What exposure and augmentation cost, measured side by side on this machine.
+"""What exposure, augmentation and ISNet cost, measured side by side on this machine.
 
     python benchmark.py [--json FILE]
 
@@ -19,9 +19,16 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 
 from checkpoint import write_whole
+from classify import Classifier, classification_loss, explained, isnet_losses
 from crops import crop, distort, random_crops
+from evaluate import build_encoder
+from isnet_lrp import foreground_loss
 from phantom import phantom
+from train import parse
 from vit import ViT
+
+CLASSIFIERS = [("resnet", 0.0, "none"), ("resnet", 3.0, "none"), ("resnet", 3.0, "all")]
+CLASSIFIERS += [("vit", 0.0, "none"), ("vit", 0.0, "all")]
 
 
 def ratio(a: Callable, b: Callable, runs: int) -> tuple[float, float, float]:
@@ -104,6 +111,39 @@ def batched_pipeline(images: Tensor) -> Callable:
     return work
 
 
+def classifier_steps(backbone: str, gamma: float, layers: str) -> tuple[Callable, Callable]:
+    """The loss of a plain step of train.py's classifier, and of one with ISNet by the rule."""
+    flags = f"--task classify --backbone {backbone} --lrp-gamma {gamma} --isnet-layers {layers} --isnet 1"
+    args = parse(flags.split())[0]
+    model = Classifier(build_encoder(args, 1), 2)
+    x, labels, masks = torch.rand(64, 1, 64, 64), torch.eye(2).repeat(32, 1), torch.zeros(64, 1, 64, 64)
+    masks[:, :, 16:48, 16:48] = 1
+
+    def plain() -> Tensor:
+        return classification_loss(model(x), labels, one_class=True)
+
+    def isnet() -> Tensor:
+        target = explained(labels, True, args.explain, torch.Generator())
+        background, heatmap, logits = isnet_losses(model, x, masks, target, args)
+        foreground = foreground_loss(heatmap, masks, 0.1, 10.0)
+        return classification_loss(logits, labels, one_class=True) + (background + foreground).mean()
+
+    return plain, isnet
+
+
+def kept_bytes(loss: Callable) -> int:
+    """How much memory a step keeps for its backward pass."""
+    kept = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
 def measure(runs: int) -> dict[str, tuple[float, float, float]]:
     """{what: quartiles of the ratio}."""
     rows = {}
@@ -114,6 +154,13 @@ def measure(runs: int) -> dict[str, tuple[float, float, float]]:
     ):
         steps = [training_step(vit, images, exposed) for exposed in (False, True)]
         rows[f"training step with the attention row / without: {name}"] = ratio(*steps, runs)
+    for backbone, gamma, layers in CLASSIFIERS:
+        steps = classifier_steps(backbone, gamma, layers)
+        rule = f"gamma rule ({gamma:g})" if gamma else "epsilon rule"
+        name = f"ISNet / plain: {backbone}, {rule}, {layers} of the inner layers supervised"
+        rows[f"training step, {name}"] = ratio(*(lambda s=s: s().backward() for s in steps), runs)
+        plain, isnet = map(kept_bytes, steps)
+        rows[f"memory kept for the backward pass, {name}"] = (isnet / plain,) * 3
     for size, channels in ((64, 1), (64, 3), (224, 3)):
         images = phantom(64, seed=0, img_size=size)[0].repeat(1, channels, 1, 1)
         pictures = [Image.fromarray(x.permute(1, 2, 0).squeeze(2).numpy()) for x in images]

@@ -51,9 +51,18 @@ def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
 def start(args: argparse.Namespace, argv: list[str]) -> None:
     """Make the folder of a new run and write its config.json; what an overwritten run left is removed."""
     args.out.mkdir(parents=True, exist_ok=True)
-    for stale in ("last.pt", "metrics.jsonl", "metrics.json", "attention.png", "curves.png", "compare.png"):
+    for stale in (
+        "last.pt",
+        "metrics.jsonl",
+        "metrics.json",
+        "attention.png",
+        "heatmaps.png",
+        "curves.png",
+        "compare.png",
+    ):
         (args.out / stale).unlink(missing_ok=True)
-    config = {**vars(args), "out": str(args.out), "command": shlex.join(["python", "train.py", *argv])}
+    paths = {name: str(value) for name, value in vars(args).items() if isinstance(value, Path)}
+    config = {**vars(args), **paths, "command": shlex.join(["python", "train.py", *argv])}
     config["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
     config["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads, {args.device}"
     write_whole(args.out / "config.json", config)
@@ -64,7 +73,7 @@ def resumed(args: argparse.Namespace, typed: set[str]) -> argparse.Namespace:
     saved, _ = load_run(args.out)
     for name in typed - set(OF_THE_CALL):
         there, asked = getattr(saved, name, None), getattr(args, name)
-        if asked != there:
+        if str(asked) != str(there):  # a path is kept as text
             flag = name.replace("_", "-")
             raise ValueError(
                 f"--resume: {args.out} was started with --{flag} {there}, not {asked}; drop the flag"

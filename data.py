@@ -37,7 +37,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from phantom import FINDINGS, REGIONS, phantom
+from phantom import FINDINGS, REGIONS, phantom, stamp
 
 PHANTOM_SIZES = {"val": 200, "test": 500}
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".pgm")
@@ -72,23 +72,66 @@ def select(data: Data, index: Tensor) -> Data:
 
 
 def load(
-    data: str, img_size: int, seed: int = 0, train_images: int = 1500, sample: str | None = None
+    data: str,
+    img_size: int,
+    seed: int = 0,
+    train_images: int = 1500,
+    sample: str | None = None,
+    marker: float | None = None,
+    findings: list[str] | None = None,
 ) -> tuple[dict[str, Data], str | None, list[str]]:
     """{"train", "val", "test"}, the labelled sample's name, and notes, as `load_folder` returns them.
 
     data: "phantom", drawn anew from the seed (each part from a seed of its own), or a folder, which
-    img_size and sample apply to but seed and train_images don't. Raises DataError.
+    img_size, sample and findings apply to but the others don't. marker: the probability with which a marker
+    beside the body agrees with the first finding; then there are two more parts, the test images with the
+    marker "removed" and "flipped" (present where it was absent). findings: None for the labels as they are,
+    ["all"], or those to classify; a single one becomes two classes, without and with it. Raises DataError.
     """
-    if data != "phantom":
-        return load_folder(data, img_size, sample)
+    if data == "phantom":
+        parts = _draw_parts(img_size, seed, train_images)
+        if sample is not None and sample not in parts["train"].names:
+            raise DataError(
+                f"sample `{sample}` is not drawn; give a name from 00000 to {train_images - 1:05d}"
+            )
+        sample, notes = sample or "00000", []
+    else:
+        parts, sample, notes = load_folder(data, img_size, sample)
+    known = parts["train"].findings
+    if findings not in (None, ["all"]):
+        for finding in findings:
+            if finding not in known:
+                raise DataError(f"finding `{finding}` is not in {data}; it has {', '.join(known) or 'none'}")
+        keep = [known.index(finding) for finding in findings]
+        parts = {part: d._replace(labels=d.labels[:, keep], findings=findings) for part, d in parts.items()}
+    if marker is not None:
+        if data != "phantom":
+            raise DataError(f"a marker can be drawn only on phantoms, not on the images of {data}")
+        _stamp_parts(parts, marker, seed)
+    if findings is not None and len(parts["train"].findings) == 1:  # without and with it: two classes
+        for part, d in parts.items():
+            names = [f"no {d.findings[0]}", *d.findings]
+            parts[part] = d._replace(labels=torch.cat([1 - d.labels, d.labels], dim=1), findings=names)
+    return parts, sample, notes
+
+
+def _draw_parts(img_size: int, seed: int, train_images: int) -> dict[str, Data]:
     parts = {}
     for i, (part, n) in enumerate({"train": train_images, **PHANTOM_SIZES}.items()):
         images, masks, labels = phantom(n, len(PARTS) * seed + i, img_size)
         names = [f"{k:05d}" for k in range(n)]
         parts[part] = Data(images, masks, torch.ones(n, dtype=torch.bool), labels, names, REGIONS, FINDINGS)
-    if sample is not None and sample not in parts["train"].names:
-        raise DataError(f"sample `{sample}` is not drawn; give a name from 00000 to {train_images - 1:05d}")
-    return parts, sample or "00000", []
+    return parts
+
+
+def _stamp_parts(parts: dict[str, Data], agreement: float, seed: int) -> None:
+    """Put the marker on all parts, and add the test images with it removed and flipped."""
+    parts["removed"] = parts["flipped"] = parts["test"]
+    for i, (part, data) in enumerate(parts.items()):
+        chance = torch.from_numpy(np.random.default_rng([seed, min(i, 2)]).random(len(data.names)))
+        present = (data.labels[:, 0] == 1) == (chance < agreement)  # the same for every kind of test image
+        if part != "removed":
+            parts[part] = data._replace(images=stamp(data.images, present ^ (part == "flipped")))
 
 
 def normalise(images: Tensor) -> Tensor:

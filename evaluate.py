@@ -17,9 +17,12 @@ from torch import Tensor
 
 from attention_priors import align, bend, blurred, carry, follow, priors_from_masks, priors_from_statistics
 from checkpoint import load_run
+from classify import Classifier, exclusive, log_odds, prepared
 from data import Data, load, normalise, select
-from metrics import localisation_ap
-from plots import attention_grid
+from isnet_lrp import relevance
+from metrics import auc, best_threshold, localisation_ap, relevance_share
+from plots import map_grid
+from resnet import ResNet
 from vit import ViT
 
 BATCH = 250  # images at a time, where no gradient is kept
@@ -29,8 +32,10 @@ class CannotMeasure(ValueError):
     """There are no masks to measure with; the message says which."""
 
 
-def build_encoder(config: argparse.Namespace, in_chans: int) -> ViT:
-    """The ViT that a run's settings describe. Raises ValueError for sizes that don't fit."""
+def build_encoder(config: argparse.Namespace, in_chans: int) -> ViT | ResNet:
+    """The encoder that a run's settings describe. Raises ValueError for sizes that don't fit."""
+    if config.backbone == "resnet":
+        return ResNet(in_chans, config.embed_dim)
     sizes = config.img_size, config.patch_size, in_chans, config.embed_dim, config.depth, config.num_heads
     return ViT(*sizes, drop_path=config.drop_path)
 
@@ -143,6 +148,75 @@ def measure(
     return table, dict(zip(titles, attention.unflatten(2, grid).unbind(1)))
 
 
+def measure_classifier(
+    config: argparse.Namespace, model: Classifier, parts: dict[str, Data], n_images: int = 6
+) -> tuple[dict[str, dict[str, float]], Data, dict[str, Tensor]]:
+    """AUC, accuracy and the foreground's share of relevance: {set: {what: value}}.
+
+    The sets are the test images as the training images are (same) and, if there is a marker, with it removed
+    and flipped. Thresholds are those that are best on validation images; of three classes or more the
+    likeliest counts. Also n_images test images, two thirds with the first finding, and their heatmaps
+    {title: (n_images, S, S)}.
+    """
+    sets = {"same": parts["test"], **{name: parts[name] for name in ("removed", "flipped") if name in parts}}
+    one_class, table = exclusive(parts["train"].labels), {}
+    findings = dict(enumerate(parts["test"].findings))
+    first = 1 if one_class and len(findings) == 2 else 0  # "no X" and X are one question
+    if first:
+        del findings[0]
+    chosen = scores_of(model, parts["val"], one_class)
+    thresholds = {k: best_threshold(chosen[:, k], parts["val"].labels[:, k]) for k in findings}
+    for name, data in sets.items():
+        scores, labels = scores_of(model, data, one_class), data.labels
+        each = {f"AUC {finding}": auc(scores[:, k], labels[:, k]) for k, finding in findings.items()}
+        if len(findings) > 1 and one_class:
+            right = (scores.argmax(dim=1) == labels.argmax(dim=1))[~labels.isnan().any(dim=1)]
+        else:
+            right = [
+                ((scores[:, k] > t) == labels[:, k])[~labels[:, k].isnan()] for k, t in thresholds.items()
+            ]
+            right = torch.cat(right)
+        table[name] = {"AUC": float(np.nanmean(list(each.values()))), **each}
+        table[name]["accuracy"] = float(right.double().mean())
+        if data.has_masks.any():
+            seen = select(data, data.has_masks)
+            share = relevance_share(
+                heatmaps_of(config, model, seen.images, one_class), seen.masks.any(dim=1)[:, None]
+            )
+            table[name]["relevance share"] = float(share.nanmean())
+    order = torch.argsort(parts["test"].labels[:, first].nan_to_num(), descending=True, stable=True)
+    few = min(n_images, len(order)) // 3  # without the finding
+    shown = select(parts["test"], torch.cat([order[: n_images - few], order[len(order) - few :]]))
+    R = heatmaps_of(config, model, shown.images, one_class).sum(dim=1)  # (n_images, S, S)
+    return table, shown, {"relevance": R / R.abs().mean(dim=(1, 2), keepdim=True)}
+
+
+@torch.no_grad()
+def scores_of(model: Classifier, data: Data, one_class: bool) -> Tensor:
+    """Log-odds (M, K) of classes, or the logits of findings, in evaluation mode."""
+    model.eval()
+    batches = [model(prepared(images)) for images in data.images.split(BATCH)]
+    logits = torch.cat(batches) if batches else torch.zeros(0, len(data.findings))
+    if not one_class:
+        return logits
+    return torch.stack(
+        [log_odds(logits, torch.full((len(logits),), k)) for k in range(logits.shape[1])], dim=1
+    )
+
+
+def heatmaps_of(config: argparse.Namespace, model: Classifier, images: Tensor, one_class: bool) -> Tensor:
+    """LRP heatmaps (M, C, S, S) of the first finding, the second of two classes, the likeliest of more."""
+
+    def target(logits: Tensor) -> Tensor:
+        if not one_class:
+            return logits[:, 0]
+        likeliest = logits.argmax(dim=1)
+        return log_odds(logits, likeliest if logits.shape[1] > 2 else torch.ones_like(likeliest))
+
+    rule = {"epsilon": config.lrp_epsilon, "gamma": config.lrp_gamma, "signed": True}
+    return torch.cat([relevance(model, prepared(x), target, **rule)[0].detach() for x in images.split(BATCH)])
+
+
 def flatten(table: dict[str, dict[str, float]]) -> dict[str, float]:
     """{what: {region: AP}} under the flat names of metrics.json: attention_mAP, attention_AP_heart ..."""
     flat = {}
@@ -153,27 +227,41 @@ def flatten(table: dict[str, dict[str, float]]) -> dict[str, float]:
     return flat
 
 
-def print_table(columns: dict[str, dict[str, float]]) -> None:
-    """Print AP in percent: a row a region and their mean, a column for each entry of {what: {region: AP}}."""
-    regions = list(next(iter(columns.values())))
-    first = max(map(len, [*regions, "AP in %"]))
-    print(f"\n{'AP in %':{first}}" + "".join(f"  {title:>7}" for title in columns))
-    for region in [*regions, "mean"]:
-        row = [np.mean(list(c.values())) if region == "mean" else c[region] for c in columns.values()]
-        cells = [f"  {100 * ap:{max(7, len(title))}.1f}" for ap, title in zip(row, columns)]
-        print(f"{region:{first}}" + "".join(cells))
+def flatten_classifier(table: dict[str, dict[str, float]]) -> dict[str, float]:
+    """{set: {what: value}} under the flat names of metrics.json: auc_same, auc_flipped_effusion ..."""
+    flat = {}
+    for name, column in table.items():
+        for what, value in column.items():
+            measure, *finding = (
+                what.lower().split(" ", 1) if what.startswith("AUC") else (what.replace(" ", "_"),)
+            )
+            flat["_".join([measure, name, *finding]).replace(" ", "_")] = value
+    return flat
+
+
+def print_table(columns: dict[str, dict[str, float]], mean: bool = True) -> None:
+    """Print {what: {name: value}} in percent: a row a name, a column for each what, means below."""
+    names, corner = list(next(iter(columns.values()))), "AP in %" if mean else "in %"
+    first = max(map(len, [*names, corner]))
+    print(f"\n{corner:{first}}" + "".join(f"  {title:>7}" for title in columns))
+    for name in names + ["mean"] * mean:
+        row = [np.mean(list(c.values())) if name == "mean" else c[name] for c in columns.values()]
+        cells = [f"  {100 * value:{max(7, len(title))}.1f}" for value, title in zip(row, columns)]
+        print(f"{name:{first}}" + "".join(cells))
     print()
 
 
-def load_encoder(run: Path, config: argparse.Namespace, checkpoint: dict, in_chans: int) -> ViT:
-    """The trained encoder, the student's, of a run. Raises ValueError if settings and checkpoint disagree."""
-    encoder, prefix = build_encoder(config, in_chans), "student."
+def load_model(run: Path, config: argparse.Namespace, checkpoint: dict, train: Data) -> ViT | Classifier:
+    """The trained encoder, the student's, or the classifier of a run. Raises ValueError if it doesn't fit."""
+    model, prefix = build_encoder(config, train.images.shape[1]), "student."
+    if config.task == "classify":
+        model, prefix = Classifier(model, len(train.findings)), ""
     weights = {k.removeprefix(prefix): v for k, v in checkpoint["model"].items() if k.startswith(prefix)}
     try:
-        encoder.load_state_dict(weights)
+        model.load_state_dict(weights)
     except RuntimeError:
         raise ValueError(f"{run}: last.pt holds a model of other sizes than config.json says") from None
-    return encoder
+    return model
 
 
 def compare(runs: list[Path], n_images: int) -> None:
@@ -183,23 +271,36 @@ def compare(runs: list[Path], n_images: int) -> None:
     for run in runs:
         config, checkpoint = load_run(run)
         wanted = {"data": config.data, "img_size": config.img_size, "sample": config.sample}
+        wanted |= {
+            "findings": config.findings or ["all"] if config.task == "classify" else None,
+            "task": config.task,
+        }
         if config.data == "phantom":
             wanted |= {"seed": config.seed, "train_images": config.train_images}
         if source is None:
-            source, (parts, sample, _) = wanted, load(**wanted)
+            source, first = wanted, config
+            marker = next((m for m in (load_run(r)[0].marker for r in runs) if m is not None), None)
+            parts, sample, _ = load(**{k: v for k, v in wanted.items() if k != "task"}, marker=marker)
         differ = [name for name in source | wanted if source.get(name) != wanted.get(name)]
         if differ:
             raise ValueError(
                 f"{runs[0]} and {run} differ in {', '.join(differ)}: compare runs on the same images"
             )
-        encoder = load_encoder(run, config, checkpoint, parts["test"].images.shape[1])
-        table, maps = measure(config, encoder, parts, sample)
+        model = load_model(run, config, checkpoint, parts["train"])
+        if config.task == "classify":
+            for rule in ("lrp_epsilon", "lrp_gamma"):  # the first run's, so that heatmaps can be compared
+                setattr(config, rule, getattr(first, rule))
+            table, shown, maps = measure_classifier(config, model, parts, n_images)
+        else:
+            table, maps = measure(config, model, parts, sample)
+            shown = select(parts["test"], parts["test"].has_masks)
         columns |= {f"{short[run]}: {what}": row for what, row in table.items()}
         pictures |= {f"{short[run]}\n{title}": m[:n_images] for title, m in maps.items()}
-    print_table(columns)
-    test, path = select(parts["test"], parts["test"].has_masks), runs[0] / "compare.png"
-    images, masks = test.images[:n_images].float() / 255, test.masks[:n_images]
-    attention_grid(path, images, masks, test.regions, pictures)
+    print_table(columns, mean=first.task == "pretrain")
+    path = runs[0] / "compare.png"
+    images, masks = shown.images[:n_images].float() / 255, shown.masks
+    masks = masks if masks is None else masks[:n_images]
+    map_grid(path, images, masks, shown.regions, pictures, signed=first.task == "classify")
     print(f"wrote {path}")
 
 

@@ -7,15 +7,18 @@ it all:
     R = input * (changed gradient d logit / d input)                                                 (1)
     linear, convolution    z = w x + b         g <- g z / (z + eps sign z)                           (2)
     the same with gamma    w' = w + gamma w+   g <- g z / (z' + eps sign z'), back through w'        (3)
-    elementwise            y = f(x)            g <- g f(x) / x  in place of  g f'(x)                 (4)
-    layer, group norm      the deviation is a constant, the subtraction of the mean stays linear     (5)
-    batch norm             mean and deviation are constants, folded into the layer before it         (6)
-    a @ b, a * b           both depend on the input: g <- g / 2, half of the relevance to each       (7)
-    input layer (box)      z - w+ low - w- high in place of z, for pixels in [low, high]             (8)
+    or, where signed       z' = z + gamma (z + sign(z) |w| |x|) / 2 in place of w' x                 (4)
+    elementwise            y = f(x)            g <- g f(x) / x  in place of  g f'(x)                 (5)
+    layer, group norm      the deviation is a constant, the subtraction of the mean stays linear     (6)
+    batch norm             mean and deviation are constants, folded into the layer before it         (7)
+    a @ b, a * b           both depend on the input: g <- g / 2, half of the relevance to each       (8)
+    input layer (box)      z - w+ low - w- high in place of z, for pixels in [low, high]             (9)
 
-(2), (3), (8): Montavon et al. 2019. (4), (5), (7): AttnLRP, Achtibat et al. 2024, arXiv 2402.05602; softmax
+(2), (3), (9): Montavon et al. 2019. (5), (6), (8): AttnLRP, Achtibat et al. 2024, arXiv 2402.05602; softmax
 keeps its gradient. The loss: ISNet, Bassi et al. 2022, arXiv 2202.00232, and Faster ISNet 2024, arXiv
-2401.08409.
+2401.08409. (3) is made for x >= 0 and z >= 0, as behind and before a ReLU; elsewhere z' passes through 0
+where z doesn't, and relevance explodes. (4), the generalised rule, favours contributions that have the sign
+of z; it equals (3) for x, z >= 0, keeps z / z' in [0, 1] for all signs, and costs no more than (3).
 
 `lrp` is a `TorchFunctionMode`: it sees conv2d, gelu, matmul ... as the model calls them, as module or as
 function, in place or not, once or often; no model has to be changed. The model's output and all gradients
@@ -23,37 +26,75 @@ within it are the true ones: the rules act only while `explain` walks back. So o
 classification and relevance, and the training loss, which differentiates the heatmap again, misses no term.
 What has no rule keeps its gradient; that is right for whatever is straight along the ray from 0 through its
 input (reshape, sum, max, ReLU ...), which is tried out, and anything else is named in a warning, once.
+
+A network can satisfy the loss and keep its shortcut; each part closes one way out:
+
+    a small marker is averaged away        pool by rank (decay < 1); count traces (small E)
+    the foreground's relevance is inflated the foreground loss
+    pairs of units cancel                  (4) instead of (2), in a ReLU network
+    z' passes through 0                    (4) instead of (3), with residual sums and signed inputs
+    both logits rise together              explain log-odds, not a logit
+    the marker's absence is coded          supervise inner layers (`layers`)
+
+The last needs a word: a unit that its bias feeds and the marker silences has no relevance where the marker
+is, and where it isn't, hands it to the bias, never to a pixel. On its own layer it shows.
+
+The floor of a training step's cost, a plain one being 3 forward passes' worth (forward 1, backward 2): (2)
+adds the relevance pass, 1, and the way back through it, 2; that makes 6, or 2 x. (3) and (4) add an operation
+a layer: 1 forward, 1 in the relevance pass, 2 + 2 on the ways back: 12, or 4 x.
 """
 
+import math
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 
-class _Route(torch.autograd.Function):
-    """y, whose gradient goes to y as ever; but while explaining, g y / (z + eps sign z) goes to z instead."""
+class _Share(torch.autograd.Function):
+    """g top / (z + eps sign z), with its derivative in few operations, since every layer needs both."""
 
     @staticmethod
-    def forward(ctx, rules: "lrp", y: Tensor, z: Tensor, epsilon: float | None) -> Tensor:
+    def forward(ctx, g: Tensor, top: Tensor, z: Tensor, epsilon: float) -> Tensor:
+        ctx.epsilon = epsilon
+        ctx.save_for_backward(g, top, z)  # and not the quotient, which would be one more map a layer to keep
+        return g * top / torch.add(z, _sign(z), alpha=epsilon)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        g, top, z = ctx.saved_tensors
+        d = torch.add(z, _sign(z), alpha=ctx.epsilon)
+        grad = grad / d
+        to_g = grad * top
+        return to_g, grad * g, -to_g * g / d, None
+
+
+class _Route(torch.autograd.Function):
+    """y, whose gradient goes to y as ever; but while explaining, g top / (z + eps sign z) goes to z instead.
+
+    Without top, z is another way to y: g goes there as it is.
+    """
+
+    @staticmethod
+    def forward(ctx, rules: "lrp", y: Tensor, z: Tensor, top: Tensor | None = None, epsilon: float = 0.0):
         ctx.rules, ctx.epsilon = rules, epsilon
-        ctx.save_for_backward(y, z)
+        ctx.save_for_backward(*(() if top is None else (top, z)))
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx, g: Tensor):
         if not ctx.rules.explaining:
-            return None, g, None, None
-        if ctx.epsilon is None:  # y and z are equal
-            return None, None, g, None
-        y, z = (t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in ctx.saved_tensors)
-        return None, None, (g * y / _stabilise(z, ctx.epsilon)).to(g.dtype), None
+            return None, g, None, None, None
+        if ctx.saved_tensors:
+            top, z = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in ctx.saved_tensors)
+            g = _Share.apply(g, top, z, ctx.epsilon).to(g.dtype)
+        return None, None, g, None, None
 
 
 class _Scale(torch.autograd.Function):
@@ -66,30 +107,48 @@ class _Scale(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        return None, g * ctx.factor if ctx.rules.explaining else g, None
+        if ctx.rules.explaining:
+            return None, g * ctx.factor if ctx.factor else None, None
+        return None, g, None
 
 
-def _stabilise(z: Tensor, epsilon: float) -> Tensor:
-    return z + epsilon * torch.where(z >= 0, 1.0, -1.0).to(z.dtype)
+class _Variance(torch.autograd.Function):
+    """The variance (C,) of x (B, C, ...) around its mean (C,); torch.var takes five times as long."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, mean: Tensor) -> Tensor:
+        ctx.save_for_backward(x, mean)
+        ctx.dims, ctx.shape = [0, *range(2, x.dim())], (-1,) + (1,) * (x.dim() - 2)
+        return (x - mean.view(ctx.shape)).square().mean(ctx.dims)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        x, mean = ctx.saved_tensors
+        return (x - mean.view(ctx.shape)) * (g * (2 * x.shape[1] / x.numel())).view(ctx.shape), None
+
+
+def _sign(z: Tensor) -> Tensor:
+    return torch.ones((), dtype=z.dtype, device=z.device).copysign(z.detach())  # never 0
 
 
 class lrp(TorchFunctionMode):
     """Within this context every operation on what depends on the watched input has a relevance rule.
 
-    epsilon: the stabiliser of (2); gamma: 0 for the epsilon rule, larger to favour positive contributions,
-    toward the z+ rule. Use `watch(images)` before the model's forward, `explain(score, images)` after it.
+    epsilon: the stabiliser of (2); gamma: 0 for the epsilon rule, larger to favour contributions of one sign,
+    toward the z+ rule, by (3) or, if signed, by (4). Use `watch(images)` before the model's forward,
+    `explain(score, inputs)` after it. Raises ValueError for negative numbers.
     """
 
-    def __init__(self, epsilon: float = 1e-6, gamma: float = 0.0):
+    def __init__(self, epsilon: float = 1e-6, gamma: float = 0.0, signed: bool = False):
         super().__init__()
-        if epsilon < 0 or gamma < 0:
+        if not (epsilon >= 0 and gamma >= 0):
             raise ValueError(f"lrp: epsilon {epsilon} and gamma {gamma} must not be negative")
-        self.epsilon, self.gamma, self.explaining = epsilon, gamma, False
+        self.epsilon, self.gamma, self.signed, self.explaining = epsilon, gamma, signed, False
         self.states = (
             WeakIdKeyDictionary()
-        )  # tensors that depend on the input: None, a layer to come, or a successor
+        )  # what depends on the input: None, a layer to come, or a successor
         self.asked: dict[str, bool] = {}
-        self.box: list[Tensor] = []  # the input and its bounds, where rule (8) is wanted
+        self.box: list[Tensor] = []  # the input and its bounds, where rule (9) is wanted
 
     def watch(self, images: Tensor) -> Tensor:
         """Mark the input whose relevance is asked for; returns it, requiring a gradient."""
@@ -114,12 +173,12 @@ class lrp(TorchFunctionMode):
         return isinstance(t, Tensor) and t in self.states
 
     def current(self, t):
-        """What a tensor stands for now: its successor after in-place operations, a layer's output with its
-        rule."""
+        """What a tensor stands for now: its successor after in-place operations, a layer's ruled output."""
         while self.active(t) and self.states[t] is not None:
             state = self.states[t]
             if isinstance(state, tuple):
-                self.states[t] = state = self.linear(t, *state)
+                with torch._C.DisableTorchFunction():  # the rule's own operations have no rule
+                    self.states[t] = state = self.linear(t, t, *state)
                 self.states.setdefault(state, None)
             t = state
         return t
@@ -137,8 +196,7 @@ class lrp(TorchFunctionMode):
             return self.operate(func, name, args, kwargs)
 
     def operate(self, func, name: str, args, kwargs):
-        """Run one operation by its rule, in-place ones out of place, and remember what depends on the
-        input."""
+        """One operation by its rule, if in place then out of place; its results depend on the input."""
         changed = None
         if name in IN_PLACE or func.__name__ == name + "_":
             name, changed = IN_PLACE.get(name, name), self.current(args[0])
@@ -147,11 +205,10 @@ class lrp(TorchFunctionMode):
             kwargs, changed = {**kwargs, "inplace": False}, self.current(args[0])
         if name != "batch_norm":  # which is folded into the layer before it, if there is one
             args, kwargs = tree_map(self.current, (args, kwargs))
-        y = (
-            RULES[name](self, func, *args, **kwargs)
-            if name in RULES
-            else self.plain(func, name, args, kwargs)
-        )
+        if name in RULES:
+            y = RULES[name](self, func, *args, **kwargs)
+        else:
+            y = self.plain(func, name, args, kwargs)
         for t in tree_leaves(y):
             if isinstance(t, Tensor) and t.is_floating_point():
                 self.states.setdefault(t, None)
@@ -161,8 +218,7 @@ class lrp(TorchFunctionMode):
         return args[0]
 
     def plain(self, func, name: str, args, kwargs):
-        """An operation without a rule keeps its gradient; warn, once, if it isn't straight (piecewise
-        affine)."""
+        """An operation without a rule keeps its gradient, with a warning if it isn't piecewise affine."""
         y = func(*args, **kwargs)
         if isinstance(y, Tensor) and y.is_floating_point() and name not in PLAIN | self.asked.keys():
 
@@ -178,8 +234,8 @@ class lrp(TorchFunctionMode):
                 warnings.warn(f"lrp has no rule for '{name}': it keeps its plain gradient", stacklevel=4)
         return y
 
-    def linear(self, y: Tensor, op: Callable, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        """Rule (2), (3), or at the watched input (8), for y = op(x, w, b)."""
+    def linear(self, y: Tensor, z: Tensor, op: Callable, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        """Rules (2) to (4), or (9) at the watched input, for the true y = z = op(x, w, b)."""
 
         def part(change: Callable) -> list:  # weights and bias, changed
             return [v if v is None else change(v) for v in (w, b)]
@@ -187,16 +243,21 @@ class lrp(TorchFunctionMode):
         if self.box and x is self.box[0]:
             _, low, high = self.box
             positive, negative = part(lambda v: v.clamp(min=0)), part(lambda v: v.clamp(max=0))
-            return _Route.apply(self, y, op(x, w, b) - op(low, *positive) - op(high, *negative), 1e-9)
-        z = op(x, *part(lambda v: v + self.gamma * v.clamp(min=0))) if self.gamma else y
-        return _Route.apply(self, y, z, self.epsilon)
+            return _Route.apply(self, y, z - op(low, *positive) - op(high, *negative), z, 1e-9)
+        ruled = z
+        if self.gamma and self.signed:
+            sized = op(x.abs(), *part(torch.abs))  # |w| |x|
+            ruled = (1 + self.gamma / 2) * z + (self.gamma / 2 * _sign(z)) * sized
+        elif self.gamma:
+            ruled = op(x, *part(lambda v: v + self.gamma * v.clamp(min=0)))
+        return _Route.apply(self, y, ruled, z, self.epsilon)
 
     def constant(self, x: Tensor) -> Tensor:
         """x, without relevance."""
         return _Scale.apply(self, x, 0.0)
 
     def half(self, y: Tensor, *factors) -> Tensor:
-        """Rule (7) for the product y of factors; if only one depends on the input, y is linear in it."""
+        """Rule (8) for the product y of factors; if only one depends on the input, y is linear in it."""
         return _Scale.apply(self, y, 0.5) if all(map(self.active, factors)) else y
 
 
@@ -213,36 +274,44 @@ def _layer(rules: lrp, func, x, w, b=None, *args, **kwargs) -> Tensor:
 
 
 def _matmul(rules: lrp, func, a, b, *args, **kwargs) -> Tensor:
-    """Matrix products: (7) if both depend on the input, else (2) or (3) with the other as weights."""
+    """Matrix products: (8) if both depend on the input, else (2) to (4) with the other as weights."""
     y = func(a, b, *args, **kwargs)
     if rules.active(a) and rules.active(b):
         return rules.half(y, a, b)
     if rules.active(a):
-        return rules.linear(y, lambda x, w, _: func(x, w), a, b, None)
-    return rules.linear(y, lambda x, w, _: func(w, x), b, a, None)
+        return rules.linear(y, y, lambda x, w, _: func(x, w), a, b, None)
+    return rules.linear(y, y, lambda x, w, _: func(w, x), b, a, None)
+
+
+def _bias_first(rules: lrp, func, b, x, w, **kwargs) -> Tensor:
+    """addmm(b, x, w): a linear layer with its arguments in another order."""
+    y = func(b, x, w, **kwargs)
+    op = lambda x, w, b: func(b, x, w, **kwargs)  # noqa: E731
+    return rules.half(y, x, w) if rules.active(w) else rules.linear(y, y, op, x, w, b)
 
 
 def _times(rules: lrp, func, a, b, *args, **kwargs):
-    """Elementwise products: (7)."""
+    """Elementwise products: (8)."""
     return rules.half(func(a, b, *args, **kwargs), a, b)
 
 
 def _over(rules: lrp, func, a, b, *args, **kwargs):
-    """Quotients: a divisor that depends on the input is a constant, like the deviation in (5)."""
+    """Quotients: a divisor that depends on the input is a constant, like the deviation in (6)."""
     return func(a, rules.constant(b) if rules.active(b) else b, *args, **kwargs)
 
 
 def _elementwise(rules: lrp, func, x, *args, **kwargs) -> Tensor:
-    """Rule (4)."""
-    return _Route.apply(rules, func(x, *args, **kwargs), x, 1e-9)
+    """Rule (5)."""
+    y = func(x, *args, **kwargs)
+    return _Route.apply(rules, y, x, y, 1e-9)
 
 
 def _norm(rules: lrp, y: Tensor, x: Tensor, groups: Tensor, eps: float, weight, bias) -> Tensor:
-    """Rule (5) for y, which normalises each row of groups, x in another shape."""
+    """Rule (6) for y, which normalises each row of groups, x in another shape."""
     centred = groups - groups.mean(dim=-1, keepdim=True)
     deviation = (centred.square().mean(dim=-1, keepdim=True) + eps).sqrt()
     z = (centred / rules.constant(deviation)).view_as(x)
-    return _Route.apply(rules, y, z * (1 if weight is None else weight) + (0 if bias is None else bias), None)
+    return _Route.apply(rules, y, z * (1 if weight is None else weight) + (0 if bias is None else bias))
 
 
 def _layer_norm(rules: lrp, func, x, normalized_shape, weight=None, bias=None, eps=1e-5, *args) -> Tensor:
@@ -256,42 +325,32 @@ def _group_norm(rules: lrp, func, x, num_groups, weight=None, bias=None, eps=1e-
     return _norm(rules, y, x, x.reshape(len(x), num_groups, -1), eps, weight, bias)
 
 
-def _batch_norm(
-    rules: lrp,
-    func,
-    x,
-    running_mean,
-    running_var,
-    weight=None,
-    bias=None,
-    training=False,
-    momentum=0.1,
-    eps=1e-5,
-) -> Tensor:
-    """Rule (6), with the batch's statistics in training mode and the running ones in evaluation mode."""
+def _batch_norm(rules, func, x, mean, var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    """Rule (7), with the batch's statistics in training mode and the running ones in evaluation mode."""
     before = rules.states.get(x)
     x = x if isinstance(before, tuple) else rules.current(x)
-    dims, shape = [0, *range(2, x.dim())], (-1,) + (1,) * (x.dim() - 2)
-    mean, var = (
-        (x.mean(dim=dims), x.var(dim=dims, unbiased=False)) if training else (running_mean, running_var)
-    )
-    scale = rules.constant((var + eps).rsqrt()) * (1 if weight is None else weight)
-    shift = (0 if bias is None else bias) - rules.constant(mean) * scale
-    y = func(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    y = func(x, mean, var, weight, bias, training, momentum, eps)
+    shape = (-1,) + (1,) * (x.dim() - 2)
+    if training:
+        mean = x.mean([0, *range(2, x.dim())])
+        mean, var = rules.constant(mean), rules.constant(_Variance.apply(x, mean.detach()))
+    scale = (var + eps).rsqrt() * (1 if weight is None else weight)
+    shift = (0 if bias is None else bias) - mean * scale
+    z = torch.addcmul(shift.view(shape), x, scale.view(shape))
     if not isinstance(before, tuple):
-        return _Route.apply(rules, y, x * scale.view(shape) + shift.view(shape), None)
+        return _Route.apply(rules, y, z)
     op, inputs, w, b = before
     folded = w * scale.view(-1, *[1] * (w.dim() - 1))
-    return rules.linear(y, op, inputs, folded, shift if b is None else b * scale + shift)
+    return rules.linear(y, z, op, inputs, folded, shift if b is None else b * scale + shift)
 
 
 def _attention(
-    rules: lrp, func, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, **kwargs
+    rules: lrp, func, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, **kw
 ):
-    """Softmax attention as two products, (7), and a softmax, which keeps its gradient."""
+    """Softmax attention as two products, (8), and a softmax, which keeps its gradient."""
     if dropout_p:
         raise ValueError("lrp: attention dropout must be 0 while relevance is asked for")
-    y = func(q, k, v, attn_mask, 0.0, is_causal, scale=scale, **kwargs)
+    y = func(q, k, v, attn_mask, 0.0, is_causal, scale=scale, **kw)
     scores = (q @ k.transpose(-2, -1)) * (q.shape[-1] ** -0.5 if scale is None else scale)  # (..., Q, T)
     scores = rules.half(scores, q, k)
     if is_causal:
@@ -301,13 +360,7 @@ def _attention(
         scores = scores.masked_fill(~attn_mask, -torch.inf) if allowed else scores + attn_mask
     z = scores.softmax(dim=-1) @ v
     looking = q if rules.active(q) else k  # what the weights depend on
-    return _Route.apply(rules, y, rules.half(z, looking, v), None)
-
-
-def _bias_first(rules: lrp, func, b, x, w, **kwargs) -> Tensor:
-    """addmm(b, x, w): a linear layer with its arguments in another order."""
-    y = func(b, x, w, **kwargs)
-    return rules.half(y, x, w) if rules.active(w) else rules.linear(y, lambda x, w, b: func(b, x, w), x, w, b)
+    return _Route.apply(rules, y, rules.half(z, looking, v))
 
 
 SMOOTH = "relu6 elu selu celu gelu silu mish sigmoid logsigmoid tanh softplus softsign hardtanh hardswish "
@@ -326,17 +379,16 @@ RULES = {
     "scaled_dot_product_attention": _attention,
 }
 # Not straight, but meant to keep their gradient: softmax, losses, and what draws random numbers.
+PLAIN = "softmax log_softmax logsumexp cross_entropy nll_loss mse_loss l1_loss kl_div dropout dropout1d "
 PLAIN = set(
-    "softmax log_softmax logsumexp cross_entropy nll_loss mse_loss l1_loss kl_div dropout dropout1d".split()
+    (PLAIN + "dropout2d dropout3d binary_cross_entropy_with_logits rand_like randn_like bernoulli").split()
 )
-PLAIN |= set("dropout2d dropout3d binary_cross_entropy_with_logits rand_like randn_like bernoulli".split())
 IN_PLACE = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div"}
 COMPOSITE = {"multi_head_attention_forward", "normalize"}  # Python functions of operations that have rules
 
 
 def _reenter(func: types.FunctionType) -> types.FunctionType:
-    """The same Python function, which no longer hands itself over to a context, while what it calls still
-    does."""
+    """The same Python function, which hands what it calls over to a context, but no longer itself."""
     names = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
     unaware = {**func.__globals__, **dict.fromkeys(names, lambda *args: False)}
     return types.FunctionType(func.__code__, unaware, func.__name__, func.__defaults__, func.__closure__)
@@ -350,29 +402,38 @@ def relevance(
     gamma: float = 0.0,
     input_rule: tuple[float, float] | None = None,
     create_graph: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """The LRP heatmap of a classifier (B, C, H, W) -> (B, K): signed relevance (B, C, H, W), and the model's
-    output.
+    signed: bool = False,
+    layers: Sequence[nn.Module] = (),
+) -> tuple[Tensor, Tensor] | tuple[list[Tensor], Tensor]:
+    """The signed LRP heatmap (B, C, H, W) of a classifier (B, C, H, W) -> (B, K), and its output.
 
     target: labels (B,), whose logits are explained; weights (B, K) of a sum of logits (log-odds: +1 and -1);
-    or a function of the output to scores (B,). input_rule: (low, high) of the pixels for rule (8) in the
-    first layer. create_graph: for training through the heatmap. In a network without biases, softmax and
-    gates the relevance of an image sums to its score.
+    or a function of the output to scores (B,). epsilon, gamma, signed: as for `lrp`. input_rule: (low, high)
+    of the pixels for rule (9) in the first layer. create_graph: for training through the heatmap. layers:
+    modules whose outputs' relevance is wanted as well; then a list, the heatmap first, takes its place. In a
+    network without biases, softmax and gates the relevance of an image sums to its score. Raises ValueError.
     """
-    with lrp(epsilon, gamma) as rules:
+    inner: list[Tensor] = []
+    with lrp(epsilon, gamma, signed) as rules:
         x = rules.watch(images)
         inputs = [x]
         if input_rule is not None:
             inputs += [torch.full_like(x, bound, requires_grad=True) for bound in input_rule]
             rules.box = inputs
-        output = rules.current(model(x))
+        hooks = [layer.register_forward_hook(lambda *call: inner.append(call[2])) for layer in layers]
+        try:
+            output = rules.current(model(x))
+        finally:
+            for hook in hooks:
+                hook.remove()
         if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(images):
-            raise ValueError(
-                f"relevance needs a model with output (B, K), not {getattr(output, 'shape', type(output))}"
-            )
-        gradients = rules.explain(_score(output, target), inputs, create_graph)
-    heatmap = sum(x * g for x, g in zip(inputs, gradients))
-    return heatmap, output
+            found = getattr(output, "shape", type(output))
+            raise ValueError(f"relevance needs a model with output (B, K), not {found}")
+        outputs = [rules.current(t[0] if isinstance(t, tuple) else t) for t in inner]
+        gradients = rules.explain(_score(output, target), inputs + outputs, create_graph)
+    products = [x * g for x, g in zip(inputs + outputs, gradients)]
+    heatmap = sum(products[: len(inputs)])
+    return ([heatmap, *products[len(inputs) :]] if layers else heatmap), output
 
 
 def _score(output: Tensor, target: Tensor | Callable) -> Tensor:
@@ -404,9 +465,9 @@ def background_loss(heatmap: Tensor, mask: Tensor, decay: float = 1.0, E: float 
         warnings.warn("background_loss: an image with an empty mask has no background loss", stacklevel=2)
     mean = (H * inside).sum(dim=1) / size.clamp(min=1)
     outside = H * (1 - inside) / mean.clamp(min=torch.finfo(H.dtype).tiny ** 0.5)[:, None]  # (B, P)
-    weights = decay ** torch.arange(H.shape[1], device=H.device, dtype=H.dtype)
-    ranked = outside if decay == 1 else outside.sort(dim=1, descending=True).values
-    h = (ranked * weights).sum(dim=1) / weights.sum()
+    n = H.shape[1] if decay == 1 else min(H.shape[1], math.ceil(math.log(1e-6) / math.log(decay)))
+    weights = decay ** torch.arange(n, device=H.device, dtype=H.dtype)  # what comes later hardly counts
+    h = (outside.topk(n, dim=1).values * weights).sum(dim=1) / weights.sum()
     return torch.log1p(h / E) * (size > 0)  # -log(1 - h / (h + E))
 
 

@@ -6,7 +6,8 @@
 
 over the distinct thresholds n, P and R being precision and recall of all that scores at least as high. Equal
 scores enter together, so a constant map scores exactly the share of positives: no luck from the order of
-pixels. Next to read: `evaluate.py`.
+pixels. `auc` asks how often a positive scores above a negative, ties counting half. Next to read:
+`evaluate.py`.
 """
 
 import torch
@@ -37,3 +38,33 @@ def localisation_ap(maps: Tensor, masks: Tensor, grid: tuple[int, int]) -> Tenso
         k = k.flatten(2)[:, None]
         found.append(average_precision(m.expand(-1, -1, k.shape[2], -1), k))  # (b, M, R)
     return torch.cat(found)
+
+
+def auc(scores: Tensor, labels: Tensor) -> float:
+    """Area under the ROC curve of scores (M,) against labels (M,), 1, 0 or NaN (unknown, left out).
+
+    P(score of a positive > score of a negative) + P(equal) / 2; NaN unless there are both. 0.5 is chance.
+    """
+    scores, labels = scores.double(), labels.double()
+    positive, negative = scores[labels == 1], scores[labels == 0].sort().values
+    below, up_to = (torch.searchsorted(negative, positive, right=right) for right in (False, True))
+    return float((below + up_to).sum() / 2 / torch.tensor(len(positive) * len(negative)).double())
+
+
+def best_threshold(scores: Tensor, labels: Tensor) -> float:
+    """The threshold on scores (M,) that gets most labels (M,) right, NaN unknown; 0 if none is known."""
+    scores, order = scores[~labels.isnan()].sort()
+    if not len(scores):
+        return 0.0
+    positive = labels[~labels.isnan()][order].cumsum(dim=0)  # up to each score, in order
+    right = positive[-1] - 2 * positive + torch.arange(1, len(scores) + 1)  # above it: yes, up to it: no
+    best = int(right.argmax())
+    if right[best] <= positive[-1]:
+        return float(scores[0]) - 1  # yes to all
+    return float(scores[best : best + 2].mean())
+
+
+def relevance_share(heatmap: Tensor, mask: Tensor) -> Tensor:
+    """The share (B,) of |R| that lies in the mask (B, 1, H, W), for heatmaps (B, C, H, W); NaN if R is 0."""
+    strength = heatmap.double().abs().sum(dim=1, keepdim=True)  # (B, 1, H, W)
+    return (strength * mask).sum(dim=(1, 2, 3)) / strength.sum(dim=(1, 2, 3))

@@ -9,6 +9,8 @@ exposure and noise vary as well.
   image's right, and the heart leans to it. A lung's mask ends where the heart covers it.
 - labels, each present or not by itself: `enlarged heart`, `effusion`, `nodule`, `opacity`.
 
+`stamp` puts a hospital's marker beside the body: a shortcut to a finding with which it happens to agree.
+
 Image i of a seed is the same whatever the number of images: each has its own random stream. Everything is
 batched tensor work, thousands of images a second. Next to read: `vit.py`.
 """
@@ -44,6 +46,21 @@ def phantom(n: int, seed: int, img_size: int = 64, device: str = "cpu") -> tuple
         drawn.append(_draw(torch.from_numpy(numbers).to(device), torch.from_numpy(noise).to(device)))
     images, masks, labels = (torch.cat(parts).cpu() for parts in zip(*drawn))
     return images, masks, labels
+
+
+def stamp(images: Tensor, present: Tensor) -> Tensor:
+    """Copies of images (n, C, S, S) uint8 with a bright L in the upper right corner, where present (n,) bool.
+
+    The L is a tenth of the width.
+    """
+    size = round(images.shape[-1] * 6 / 64)
+    stroke, margin = max(1, size // 3), max(1, size // 3)
+    letter = torch.zeros(size, size, dtype=torch.bool)
+    letter[:, :stroke] = letter[-stroke:] = True
+    stamped = images.clone()
+    corner = stamped[..., margin : margin + size, -margin - size : -margin]
+    corner[letter & present[:, None, None, None]] = 255
+    return stamped
 
 
 def _draw(numbers: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:

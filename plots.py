@@ -20,17 +20,25 @@ COLOURS = ["#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#0072B2", "#D
 SCALE = 12.0
 
 
-def attention_grid(
-    path: Path, images: Tensor, masks: Tensor | None, regions: list[str], columns: dict[str, Tensor]
+def map_grid(
+    path: Path,
+    images: Tensor,
+    masks: Tensor | None,
+    regions: list[str],
+    columns: dict[str, Tensor],
+    signed: bool = False,
 ) -> None:
     """Rows: images. Columns: the image, its true regions (if there are masks), each map over the image.
 
-    images (B, C, H, W) in [0, 1], masks (B, R, H, W), columns {title: (B, h, w)} of attention over patches.
+    images (B, C, H, W) in [0, 1], masks (B, R, H, W), columns {title: (B, h, w)}: attention over patches, or,
+    if signed, relevance in units of its mean size, red where it speaks for the decision and blue where
+    against.
     """
     titles = ["image"] + ["true regions"] * (masks is not None) + list(columns)
     B, (H, W) = len(images), images.shape[-2:]
     size = (1.15 * len(titles) + 0.7, 1.15 * B + 0.6)
     figure, axes = plt.subplots(B, len(titles), figsize=size, squeeze=False, layout="constrained")
+    how = {"cmap": "bwr" if signed else "magma", "vmin": -SCALE if signed else 0, "vmax": SCALE}
     for b, row in enumerate(axes):
         for ax, title in zip(row, titles):
             ax.imshow(images[b].permute(1, 2, 0).squeeze(2).numpy(), cmap="gray", vmin=0, vmax=1)
@@ -42,11 +50,11 @@ def attention_grid(
                 masks[b, r].float().numpy(), levels=[0.5], colors=COLOURS[r % len(COLOURS)], linewidths=1
             )
         for ax, maps in zip(row[len(titles) - len(columns) :], columns.values()):
-            heat = (maps[b] * maps[b].numel())[None, None]  # 1 = uniform
+            heat = maps[b][None, None] * (1 if signed else maps[b].numel())  # 1 = uniform
             heat = F.interpolate(heat, size=(H, W), mode="bilinear", align_corners=False)[0, 0]
-            shown = ax.imshow(heat.numpy(), cmap="magma", vmin=0, vmax=SCALE, alpha=0.8)
+            shown = ax.imshow(heat.numpy(), alpha=1.0 if signed else 0.8, **how)
     bar = figure.colorbar(shown, ax=axes, fraction=0.012, pad=0.01)
-    bar.set_label("attention / uniform", fontsize=7)
+    bar.set_label("relevance / mean |relevance|" if signed else "attention / uniform", fontsize=7)
     bar.ax.tick_params(labelsize=6)
     if masks is not None:
         colours = [COLOURS[r % len(COLOURS)] for r in range(len(regions))]

@@ -24,6 +24,27 @@ experiments() {
     done
 }
 
+classifiers() {
+    for seed in 0 1 2; do
+        for backbone in resnet vit; do
+            common="--task classify --seed $seed --backbone $backbone"
+            echo "unmarked_$backbone-$seed $common"
+            echo "plain_$backbone-$seed $common --marker 1"
+            echo "isnet_$backbone-$seed $common --marker 1 --isnet 1"
+        done
+        common="--task classify --seed $seed --findings all"
+        echo "unmarked_findings-$seed $common"
+        echo "plain_findings-$seed $common --marker 1"
+        echo "isnet_findings-$seed $common --marker 1 --isnet 1"
+    done
+    common="--task classify --seed 0 --marker 1 --isnet 1"
+    echo "pixels_only-0 $common --isnet-layers none"
+    echo "epsilon_rule-0 $common --lrp-gamma 0"
+    echo "one_logit-0 $common --explain label"
+    echo "mean_pooling-0 $common --isnet-decay 1"
+    echo "large_e-0 $common --isnet-e 1"
+}
+
 run() {
     name=$1
     shift
@@ -33,7 +54,8 @@ run() {
 }
 export -f run
 
-experiments | xargs -P 2 -L 1 bash -c 'run "$@"' _
+(classifiers; experiments) | xargs -P 2 -L 1 bash -c 'run "$@"' _
 [ -f results/benchmark.json ] || python benchmark.py --json results/benchmark.json
 python evaluate.py runs/span-0 runs/dino-0 && cp runs/span-0/compare.png results/
+python evaluate.py runs/{isnet_resnet,plain_resnet,pixels_only,epsilon_rule}-0 && cp runs/isnet_resnet-0/compare.png results/isnet.png
 python tables.py runs

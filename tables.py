@@ -28,6 +28,16 @@ ABLATIONS = {
     "no_blur": "prior not blurred",
 }
 
+FAILURES = {
+    "isnet_resnet": "as it should be",
+    "plain_resnet": "no ISNet at all",
+    "pixels_only": "relevance of the image alone, no inner layers",
+    "epsilon_rule": "epsilon rule in place of gamma = 3",
+    "one_logit": "the label's logit explained, not log-odds",
+    "mean_pooling": "mean over the background, not ranked",
+    "large_e": "E = 1, as published, in place of 0.1",
+}
+
 
 def collect(runs: Path) -> dict[str, dict]:
     """{run name: command, versions, machine and figures} of all finished runs in a folder."""
@@ -109,6 +119,59 @@ def ablation(runs: dict) -> str:
     return markdown(["changed", "attention mAP, %", "to the default, same seeds", "seeds"], rows)
 
 
+def shortcut(runs: dict) -> str:
+    """AUC with the marker as in training, removed and flipped, for both backbones."""
+    rows = []
+    for title, experiment in (
+        ("ResNet, no marker in training", "unmarked_resnet"),
+        ("ResNet, plain", "plain_resnet"),
+        ("**ResNet, ISNet**", "isnet_resnet"),
+        ("ViT, no marker in training", "unmarked_vit"),
+        ("ViT, plain", "plain_vit"),
+        ("**ViT, ISNet**", "isnet_vit"),
+        ("ResNet, 4 findings, plain", "plain_findings"),
+        ("**ResNet, 4 findings, ISNet**", "isnet_findings"),
+    ):
+        sets = ["same"] * 3 if experiment.startswith("unmarked") else ["same", "removed", "flipped"]
+        names = [f"auc_{name}_enlarged_heart" for name in sets] + ["relevance_share_same"]
+        found = [list(points(runs, experiment, name).values()) for name in names]
+        if found[0]:
+            rows.append([title, *map(spread, found), str(len(found[0]))])
+    header = ["enlarged heart: AUC, %", "marker as in training", "removed", "flipped"]
+    return markdown([*header, "relevance in lungs and heart, %", "seeds"], rows)
+
+
+def isnet_claims(runs: dict) -> str:
+    """What is asked of ISNet, what was measured, and in how many seeds it holds."""
+    rows = []
+    for name, experiment, reference in (
+        ("ResNet", "isnet_resnet", "unmarked_resnet"),
+        ("ViT", "isnet_vit", "unmarked_vit"),
+        ("ResNet, 4 findings", "isnet_findings", "unmarked_findings"),
+    ):
+        same, flipped = (points(runs, experiment, f"auc_{x}_enlarged_heart") for x in ("same", "flipped"))
+        without = points(runs, reference, "auc_same_enlarged_heart")
+        for claim, bar, values, sign in (
+            ("flipped - same", -5, gaps(flipped, same), "+"),
+            ("flipped", 85, list(flipped.values()), ""),
+            ("flipped - trained without marker", -5, gaps(flipped, without), "+"),
+        ):
+            holds = f"{sum(value >= bar for value in values)} of {len(values)}"
+            rows += [[f"{name}: {claim}", f"{bar}", spread(values, sign), holds]] if values else []
+    return markdown(["AUC, points", "at least", "measured", "seeds in which it holds"], rows)
+
+
+def failures(runs: dict) -> str:
+    """AUC of the same and the flipped marker with one part of ISNet left out at a time."""
+    rows = []
+    for experiment, title in FAILURES.items():
+        names = [f"auc_{name}" for name in ("same", "removed", "flipped")] + ["relevance_share_same"]
+        found = [list(points(runs, experiment, name).values())[:1] for name in names]
+        rows += [[title, *map(spread, found)]] if found[0] else []
+    header = ["ResNet, seed 0: AUC, %", "marker as in training", "removed", "flipped"]
+    return markdown([*header, "relevance in lungs and heart, %"], rows)
+
+
 def benchmark(rows: dict[str, list[float]]) -> str:
     """Medians and quartiles of benchmark.py."""
     return markdown(
@@ -121,6 +184,7 @@ def fill(readme: str, results: Path) -> str:
     """The README with every table made anew from results/*.json."""
     runs = json.loads((results / "runs.json").read_text())
     made = {"localisation": localisation(runs), "claims": claims(runs), "ablation": ablation(runs)}
+    made |= {"shortcut": shortcut(runs), "isnet_claims": isnet_claims(runs), "failures": failures(runs)}
     made["benchmark"] = benchmark(json.loads((results / "benchmark.json").read_text()))
     pattern = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
     return pattern.sub(lambda match: f"{match[1]}{made[match[2]]}\n{match[3]}", readme)

@@ -1,13 +1,14 @@
-"""Teach a Vision Transformer where to look: DINO without labels, with attention heads guided by SPAN.
+"""Teach a model where to look: DINO with attention heads guided by SPAN, or a classifier held by ISNet.
 
     python train.py                                 one labelled sample guides three heads, on drawn X-rays
     python train.py --prior none --out runs/dino    the same without guidance: plain DINO
     python train.py --data DIR --out runs/mine      your own images; the README shows how to lay them out
+    python train.py --task classify --marker 1 --isnet 1 --out runs/isnet       blind to a hospital's marker
 
-The labelled sample's masks become priors; the sample is registered to every training image, once. Each step
-cuts random views of a batch, lets student and teacher look at them, and adds to DINO's loss the SPAN loss
-between the guided heads' attention and the priors seen through the same views. `checkpoint.py` says what is
-left in --out. Next to read: `evaluate.py`.
+Pretraining: the labelled sample's masks become priors; the sample is registered to every training image,
+once. Each step cuts random views of a batch, lets student and teacher look at them, and adds to DINO's loss
+the SPAN loss between the guided heads' attention and the priors seen through the same views. Classification:
+see `classify.py`. `checkpoint.py` says what is left in --out. Next to read: `evaluate.py`.
 """
 
 import argparse
@@ -16,31 +17,45 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-from attention_priors import follow, span_loss
-from checkpoint import check_folder, restore, resumed, save, start, write_whole
-from crops import crop, distort, random_crops
-from data import Data, load, normalise, select
+from classify import Classifier, objective
+from checkpoint import check_folder, load_run, restore, resumed, save, start, write_whole
+from crops import random_crops
+from data import Data, load, select
 from dino import Collapse
-from evaluate import CannotMeasure, attention_of, build_encoder, flatten, lay_over, measure, print_table
-from plots import attention_grid, curves
-from vit import ViT
+from evaluate import CannotMeasure, attention_of, build_encoder, flatten, flatten_classifier
+from evaluate import load_model, measure, measure_classifier, print_table
+from phantom import FINDINGS
+from plots import curves, map_grid
+from pretrain import move_teacher, priors_over, self_distillation
 from ssl import DINO  # the doorway ssl.py in this folder, which leaves Python's own ssl as it was
+
+DEFAULTS = {  # by --task, and to classify also by --backbone
+    "pretrain": {"out": Path("runs/span"), "epochs": 15, "batch_size": 64, "train_images": 1500},
+    "classify": {"out": Path("runs/classifier"), "epochs": 10, "batch_size": 16, "train_images": 3000},
+    "vit": {"lr": 5e-4, "lrp_gamma": 0.0},
+    "resnet": {"lr": 2e-3, "lrp_gamma": 3.0},
+}
+TASKS = ["pretrain", "classify"]
+DEFAULTS["pretrain"] |= {"backbone": "vit", "lr": 2e-3, "embed_dim": 96, "depth": 4, "num_heads": 6}
+DEFAULTS["classify"] |= {"backbone": "resnet", "embed_dim": 64, "depth": 3, "num_heads": 4}
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, set[str]]:
     """The settings, and the names of those that were typed."""
     intro, examples = __doc__.split("\n\n")[:2]
-    usage = "python train.py [--out DIR] [--data DIR] [--prior PRIOR] [flags below]"
+    usage = "python train.py [--task TASK] [--out DIR] [--data DIR] [flags below]"
     parser = argparse.ArgumentParser(
         usage=usage, description=intro, epilog=examples, formatter_class=Formatter
     )
     add = parser.add_argument_group("run").add_argument
-    add("--out", type=Path, default=Path("runs/span"), help="folder for all that the run writes")
+    add("--task", type=str, choices=TASKS, default="pretrain", help="which other flags apply")
+    add("--out", type=Path, help=f"folder for all that the run writes{by_task('out')}")
     add("--overwrite", action="store_true", help="start again in a folder that holds a run")
     add("--resume", action="store_true", help="go on with the run in --out after its last whole epoch")
     add("--keep-going", action="store_true", help="train on after a collapse")
@@ -48,9 +63,44 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, set[str]]:
     add("--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
     add = parser.add_argument_group("data").add_argument
     add("--data", type=str, default="phantom", help="phantom (drawn chest X-rays), or a folder of images")
-    add("--train-images", type=int, default=1500, help="how many phantoms to draw for training")
+    add("--train-images", type=int, help=f"how many phantoms to draw for training{by_task('train_images')}")
     add("--img-size", type=int, default=64, help="pixels a side that images are resized to")
+    add(
+        "--findings",
+        type=str,
+        nargs="+",
+        help="those to classify, or all (default: phantom enlarged heart, else all)",
+    )
+    add("--marker", type=float, help="share of phantoms whose marker agrees with the first finding")
     add("--sample", type=str, help="name of the labelled image (default: the first that has all masks)")
+    add_task_flags(parser)
+    add = parser.add_argument_group("model").add_argument
+    add("--backbone", type=str, choices=["vit", "resnet"], help=f"vit to pretrain{by_task('backbone')}")
+    add("--init", type=Path, help="a finished run whose encoder to start from, in its sizes")
+    add("--patch-size", type=int, default=8, help="pixels a side of a patch")
+    add("--embed-dim", type=int, help=f"width; the ResNet's in its last stage{by_task('embed_dim')}")
+    add("--depth", type=int, help=f"blocks of the ViT{by_task('depth')}")
+    add("--num-heads", type=int, help=f"attention heads; each prior takes one{by_task('num_heads')}")
+    add("--drop-path", type=float, default=0.0, help="stochastic depth of the last block")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=int, help=f"passes over the training images{by_task('epochs')}")
+    add("--batch-size", type=int, help=f"images a step{by_task('batch_size')}")
+    add("--lr", type=float, help=f"highest learning rate (AdamW, cosine){by_task('lr')}")
+    add("--warmup", type=float, default=0.1, help="share of all steps in which the learning rate rises")
+    add("--weight-decay", type=float, default=0.04, help="of matrices; vectors have none")
+    add("--clip-grad", type=float, default=3.0, help="largest norm of the gradient")
+    parser.set_defaults(**DEFAULTS[parser.parse_args(argv).task])
+    chosen = parser.parse_args(argv)
+    parser.set_defaults(**DEFAULTS[chosen.backbone] | DEFAULTS[chosen.task])
+    if chosen.task == "classify" and chosen.data == "phantom":
+        parser.set_defaults(findings=FINDINGS[:1])
+    args = parser.parse_args(argv)
+    untyped = argparse.Namespace(**dict.fromkeys(vars(args)))  # what is there already gets no default
+    return args, {name for name, value in vars(parser.parse_args(argv, untyped)).items() if value is not None}
+
+
+def add_task_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of the methods: SPAN and DINO to pretrain, ISNet to classify."""
     add = parser.add_argument_group("where to look (SPAN)").add_argument
     priors = "sample: one image's masks; masks: every image's; statistics; none; or a .npy file (R, S, S)"
     add("--prior", type=str, default="sample", help=priors)
@@ -75,22 +125,23 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, set[str]]:
     add("--local-crops-number", type=int, default=0, help="local crops, of half the size")
     add("--local-scale", type=float, nargs=2, default=[0.1, 0.4], help="area of the local crops")
     add("--flip", type=float, default=0.0, help="share of mirrored views; 0 where left and right differ")
-    add = parser.add_argument_group("model").add_argument
-    add("--patch-size", type=int, default=8, help="pixels a side of a patch")
-    add("--embed-dim", type=int, default=96, help="width")
-    add("--depth", type=int, default=4, help="blocks")
-    add("--num-heads", type=int, default=6, help="attention heads; each prior takes one")
-    add("--drop-path", type=float, default=0.0, help="stochastic depth of the last block")
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=int, default=15, help="passes over the training images")
-    add("--batch-size", type=int, default=64, help="images a step")
-    add("--lr", type=float, default=2e-3, help="highest learning rate (AdamW, cosine)")
-    add("--warmup", type=float, default=0.1, help="share of all steps in which the learning rate rises")
-    add("--weight-decay", type=float, default=0.04, help="of matrices; vectors have none")
-    add("--clip-grad", type=float, default=3.0, help="largest norm of the gradient")
-    args = parser.parse_args(argv)
-    untyped = argparse.Namespace(**dict.fromkeys(vars(args)))  # what is there already gets no default
-    return args, {name for name, value in vars(parser.parse_args(argv, untyped)).items() if value is not None}
+    add = parser.add_argument_group("classification (ISNet)").add_argument
+    add("--isnet", type=float, default=0.0, help="weight of the ISNet loss; 0 for a plain classifier")
+    what = "the label's logit, a random one, or the least likely class's log-odds"
+    add("--explain", type=str, choices=["label", "random", "selective"], default="selective", help=what)
+    where = "layers whose relevance is supervised besides the image's"
+    add("--isnet-layers", type=str, choices=["none", "last", "all"], default="all", help=where)
+    add("--isnet-decay", type=float, default=0.97, help="weight of the next largest background pixel")
+    add("--isnet-e", type=float, default=0.1, help="E in u = h / (h + E); small ones punish traces, too")
+    add("--lrp-epsilon", type=float, default=1e-2, help="the stabiliser of the rule")
+    what = "0: epsilon rule; larger: toward the z+ rule"
+    add("--lrp-gamma", type=float, help=what + by_task("lrp_gamma"))
+
+
+def by_task(name: str) -> str:
+    """The defaults of a setting, for --help."""
+    found = {key: values[name] for key, values in DEFAULTS.items() if name in values}
+    return " (default: " + ", ".join(f"{key} {value}" for key, value in found.items()) + ")"
 
 
 class Formatter(
@@ -115,18 +166,21 @@ def check(args: argparse.Namespace) -> None:
         (2, 10**9): "out_dim",
         (0, 2**32 - 1): "seed local_crops_number",
         (1e-9, 1e9): "lr teacher_temp clip_grad",
-        (0, 1e9): "prior_blur span_weight weight_decay",
-        (0, 1): "momentum center_momentum flip warmup",
+        (0, 1e9): "prior_blur span_weight weight_decay isnet lrp_gamma",
+        (1e-12, 1e9): "lrp_epsilon isnet_e",
+        (0, 1): "momentum center_momentum flip warmup marker",
+        (1e-3, 1): "isnet_decay",
         (0, 0.99): "drop_path",
         (-args.depth, args.depth - 1): "span_layer",
     }
     for (least, most), names in limits.items():
         for name in names.split():
-            if not least <= getattr(args, name) <= most:  # NaN is not, either
+            value = getattr(args, name)
+            if value is not None and not least <= value <= most:  # NaN is not, either
                 flag = name.replace("_", "-")
-                raise ValueError(
-                    f"--{flag} {getattr(args, name)}: it must lie between {least:g} and {most:g}"
-                )
+                raise ValueError(f"--{flag} {value}: it must lie between {least:g} and {most:g}")
+    if args.task == "pretrain" and (args.backbone == "resnet" or args.isnet):
+        raise ValueError("--backbone resnet and --isnet need --task classify")
     for scale in (args.global_scale, args.local_scale):
         random_crops(1, scale, Generator())  # it knows which scales can be
     try:
@@ -135,13 +189,22 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--device {args.device} can't be used: {str(error).splitlines()[0]}") from None
 
 
-def prepare(args: argparse.Namespace) -> tuple[dict[str, Data], str | None, DINO, Tensor, Callable | None]:
-    """Data by part, the sample's name, model and training images on the device, priors as from `lay_over`.
+def prepare(args: argparse.Namespace) -> tuple[dict[str, Data], str | None, nn.Module, Tensor, Any]:
+    """Data by part, the sample's name, the model and the training images on the device, and what guides it:
+    priors as from `lay_over` or None to pretrain, foreground masks (N, 1, S, S) or None to classify.
 
     Raises ValueError for all that a user can get wrong; nothing is written before it returns.
     """
     check(args)
-    parts, sample, notes = load(args.data, args.img_size, args.seed, args.train_images, args.sample)
+    if args.device == "cpu":
+        torch.set_flush_denormal(True)  # relevance fades into numbers that make a CPU crawl
+    if args.init:
+        config, checkpoint = load_run(Path(args.init))
+        for name in ("backbone", "img_size", "patch_size", "embed_dim", "depth", "num_heads"):
+            setattr(args, name, getattr(config, name))
+    findings = (args.findings or ["all"]) if args.task == "classify" else None
+    given = args.data, args.img_size, args.seed, args.train_images, args.sample, args.marker, findings
+    parts, sample, notes = load(*given)
     for note in notes:
         print(f"note: {note}")
     train = parts["train"]
@@ -149,66 +212,36 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, Data], str | None, DINO
         raise ValueError(f"{args.data}: no image is left to train on; look at the column split in labels.csv")
     torch.manual_seed(args.seed)
     encoder = build_encoder(args, train.images.shape[1])
-    dino = DINO(encoder, args.embed_dim, args.out_dim, center_momentum=args.center_momentum)
+    if args.init:
+        encoder = load_model(Path(args.init), config, checkpoint, train)
+        encoder = encoder.encoder if config.task == "classify" else encoder
+    if args.task == "classify":
+        guides = foreground(args, train)
+        model = Classifier(encoder, len(train.findings))
+    else:
+        model = DINO(encoder, args.embed_dim, args.out_dim, center_momentum=args.center_momentum)
     size = sum(p.numel() for p in encoder.parameters()) / 1e6
     counts = ", ".join(f"{len(d.names)} {part}" for part, d in parts.items())
     print(f"{args.data}: {counts} images; {size:.2f} M weights, on {args.device}")
-    dino, images, started = dino.to(args.device), train.images.to(args.device), time.perf_counter()
-    if args.prior == "none":
-        return parts, sample, dino, images, None
-    if args.prior == "sample" and args.align != "none":
-        print(f"registering the sample to {len(images)} images ...", flush=True)
-    laid, names = lay_over(args, parts, sample, images)
-    if len(names) > args.num_heads:
+    model, images = model.to(args.device), train.images.to(args.device)
+    if args.task == "pretrain":
+        guides = priors_over(args, parts, sample, images)
+    return parts, sample, model, images, guides
+
+
+def foreground(args: argparse.Namespace, train: Data) -> Tensor | None:
+    """The union of the regions, (N, 1, S, S) bool, if --isnet needs it. Raises ValueError if it or labels
+    lack."""
+    if train.labels is None or train.labels.isnan().all():
         raise ValueError(
-            f"{len(names)} priors ({', '.join(names)}) but --num-heads {args.num_heads}: give each a head"
+            f"--task classify: no training image of {args.data} has a label; see labels.csv in README"
         )
-    guided = ", ".join(f"{i} {name}" for i, name in enumerate(names))
-    print(f"guided heads: {guided}; priors ready after {time.perf_counter() - started:.0f} s")
-    return parts, sample, dino, images, laid
-
-
-def views_of(
-    images: Tensor, args: argparse.Namespace, generator: Generator
-) -> tuple[list[Tensor], list[Tensor]]:
-    """DINO's views of images (B, C, S, S) in [0, 1]: 2 B global ones, then the local ones; and their theta.
-
-    As published: the first global view is always blurred, the second seldom, but at times solarised.
-    """
-    B, size = len(images), images.shape[-1]
-    theta = random_crops(2 * B, args.global_scale, generator, flip=args.flip).to(images.device)
-    views = crop(images.repeat(2, 1, 1, 1), theta, size)  # (2 B, C, S, S)
-    views = torch.cat([distort(views[:B], generator, 1.0, 0.0), distort(views[B:], generator, 0.1, 0.2)])
-    if not args.local_crops_number:
-        return [normalise(views)], [theta]
-    half = max(1, size // 2 // args.patch_size) * args.patch_size
-    V = args.local_crops_number
-    near = random_crops(V * B, args.local_scale, generator, flip=args.flip).to(images.device)
-    local = distort(crop(images.repeat(V, 1, 1, 1), near, half), generator, 0.5, 0.0)  # (V B, C, half, half)
-    return [normalise(views), normalise(local)], [theta, near]
-
-
-def guide(
-    views: list[Tensor],
-    features: list,
-    thetas: list[Tensor],
-    priors: Tensor,
-    dino: DINO,
-    args: argparse.Namespace,
-) -> Tensor:
-    """The SPAN loss over all views, with a tensor, Features and theta (V B, 2, 3) for each resolution.
-
-    priors (B, R, S, S) lie over the whole images. Each resolution counts by the share of the priors that its
-    views see, as each view does within it.
-    """
-    losses, shares = [], []
-    for view, f, theta in zip(views, features, thetas):
-        seen_through = theta if args.follow else torch.eye(2, 3, device=theta.device).expand_as(theta)
-        everyone = priors.repeat(len(theta) // len(priors), 1, 1, 1)  # (V B, R, S, S)
-        prior, share = follow(everyone, seen_through, dino.student.grid(view))
-        shares.append(share.sum())
-        losses.append(span_loss(f.attention, prior, share, args.span_loss) * shares[-1])
-    return sum(losses) / sum(shares).clamp_min(1e-12)
+    if not args.isnet:
+        return None
+    if not train.has_masks.any():
+        raise ValueError(f"--isnet: no training image of {args.data} has masks of all regions; add masks/")
+    known = train.has_masks[:, None, None, None]
+    return (train.masks.any(dim=1, keepdim=True) & known).to(args.device)
 
 
 def cosine(step: int, total: int, first: float, last: float) -> float:
@@ -224,18 +257,18 @@ def optimizer_for(model: nn.Module, args: argparse.Namespace) -> torch.optim.Ada
     return torch.optim.AdamW([matrices, vectors], lr=args.lr)
 
 
-def train(args: argparse.Namespace, dino: DINO, images: Tensor, laid: Callable | None) -> list[dict]:
-    """Train on images (N, C, S, S) uint8, guided by the priors laid(index) (B, R, S, S) unless laid is None.
+def train(args: argparse.Namespace, model: nn.Module, images: Tensor, losses: Callable) -> list[dict]:
+    """Train on images (N, C, S, S), with losses(index, generator) -> (loss, what to log) for indices (B,).
 
     Returns the history, a row an epoch. Raises Collapse, or FloatingPointError before weights are spoiled.
     """
-    generator, optimizer = Generator().manual_seed(args.seed), optimizer_for(dino, args)
-    history = restore(args.out, dino, optimizer, generator) if args.resume else []
+    generator, optimizer = Generator().manual_seed(args.seed), optimizer_for(model, args)
+    history = restore(args.out, model, optimizer, generator) if args.resume else []
     batch = min(args.batch_size, len(images))
     steps = len(images) // batch
     total = steps * args.epochs
     rising = max(1, round(args.warmup * total))
-    dino.train()
+    model.train()
     bar = tqdm(total=total * batch, initial=len(history) * steps * batch, unit="img", smoothing=0.05)
     for epoch in range(len(history), args.epochs):
         sums, started = {}, time.perf_counter()
@@ -244,18 +277,10 @@ def train(args: argparse.Namespace, dino: DINO, images: Tensor, laid: Callable |
             lr = cosine(max(0, step - rising), max(1, total - rising), args.lr, args.lr / 100)
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(1, (step + 1) / rising)
-            views, thetas = views_of(images[index].float() / 255, args, generator)
-            loss, features = dino(views, args.teacher_temp, args.span_layer)
-            logged = {"loss": loss.detach()}
-            if laid is not None:
-                span = guide(views, features, thetas, laid(index), dino, args)
-                loss, logged["span_loss"] = loss + args.span_weight * span, span.detach()
-            descend(loss, dino, optimizer, args, step)
-            dino.update_teacher(cosine(step, total, args.momentum, 1.0))
-            health = dino.health
-            if not args.keep_going:
-                health.check()
-            logged |= {"teacher_entropy": health.entropy, "kl": health.kl, "prototypes": health.prototypes()}
+            loss, logged = losses(index, generator)
+            descend(loss, model, optimizer, args, step)
+            if args.task == "pretrain":
+                logged |= move_teacher(args, model, cosine(step, total, args.momentum, 1.0))
             logged = {name: float(value) for name, value in logged.items()}
             sums = {name: sums.get(name, 0.0) + value for name, value in logged.items()}
             bar.set_postfix({name: f"{value:.3g}" for name, value in logged.items()}, refresh=False)
@@ -263,7 +288,7 @@ def train(args: argparse.Namespace, dino: DINO, images: Tensor, laid: Callable |
         means = {name: value / steps for name, value in sums.items()}
         speed = steps * batch / (time.perf_counter() - started)
         history.append({"epoch": epoch + 1, **means, "images_per_s": round(speed, 1)})
-        save(args.out, dino, optimizer, generator, history)
+        save(args.out, model, optimizer, generator, history)
     bar.close()
     return history
 
@@ -281,26 +306,37 @@ def descend(loss: Tensor, model: nn.Module, optimizer, args: argparse.Namespace,
     optimizer.step()
 
 
-def finish(args: argparse.Namespace, encoder: ViT, parts: dict, sample: str | None, history: list) -> None:
+def finish(
+    args: argparse.Namespace, model: nn.Module, parts: dict, sample: str | None, history: list
+) -> None:
     """Measure on test images, print the table, draw the pictures."""
     metrics = {name: value for name, value in history[-1].items() if name != "epoch"}
-    shown = parts["test"] if parts["test"].names else parts["train"]
-    masks = None
-    try:
-        table, maps = measure(args, encoder, parts, sample)
-        shown = select(shown, shown.has_masks)
-        masks = shown.masks[:6]
-        metrics |= flatten(table)
-        print_table(table)
-    except CannotMeasure as error:
-        print(error)
-        attention = attention_of(encoder, shown.images[:6], args.span_layer)
-        maps = {f"head {h}": attention[:, h].unflatten(1, encoder.native_grid) for h in range(args.num_heads)}
+    shown, masks = parts["test"] if parts["test"].names else parts["train"], None
+    if args.task == "classify":
+        table, shown, maps = measure_classifier(args, model, {**parts, "test": shown})
+        metrics |= flatten_classifier(table)
+        print_table(table, mean=False)
+        picture, about = "heatmaps.png", "what the decision rests on"
+        masks = shown.masks
+    else:
+        try:
+            table, maps = measure(args, model.student, parts, sample)
+            shown = select(shown, shown.has_masks)
+            masks = shown.masks[:6]
+            metrics |= flatten(table)
+            print_table(table)
+        except CannotMeasure as error:
+            print(error)
+            attention = attention_of(model.student, shown.images[:6], args.span_layer).unflatten(
+                2, model.student.native_grid
+            )
+            maps = {f"head {h}": attention[:, h] for h in range(args.num_heads)}
+        picture, about = "attention.png", "where the heads look"
     write_whole(args.out / "metrics.json", metrics)
     images, maps = shown.images[:6].float() / 255, {title: m[:6] for title, m in maps.items()}
-    attention_grid(args.out / "attention.png", images, masks, shown.regions, maps)
+    map_grid(args.out / picture, images, masks, shown.regions, maps, signed=args.task == "classify")
     curves(args.out / "curves.png", history)
-    print(f"wrote {args.out}/attention.png (where the heads look), curves.png, metrics.json, last.pt")
+    print(f"wrote {args.out}/{picture} ({about}), curves.png, metrics.json, last.pt")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -311,16 +347,20 @@ def main(argv: list[str] | None = None) -> None:
         try:
             check_folder(args.out, args.resume, args.overwrite)
             args = resumed(args, typed) if args.resume else args
-            parts, sample, dino, images, laid = prepare(args)
+            parts, sample, model, images, guides = prepare(args)
             if not args.resume:
                 start(args, argv)
         except (ValueError, OSError) as error:
             print(f"train.py: {error}", file=sys.stderr)
             sys.exit(2)
         started = time.perf_counter()
-        history = train(args, dino, images, laid)
+        if args.task == "classify":
+            losses = objective(args, model, images, guides, parts["train"].labels.to(args.device))
+        else:
+            losses = self_distillation(args, model, images, guides)
+        history = train(args, model, images, losses)
         print(f"trained in {time.perf_counter() - started:.0f} s")
-        finish(args, dino.student.cpu(), parts, sample, history)
+        finish(args, model.cpu(), parts, sample, history)
     except (Collapse, FloatingPointError) as error:
         print(f"\ntrain.py: {error}", file=sys.stderr)
         sys.exit(1)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data import DataError, _split, load_folder, select
+from data import DataError, _split, load, load_folder, select
 
 RNG = np.random.default_rng(0)
 
@@ -506,3 +506,38 @@ def test_a_faulty_table_is_refused_with_its_line(folder, text, line, words):
     table(folder, text)
     message = refusal(folder)
     assert f"labels.csv, line {line}: " in message and words in message
+
+
+# The marker
+
+
+def test_the_marker_agrees_with_the_first_finding_as_often_as_asked_and_is_removed_and_flipped_in_test_images():
+    bare, _, _ = load("phantom", 64, seed=1, train_images=200, findings=["nodule", "opacity"])
+    for agreement in (1.0, 0.8):
+        parts, _, _ = load("phantom", 64, 1, 200, marker=agreement, findings=["nodule", "opacity"])
+        present = {part: (d.images[:, 0, 2:8, -8] == 255).all(dim=1) for part, d in parts.items()}
+        for part in ("train", "val", "test"):
+            label = parts[part].labels[:, 0] == 1
+            assert (present[part] == label).float().mean().item() == pytest.approx(agreement, abs=0.08)
+            assert torch.equal(parts[part].labels, bare[part].labels)
+        assert not present["removed"].any() and torch.equal(present["flipped"], ~present["test"])
+        assert torch.equal(parts["removed"].images, bare["test"].images)
+        assert torch.equal(parts["flipped"].images[..., 8:, :], parts["test"].images[..., 8:, :])
+
+
+def test_a_single_finding_becomes_two_classes():
+    parts, _, _ = load("phantom", 64, train_images=20, findings=["nodule"])
+    many, _, _ = load("phantom", 64, train_images=20)
+    assert parts["val"].findings == ["no nodule", "nodule"]
+    assert torch.equal(parts["val"].labels[:, 1], many["val"].labels[:, 2])
+    assert (parts["val"].labels.sum(dim=1) == 1).all()
+
+
+def test_findings_and_markers_that_are_not_there_are_refused(tmp_path):
+    with pytest.raises(DataError, match="finding `gout` is not in phantom; it has enlarged heart"):
+        load("phantom", 64, train_images=2, findings=["gout"])
+    Image.new("L", (16, 16)).save(tmp_path / "a.png")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "a.png").rename(tmp_path / "images" / "a.png")
+    with pytest.raises(DataError, match="a marker can be drawn only on phantoms"):
+        load(str(tmp_path), 16, marker=1.0)

@@ -88,6 +88,63 @@ def test_the_gamma_rule_equals_a_computation_layer_by_layer():
     torch.testing.assert_close(found, R)
 
 
+def test_the_signed_gamma_rule_equals_a_computation_contribution_by_contribution():
+    """R_i = sum_j R_j c_ij (1 + gamma [c_ij has the sign of z_j]) / (the same summed over i)."""
+    layer, gamma = nn.Linear(6, 5, bias=False).double(), 0.7
+    x, weights = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
+    c = x[:, None] * layer.weight  # (B, 5, 6)
+    z = c.sum(dim=2, keepdim=True)
+    favoured = c * (1 + gamma * (c.sign() == z.sign()))
+    R = (weights[:, :, None] * z * favoured / favoured.sum(dim=2, keepdim=True)).sum(dim=1)
+    found, _ = relevance(layer, x, weights, 0.0, gamma, signed=True)
+    torch.testing.assert_close(found, R)
+
+
+def test_the_signed_gamma_rule_keeps_relevance_bounded_where_the_plain_one_explodes():
+    layer = nn.Linear(2, 1, bias=False).double()
+    layer.weight.data = torch.tensor([[1.0, -1.0]], dtype=torch.float64)
+    x, target = torch.tensor([[1.0, 2.0000001]], dtype=torch.float64), torch.tensor(
+        [0]
+    )  # w' x is nearly 0 at gamma 1
+    assert relevance(layer, x, target, 0.0, 1.0)[0].abs().max() > 1e6
+    assert relevance(layer, x, target, 0.0, 1.0, signed=True)[0].abs().max() < 2
+
+
+def test_where_input_and_output_are_positive_the_signed_gamma_rule_is_the_plain_one():
+    layer, x = nn.Linear(6, 5).double(), torch.rand(4, 6, dtype=torch.float64)
+    target = (layer(x) > 0).double()
+    expected, found = (relevance(layer, x, target, 0.0, 2.0, signed=signed)[0] for signed in (False, True))
+    layer.bias.data.clamp_(min=0)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 3.0])
+def test_in_training_the_batch_s_statistics_are_constants(gamma):
+    """The heatmap is that of the same network with the batch's mean and deviation as fixed numbers."""
+    model, images = MODELS["residual"](True).double().train(), torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    twin, target = copy.deepcopy(model).eval(), torch.tensor([0, 1, 2, 0])
+    for norm in model.norms:
+        norm.momentum = 1.0  # so that the running statistics become the batch's
+    found, _ = relevance(model, images, target, 1e-9, gamma, signed=True)
+    for norm, fixed in zip(model.norms, twin.norms):
+        n = len(images) * 64
+        fixed.running_mean, fixed.running_var = norm.running_mean, norm.running_var * (n - 1) / n
+    expected, _ = relevance(twin, images, target, 1e-9, gamma, signed=True)
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_relevance_of_inner_layers_is_handed_out_and_conserved_too():
+    model, images = MODELS["residual"]().double().eval(), torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    target = torch.tensor([0, 1, 2, 0])
+    alone, output = relevance(model, images, target, 1e-10)
+    (R, first, head), _ = relevance(model, images, target, 1e-10, layers=[model.norms[0], model.head])
+    assert torch.equal(R, alone) and first.shape == (4, 6, 8, 8)
+    logit = output.gather(1, target[:, None])[:, 0]
+    torch.testing.assert_close(first.sum(dim=(1, 2, 3)), logit, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(head, F.one_hot(target, 3) * output)
+    assert not model.norms[0]._forward_hooks
+
+
 @pytest.mark.parametrize("name, d", [("mean", 1.0), ("gwrp", 0.9)])
 def test_the_background_loss_equals_the_published_one(name, d):
     numbers = golden("isnet_loss.npz")
@@ -183,13 +240,13 @@ MODELS = {"cnn": plain_cnn, "residual": Residual, "gated": Gated, "transformer":
 
 
 @pytest.mark.parametrize("name", ["cnn", "residual"])
-@pytest.mark.parametrize("gamma", [0.0, 0.25, 10.0])
-def test_without_biases_the_relevance_of_an_image_sums_to_its_logit(name, gamma):
+@pytest.mark.parametrize("gamma, signed", [(0.0, False), (0.25, False), (10.0, False), (10.0, True)])
+def test_without_biases_the_relevance_of_an_image_sums_to_its_logit(name, gamma, signed):
     for seed in range(5):
         torch.manual_seed(seed)
         model, images = MODELS[name]().double().eval(), torch.randn(4, 3, 8, 8, dtype=torch.float64)
         target = torch.randint(3, (4,))
-        R, output = relevance(model, images, target, 1e-10, gamma)
+        R, output = relevance(model, images, target, 1e-10, gamma, signed=signed)
         torch.testing.assert_close(
             R.sum(dim=(1, 2, 3)), output.gather(1, target[:, None])[:, 0], rtol=1e-4, atol=1e-6
         )
@@ -217,18 +274,23 @@ def test_within_the_context_output_and_gradients_of_a_plain_loss_are_the_true_on
         torch.testing.assert_close(found, true, rtol=1e-9, atol=1e-12)
 
 
-def isnet_loss(model: nn.Module, images: torch.Tensor, mask: torch.Tensor, gamma: float, box) -> torch.Tensor:
+def isnet_loss(
+    model, images: torch.Tensor, mask: torch.Tensor, gamma: float, signed: bool, box
+) -> torch.Tensor:
     """The whole training loss: classification, background and foreground."""
     labels, weights = torch.tensor([0, 1, 2]), 2 * F.one_hot(torch.tensor([0, 1, 2]), 3).double() - 1
-    R, output = relevance(model, images, weights, 0.05, gamma, box, create_graph=True)
+    R, output = relevance(model, images, weights, 0.05, gamma, box, create_graph=True, signed=signed)
     loss = F.cross_entropy(output, labels) + background_loss(R, mask, decay=0.9).mean()
     return loss + foreground_loss(R, mask, c1=5.0, c2=7.0).mean()
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("gamma, box", [(0.0, None), (0.5, None), (0.0, (0.0, 1.0)), (10.0, (0.0, 1.0))])
+@pytest.mark.parametrize(
+    "gamma, signed, box",
+    [(0.0, False, None), (0.5, False, None), (5.0, True, None), (0.0, False, (0, 1)), (10.0, True, (0, 1))],
+)
 @pytest.mark.parametrize("training", [False, True])
-def test_no_term_of_the_isnet_loss_is_lost_in_double_backward(name, gamma, box, training):
+def test_no_term_of_the_isnet_loss_is_lost_in_double_backward(name, gamma, signed, box, training):
     """Its gradient agrees with finite differences along a random direction through all weights."""
     model = MODELS[name]().double().train(training)
     for p in model.parameters():
@@ -237,7 +299,7 @@ def test_no_term_of_the_isnet_loss_is_lost_in_double_backward(name, gamma, box, 
     images, mask = torch.rand(3, 3, 8, 8, dtype=torch.float64), torch.zeros(3, 1, 8, 8, dtype=torch.float64)
     mask[:, :, 2:6, 2:6] = 1
     weights = list(model.parameters())
-    gradient = torch.autograd.grad(isnet_loss(model, images, mask, gamma, box), weights)
+    gradient = torch.autograd.grad(isnet_loss(model, images, mask, gamma, signed, box), weights)
     # As long in each weight as its gradient is short, so that no weight's part is drowned by another's.
     directions = [torch.randn_like(p) / (g.norm() + 1e-9) for p, g in zip(weights, gradient)]
     found = sum((g * d).sum() for g, d in zip(gradient, directions)).item()
@@ -247,7 +309,7 @@ def test_no_term_of_the_isnet_loss_is_lost_in_double_backward(name, gamma, box, 
         for sign in (1, -1):
             for p, original, d in zip(weights, originals, directions):
                 p.data.copy_(original + sign * step * d)
-            values.append(isnet_loss(model, images, mask, gamma, box).item())
+            values.append(isnet_loss(model, images, mask, gamma, signed, box).item())
         differences.append((values[0] - values[1]) / (2 * step))
     for p, original in zip(weights, originals):
         p.data.copy_(original)

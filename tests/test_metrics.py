@@ -1,9 +1,11 @@
-"""Average precision, against worked examples and brute force."""
+"""Average precision and AUC, against worked examples and brute force."""
+
+import math
 
 import pytest
 import torch
 
-from metrics import average_precision, localisation_ap
+from metrics import auc, average_precision, best_threshold, localisation_ap, relevance_share
 
 
 def brute_force(scores: torch.Tensor, targets: torch.Tensor) -> float:
@@ -57,3 +59,34 @@ def test_a_map_that_is_the_region_scores_one_and_each_map_meets_each_region():
     ap = localisation_ap(maps, masks, (2, 2))
     assert ap.shape == (1, 2, 2)
     assert ap[0].diagonal().tolist() == [1, 1] and ap[0, 0, 1] < 0.5 and ap[0, 1, 0] < 0.5
+
+
+def test_auc_is_the_share_of_pairs_in_order_ties_counting_half():
+    torch.manual_seed(0)
+    scores, labels = torch.randint(5, (60,)).double(), torch.randint(2, (60,)).double()
+    pairs = scores[labels == 1][:, None] - scores[labels == 0][None]
+    assert auc(scores, labels) == pytest.approx(
+        ((pairs > 0).double() + (pairs == 0).double() / 2).mean().item()
+    )
+    assert auc(torch.tensor([1.0, 2, 3, 9]), torch.tensor([0.0, 1, 1, float("nan")])) == 1
+    assert auc(torch.ones(4), torch.tensor([0.0, 1, 1, 0])) == 0.5
+    assert math.isnan(auc(torch.rand(3), torch.ones(3)))
+
+
+def test_the_relevance_share_is_the_part_of_absolute_relevance_in_the_mask():
+    R = torch.tensor([[[[1.0, -2], [3, 0]]], [[[0.0, 0], [0, 0]]]])
+    mask = torch.tensor([[[[1, 1], [0, 0]]]]).expand(2, 1, 2, 2)
+    share = relevance_share(R, mask)
+    assert share[0] == 0.5 and share[1].isnan()
+
+
+def test_the_best_threshold_gets_as_many_right_as_any():
+    torch.manual_seed(0)
+    for _ in range(20):
+        scores, labels = torch.randn(15), torch.randint(2, (15,)).float()
+        labels[3] = float("nan")
+        known = ~labels.isnan()
+        right = lambda t: ((scores[known] > t) == labels[known].bool()).sum()  # noqa: E731
+        best = max(right(t) for t in [*scores.tolist(), -9.0])
+        assert right(best_threshold(scores, labels)) == best
+    assert best_threshold(torch.ones(2), torch.full((2,), float("nan"))) == 0

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from phantom import BATCH, FINDINGS, REGIONS, phantom
+from phantom import BATCH, FINDINGS, REGIONS, phantom, stamp
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +74,14 @@ def test_impossible_requests_are_refused():
     for n, size in ((0, 64), (3, 8)):
         with pytest.raises(ValueError, match="at least 1 image of at least 16 px"):
             phantom(n, seed=0, img_size=size)
+
+
+def test_the_marker_is_a_bright_l_beside_lungs_and_heart_where_it_is_asked_for(drawn):
+    images, masks, _ = drawn
+    present = torch.arange(300) % 2 == 0
+    stamped = stamp(images, present)
+    assert torch.equal(stamped[~present], images[~present])
+    changed = (stamped[present] != images[present]).float().mean(dim=0)[0]
+    assert (changed > 0.9).sum() == 20 and ((changed > 0) & (changed <= 0.9)).sum() == 0
+    assert (stamped[present, 0][:, changed > 0] == 255).all()
+    assert masks[:, :, changed > 0].float().mean() < 0.002  # hardly ever over a lung

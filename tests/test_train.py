@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import evaluate
+import pretrain
 import train
 from checkpoint import load_run
 from phantom import REGIONS, phantom
@@ -148,10 +149,10 @@ def test_the_span_loss_weighs_resolutions_by_the_share_that_their_views_see():
     blind[:, 0, 2] = 5.0  # looks far beside the image
     views = [images.repeat(2, 1, 1, 1), images.repeat(2, 1, 1, 1)[..., :32, :32]]
     features = [dino.student(view) for view in views]
-    one = train.guide(views[:1], features[:1], [theta], priors, dino, args)
-    torch.testing.assert_close(train.guide(views, features, [theta, blind], priors, dino, args), one)
+    one = pretrain.guide(views[:1], features[:1], [theta], priors, dino, args)
+    torch.testing.assert_close(pretrain.guide(views, features, [theta, blind], priors, dino, args), one)
     args.follow = False  # then a view gets the whole prior, whatever it sees
-    torch.testing.assert_close(train.guide(views[:1], features[:1], [blind], priors, dino, args), one)
+    torch.testing.assert_close(pretrain.guide(views[:1], features[:1], [blind], priors, dino, args), one)
 
 
 # Refusals
@@ -287,9 +288,9 @@ def test_a_collapse_stops_the_run_and_keep_going_overrides(tmp_path, capsys):
 def test_a_loss_that_is_not_finite_stops_the_run_by_name_before_the_weights_are_spoiled(
     tmp_path, capsys, monkeypatch
 ):
-    steps, real, make, seen = iter(range(100)), train.span_loss, train.optimizer_for, []
+    steps, real, make, seen = iter(range(100)), pretrain.span_loss, train.optimizer_for, []
     monkeypatch.setattr(
-        train, "span_loss", lambda *args: real(*args) * (float("nan") if next(steps) == 6 else 1)
+        pretrain, "span_loss", lambda *args: real(*args) * (float("nan") if next(steps) == 6 else 1)
     )
     monkeypatch.setattr(train, "optimizer_for", lambda model, args: seen.append(model) or make(model, args))
     with pytest.raises(SystemExit) as stop:
@@ -344,3 +345,92 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         evaluate.main([str(tmp_path)])
     assert stop.value.code == 2 and "is not a run of train.py" in capsys.readouterr().err
+
+
+# Classification
+
+SMALL = "--task classify --train-images 32 --embed-dim 16 --depth 1 --num-heads 2 --batch-size 8 --epochs 2".split()
+
+
+@pytest.mark.parametrize("backbone", ["resnet", "vit"])
+def test_a_classifier_is_measured_with_the_marker_as_in_training_removed_and_flipped(
+    backbone, tmp_path, capsys
+):
+    argv = [*SMALL, "--backbone", backbone, "--marker", "1", "--out", str(tmp_path / "isnet")]
+    train.main([*argv, "--isnet", "1"])
+    printed = capsys.readouterr().out
+    assert "C1 " in printed and "C2 " in printed and "flipped" in printed
+    metrics = json.loads((tmp_path / "isnet" / "metrics.json").read_text())
+    for name in ("same", "removed", "flipped"):
+        for what in ("auc", "accuracy", "relevance_share"):
+            assert 0 <= metrics[f"{what}_{name}"] <= 1
+        assert metrics[f"auc_{name}_enlarged_heart"] == metrics[f"auc_{name}"]
+    assert {"classification", "background", "foreground", "loss"} <= set(metrics)
+    assert min(Image.open(tmp_path / "isnet" / "heatmaps.png").size) > 100
+    train.main([*argv[:-1], str(tmp_path / "plain")])
+    assert "C1 " not in capsys.readouterr().out
+    evaluate.main([str(tmp_path / "isnet"), str(tmp_path / "plain"), "--images", "3"])
+    table = capsys.readouterr().out
+    assert "isnet: flipped" in table and "plain: flipped" in table and "relevance share" in table
+    assert f"{100 * metrics['auc_flipped']:.1f}" in table  # what train.py measured
+    assert (tmp_path / "isnet" / "compare.png").exists()
+
+
+def test_several_findings_are_measured_one_by_one(tmp_path):
+    argv = [
+        *SMALL,
+        "--findings",
+        "nodule",
+        "opacity",
+        "--isnet",
+        "1",
+        "--explain",
+        "label",
+        "--marker",
+        "0.9",
+    ]
+    train.main([*argv, "--out", str(tmp_path / "run")])
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    both = [metrics[f"auc_flipped_{finding}"] for finding in ("nodule", "opacity")]
+    assert metrics["auc_flipped"] == pytest.approx(np.mean(both))
+
+
+def test_a_marker_that_tells_all_deceives_a_plain_classifier(tmp_path):
+    argv = "--task classify --marker 1 --train-images 256 --embed-dim 16 --epochs 4 --lr 1e-2".split()
+    train.main([*argv, "--out", str(tmp_path / "run")])
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["auc_same"] > 0.95 and metrics["auc_flipped"] < 0.1
+
+
+def test_an_isnet_run_resumes_to_the_same_weights(tmp_path, monkeypatch):
+    argv = [*SMALL, "--isnet", "1", "--marker", "1"]
+    train.main([*argv, "--out", str(tmp_path / "whole")])
+    real, epochs = train.save, []
+
+    def stop(*args):
+        real(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save", stop)
+    with pytest.raises(SystemExit):
+        train.main([*argv, "--out", str(tmp_path / "stopped")])
+    monkeypatch.setattr(train, "save", real)
+    train.main(["--out", str(tmp_path / "stopped"), "--resume"])
+    whole, resumed = (load_run(tmp_path / name)[1]["model"] for name in ("whole", "stopped"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_what_a_classifier_lacks_is_said_in_one_line(tmp_path, capsys):
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    for name in "abcdefghij":
+        Image.new("L", (16, 16), ord(name)).save(tmp_path / "data" / "images" / f"{name}.png")
+    folder = ["--task", "classify", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
+    assert "no training image" in refused(capsys, *folder) and "labels.csv" in refused(capsys, *folder)
+    rows = [f"{name}.png,{i % 2}" for i, name in enumerate("abcdefghij")]
+    (tmp_path / "data" / "labels.csv").write_text("\n".join(["file,goitre", *rows]))
+    assert "--isnet: no training image" in refused(capsys, *folder, "--isnet", "1")
+    assert "marker can be drawn only on phantoms" in refused(capsys, *folder, "--marker", "1")
+    assert "finding `gout` is not in" in refused(capsys, *folder, "--findings", "gout")
+    assert "--lrp-gamma -1" in refused(capsys, *SMALL, "--lrp-gamma", "-1")
+    assert "need --task classify" in refused(capsys, "--isnet", "1")
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,177 @@
+"""A classifier, plain or kept off the background: an encoder with a linear layer, and the ISNet training
+step.
+
+A classifier takes what predicts the label, a hospital's marker as gladly as a heart. ISNet (`isnet_lrp.py`)
+trains it with a heatmap beside each prediction and punishes relevance outside a mask,
+
+    L = L_class + weight (L_bg(image) + mean over inner layers of L_bg + L_fg(image)),
+
+and needs the masks no more once it is trained. Labels are multi-hot: findings, each present or not by itself
+(a sigmoid each), or classes, of which each image has one (a softmax). Next to read: `train.py`.
+"""
+
+import argparse
+import copy
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from data import normalise
+from isnet_lrp import background_loss, foreground_loss, relevance
+from vit import Block, PatchEmbed
+
+WARM_UP = 5  # epochs of a plain classifier, before its range of relevance is taken
+
+
+class Classifier(nn.Module):
+    """An encoder and a linear layer: images (B, C, H, W) to logits (B, K)."""
+
+    def __init__(self, encoder: nn.Module, classes: int):
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(encoder.embed_dim, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.encoder(images).pooled)
+
+
+def exclusive(labels: Tensor) -> bool:
+    """Whether labels (N, K), multi-hot with NaN for unknown, give each image one class of several."""
+    known = labels[~labels.isnan().all(dim=1)]
+    return labels.shape[1] > 1 and bool((known.sum(dim=1) == 1).all())
+
+
+def classification_loss(logits: Tensor, labels: Tensor, one_class: bool) -> Tensor:
+    """Cross-entropy of logits (B, K) with classes, or the mean of binary ones with the known findings."""
+    known = ~labels.isnan()
+    if one_class:
+        rows = known.all(dim=1)
+        return F.cross_entropy(logits[rows], labels[rows]) if rows.any() else logits.sum() * 0
+    losses = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num(), reduction="none")
+    return (losses * known).sum() / known.sum().clamp(min=1)
+
+
+def explained(labels: Tensor, one_class: bool, explain: str, generator: Generator) -> Tensor | Callable:
+    """What to explain of each image, as a target for `relevance`.
+
+    Of classes: the logit of the label, of a random class, or ("selective") the log-odds of the class that the
+    model holds least likely. A finding's logit is its log-odds already; so of
+    findings one is drawn, for "label" among those that are present if there are any.
+    """
+    K = labels.shape[1]
+    if one_class and explain == "selective":
+        return lambda logits: log_odds(logits, logits.argmin(dim=1))
+    wanted = torch.ones(labels.shape)
+    if explain == "label":
+        present = (labels == 1).float().cpu()
+        wanted = torch.where(present.any(dim=1, keepdim=True), present, wanted)
+    chosen = torch.multinomial(wanted, 1, generator=generator)[:, 0]
+    return F.one_hot(chosen, K).float().to(labels.device)
+
+
+def log_odds(logits: Tensor, classes: Tensor) -> Tensor:
+    """Log-odds (B,) of classes (B,) by the logits (B, K): z_c - log sum_{k != c} exp z_k."""
+    chosen = F.one_hot(classes, logits.shape[1]).bool()
+    return (logits * chosen).sum(dim=1) - logits.masked_fill(chosen, -torch.inf).logsumexp(dim=1)
+
+
+def supervised_layers(encoder: nn.Module, which: str) -> list[nn.Module]:
+    """The modules whose outputs' relevance is supervised besides the image's: none, the last one, or all.
+
+    All normalisations, so that the units within a block are among them, and the patches and blocks of a ViT.
+    """
+    layers = [
+        m for m in encoder.modules() if isinstance(m, (nn.BatchNorm2d, nn.LayerNorm, PatchEmbed, Block))
+    ]
+    return {"none": [], "last": layers[-1:], "all": layers}[which]
+
+
+def isnet_losses(
+    model: Classifier, images: Tensor, masks: Tensor, target: Tensor | Callable, args: argparse.Namespace
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The background losses (B,), the image's heatmap (B, C, H, W) and the logits (B, K), to train through.
+
+    masks (B, 1, H, W), 1 in the foreground. To the background loss of the heatmap comes the mean of those of
+    the supervised layers, where a position counts as background if it covers no foreground at all.
+    """
+    layers = supervised_layers(model.encoder, args.isnet_layers)
+    rule = {"epsilon": args.lrp_epsilon, "gamma": args.lrp_gamma, "signed": True}
+    heatmaps, logits = relevance(model, images, target, **rule, create_graph=True, layers=layers)
+    heatmap, *inner = heatmaps if layers else [heatmaps]
+    loss = background_loss(heatmap, masks, args.isnet_decay, args.isnet_e)
+    for R in inner:
+        if R.dim() == 3:  # tokens (B, T, D): a CLS token, perhaps, before the N patches
+            h, w = model.encoder.grid(images)
+            R = R[:, R.shape[1] - h * w :].transpose(1, 2).unflatten(2, (h, w))  # (B, D, h, w)
+        covers = F.adaptive_max_pool2d(masks, R.shape[2:])
+        loss = loss + background_loss(R, covers, args.isnet_decay, args.isnet_e) / len(inner)
+    return loss, heatmap, logits
+
+
+def natural_range(
+    model: Classifier, images: Tensor, masks: Tensor, labels: Tensor, args: argparse.Namespace
+) -> tuple[float, float]:
+    """C1 and C2 for the foreground loss, from a plain classifier's heatmaps (Bassi et al. 2022).
+
+    A copy of the model is trained for WARM_UP epochs without ISNet; with mean and deviation of its total |R|,
+    all of which belongs into the foreground, C1 = max(mean / 5, mean - 3 sd) and C2 = mean + 3 sd. Arguments
+    as for `objective`.
+    """
+    plain, generator = copy.deepcopy(model).train(), Generator().manual_seed(args.seed)
+    optimizer, one_class = torch.optim.AdamW(plain.parameters(), lr=args.lr), exclusive(labels)
+    for _ in range(WARM_UP):
+        for index in (
+            torch.randperm(len(images), generator=generator).to(images.device).split(args.batch_size)
+        ):
+            loss = classification_loss(plain(prepared(images[index])), labels[index], one_class)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    plain.eval()
+    total = []
+    for index in masks.flatten(1).any(dim=1).nonzero()[:512, 0].split(64):
+        target = explained(labels[index], one_class, args.explain, generator)
+        rule = {"epsilon": args.lrp_epsilon, "gamma": args.lrp_gamma, "signed": True}
+        heatmap, _ = relevance(plain, prepared(images[index]), target, **rule)
+        total.append(heatmap.detach().abs().sum(dim=(1, 2, 3)))
+    mean, sd = torch.cat(total).mean().item(), torch.cat(total).std().item()
+    return max(mean / 5, mean - 3 * sd), mean + 3 * sd
+
+
+def prepared(images: Tensor) -> Tensor:
+    """Images (B, C, H, W) uint8 as encoders expect them."""
+    return normalise(images.float() / 255)
+
+
+def objective(
+    args: argparse.Namespace, model: Classifier, images: Tensor, masks: Tensor | None, labels: Tensor
+) -> Callable[[Tensor, Generator], tuple[Tensor, dict[str, Tensor]]]:
+    """The training loss as a function of indices (B,) and a generator: (loss, what to log).
+
+    images (N, C, S, S) uint8, masks (N, 1, S, S) bool, needed with --isnet only, labels (N, K) multi-hot, NaN
+    for unknown. With --isnet, C1 and C2 are found first, and printed.
+    """
+    one_class = exclusive(labels)
+    if args.isnet:
+        c1, c2 = natural_range(model, images, masks, labels, args)
+        print(f"C1 {c1:.4g}, C2 {c2:.4g}: foreground relevance of a plain classifier after {WARM_UP} epochs")
+
+    def losses(index: Tensor, generator: Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        x, known = prepared(images[index]), labels[index]
+        if not args.isnet:
+            loss = classification_loss(model(x), known, one_class)
+            return loss, {"loss": loss.detach()}
+        inside, target = masks[index].float(), explained(known, one_class, args.explain, generator)
+        background, heatmap, logits = isnet_losses(model, x, inside, target, args)
+        foreground = foreground_loss(heatmap, inside, c1, c2, hybrid=True)
+        parts = {
+            "classification": classification_loss(logits, known, one_class),
+            "background": background.mean(),
+            "foreground": (foreground * inside.flatten(1).any(dim=1)).mean(),
+        }
+        loss = parts["classification"] + args.isnet * (parts["background"] + parts["foreground"])
+        return loss, {"loss": loss.detach(), **{name: part.detach() for name, part in parts.items()}}
+
+    return losses

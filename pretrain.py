@@ -1,0 +1,105 @@
+"""Pretraining without labels: DINO's views of a batch, and SPAN's guidance of the heads that look at them.
+
+Each step cuts random views, lets student and teacher look at them, and adds to DINO's loss the SPAN loss
+between the guided heads' attention and the priors seen through the same views. Next to read: `train.py`.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Generator, Tensor, nn
+
+from attention_priors import follow, span_loss
+from crops import crop, distort, random_crops
+from data import Data, normalise
+from evaluate import lay_over
+
+
+def priors_over(
+    args: argparse.Namespace, parts: dict[str, Data], sample: str | None, images: Tensor
+) -> Callable | None:
+    """The priors laid over the training images (N, C, S, S), as from `lay_over`; None without --prior."""
+    if args.prior == "none":
+        return None
+    started = time.perf_counter()
+    if args.prior == "sample" and args.align != "none":
+        print(f"registering the sample to {len(images)} images ...", flush=True)
+    laid, names = lay_over(args, parts, sample, images)
+    if len(names) > args.num_heads:
+        raise ValueError(
+            f"{len(names)} priors ({', '.join(names)}) but --num-heads {args.num_heads}: give each a head"
+        )
+    guided = ", ".join(f"{i} {name}" for i, name in enumerate(names))
+    print(f"guided heads: {guided}; priors ready after {time.perf_counter() - started:.0f} s")
+    return laid
+
+
+def views_of(
+    images: Tensor, args: argparse.Namespace, generator: Generator
+) -> tuple[list[Tensor], list[Tensor]]:
+    """DINO's views of images (B, C, S, S) in [0, 1]: 2 B global ones, then the local ones; and their theta.
+
+    As published: the first global view is always blurred, the second seldom, but at times solarised.
+    """
+    B, size = len(images), images.shape[-1]
+    theta = random_crops(2 * B, args.global_scale, generator, flip=args.flip).to(images.device)
+    views = crop(images.repeat(2, 1, 1, 1), theta, size)  # (2 B, C, S, S)
+    views = torch.cat([distort(views[:B], generator, 1.0, 0.0), distort(views[B:], generator, 0.1, 0.2)])
+    if not args.local_crops_number:
+        return [normalise(views)], [theta]
+    half = max(1, size // 2 // args.patch_size) * args.patch_size
+    V = args.local_crops_number
+    near = random_crops(V * B, args.local_scale, generator, flip=args.flip).to(images.device)
+    local = distort(crop(images.repeat(V, 1, 1, 1), near, half), generator, 0.5, 0.0)  # (V B, C, half, half)
+    return [normalise(views), normalise(local)], [theta, near]
+
+
+def guide(
+    views: list[Tensor],
+    features: list,
+    thetas: list[Tensor],
+    priors: Tensor,
+    dino: nn.Module,
+    args: argparse.Namespace,
+) -> Tensor:
+    """The SPAN loss over all views, with a tensor, Features and theta (V B, 2, 3) for each resolution.
+
+    priors (B, R, S, S) lie over the whole images. Each resolution counts by the share of the priors that its
+    views see, as each view does within it.
+    """
+    losses, shares = [], []
+    for view, f, theta in zip(views, features, thetas):
+        seen_through = theta if args.follow else torch.eye(2, 3, device=theta.device).expand_as(theta)
+        everyone = priors.repeat(len(theta) // len(priors), 1, 1, 1)  # (V B, R, S, S)
+        prior, share = follow(everyone, seen_through, dino.student.grid(view))
+        shares.append(share.sum())
+        losses.append(span_loss(f.attention, prior, share, args.span_loss) * shares[-1])
+    return sum(losses) / sum(shares).clamp_min(1e-12)
+
+
+def self_distillation(
+    args: argparse.Namespace, dino: nn.Module, images: Tensor, laid: Callable | None
+) -> Callable:
+    """DINO's loss as losses(index, generator), guided by laid(index) (B, R, S, S) unless laid is None."""
+
+    def losses(index: Tensor, generator: Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        views, thetas = views_of(images[index].float() / 255, args, generator)
+        loss, features = dino(views, args.teacher_temp, args.span_layer)
+        logged = {"loss": loss.detach()}
+        if laid is not None:
+            span = guide(views, features, thetas, laid(index), dino, args)
+            loss, logged["span_loss"] = loss + args.span_weight * span, span.detach()
+        return loss, logged
+
+    return losses
+
+
+def move_teacher(args: argparse.Namespace, dino: nn.Module, momentum: float) -> dict[str, Tensor]:
+    """What follows a step of DINO: the teacher moves, its health is taken. Raises Collapse."""
+    dino.update_teacher(momentum)
+    health = dino.health
+    if not args.keep_going:
+        health.check()
+    return {"teacher_entropy": health.entropy, "kl": health.kl, "prototypes": health.prototypes()}

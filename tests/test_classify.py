@@ -1,0 +1,119 @@
+"""Classification, plain and with ISNet: what is explained, what is supervised, and what it costs in use."""
+
+import copy
+from argparse import Namespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Generator, nan
+
+from classify import Classifier, classification_loss, exclusive, explained, isnet_losses, log_odds
+from classify import natural_range, objective, supervised_layers
+from resnet import ResNet
+from vit import ViT
+
+SETTINGS = Namespace(
+    isnet=1.0, isnet_layers="all", isnet_decay=0.9, isnet_e=0.1, lrp_epsilon=0.01, lrp_gamma=3.0,
+    explain="selective", lr=1e-3, batch_size=4, seed=0,
+)  # fmt: skip
+ENCODERS = {"resnet": lambda: ResNet(1, 16), "vit": lambda: ViT(16, 4, 1, 12, 2, 3)}
+
+
+def test_classes_exclude_each_other_and_findings_do_not():
+    assert exclusive(torch.tensor([[1, 0], [0, 1], [nan, nan]]))
+    assert not exclusive(torch.tensor([[1.0, 0], [1, 1]])) and not exclusive(torch.tensor([[1.0], [0]]))
+
+
+def test_unknown_findings_do_not_count():
+    logits, labels = torch.randn(3, 2), torch.tensor([[1, nan], [0, 1], [nan, nan]])
+    known = torch.stack([logits[0, 0], logits[1, 0], logits[1, 1]])
+    expected = F.binary_cross_entropy_with_logits(known, torch.tensor([1.0, 0, 1]))
+    torch.testing.assert_close(classification_loss(logits, labels, False), expected)
+    classes = torch.tensor([[1.0, 0], [0, 1], [nan, nan]])
+    expected = F.cross_entropy(logits[:2], torch.tensor([0, 1]))
+    torch.testing.assert_close(classification_loss(logits, classes, True), expected)
+    assert classification_loss(logits, torch.full((3, 2), nan), True) == 0
+
+
+def test_log_odds_are_those_of_the_softmax():
+    logits = torch.randn(5, 4, dtype=torch.float64)
+    p = logits.softmax(dim=1)[torch.arange(5), torch.tensor([0, 1, 2, 3, 0])]
+    torch.testing.assert_close(log_odds(logits, torch.tensor([0, 1, 2, 3, 0])), (p / (1 - p)).log())
+
+
+def test_of_classes_the_label_a_random_one_or_the_least_likely_is_explained():
+    labels, generator = torch.eye(3)[[0, 2, 1, 1]], Generator().manual_seed(0)
+    assert torch.equal(explained(labels, True, "label", generator), labels)
+    drawn = torch.stack([explained(labels, True, "random", generator) for _ in range(100)])
+    assert (drawn.sum(dim=2) == 1).all() and (drawn.mean(dim=(0, 1)) > 0.2).all()
+    logits = torch.tensor([[3.0, -1, 0]])
+    target = explained(labels, True, "selective", generator)
+    torch.testing.assert_close(target(logits), log_odds(logits, torch.tensor([1])))
+
+
+def test_of_findings_one_logit_is_explained_the_label_s_if_one_is_present():
+    labels, generator = torch.tensor([[0.0, 1, 1], [0, 0, 0], [nan, nan, 1]]), Generator().manual_seed(0)
+    drawn = torch.stack([explained(labels, False, "label", generator) for _ in range(200)])
+    assert (drawn.sum(dim=2) == 1).all()
+    assert drawn[:, 0, 0].sum() == 0 and (drawn[:, 0, 1:].mean(dim=0) > 0.3).all()
+    assert (drawn[:, 1].mean(dim=0) > 0.2).all() and (drawn[:, 2, 2] == 1).all()
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_layers_to_supervise_exist_in_every_encoder(name):
+    encoder = ENCODERS[name]()
+    none, last, layers = (supervised_layers(encoder, which) for which in ("none", "last", "all"))
+    assert none == [] and last == layers[-1:] and len(layers) > 3
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_inner_layers_count_as_background_where_they_cover_no_foreground(name):
+    """With a mask over the whole image nothing is background; supervision of layers adds what they show."""
+    model = Classifier(ENCODERS[name](), 1)
+    images, target = torch.rand(3, 1, 16, 16), torch.ones(3, 1)
+    everywhere, corner = torch.ones(3, 1, 16, 16), torch.zeros(3, 1, 16, 16)
+    corner[:, :, :3, :3] = 1
+    assert isnet_losses(model, images, everywhere, target, SETTINGS)[0].tolist() == [0, 0, 0]
+    alone = isnet_losses(
+        model, images, corner, target, Namespace(**{**vars(SETTINGS), "isnet_layers": "none"})
+    )
+    both = isnet_losses(model, images, corner, target, SETTINGS)
+    torch.testing.assert_close(both[1], alone[1])
+    assert (both[0] > alone[0]).all()
+
+
+def test_training_with_isnet_leaves_a_plain_model_behind():
+    """No parameter, hook or operation more than the plain classifier has, so no cost in use."""
+    torch.manual_seed(0)
+    model = Classifier(ENCODERS["resnet"](), 1)
+    images, labels = torch.randint(256, (8, 1, 16, 16), dtype=torch.uint8), torch.tensor([[0.0], [1]] * 4)
+    masks = torch.zeros(8, 1, 16, 16, dtype=torch.bool)
+    masks[:, :, 4:12, 4:12] = True
+    before = copy.deepcopy(model)
+    loss, logged = objective(SETTINGS, model, images, masks, labels)(
+        torch.arange(4), Generator().manual_seed(0)
+    )
+    loss.backward()
+    assert set(logged) == {"loss", "classification", "background", "foreground"}
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+    assert str(model) == str(before)
+    x = torch.rand(2, 1, 16, 16)
+    assert (
+        torch.equal(model.eval()(x), before.eval().requires_grad_(False)(x)) is False
+    )  # BatchNorm has moved
+    before.load_state_dict(model.state_dict())
+    assert torch.equal(model(x), before(x))
+
+
+def test_c1_and_c2_are_found_from_the_images_with_masks_and_leave_the_model_as_it_was():
+    torch.manual_seed(0)
+    model = Classifier(ENCODERS["vit"](), 1)
+    images, labels = torch.randint(256, (8, 1, 16, 16), dtype=torch.uint8), torch.tensor([[0.0], [1]] * 4)
+    masks = torch.zeros(8, 1, 16, 16, dtype=torch.bool)
+    masks[:4, :, 4:12, 4:12] = True
+    before = copy.deepcopy(model.state_dict())
+    c1, c2 = natural_range(model, images, masks, labels, SETTINGS)
+    assert 0 < c1 < c2 and (c1, c2) == natural_range(model, images, masks, labels, SETTINGS)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
