@@ -116,7 +116,7 @@ def classifier_steps(backbone: str, gamma: float, layers: str) -> tuple[Callable
     flags = f"--task classify --backbone {backbone} --lrp-gamma {gamma} --isnet-layers {layers} --isnet 1"
     args = parse(flags.split())[0]
     model = Classifier(build_encoder(args, 1), 2)
-    x, labels, masks = torch.rand(64, 1, 64, 64), torch.eye(2).repeat(32, 1), torch.zeros(64, 1, 64, 64)
+    x, labels, masks = torch.rand(16, 1, 64, 64), torch.eye(2).repeat(8, 1), torch.zeros(16, 1, 64, 64)
     masks[:, :, 16:48, 16:48] = 1
 
     def plain() -> Tensor:

@@ -1,18 +1,24 @@
-"""A classifier, plain or kept off the background: an encoder with a linear layer, and the ISNet training
-step.
+"""A classifier, plain or kept off the background: an encoder, a linear layer, and ISNet's training step.
 
 A classifier takes what predicts the label, a hospital's marker as gladly as a heart. ISNet (`isnet_lrp.py`)
 trains it with a heatmap beside each prediction and punishes relevance outside a mask,
 
-    L = L_class + weight (L_bg(image) + mean over inner layers of L_bg + L_fg(image)),
+    L = L_class + weight (L_bg(image) + mean of L_bg(inner layers) + mean of L_bg(attention) + L_fg(image)),
 
-and needs the masks no more once it is trained. Labels are multi-hot: findings, each present or not by itself
-(a sigmoid each), or classes, of which each image has one (a softmax). Next to read: `train.py`.
+and needs the masks no more once it is trained. What hides a shortcut from these losses, and what finds it, is
+told in `isnet_lrp.py`. A ViT can hide it in its attention, too: the marker's token draws a head's attention
+off all others and adds nothing itself, so that what is missing tells the label. The softmax is saturated
+there and the token's value zero: no relevance, by any rule. So attention is judged by this loss as well.
+
+Labels are multi-hot: findings, each present or not by itself (a sigmoid each), or classes, of which each
+image has one (a softmax). Next to read: `train.py`.
 """
 
 import argparse
 import copy
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +26,7 @@ from torch import Generator, Tensor, nn
 
 from data import normalise
 from isnet_lrp import background_loss, foreground_loss, relevance
-from vit import Block, PatchEmbed
+from vit import Attention, Block, PatchEmbed
 
 WARM_UP = 5  # epochs of a plain classifier, before its range of relevance is taken
 
@@ -78,14 +84,14 @@ def log_odds(logits: Tensor, classes: Tensor) -> Tensor:
 
 
 def supervised_layers(encoder: nn.Module, which: str) -> list[nn.Module]:
-    """The modules whose outputs' relevance is supervised besides the image's: none, the last one, or all.
+    """The modules whose outputs' relevance is supervised besides the image's: none or all.
 
     All normalisations, so that the units within a block are among them, and the patches and blocks of a ViT.
     """
     layers = [
         m for m in encoder.modules() if isinstance(m, (nn.BatchNorm2d, nn.LayerNorm, PatchEmbed, Block))
     ]
-    return {"none": [], "last": layers[-1:], "all": layers}[which]
+    return layers if which == "all" else []
 
 
 def isnet_losses(
@@ -93,21 +99,44 @@ def isnet_losses(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The background losses (B,), the image's heatmap (B, C, H, W) and the logits (B, K), to train through.
 
-    masks (B, 1, H, W), 1 in the foreground. To the background loss of the heatmap comes the mean of those of
-    the supervised layers, where a position counts as background if it covers no foreground at all.
+    masks (B, 1, H, W), 1 in the foreground. To the background loss of the heatmap come the mean of those of
+    the supervised layers' relevance and the mean of those of a ViT's attention, where a position counts as
+    background if it covers no foreground at all.
     """
     layers = supervised_layers(model.encoder, args.isnet_layers)
     rule = {"epsilon": args.lrp_epsilon, "gamma": args.lrp_gamma, "signed": True}
-    heatmaps, logits = relevance(model, images, target, **rule, create_graph=True, layers=layers)
+    with attention_seen(model.encoder if layers else None) as attention:
+        heatmaps, logits = relevance(model, images, target, **rule, create_graph=True, layers=layers)
     heatmap, *inner = heatmaps if layers else [heatmaps]
     loss = background_loss(heatmap, masks, args.isnet_decay, args.isnet_e)
-    for R in inner:
-        if R.dim() == 3:  # tokens (B, T, D): a CLS token, perhaps, before the N patches
-            h, w = model.encoder.grid(images)
-            R = R[:, R.shape[1] - h * w :].transpose(1, 2).unflatten(2, (h, w))  # (B, D, h, w)
-        covers = F.adaptive_max_pool2d(masks, R.shape[2:])
-        loss = loss + background_loss(R, covers, args.isnet_decay, args.isnet_e) / len(inner)
+    for maps in (inner, attention):
+        for R in maps:
+            if R.dim() == 3:  # tokens (B, T, D): a CLS token, perhaps, before the N patches
+                h, w = model.encoder.grid(images)
+                R = R[:, R.shape[1] - h * w :].transpose(1, 2).unflatten(2, (h, w))  # (B, D, h, w)
+            covers = F.adaptive_max_pool2d(masks, R.shape[2:])
+            loss = loss + background_loss(R, covers, args.isnet_decay, args.isnet_e) / len(maps)
     return loss, heatmap, logits
+
+
+@contextmanager
+def attention_seen(encoder: nn.Module | None) -> Iterator[list[Tensor]]:
+    """Collects, for each attention layer of an encoder that runs meanwhile, (B, T, heads) twice: how much the
+    CLS token looks at each token, and how much all tokens do on average."""
+    seen: list[Tensor] = []
+
+    def look(attention: Attention, inputs: tuple[Tensor]) -> None:
+        q, k, _ = attention.split(inputs[0])
+        weights = Attention.weights(q, k)  # (B, heads, T, T)
+        seen.extend([weights[:, :, 0].transpose(1, 2), weights.mean(dim=2).transpose(1, 2)])
+
+    modules = [] if encoder is None else [m for m in encoder.modules() if isinstance(m, Attention)]
+    hooks = [m.register_forward_pre_hook(look) for m in modules]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def natural_range(
@@ -125,6 +154,8 @@ def natural_range(
         for index in (
             torch.randperm(len(images), generator=generator).to(images.device).split(args.batch_size)
         ):
+            if len(index) == 1:  # has no variance to normalise by
+                continue
             loss = classification_loss(plain(prepared(images[index])), labels[index], one_class)
             optimizer.zero_grad()
             loss.backward()
@@ -136,8 +167,14 @@ def natural_range(
         rule = {"epsilon": args.lrp_epsilon, "gamma": args.lrp_gamma, "signed": True}
         heatmap, _ = relevance(plain, prepared(images[index]), target, **rule)
         total.append(heatmap.detach().abs().sum(dim=(1, 2, 3)))
-    mean, sd = torch.cat(total).mean().item(), torch.cat(total).std().item()
-    return max(mean / 5, mean - 3 * sd), mean + 3 * sd
+    mean, sd = torch.cat(total).mean().item(), torch.cat(total).std(correction=0).item()
+    c1, c2 = max(mean / 5, mean - 3 * sd), mean + 3 * sd
+    if not 0 < c1 < c2 < math.inf:
+        raise FloatingPointError(
+            f"a plain classifier's relevance has no range (mean {mean:.3g}, deviation {sd:.3g}): give masks "
+            "to more images, or lower --lr"
+        )
+    return c1, c2
 
 
 def prepared(images: Tensor) -> Tensor:
@@ -156,7 +193,7 @@ def objective(
     one_class = exclusive(labels)
     if args.isnet:
         c1, c2 = natural_range(model, images, masks, labels, args)
-        print(f"C1 {c1:.4g}, C2 {c2:.4g}: foreground relevance of a plain classifier after {WARM_UP} epochs")
+        print(f"C1 {c1:.4g}, C2 {c2:.4g}: total relevance of a plain classifier after {WARM_UP} epochs")
 
     def losses(index: Tensor, generator: Generator) -> tuple[Tensor, dict[str, Tensor]]:
         x, known = prepared(images[index]), labels[index]

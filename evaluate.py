@@ -4,6 +4,10 @@ For each region the pixel average precision (AP) of an attention head, averaged 
 was guided by masks belongs to their region; in any other run each region gets the head that is best on
 validation images. A run guided by one labelled sample also shows its prior, as it is and registered to each
 test image, on the attention's grid of patches and, for honesty, at every pixel.
+
+A classifier is measured by AUC and accuracy on test images as they were in training and, if a hospital's
+marker was drawn on them, with the marker removed and flipped: only these show what it relies on. The share of
+relevance in the foreground is printed beside them, since a heatmap can look right and be wrong.
 """
 
 import argparse
@@ -13,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attention_priors import align, bend, blurred, carry, follow, priors_from_masks, priors_from_statistics
 from checkpoint import load_run
@@ -158,9 +162,12 @@ def measure_classifier(
     likeliest counts. Also n_images test images, two thirds with the first finding, and their heatmaps
     {title: (n_images, S, S)}.
     """
-    sets = {"same": parts["test"], **{name: parts[name] for name in ("removed", "flipped") if name in parts}}
+    test = parts["test"]
+    if test.labels is None or test.labels.isnan().all():
+        raise CannotMeasure(f"no test image of {config.data} has a label: AUC can't be measured")
+    sets = {"same": test, **{name: parts[name] for name in ("removed", "flipped") if name in parts}}
     one_class, table = exclusive(parts["train"].labels), {}
-    findings = dict(enumerate(parts["test"].findings))
+    findings = dict(enumerate(test.findings))
     first = 1 if one_class and len(findings) == 2 else 0  # "no X" and X are one question
     if first:
         del findings[0]
@@ -176,27 +183,26 @@ def measure_classifier(
                 ((scores[:, k] > t) == labels[:, k])[~labels[:, k].isnan()] for k, t in thresholds.items()
             ]
             right = torch.cat(right)
-        table[name] = {"AUC": float(np.nanmean(list(each.values()))), **each}
+        found = [value for value in each.values() if not np.isnan(value)]
+        table[name] = {"AUC": float(np.mean(found)) if found else float("nan"), **each}
         table[name]["accuracy"] = float(right.double().mean())
         if data.has_masks.any():
             seen = select(data, data.has_masks)
-            share = relevance_share(
-                heatmaps_of(config, model, seen.images, one_class), seen.masks.any(dim=1)[:, None]
+            R = relevance_of(config, model, seen.images, one_class)
+            table[name]["relevance share"] = float(
+                relevance_share(R, seen.masks.any(dim=1)[:, None]).nanmean()
             )
-            table[name]["relevance share"] = float(share.nanmean())
-    order = torch.argsort(parts["test"].labels[:, first].nan_to_num(), descending=True, stable=True)
-    few = min(n_images, len(order)) // 3  # without the finding
-    shown = select(parts["test"], torch.cat([order[: n_images - few], order[len(order) - few :]]))
-    R = heatmaps_of(config, model, shown.images, one_class).sum(dim=1)  # (n_images, S, S)
-    return table, shown, {"relevance": R / R.abs().mean(dim=(1, 2), keepdim=True)}
+    order = torch.argsort(test.labels[:, first].nan_to_num(), descending=True, stable=True)
+    n = min(n_images, len(order))
+    shown = select(test, torch.cat([order[: n - n // 3], order[len(order) - n // 3 :]]))
+    return table, shown, heatmaps_of(config, model, shown)
 
 
 @torch.no_grad()
 def scores_of(model: Classifier, data: Data, one_class: bool) -> Tensor:
     """Log-odds (M, K) of classes, or the logits of findings, in evaluation mode."""
     model.eval()
-    batches = [model(prepared(images)) for images in data.images.split(BATCH)]
-    logits = torch.cat(batches) if batches else torch.zeros(0, len(data.findings))
+    logits = torch.cat([model(prepared(images)) for images in data.images.split(BATCH)])
     if not one_class:
         return logits
     return torch.stack(
@@ -204,7 +210,7 @@ def scores_of(model: Classifier, data: Data, one_class: bool) -> Tensor:
     )
 
 
-def heatmaps_of(config: argparse.Namespace, model: Classifier, images: Tensor, one_class: bool) -> Tensor:
+def relevance_of(config: argparse.Namespace, model: Classifier, images: Tensor, one_class: bool) -> Tensor:
     """LRP heatmaps (M, C, S, S) of the first finding, the second of two classes, the likeliest of more."""
 
     def target(logits: Tensor) -> Tensor:
@@ -213,8 +219,15 @@ def heatmaps_of(config: argparse.Namespace, model: Classifier, images: Tensor, o
         likeliest = logits.argmax(dim=1)
         return log_odds(logits, likeliest if logits.shape[1] > 2 else torch.ones_like(likeliest))
 
+    model.eval()
     rule = {"epsilon": config.lrp_epsilon, "gamma": config.lrp_gamma, "signed": True}
     return torch.cat([relevance(model, prepared(x), target, **rule)[0].detach() for x in images.split(BATCH)])
+
+
+def heatmaps_of(config: argparse.Namespace, model: Classifier, data: Data) -> dict[str, Tensor]:
+    """Heatmaps in units of their mean size, for a picture: {title: (M, S, S)}."""
+    R = relevance_of(config, model, data.images, exclusive(data.labels)).sum(dim=1)
+    return {"relevance": R / R.abs().mean(dim=(1, 2), keepdim=True).clamp_min(1e-30)}
 
 
 def flatten(table: dict[str, dict[str, float]]) -> dict[str, float]:
@@ -252,16 +265,30 @@ def print_table(columns: dict[str, dict[str, float]], mean: bool = True) -> None
 
 
 def load_model(run: Path, config: argparse.Namespace, checkpoint: dict, train: Data) -> ViT | Classifier:
-    """The trained encoder, the student's, or the classifier of a run. Raises ValueError if it doesn't fit."""
-    model, prefix = build_encoder(config, train.images.shape[1]), "student."
-    if config.task == "classify":
-        model, prefix = Classifier(model, len(train.findings)), ""
+    """The encoder (of the student) or the classifier of a run. Raises ValueError if it doesn't fit."""
+    encoder = build_encoder(config, train.images.shape[1])
+    if config.task == "pretrain":
+        load_encoder(run, encoder)
+        return encoder
+    model = Classifier(encoder, len(train.findings))
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError:
+        raise ValueError(f"{run}: last.pt holds a model of other sizes or classes than asked for") from None
+    return model
+
+
+def load_encoder(run: Path, encoder: nn.Module) -> None:
+    """Load a run's encoder, of a student or a classifier. Raises ValueError if it has other sizes."""
+    config, checkpoint = load_run(run)
+    prefix = "student." if config.task == "pretrain" else "encoder."
     weights = {k.removeprefix(prefix): v for k, v in checkpoint["model"].items() if k.startswith(prefix)}
     try:
-        model.load_state_dict(weights)
+        encoder.load_state_dict(weights)
     except RuntimeError:
-        raise ValueError(f"{run}: last.pt holds a model of other sizes than config.json says") from None
-    return model
+        raise ValueError(
+            f"{run}: last.pt holds an encoder of other sizes or channels than asked for"
+        ) from None
 
 
 def compare(runs: list[Path], n_images: int) -> None:
@@ -279,7 +306,12 @@ def compare(runs: list[Path], n_images: int) -> None:
             wanted |= {"seed": config.seed, "train_images": config.train_images}
         if source is None:
             source, first = wanted, config
-            marker = next((m for m in (load_run(r)[0].marker for r in runs) if m is not None), None)
+            markers = {m for m in (load_run(r)[0].marker for r in runs) if m is not None}
+            if len(markers) > 1:
+                raise ValueError(
+                    f"the runs have markers of {sorted(markers)}: compare runs on the same images"
+                )
+            marker = markers.pop() if markers else None
             parts, sample, _ = load(**{k: v for k, v in wanted.items() if k != "task"}, marker=marker)
         differ = [name for name in source | wanted if source.get(name) != wanted.get(name)]
         if differ:

@@ -18,14 +18,15 @@ it all:
 keeps its gradient. The loss: ISNet, Bassi et al. 2022, arXiv 2202.00232, and Faster ISNet 2024, arXiv
 2401.08409. (3) is made for x >= 0 and z >= 0, as behind and before a ReLU; elsewhere z' passes through 0
 where z doesn't, and relevance explodes. (4), the generalised rule, favours contributions that have the sign
-of z; it equals (3) for x, z >= 0, keeps z / z' in [0, 1] for all signs, and costs no more than (3).
+of z; it equals (3) for x, z >= 0 and keeps z / z' in [0, 1] for all signs.
 
 `lrp` is a `TorchFunctionMode`: it sees conv2d, gelu, matmul ... as the model calls them, as module or as
 function, in place or not, once or often; no model has to be changed. The model's output and all gradients
 within it are the true ones: the rules act only while `explain` walks back. So one forward serves
 classification and relevance, and the training loss, which differentiates the heatmap again, misses no term.
 What has no rule keeps its gradient; that is right for whatever is straight along the ray from 0 through its
-input (reshape, sum, max, ReLU ...), which is tried out, and anything else is named in a warning, once.
+input (reshape, sum, max, ReLU ...), which is tried out, and anything else is named in a warning, once. Linear
+operations other than those in LAYERS and RULES (einsum ...) are among them: (2) with eps = 0, whatever gamma.
 
 A network can satisfy the loss and keep its shortcut; each part closes one way out:
 
@@ -40,8 +41,9 @@ The last needs a word: a unit that its bias feeds and the marker silences has no
 is, and where it isn't, hands it to the bias, never to a pixel. On its own layer it shows.
 
 The floor of a training step's cost, a plain one being 3 forward passes' worth (forward 1, backward 2): (2)
-adds the relevance pass, 1, and the way back through it, 2; that makes 6, or 2 x. (3) and (4) add an operation
-a layer: 1 forward, 1 in the relevance pass, 2 + 2 on the ways back: 12, or 4 x.
+adds the relevance pass, 1, and the way back through it, 2; that makes 6, or 2 x. (3) adds w' x, whose
+relevance pass takes the place of z's: forward 1, the way back 2; 9, or 3 x. (4) walks through both z and
+|w| |x|: 12, or 4 x.
 """
 
 import math
@@ -144,9 +146,8 @@ class lrp(TorchFunctionMode):
         if not (epsilon >= 0 and gamma >= 0):
             raise ValueError(f"lrp: epsilon {epsilon} and gamma {gamma} must not be negative")
         self.epsilon, self.gamma, self.signed, self.explaining = epsilon, gamma, signed, False
-        self.states = (
-            WeakIdKeyDictionary()
-        )  # what depends on the input: None, a layer to come, or a successor
+        # What depends on the input, with None, or a layer that awaits its rule, or (in place) its successor.
+        self.states = WeakIdKeyDictionary()
         self.asked: dict[str, bool] = {}
         self.box: list[Tensor] = []  # the input and its bounds, where rule (9) is wanted
 
@@ -199,8 +200,12 @@ class lrp(TorchFunctionMode):
         """One operation by its rule, if in place then out of place; its results depend on the input."""
         changed = None
         if name in IN_PLACE or func.__name__ == name + "_":
-            name, changed = IN_PLACE.get(name, name), self.current(args[0])
-            func = getattr(torch.Tensor, name, None) or getattr(F, name)
+            name = IN_PLACE.get(name, name)
+            twin = getattr(torch.Tensor, name, None) or getattr(F, name, None)
+            if callable(twin):
+                func, changed = twin, self.current(args[0])
+            else:  # as copy_ has none
+                name = "setitem"
         elif kwargs.get("inplace"):
             kwargs, changed = {**kwargs, "inplace": False}, self.current(args[0])
         if name != "batch_norm":  # which is folded into the layer before it, if there is one
@@ -209,8 +214,9 @@ class lrp(TorchFunctionMode):
             y = RULES[name](self, func, *args, **kwargs)
         else:
             y = self.plain(func, name, args, kwargs)
-        for t in tree_leaves(y):
-            if isinstance(t, Tensor) and t.is_floating_point():
+        written = (args[0], args[0]._base) if name == "setitem" else ()  # a slice and its whole
+        for t in tree_leaves((y, written)):
+            if isinstance(t, Tensor) and t.requires_grad:  # not what only has the input's shape
                 self.states.setdefault(t, None)
         if changed is None:
             return y
@@ -220,18 +226,22 @@ class lrp(TorchFunctionMode):
     def plain(self, func, name: str, args, kwargs):
         """An operation without a rule keeps its gradient, with a warning if it isn't piecewise affine."""
         y = func(*args, **kwargs)
-        if isinstance(y, Tensor) and y.is_floating_point() and name not in PLAIN | self.asked.keys():
+        outputs = [t for t in tree_leaves(y) if isinstance(t, Tensor) and t.is_floating_point()]
+        if name in PLAIN | self.asked.keys() or not outputs:
+            return y
 
-            def along(n: float) -> Tensor:  # the ray from 0 through the input
-                stretch = lambda t: n * t if self.active(t) and t.is_floating_point() else t  # noqa: E731
-                args_, kwargs_ = tree_map(stretch, (args, kwargs))
-                return func(*args_, **kwargs_)
+        def along(n: float) -> list[Tensor]:  # the ray from 0 through the input
+            stretch = lambda t: n * t if self.active(t) and t.is_floating_point() else t  # noqa: E731
+            args_, kwargs_ = tree_map(stretch, (args, kwargs))
+            return [t for t in tree_leaves(func(*args_, **kwargs_)) if isinstance(t, Tensor)]
 
-            with torch.no_grad():
-                size = float(y.abs().max())
-                self.asked[name] = torch.allclose(along(2) + along(0), 2 * y, rtol=1e-3, atol=1e-5 * size)
-            if not self.asked[name]:
-                warnings.warn(f"lrp has no rule for '{name}': it keeps its plain gradient", stacklevel=4)
+        with torch.no_grad():
+            self.asked[name] = all(
+                torch.allclose(twice + zero, 2 * once, rtol=1e-3, atol=1e-5 * float(once.abs().max()))
+                for once, twice, zero in zip(outputs, along(2), along(0))
+            )
+        if not self.asked[name]:
+            warnings.warn(f"lrp has no rule for '{name}': it keeps its plain gradient", stacklevel=4)
         return y
 
     def linear(self, y: Tensor, z: Tensor, op: Callable, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
@@ -264,12 +274,12 @@ class lrp(TorchFunctionMode):
 # The rules: each takes (rules, func, *args, **kwargs) and returns the operation's true output.
 
 
-def _layer(rules: lrp, func, x, w, b=None, *args, **kwargs) -> Tensor:
+def _layer(rules: lrp, func, input, weight, bias=None, *args, **kwargs) -> Tensor:
     """Linear layers and convolutions: the rule waits until it is known whether batch norm follows."""
-    y = func(x, w, b, *args, **kwargs)
-    if rules.active(w):
-        return rules.half(y, x, w)
-    rules.states[y] = (lambda x, w, b: func(x, w, b, *args, **kwargs), x, w, b)
+    y = func(input, weight, bias, *args, **kwargs)
+    if rules.active(weight):
+        return rules.half(y, input, weight)
+    rules.states[y] = (lambda x, w, b: func(x, w, b, *args, **kwargs), input, weight, bias)
     return y
 
 
@@ -300,10 +310,10 @@ def _over(rules: lrp, func, a, b, *args, **kwargs):
     return func(a, rules.constant(b) if rules.active(b) else b, *args, **kwargs)
 
 
-def _elementwise(rules: lrp, func, x, *args, **kwargs) -> Tensor:
+def _elementwise(rules: lrp, func, input, *args, **kwargs) -> Tensor:
     """Rule (5)."""
-    y = func(x, *args, **kwargs)
-    return _Route.apply(rules, y, x, y, 1e-9)
+    y = func(input, *args, **kwargs)
+    return _Route.apply(rules, y, input, y, 1e-9) if rules.active(input) else y
 
 
 def _norm(rules: lrp, y: Tensor, x: Tensor, groups: Tensor, eps: float, weight, bias) -> Tensor:
@@ -314,23 +324,34 @@ def _norm(rules: lrp, y: Tensor, x: Tensor, groups: Tensor, eps: float, weight, 
     return _Route.apply(rules, y, z * (1 if weight is None else weight) + (0 if bias is None else bias))
 
 
-def _layer_norm(rules: lrp, func, x, normalized_shape, weight=None, bias=None, eps=1e-5, *args) -> Tensor:
-    y = func(x, normalized_shape, weight, bias, eps)
-    return _norm(rules, y, x, x.flatten(-len(normalized_shape)), eps, weight, bias)
+def _layer_norm(rules: lrp, func, input, normalized_shape, weight=None, bias=None, eps=1e-5, *args) -> Tensor:
+    y = func(input, normalized_shape, weight, bias, eps)
+    return _norm(rules, y, input, input.flatten(-len(normalized_shape)), eps, weight, bias)
 
 
-def _group_norm(rules: lrp, func, x, num_groups, weight=None, bias=None, eps=1e-5, *args) -> Tensor:
-    y = func(x, num_groups, weight, bias, eps)
-    weight, bias = (v if v is None else v.view(-1, *[1] * (x.dim() - 2)) for v in (weight, bias))
-    return _norm(rules, y, x, x.reshape(len(x), num_groups, -1), eps, weight, bias)
+def _group_norm(rules: lrp, func, input, num_groups, weight=None, bias=None, eps=1e-5, *args) -> Tensor:
+    y = func(input, num_groups, weight, bias, eps)
+    weight, bias = (v if v is None else v.view(-1, *[1] * (input.dim() - 2)) for v in (weight, bias))
+    return _norm(rules, y, input, input.reshape(len(input), num_groups, -1), eps, weight, bias)
 
 
-def _batch_norm(rules, func, x, mean, var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+def _batch_norm(
+    rules,
+    func,
+    input,
+    running_mean,
+    running_var,
+    weight=None,
+    bias=None,
+    training=False,
+    momentum=0.1,
+    eps=1e-5,
+) -> Tensor:
     """Rule (7), with the batch's statistics in training mode and the running ones in evaluation mode."""
-    before = rules.states.get(x)
-    x = x if isinstance(before, tuple) else rules.current(x)
-    y = func(x, mean, var, weight, bias, training, momentum, eps)
-    shape = (-1,) + (1,) * (x.dim() - 2)
+    before = rules.states.get(input)
+    x = input if isinstance(before, tuple) else rules.current(input)
+    y = func(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    mean, var, shape = running_mean, running_var, (-1,) + (1,) * (x.dim() - 2)
     if training:
         mean = x.mean([0, *range(2, x.dim())])
         mean, var = rules.constant(mean), rules.constant(_Variance.apply(x, mean.detach()))
@@ -345,11 +366,12 @@ def _batch_norm(rules, func, x, mean, var, weight=None, bias=None, training=Fals
 
 
 def _attention(
-    rules: lrp, func, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, **kw
+    rules: lrp, func, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, **kw
 ):
     """Softmax attention as two products, (8), and a softmax, which keeps its gradient."""
     if dropout_p:
         raise ValueError("lrp: attention dropout must be 0 while relevance is asked for")
+    q, k, v = query, key, value
     y = func(q, k, v, attn_mask, 0.0, is_causal, scale=scale, **kw)
     scores = (q @ k.transpose(-2, -1)) * (q.shape[-1] ** -0.5 if scale is None else scale)  # (..., Q, T)
     scores = rules.half(scores, q, k)
@@ -379,7 +401,9 @@ RULES = {
     "scaled_dot_product_attention": _attention,
 }
 # Not straight, but meant to keep their gradient: softmax, losses, and what draws random numbers.
-PLAIN = "softmax log_softmax logsumexp cross_entropy nll_loss mse_loss l1_loss kl_div dropout dropout1d "
+PLAIN = (
+    "setitem softmax log_softmax logsumexp cross_entropy nll_loss mse_loss l1_loss kl_div dropout dropout1d "
+)
 PLAIN = set(
     (PLAIN + "dropout2d dropout3d binary_cross_entropy_with_logits rand_like randn_like bernoulli").split()
 )
@@ -410,17 +434,23 @@ def relevance(
     target: labels (B,), whose logits are explained; weights (B, K) of a sum of logits (log-odds: +1 and -1);
     or a function of the output to scores (B,). epsilon, gamma, signed: as for `lrp`. input_rule: (low, high)
     of the pixels for rule (9) in the first layer. create_graph: for training through the heatmap. layers:
-    modules whose outputs' relevance is wanted as well; then a list, the heatmap first, takes its place. In a
-    network without biases, softmax and gates the relevance of an image sums to its score. Raises ValueError.
+    modules, each used once, whose outputs' relevance is wanted as well; then a list takes the heatmap's
+    place, the heatmap first and the others in the order asked for. In a network without biases, softmax and
+    gates the relevance of an image sums to its score. Raises ValueError for images that are no floats, an
+    output or a target of another shape, labels out of range.
     """
-    inner: list[Tensor] = []
-    with lrp(epsilon, gamma, signed) as rules:
+    if not images.is_floating_point() or not len(images):
+        raise ValueError(
+            f"relevance needs float images, at least one, not {images.dtype} {tuple(images.shape)}"
+        )
+    seen: dict[nn.Module, Tensor] = {}
+    with torch.enable_grad(), lrp(epsilon, gamma, signed) as rules:
         x = rules.watch(images)
         inputs = [x]
         if input_rule is not None:
             inputs += [torch.full_like(x, bound, requires_grad=True) for bound in input_rule]
             rules.box = inputs
-        hooks = [layer.register_forward_hook(lambda *call: inner.append(call[2])) for layer in layers]
+        hooks = [layer.register_forward_hook(lambda m, _, y: seen.update({m: y})) for layer in layers]
         try:
             output = rules.current(model(x))
         finally:
@@ -429,9 +459,10 @@ def relevance(
         if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(images):
             found = getattr(output, "shape", type(output))
             raise ValueError(f"relevance needs a model with output (B, K), not {found}")
-        outputs = [rules.current(t[0] if isinstance(t, tuple) else t) for t in inner]
-        gradients = rules.explain(_score(output, target), inputs + outputs, create_graph)
-    products = [x * g for x, g in zip(inputs + outputs, gradients)]
+        inner = [seen[layer] for layer in layers]
+        inner = [rules.current(t[0] if isinstance(t, tuple) else t) for t in inner]
+        gradients = rules.explain(_score(output, target), inputs + inner, create_graph)
+    products = [x * g for x, g in zip(inputs + inner, gradients)]
     heatmap = sum(products[: len(inputs)])
     return ([heatmap, *products[len(inputs) :]] if layers else heatmap), output
 
@@ -439,12 +470,20 @@ def relevance(
 def _score(output: Tensor, target: Tensor | Callable) -> Tensor:
     """The quantity (B,) to explain."""
     if callable(target):
-        return target(output)
-    if target.is_floating_point():
-        return (output * target).sum(dim=1)
-    if target.min() < 0 or target.max() >= output.shape[1]:
+        score = target(output)
+    elif target.is_floating_point():
+        if target.shape != output.shape:
+            raise ValueError(
+                f"weights {tuple(target.shape)} do not fit outputs {tuple(output.shape)}; labels: .long()"
+            )
+        score = (output * target).sum(dim=1)
+    elif target.min() < 0 or target.max() >= output.shape[1]:
         raise ValueError(f"target {target.tolist()} out of range: the model has {output.shape[1]} outputs")
-    return output.gather(1, target[:, None])[:, 0]
+    else:
+        score = output.gather(1, target[:, None])[:, 0]
+    if score.shape != (len(output),):
+        raise ValueError(f"a target must give one score an image, ({len(output)},), not {tuple(score.shape)}")
+    return score
 
 
 def background_loss(heatmap: Tensor, mask: Tensor, decay: float = 1.0, E: float = 1.0) -> Tensor:

@@ -58,6 +58,8 @@ def best_threshold(scores: Tensor, labels: Tensor) -> float:
         return 0.0
     positive = labels[~labels.isnan()][order].cumsum(dim=0)  # up to each score, in order
     right = positive[-1] - 2 * positive + torch.arange(1, len(scores) + 1)  # above it: yes, up to it: no
+    ends = F.pad(scores[1:] != scores[:-1], (0, 1), value=True)  # equal scores can't be parted
+    right = right.masked_fill(~ends, -1)
     best = int(right.argmax())
     if right[best] <= positive[-1]:
         return float(scores[0]) - 1  # yes to all

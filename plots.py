@@ -1,8 +1,8 @@
 """Pictures of what a model looks at, with one fixed colour scale, so that they can be compared.
 
 Attention is shown relative to a uniform map (1 = no preference, 8 = eight times its share), from 0 to SCALE,
-in every figure; no panel is stretched to its own maximum. Colours are Okabe and Ito's, which the colour-blind
-can tell apart.
+in every figure; relevance in units of its mean absolute value, from -SCALE to SCALE. No panel is stretched to
+its own maximum. Colours are Okabe and Ito's, which the colour-blind can tell apart.
 """
 
 from pathlib import Path

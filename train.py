@@ -29,7 +29,7 @@ from crops import random_crops
 from data import Data, load, select
 from dino import Collapse
 from evaluate import CannotMeasure, attention_of, build_encoder, flatten, flatten_classifier
-from evaluate import load_model, measure, measure_classifier, print_table
+from evaluate import heatmaps_of, load_encoder, measure, measure_classifier, print_table
 from phantom import FINDINGS
 from plots import curves, map_grid
 from pretrain import move_teacher, priors_over, self_distillation
@@ -42,7 +42,14 @@ DEFAULTS = {  # by --task, and to classify also by --backbone
     "resnet": {"lr": 2e-3, "lrp_gamma": 3.0},
 }
 TASKS = ["pretrain", "classify"]
-DEFAULTS["pretrain"] |= {"backbone": "vit", "lr": 2e-3, "embed_dim": 96, "depth": 4, "num_heads": 6}
+DEFAULTS["pretrain"] |= {
+    "backbone": "vit",
+    "lr": 2e-3,
+    "lrp_gamma": 0.0,
+    "embed_dim": 96,
+    "depth": 4,
+    "num_heads": 6,
+}
 DEFAULTS["classify"] |= {"backbone": "resnet", "embed_dim": 64, "depth": 3, "num_heads": 4}
 
 
@@ -91,9 +98,15 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, set[str]]:
     add("--clip-grad", type=float, default=3.0, help="largest norm of the gradient")
     parser.set_defaults(**DEFAULTS[parser.parse_args(argv).task])
     chosen = parser.parse_args(argv)
-    parser.set_defaults(**DEFAULTS[chosen.backbone] | DEFAULTS[chosen.task])
-    if chosen.task == "classify" and chosen.data == "phantom":
-        parser.set_defaults(findings=FINDINGS[:1])
+    if chosen.init:
+        before = vars(load_run(chosen.init)[0])
+        sizes = ("backbone", "img_size", "patch_size", "embed_dim", "depth", "num_heads")
+        parser.set_defaults(**{name: before[name] for name in sizes})
+        chosen = parser.parse_args(argv)
+    if chosen.task == "classify":
+        parser.set_defaults(**DEFAULTS[chosen.backbone])
+        if chosen.data == "phantom":
+            parser.set_defaults(findings=FINDINGS[:1])
     args = parser.parse_args(argv)
     untyped = argparse.Namespace(**dict.fromkeys(vars(args)))  # what is there already gets no default
     return args, {name for name, value in vars(parser.parse_args(argv, untyped)).items() if value is not None}
@@ -129,8 +142,8 @@ def add_task_flags(parser: argparse.ArgumentParser) -> None:
     add("--isnet", type=float, default=0.0, help="weight of the ISNet loss; 0 for a plain classifier")
     what = "the label's logit, a random one, or the least likely class's log-odds"
     add("--explain", type=str, choices=["label", "random", "selective"], default="selective", help=what)
-    where = "layers whose relevance is supervised besides the image's"
-    add("--isnet-layers", type=str, choices=["none", "last", "all"], default="all", help=where)
+    where = "supervise relevance and attention in inner layers, besides the image"
+    add("--isnet-layers", type=str, choices=["none", "all"], default="all", help=where)
     add("--isnet-decay", type=float, default=0.97, help="weight of the next largest background pixel")
     add("--isnet-e", type=float, default=0.1, help="E in u = h / (h + E); small ones punish traces, too")
     add("--lrp-epsilon", type=float, default=1e-2, help="the stabiliser of the rule")
@@ -189,6 +202,13 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--device {args.device} can't be used: {str(error).splitlines()[0]}") from None
 
 
+def check_idle(args: argparse.Namespace, typed: set[str]) -> None:
+    """Raise ValueError for typed flags that would do nothing, as those of ISNet without --isnet."""
+    idle = typed & {"explain", "isnet_layers", "isnet_decay", "isnet_e"}
+    if idle and not args.isnet and not args.resume:
+        raise ValueError(f"--{idle.pop().replace('_', '-')} does nothing without --isnet; add --isnet 1")
+
+
 def prepare(args: argparse.Namespace) -> tuple[dict[str, Data], str | None, nn.Module, Tensor, Any]:
     """Data by part, the sample's name, the model and the training images on the device, and what guides it:
     priors as from `lay_over` or None to pretrain, foreground masks (N, 1, S, S) or None to classify.
@@ -198,10 +218,6 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, Data], str | None, nn.M
     check(args)
     if args.device == "cpu":
         torch.set_flush_denormal(True)  # relevance fades into numbers that make a CPU crawl
-    if args.init:
-        config, checkpoint = load_run(Path(args.init))
-        for name in ("backbone", "img_size", "patch_size", "embed_dim", "depth", "num_heads"):
-            setattr(args, name, getattr(config, name))
     findings = (args.findings or ["all"]) if args.task == "classify" else None
     given = args.data, args.img_size, args.seed, args.train_images, args.sample, args.marker, findings
     parts, sample, notes = load(*given)
@@ -213,8 +229,7 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, Data], str | None, nn.M
     torch.manual_seed(args.seed)
     encoder = build_encoder(args, train.images.shape[1])
     if args.init:
-        encoder = load_model(Path(args.init), config, checkpoint, train)
-        encoder = encoder.encoder if config.task == "classify" else encoder
+        load_encoder(Path(args.init), encoder)
     if args.task == "classify":
         guides = foreground(args, train)
         model = Classifier(encoder, len(train.findings))
@@ -230,12 +245,11 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, Data], str | None, nn.M
 
 
 def foreground(args: argparse.Namespace, train: Data) -> Tensor | None:
-    """The union of the regions, (N, 1, S, S) bool, if --isnet needs it. Raises ValueError if it or labels
-    lack."""
+    """The union of the regions, (N, 1, S, S) bool, for --isnet. Raises ValueError without it, or labels."""
     if train.labels is None or train.labels.isnan().all():
-        raise ValueError(
-            f"--task classify: no training image of {args.data} has a label; see labels.csv in README"
-        )
+        raise ValueError(f"--task classify: no training image of {args.data} has a label; add labels.csv")
+    if not ((train.labels == 1).any(dim=0) & (train.labels == 0).any(dim=0)).any():
+        raise ValueError(f"--task classify: all training images of {args.data} have the same labels")
     if not args.isnet:
         return None
     if not train.has_masks.any():
@@ -313,9 +327,14 @@ def finish(
     metrics = {name: value for name, value in history[-1].items() if name != "epoch"}
     shown, masks = parts["test"] if parts["test"].names else parts["train"], None
     if args.task == "classify":
-        table, shown, maps = measure_classifier(args, model, {**parts, "test": shown})
-        metrics |= flatten_classifier(table)
-        print_table(table, mean=False)
+        try:
+            table, shown, maps = measure_classifier(args, model, parts)
+            metrics |= flatten_classifier(table)
+            print_table(table, mean=False)
+        except CannotMeasure as error:
+            print(error)
+            shown = select(shown, torch.arange(min(6, len(shown.names))))
+            maps = heatmaps_of(args, model, shown)
         picture, about = "heatmaps.png", "what the decision rests on"
         masks = shown.masks
     else:
@@ -332,6 +351,7 @@ def finish(
             )
             maps = {f"head {h}": attention[:, h] for h in range(args.num_heads)}
         picture, about = "attention.png", "where the heads look"
+    metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}  # NaN is no JSON
     write_whole(args.out / "metrics.json", metrics)
     images, maps = shown.images[:6].float() / 255, {title: m[:6] for title, m in maps.items()}
     map_grid(args.out / picture, images, masks, shown.regions, maps, signed=args.task == "classify")
@@ -342,9 +362,10 @@ def finish(
 def main(argv: list[str] | None = None) -> None:
     """The command line: exit status 0 when done, 1 for a failed training, 2 for unusable input."""
     argv = sys.argv[1:] if argv is None else argv
-    args, typed = parse(argv)
     try:
         try:
+            args, typed = parse(argv)
+            check_idle(args, typed)
             check_folder(args.out, args.resume, args.overwrite)
             args = resumed(args, typed) if args.resume else args
             parts, sample, model, images, guides = prepare(args)

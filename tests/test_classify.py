@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Generator, nan
 
 from classify import Classifier, classification_loss, exclusive, explained, isnet_losses, log_odds
-from classify import natural_range, objective, supervised_layers
+from classify import attention_seen, natural_range, objective, supervised_layers
 from resnet import ResNet
 from vit import ViT
 
@@ -63,8 +63,8 @@ def test_of_findings_one_logit_is_explained_the_label_s_if_one_is_present():
 @pytest.mark.parametrize("name", ENCODERS)
 def test_layers_to_supervise_exist_in_every_encoder(name):
     encoder = ENCODERS[name]()
-    none, last, layers = (supervised_layers(encoder, which) for which in ("none", "last", "all"))
-    assert none == [] and last == layers[-1:] and len(layers) > 3
+    none, layers = (supervised_layers(encoder, which) for which in ("none", "all"))
+    assert none == [] and len(layers) > 3
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -100,9 +100,7 @@ def test_training_with_isnet_leaves_a_plain_model_behind():
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
     assert str(model) == str(before)
     x = torch.rand(2, 1, 16, 16)
-    assert (
-        torch.equal(model.eval()(x), before.eval().requires_grad_(False)(x)) is False
-    )  # BatchNorm has moved
+    assert not torch.equal(model.eval()(x), before.eval()(x))  # BatchNorm has moved
     before.load_state_dict(model.state_dict())
     assert torch.equal(model(x), before(x))
 
@@ -117,3 +115,39 @@ def test_c1_and_c2_are_found_from_the_images_with_masks_and_leave_the_model_as_i
     c1, c2 = natural_range(model, images, masks, labels, SETTINGS)
     assert 0 < c1 < c2 and (c1, c2) == natural_range(model, images, masks, labels, SETTINGS)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_what_the_cls_token_and_all_tokens_look_at_in_each_block_is_seen_and_can_be_trained_through():
+    encoder = ViT(16, 4, 1, 12, 2, 3)
+    images = torch.rand(2, 1, 16, 16)
+    maps = encoder.attention_maps(images)  # (B, depth, heads, T, T)
+    with attention_seen(encoder) as seen:
+        encoder(images)
+    assert len(seen) == 4 and all(not m._forward_pre_hooks for m in encoder.modules())
+    for block in range(2):
+        torch.testing.assert_close(seen[2 * block], maps[:, block, :, 0].transpose(1, 2))
+        torch.testing.assert_close(seen[2 * block + 1], maps[:, block].mean(dim=2).transpose(1, 2))
+    seen[2].square().sum().backward()
+    assert encoder.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
+    with attention_seen(ResNet(1, 16)) as seen:
+        assert seen == []
+
+
+def test_attention_to_the_background_costs_even_if_it_carries_no_relevance():
+    """A token that draws attention off all others, with a value of 0, has no relevance; the loss sees it."""
+    torch.manual_seed(0)
+    model, mask = Classifier(ViT(16, 4, 1, 12, 1, 3), 1), torch.zeros(2, 1, 16, 16)
+    mask[:, :, :, 4:] = 1
+    losses = []
+    for strength in (0.0, 30.0):  # of the first head's attention to the patch in the upper left
+        with torch.no_grad():
+            q, k = model.encoder.blocks[0].attn.qkv.bias[:4], model.encoder.blocks[0].attn.qkv.bias[12:16]
+            q.fill_(strength)
+            model.encoder.pos_embed.zero_()
+            model.encoder.pos_embed[0, 1] = (
+                model.encoder.blocks[0].attn.qkv.weight[12:16].sum(dim=0) * strength
+            )
+        losses.append(
+            isnet_losses(model, torch.zeros(2, 1, 16, 16), mask, torch.ones(2, 1), SETTINGS)[0].sum()
+        )
+    assert losses[1] > losses[0] + 0.5

@@ -511,7 +511,7 @@ def test_a_faulty_table_is_refused_with_its_line(folder, text, line, words):
 # The marker
 
 
-def test_the_marker_agrees_with_the_first_finding_as_often_as_asked_and_is_removed_and_flipped_in_test_images():
+def test_the_marker_agrees_as_often_as_asked_and_is_removed_and_flipped_in_test_images():
     bare, _, _ = load("phantom", 64, seed=1, train_images=200, findings=["nodule", "opacity"])
     for agreement in (1.0, 0.8):
         parts, _, _ = load("phantom", 64, 1, 200, marker=agreement, findings=["nodule", "opacity"])

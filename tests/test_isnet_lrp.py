@@ -407,5 +407,60 @@ def test_what_does_not_fit_is_refused():
         relevance(nn.Flatten(), images, torch.tensor([0, 9]))
     with pytest.raises(ValueError, match=r"output \(B, K\)"):
         relevance(nn.Identity(), images, torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match=r"labels: \.long\(\)"):
+        relevance(nn.Flatten(), images, torch.tensor([0.0, 1.0]))
+    with pytest.raises(ValueError, match="one score an image"):
+        relevance(nn.Flatten(), images, lambda output: output)
+    with pytest.raises(ValueError, match="float images"):
+        relevance(nn.Flatten(), images.to(torch.uint8), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="must not be negative"):
         lrp(epsilon=-1.0)
+
+
+CALLS = {
+    "linear, no bias": lambda x, w: F.linear(x, w, bias=None),
+    "linear, named": lambda x, w: F.linear(input=x, weight=w),
+    "convolution": lambda x, w: F.conv1d(x[:, :, None], w[:, :, None], bias=None, stride=1)[:, :, 0],
+    "times ones": lambda x, w: F.linear(x, w) * torch.ones_like(x[:, :3]),
+    "times a detached norm": lambda x, w: F.linear(x, w) * (1 / x.detach().norm()),
+    "written into": lambda x, w: F.linear(
+        torch.zeros(4, 6, dtype=x.dtype).index_copy(1, torch.arange(6), x), w
+    ),
+    "attention": lambda x, w: F.scaled_dot_product_attention(
+        query=torch.ones(4, 1, 2, dtype=x.dtype),
+        key=torch.ones(4, 1, 2, dtype=x.dtype),
+        value=F.linear(x, w)[:, None],
+    )[:, 0],
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_however_an_operation_is_called_the_relevance_is_conserved(name):
+    w, x = torch.randn(3, 6, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
+    R, output = relevance(lambda x: CALLS[name](x, w), x, torch.tensor([0, 1, 2, 0]), 1e-10)
+    logit = output.gather(1, torch.tensor([0, 1, 2, 0])[:, None])[:, 0]
+    torch.testing.assert_close(R.sum(dim=1), logit, rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_written_into_a_tensor_is_followed():
+    def model(x, through):
+        canvas = torch.zeros_like(x)
+        if through == "setitem":
+            canvas[:, :4] = x[:, :4]
+        else:
+            canvas[:, :4].copy_(x[:, :4])
+        return F.gelu(canvas)
+
+    x, target = torch.randn(3, 6), torch.tensor([0, 1, 2])
+    for through in ("setitem", "copy_"):
+        R, output = relevance(lambda x: model(x, through), x, target)
+        torch.testing.assert_close(R.sum(dim=1), output.gather(1, target[:, None])[:, 0])
+
+
+def test_inner_relevance_comes_in_the_order_asked_for_and_without_gradients_switched_on():
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    with torch.no_grad():
+        (R, second, first), _ = relevance(
+            model, torch.rand(2, 6), torch.tensor([0, 1]), layers=[model[2], model[0]]
+        )
+    assert R.shape == (2, 6) and second.shape == (2, 3) and first.shape == (2, 5)

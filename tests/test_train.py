@@ -349,7 +349,8 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
 
 # Classification
 
-SMALL = "--task classify --train-images 32 --embed-dim 16 --depth 1 --num-heads 2 --batch-size 8 --epochs 2".split()
+SMALL = "--task classify --train-images 32 --embed-dim 16 --depth 1 --num-heads 2 --batch-size 8"
+SMALL = f"{SMALL} --epochs 2".split()
 
 
 @pytest.mark.parametrize("backbone", ["resnet", "vit"])
@@ -433,4 +434,38 @@ def test_what_a_classifier_lacks_is_said_in_one_line(tmp_path, capsys):
     assert "finding `gout` is not in" in refused(capsys, *folder, "--findings", "gout")
     assert "--lrp-gamma -1" in refused(capsys, *SMALL, "--lrp-gamma", "-1")
     assert "need --task classify" in refused(capsys, "--isnet", "1")
+    assert "--isnet-decay does nothing without --isnet" in refused(capsys, *SMALL, "--isnet-decay", "0.9")
+    (tmp_path / "data" / "labels.csv").write_text(
+        "file,label\n" + "\n".join(f"{n}.png,cat" for n in "abcdefghij")
+    )
+    assert "have the same labels" in refused(capsys, *folder)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_classifier_may_start_from_a_pretrained_encoder_in_its_sizes(run, tmp_path, capsys):
+    argv = ["--task", "classify", "--train-images", "16", "--epochs", "1", "--lr", "1e-9", "--init", str(run)]
+    train.main([*argv, "--out", str(tmp_path / "run")])
+    config, checkpoint = load_run(tmp_path / "run")
+    assert (config.backbone, config.embed_dim, config.lrp_gamma) == ("vit", 24, 0.0)
+    before = load_run(run)[1]["model"]["student.blocks.0.attn.qkv.weight"]
+    torch.testing.assert_close(checkpoint["model"]["encoder.blocks.0.attn.qkv.weight"], before)
+    capsys.readouterr()
+    assert "encoder of other sizes" in refused(
+        capsys, *argv, "--embed-dim", "12", "--out", str(tmp_path / "no")
+    )
+
+
+def test_without_labelled_test_images_a_classifier_is_trained_but_not_measured(tmp_path, capsys):
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    rows = ["file,label,split"]
+    for i, name in enumerate("abcdefgh"):
+        Image.new("L", (16, 16), 30 * i).save(tmp_path / "data" / "images" / f"{name}.png")
+        rows.append(f"{name}.png,{'cat' if i % 2 else 'dog'},train")
+    (tmp_path / "data" / "labels.csv").write_text("\n".join(rows))
+    argv = "--task classify --img-size 16 --embed-dim 8 --epochs 1 --batch-size 4".split()
+    train.main([*argv, "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")])
+    assert "AUC can't be measured" in capsys.readouterr().out
+    assert "auc_same" not in json.loads((tmp_path / "run" / "metrics.json").read_text())
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([str(tmp_path / "run")])
+    assert stop.value.code == 2 and "AUC can't be measured" in capsys.readouterr().err
