@@ -203,10 +203,12 @@ def objective(
         inside, target = masks[index].float(), explained(known, one_class, args.explain, generator)
         background, heatmap, logits = isnet_losses(model, x, inside, target, args)
         foreground = foreground_loss(heatmap, inside, c1, c2, hybrid=True)
+        has_mask = inside.flatten(1).any(dim=1)  # the others have no background loss either
+        share = has_mask / has_mask.sum().clamp(min=1)
         parts = {
             "classification": classification_loss(logits, known, one_class),
-            "background": background.mean(),
-            "foreground": (foreground * inside.flatten(1).any(dim=1)).mean(),
+            "background": (background * share).sum(),
+            "foreground": (foreground * share).sum(),
         }
         loss = parts["classification"] + args.isnet * (parts["background"] + parts["foreground"])
         return loss, {"loss": loss.detach(), **{name: part.detach() for name, part in parts.items()}}

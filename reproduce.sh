@@ -35,7 +35,7 @@ classifiers() {
         common="--task classify --seed $seed --findings all"
         echo "unmarked_findings-$seed $common"
         echo "plain_findings-$seed $common --marker 1"
-        echo "isnet_findings-$seed $common --marker 1 --isnet 1"
+        echo "isnet_findings-$seed $common --marker 1 --isnet 1 --epochs 22"
     done
     common="--task classify --seed 0 --marker 1 --isnet 1"
     echo "pixels_only-0 $common --isnet-layers none"
@@ -57,5 +57,5 @@ export -f run
 (classifiers; experiments) | xargs -P 2 -L 1 bash -c 'run "$@"' _
 [ -f results/benchmark.json ] || python benchmark.py --json results/benchmark.json
 python evaluate.py runs/span-0 runs/dino-0 && cp runs/span-0/compare.png results/
-python evaluate.py runs/{isnet_resnet,plain_resnet,pixels_only,epsilon_rule}-0 && cp runs/isnet_resnet-0/compare.png results/isnet.png
+python evaluate.py runs/{isnet_resnet,plain_resnet,pixels_only,one_logit}-0 && cp runs/isnet_resnet-0/compare.png results/isnet.png
 python tables.py runs

@@ -132,11 +132,12 @@ def shortcut(runs: dict) -> str:
         ("ResNet, 4 findings, plain", "plain_findings"),
         ("**ResNet, 4 findings, ISNet**", "isnet_findings"),
     ):
-        sets = ["same"] * 3 if experiment.startswith("unmarked") else ["same", "removed", "flipped"]
-        names = [f"auc_{name}_enlarged_heart" for name in sets] + ["relevance_share_same"]
-        found = [list(points(runs, experiment, name).values()) for name in names]
-        if found[0]:
-            rows.append([title, *map(spread, found), str(len(found[0]))])
+        sets = ["same"] if experiment.startswith("unmarked") else ["same", "removed", "flipped"]
+        found = [list(points(runs, experiment, f"auc_{name}_enlarged_heart").values()) for name in sets]
+        share = list(points(runs, experiment, "relevance_share_same").values())
+        if share:
+            cells = [*map(spread, found), "", ""][:3]
+            rows.append([title, *cells, spread(share), str(len(share))])
     header = ["enlarged heart: AUC, %", "marker as in training", "removed", "flipped"]
     return markdown([*header, "relevance in lungs and heart, %", "seeds"], rows)
 

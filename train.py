@@ -152,8 +152,9 @@ def add_task_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def by_task(name: str) -> str:
-    """The defaults of a setting, for --help."""
+    """The defaults of a setting, for --help; those by --backbone are for classification."""
     found = {key: values[name] for key, values in DEFAULTS.items() if name in values}
+    found = {key if key in TASKS else f"classify {key}": value for key, value in found.items()}
     return " (default: " + ", ".join(f"{key} {value}" for key, value in found.items()) + ")"
 
 
@@ -216,7 +217,7 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, Data], str | None, nn.M
     Raises ValueError for all that a user can get wrong; nothing is written before it returns.
     """
     check(args)
-    if args.device == "cpu":
+    if args.task == "classify" and args.device == "cpu":
         torch.set_flush_denormal(True)  # relevance fades into numbers that make a CPU crawl
     findings = (args.findings or ["all"]) if args.task == "classify" else None
     given = args.data, args.img_size, args.seed, args.train_images, args.sample, args.marker, findings
