@@ -51,7 +51,7 @@ def phantom(n: int, seed: int, img_size: int = 64, device: str = "cpu") -> tuple
 def stamp(images: Tensor, present: Tensor) -> Tensor:
     """Copies of images (n, C, S, S) uint8 with a bright L in the upper right corner, where present (n,) bool.
 
-    The L is a tenth of the width, at the same place in all images, beside nearly all bodies' lungs and hearts.
+    The L is a tenth of the width, at the same place in all images; few lungs or hearts reach it.
     """
     size = round(images.shape[-1] * 6 / 64)
     stroke, margin = max(1, size // 3), max(1, size // 3)
