@@ -72,12 +72,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, set[str]]:
     add("--data", type=str, default="phantom", help="phantom (drawn chest X-rays), or a folder of images")
     add("--train-images", type=int, help=f"how many phantoms to draw for training{by_task('train_images')}")
     add("--img-size", type=int, default=64, help="pixels a side that images are resized to")
-    add(
-        "--findings",
-        type=str,
-        nargs="+",
-        help="those to classify, or all (default: phantom enlarged heart, else all)",
-    )
+    add("--findings", type=str, nargs="+", help="to classify, or all (default: phantom one, else all)")
     add("--marker", type=float, help="share of phantoms whose marker agrees with the first finding")
     add("--sample", type=str, help="name of the labelled image (default: the first that has all masks)")
     add_task_flags(parser)
@@ -121,13 +116,7 @@ def add_task_flags(parser: argparse.ArgumentParser) -> None:
     add("--no-follow", dest="follow", action="store_false", help="let priors stay while crops move")
     add("--prior-blur", type=float, default=0.025, help="sigma, as a share of the image's width")
     add("--span-weight", type=float, default=3.0, help="of the SPAN loss beside DINO's")
-    add(
-        "--span-loss",
-        type=str,
-        choices=["kl", "mse", "dice"],
-        default="kl",
-        help="distance from prior to attention",
-    )
+    add("--span-loss", type=str, choices=["kl", "mse", "dice"], default="kl", help="prior to attention")
     add("--span-layer", type=int, default=-1, help="the block whose heads are guided, -1 the last")
     add = parser.add_argument_group("DINO").add_argument
     add("--out-dim", type=int, default=256, help="prototypes; hundreds for thousands of images")
