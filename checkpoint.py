@@ -114,7 +114,8 @@ def load_run(folder: Path) -> tuple[argparse.Namespace, dict]:
         config["command"], config["task"], checkpoint["model"], checkpoint["history"]  # what every run has
         return argparse.Namespace(**config), checkpoint
     except OSError as error:
-        raise ValueError(f"{folder} is not a run of train.py: {error.filename} cannot be read") from None
+        unread = error.filename or folder / "last.pt"  # torch names no file that it finds cut off
+        raise ValueError(f"{folder} is not a run of train.py: {unread} cannot be read") from None
     except Exception as error:  # a damaged or foreign file fails in the unpickler in many ways
         reason = " ".join(str(error).split())[:120]
         raise ValueError(f"{folder}: config.json or last.pt is damaged ({reason})") from None

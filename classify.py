@@ -8,7 +8,7 @@ trains it with a heatmap beside each prediction and punishes relevance outside a
 and needs the masks no more once it is trained. What hides a shortcut from these losses, and what finds it, is
 told in `isnet_lrp.py`. A ViT can hide it in its attention, too: the marker's token draws a head's attention
 off all others and adds nothing itself, so that what is missing tells the label. The softmax is saturated
-there and the token's value zero: no relevance, by any rule. So attention is judged by this loss as well.
+there and the token's value zero: no relevance, by the rules here. So this loss judges attention as well.
 
 Labels are multi-hot: findings, each present or not by itself (a sigmoid each), or classes, of which each
 image has one (a softmax). Next to read: `train.py`.
@@ -63,8 +63,8 @@ def explained(labels: Tensor, one_class: bool, explain: str, generator: Generato
     """What to explain of each image, as a target for `relevance`.
 
     Of classes: the logit of the label, of a random class, or ("selective") the log-odds of the class that the
-    model holds least likely. A finding's logit is its log-odds already; so of
-    findings one is drawn, for "label" among those that are present if there are any.
+    model holds least likely. A finding's logit is its log-odds already; so of findings one is drawn, for
+    "label" among those that are present if there are any.
     """
     K = labels.shape[1]
     if one_class and explain == "selective":
@@ -94,6 +94,11 @@ def supervised_layers(encoder: nn.Module, which: str) -> list[nn.Module]:
     return layers if which == "all" else []
 
 
+def rule(args: argparse.Namespace) -> dict[str, float | bool]:
+    """The relevance rule that the settings ask for, as arguments of `relevance`."""
+    return {"epsilon": args.lrp_epsilon, "gamma": args.lrp_gamma, "signed": True}
+
+
 def isnet_losses(
     model: Classifier, images: Tensor, masks: Tensor, target: Tensor | Callable, args: argparse.Namespace
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,9 +109,8 @@ def isnet_losses(
     background if it covers no foreground at all.
     """
     layers = supervised_layers(model.encoder, args.isnet_layers)
-    rule = {"epsilon": args.lrp_epsilon, "gamma": args.lrp_gamma, "signed": True}
     with attention_seen(model.encoder if layers else None) as attention:
-        heatmaps, logits = relevance(model, images, target, **rule, create_graph=True, layers=layers)
+        heatmaps, logits = relevance(model, images, target, **rule(args), create_graph=True, layers=layers)
     heatmap, *inner = heatmaps if layers else [heatmaps]
     loss = background_loss(heatmap, masks, args.isnet_decay, args.isnet_e)
     for maps in (inner, attention):
@@ -121,8 +125,10 @@ def isnet_losses(
 
 @contextmanager
 def attention_seen(encoder: nn.Module | None) -> Iterator[list[Tensor]]:
-    """Collects, for each attention layer of an encoder that runs meanwhile, (B, T, heads) twice: how much the
-    CLS token looks at each token, and how much all tokens do on average."""
+    """Collects two maps (B, T, heads) for each attention layer of an encoder that runs meanwhile.
+
+    They say how much the CLS token looks at each token, and how much all tokens do on average.
+    """
     seen: list[Tensor] = []
 
     def look(attention: Attention, inputs: tuple[Tensor]) -> None:
@@ -151,9 +157,8 @@ def natural_range(
     plain, generator = copy.deepcopy(model).train(), Generator().manual_seed(args.seed)
     optimizer, one_class = torch.optim.AdamW(plain.parameters(), lr=args.lr), exclusive(labels)
     for _ in range(WARM_UP):
-        for index in (
-            torch.randperm(len(images), generator=generator).to(images.device).split(args.batch_size)
-        ):
+        order = torch.randperm(len(images), generator=generator).to(images.device)
+        for index in order.split(args.batch_size):
             if len(index) == 1:  # has no variance to normalise by
                 continue
             loss = classification_loss(plain(prepared(images[index])), labels[index], one_class)
@@ -164,8 +169,7 @@ def natural_range(
     total = []
     for index in masks.flatten(1).any(dim=1).nonzero()[:512, 0].split(64):
         target = explained(labels[index], one_class, args.explain, generator)
-        rule = {"epsilon": args.lrp_epsilon, "gamma": args.lrp_gamma, "signed": True}
-        heatmap, _ = relevance(plain, prepared(images[index]), target, **rule)
+        heatmap, _ = relevance(plain, prepared(images[index]), target, **rule(args))
         total.append(heatmap.detach().abs().sum(dim=(1, 2, 3)))
     mean, sd = torch.cat(total).mean().item(), torch.cat(total).std(correction=0).item()
     c1, c2 = max(mean / 5, mean - 3 * sd), mean + 3 * sd

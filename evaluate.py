@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from attention_priors import align, bend, blurred, carry, follow, priors_from_masks, priors_from_statistics
 from checkpoint import load_run
-from classify import Classifier, exclusive, log_odds, prepared
+from classify import Classifier, exclusive, log_odds, prepared, rule
 from data import Data, load, normalise, select
 from isnet_lrp import relevance
 from metrics import auc, best_threshold, localisation_ap, relevance_share
@@ -195,7 +195,7 @@ def measure_classifier(
     order = torch.argsort(test.labels[:, first].nan_to_num(), descending=True, stable=True)
     n = min(n_images, len(order))
     shown = select(test, torch.cat([order[: n - n // 3], order[len(order) - n // 3 :]]))
-    return table, shown, heatmaps_of(config, model, shown)
+    return table, shown, heatmaps_of(config, model, shown.images, one_class)
 
 
 @torch.no_grad()
@@ -220,13 +220,15 @@ def relevance_of(config: argparse.Namespace, model: Classifier, images: Tensor, 
         return log_odds(logits, likeliest if logits.shape[1] > 2 else torch.ones_like(likeliest))
 
     model.eval()
-    rule = {"epsilon": config.lrp_epsilon, "gamma": config.lrp_gamma, "signed": True}
-    return torch.cat([relevance(model, prepared(x), target, **rule)[0].detach() for x in images.split(BATCH)])
+    heatmaps = (relevance(model, prepared(x), target, **rule(config))[0] for x in images.split(BATCH))
+    return torch.cat([R.detach() for R in heatmaps])
 
 
-def heatmaps_of(config: argparse.Namespace, model: Classifier, data: Data) -> dict[str, Tensor]:
-    """Heatmaps in units of their mean size, for a picture: {title: (M, S, S)}."""
-    R = relevance_of(config, model, data.images, exclusive(data.labels)).sum(dim=1)
+def heatmaps_of(
+    config: argparse.Namespace, model: Classifier, images: Tensor, one_class: bool
+) -> dict[str, Tensor]:
+    """Heatmaps of images (M, C, S, S) in units of their mean size, for a picture: {title: (M, S, S)}."""
+    R = relevance_of(config, model, images, one_class).sum(dim=1)
     return {"relevance": R / R.abs().mean(dim=(1, 2), keepdim=True).clamp_min(1e-30)}
 
 
@@ -268,7 +270,7 @@ def load_model(run: Path, config: argparse.Namespace, checkpoint: dict, train: D
     """The encoder (of the student) or the classifier of a run. Raises ValueError if it doesn't fit."""
     encoder = build_encoder(config, train.images.shape[1])
     if config.task == "pretrain":
-        load_encoder(run, encoder)
+        load_encoder(run, config, checkpoint, encoder)
         return encoder
     model = Classifier(encoder, len(train.findings))
     try:
@@ -278,9 +280,8 @@ def load_model(run: Path, config: argparse.Namespace, checkpoint: dict, train: D
     return model
 
 
-def load_encoder(run: Path, encoder: nn.Module) -> None:
+def load_encoder(run: Path, config: argparse.Namespace, checkpoint: dict, encoder: nn.Module) -> None:
     """Load a run's encoder, of a student or a classifier. Raises ValueError if it has other sizes."""
-    config, checkpoint = load_run(run)
     prefix = "student." if config.task == "pretrain" else "encoder."
     weights = {k.removeprefix(prefix): v for k, v in checkpoint["model"].items() if k.startswith(prefix)}
     try:
@@ -295,8 +296,8 @@ def compare(runs: list[Path], n_images: int) -> None:
     """Measure runs on the same test images, print them side by side, write compare.png into the first."""
     columns, pictures, source = {}, {}, None
     short = {run: run.name if len({r.name for r in runs}) == len(runs) else str(run) for run in runs}
-    for run in runs:
-        config, checkpoint = load_run(run)
+    loaded = {run: load_run(run) for run in runs}
+    for run, (config, checkpoint) in loaded.items():
         wanted = {"data": config.data, "img_size": config.img_size, "sample": config.sample}
         wanted |= {
             "findings": config.findings or ["all"] if config.task == "classify" else None,
@@ -306,7 +307,7 @@ def compare(runs: list[Path], n_images: int) -> None:
             wanted |= {"seed": config.seed, "train_images": config.train_images}
         if source is None:
             source, first = wanted, config
-            markers = {m for m in (load_run(r)[0].marker for r in runs) if m is not None}
+            markers = {other.marker for other, _ in loaded.values()} - {None}
             if len(markers) > 1:
                 raise ValueError(
                     f"the runs have markers of {sorted(markers)}: compare runs on the same images"
@@ -320,8 +321,8 @@ def compare(runs: list[Path], n_images: int) -> None:
             )
         model = load_model(run, config, checkpoint, parts["train"])
         if config.task == "classify":
-            for rule in ("lrp_epsilon", "lrp_gamma"):  # the first run's, so that heatmaps can be compared
-                setattr(config, rule, getattr(first, rule))
+            # By the first run's rule, so that heatmaps can be compared.
+            config.lrp_epsilon, config.lrp_gamma = first.lrp_epsilon, first.lrp_gamma
             table, shown, maps = measure_classifier(config, model, parts, n_images)
         else:
             table, maps = measure(config, model, parts, sample)

@@ -28,7 +28,8 @@ What has no rule keeps its gradient; that is right for whatever is straight alon
 input (reshape, sum, max, ReLU ...), which is tried out, and anything else is named in a warning, once. Linear
 operations other than those in LAYERS and RULES (einsum ...) are among them: (2) with eps = 0, whatever gamma.
 
-A network can satisfy the loss and keep its shortcut; each part closes one way out:
+A network can satisfy the loss and keep its shortcut; each part is meant to close one way out, and the README
+measures what happens without it:
 
     a small marker is averaged away        pool by rank (decay < 1); count traces (small E)
     the foreground's relevance is inflated the foreground loss
@@ -115,7 +116,7 @@ class _Scale(torch.autograd.Function):
 
 
 class _Variance(torch.autograd.Function):
-    """The variance (C,) of x (B, C, ...) around its mean (C,); torch.var takes five times as long."""
+    """The variance (C,) of x (B, C, ...) around its mean (C,), which keeps only x for the way back."""
 
     @staticmethod
     def forward(ctx, x: Tensor, mean: Tensor) -> Tensor:
@@ -336,7 +337,7 @@ def _group_norm(rules: lrp, func, input, num_groups, weight=None, bias=None, eps
 
 
 def _batch_norm(
-    rules,
+    rules: lrp,
     func,
     input,
     running_mean,
@@ -401,12 +402,9 @@ RULES = {
     "scaled_dot_product_attention": _attention,
 }
 # Not straight, but meant to keep their gradient: softmax, losses, and what draws random numbers.
-PLAIN = (
-    "setitem softmax log_softmax logsumexp cross_entropy nll_loss mse_loss l1_loss kl_div dropout dropout1d "
-)
-PLAIN = set(
-    (PLAIN + "dropout2d dropout3d binary_cross_entropy_with_logits rand_like randn_like bernoulli").split()
-)
+PLAIN = set("softmax log_softmax logsumexp cross_entropy nll_loss mse_loss l1_loss kl_div bernoulli".split())
+PLAIN |= set("binary_cross_entropy_with_logits dropout dropout1d dropout2d dropout3d".split())
+PLAIN |= {"rand_like", "randn_like", "setitem"}
 IN_PLACE = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div"}
 COMPOSITE = {"multi_head_attention_forward", "normalize"}  # Python functions of operations that have rules
 

@@ -23,8 +23,8 @@ import torch
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-from classify import Classifier, objective
 from checkpoint import check_folder, load_run, restore, resumed, save, start, write_whole
+from classify import Classifier, exclusive, objective
 from crops import random_crops
 from data import Data, load, select
 from dino import Collapse
@@ -35,22 +35,15 @@ from plots import curves, map_grid
 from pretrain import move_teacher, priors_over, self_distillation
 from ssl import DINO  # the doorway ssl.py in this folder, which leaves Python's own ssl as it was
 
+TASKS = ["pretrain", "classify"]
 DEFAULTS = {  # by --task, and to classify also by --backbone
-    "pretrain": {"out": Path("runs/span"), "epochs": 15, "batch_size": 64, "train_images": 1500},
-    "classify": {"out": Path("runs/classifier"), "epochs": 10, "batch_size": 16, "train_images": 3000},
+    "pretrain": {"out": Path("runs/span"), "epochs": 15, "batch_size": 64, "train_images": 1500}
+    | {"backbone": "vit", "embed_dim": 96, "depth": 4, "num_heads": 6, "lr": 2e-3, "lrp_gamma": 0.0},
+    "classify": {"out": Path("runs/classifier"), "epochs": 10, "batch_size": 16, "train_images": 3000}
+    | {"backbone": "resnet", "embed_dim": 64, "depth": 3, "num_heads": 4},
     "vit": {"lr": 5e-4, "lrp_gamma": 0.0},
     "resnet": {"lr": 2e-3, "lrp_gamma": 3.0},
 }
-TASKS = ["pretrain", "classify"]
-DEFAULTS["pretrain"] |= {
-    "backbone": "vit",
-    "lr": 2e-3,
-    "lrp_gamma": 0.0,
-    "embed_dim": 96,
-    "depth": 4,
-    "num_heads": 6,
-}
-DEFAULTS["classify"] |= {"backbone": "resnet", "embed_dim": 64, "depth": 3, "num_heads": 4}
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, set[str]]:
@@ -200,9 +193,9 @@ def check_idle(args: argparse.Namespace, typed: set[str]) -> None:
 
 
 def prepare(args: argparse.Namespace) -> tuple[dict[str, Data], str | None, nn.Module, Tensor, Any]:
-    """Data by part, the sample's name, the model and the training images on the device, and what guides it:
-    priors as from `lay_over` or None to pretrain, foreground masks (N, 1, S, S) or None to classify.
+    """Data by part, the sample's name, model and training images on the device, and what guides the model.
 
+    That is priors as from `lay_over` or None to pretrain, foreground masks (N, 1, S, S) or None to classify.
     Raises ValueError for all that a user can get wrong; nothing is written before it returns.
     """
     check(args)
@@ -219,7 +212,7 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, Data], str | None, nn.M
     torch.manual_seed(args.seed)
     encoder = build_encoder(args, train.images.shape[1])
     if args.init:
-        load_encoder(Path(args.init), encoder)
+        load_encoder(Path(args.init), *load_run(Path(args.init)), encoder)
     if args.task == "classify":
         guides = foreground(args, train)
         model = Classifier(encoder, len(train.findings))
@@ -324,7 +317,7 @@ def finish(
         except CannotMeasure as error:
             print(error)
             shown = select(shown, torch.arange(min(6, len(shown.names))))
-            maps = heatmaps_of(args, model, shown)
+            maps = heatmaps_of(args, model, shown.images, exclusive(parts["train"].labels))
         picture, about = "heatmaps.png", "what the decision rests on"
         masks = shown.masks
     else:
