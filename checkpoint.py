@@ -111,7 +111,7 @@ def load_run(folder: Path) -> tuple[argparse.Namespace, dict]:
     try:
         config = json.loads((folder / "config.json").read_text())
         checkpoint = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
-        config["command"], config["task"], checkpoint["model"], checkpoint["history"]  # what every run has
+        config["command"], config["pool"], checkpoint["model"], checkpoint["history"]  # what every run has
         return argparse.Namespace(**config), checkpoint
     except OSError as error:
         unread = error.filename or folder / "last.pt"  # torch names no file that it finds cut off

@@ -3,12 +3,14 @@
 A classifier takes what predicts the label, a hospital's marker as gladly as a heart. ISNet (`isnet_lrp.py`)
 trains it with a heatmap beside each prediction and punishes relevance outside a mask,
 
-    L = L_class + weight (L_bg(image) + mean of L_bg(inner layers) + mean of L_bg(attention) + L_fg(image)),
+    L = L_class + weight (L_bg(image) + mean of L_bg(inner layers) + mean of L_span(attention) + L_fg(image)),
 
 and needs the masks no more once it is trained. What hides a shortcut from these losses, and what finds it, is
-told in `isnet_lrp.py`. A ViT can hide it in its attention, too: the marker's token draws a head's attention
-off all others and adds nothing itself, so that what is missing tells the label. The softmax is saturated
-there and the token's value zero: no relevance, by the rules here. So this loss judges attention as well.
+told in `isnet_lrp.py`. A ViT hides it in its attention, too: the marker's token draws a head's attention off
+all others and adds nothing itself, so that what is missing tells the label. The softmax is saturated there
+and the token's value zero: no relevance, by the rules here. Punishing attention outside the mask by L_bg
+finds that, but is met by attention saturated on one or two patches, from which nothing more can be learned.
+So attention is guided as in SPAN (`attention_priors.py`), toward all of the foreground alike.
 
 Labels are multi-hot: findings, each present or not by itself (a sigmoid each), or classes, of which each
 image has one (a softmax). Next to read: `train.py`.
@@ -24,8 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from attention_priors import span_loss
 from data import normalise
 from isnet_lrp import background_loss, foreground_loss, relevance
+from relvit import patch_views
 from vit import Attention, Block, PatchEmbed
 
 WARM_UP = 5  # epochs of a plain classifier, before its range of relevance is taken
@@ -84,14 +88,14 @@ def log_odds(logits: Tensor, classes: Tensor) -> Tensor:
 
 
 def supervised_layers(encoder: nn.Module, which: str) -> list[nn.Module]:
-    """The modules whose outputs' relevance is supervised besides the image's: none or all.
+    """The modules whose outputs' relevance is supervised besides the image's, unless `which` is none.
 
     All normalisations, so that the units within a block are among them, and the patches and blocks of a ViT.
     """
     layers = [
         m for m in encoder.modules() if isinstance(m, (nn.BatchNorm2d, nn.LayerNorm, PatchEmbed, Block))
     ]
-    return layers if which == "all" else []
+    return [] if which == "none" else layers
 
 
 def rule(args: argparse.Namespace) -> dict[str, float | bool]:
@@ -105,39 +109,50 @@ def isnet_losses(
     """The background losses (B,), the image's heatmap (B, C, H, W) and the logits (B, K), to train through.
 
     masks (B, 1, H, W), 1 in the foreground. To the background loss of the heatmap come the mean of those of
-    the supervised layers' relevance and the mean of those of a ViT's attention, where a position counts as
-    background if it covers no foreground at all.
+    the supervised layers' relevance, where a position counts as background if it covers no foreground at all,
+    and the mean SPAN loss of the attention, whose prior is even over the positions that cover some.
     """
     layers = supervised_layers(model.encoder, args.isnet_layers)
-    with attention_seen(model.encoder if layers else None) as attention:
+    with attention_seen(model.encoder if args.isnet_layers == "all" else None) as attention:
         heatmaps, logits = relevance(model, images, target, **rule(args), create_graph=True, layers=layers)
     heatmap, *inner = heatmaps if layers else [heatmaps]
     loss = background_loss(heatmap, masks, args.isnet_decay, args.isnet_e)
-    for maps in (inner, attention):
-        for R in maps:
-            if R.dim() == 3:  # tokens (B, T, D): a CLS token, perhaps, before the N patches
-                h, w = model.encoder.grid(images)
-                R = R[:, R.shape[1] - h * w :].transpose(1, 2).unflatten(2, (h, w))  # (B, D, h, w)
-            covers = F.adaptive_max_pool2d(masks, R.shape[2:])
-            loss = loss + background_loss(R, covers, args.isnet_decay, args.isnet_e) / len(maps)
+    h, w = model.encoder.grid(images)
+    for R in inner:
+        if R.dim() == 3:  # tokens (B, T, D): a CLS token, perhaps, before the N patches
+            R = R[:, R.shape[1] - h * w :].transpose(1, 2).unflatten(2, (h, w))  # (B, D, h, w)
+        covers = F.adaptive_max_pool2d(masks, R.shape[2:])
+        loss = loss + background_loss(R, covers, args.isnet_decay, args.isnet_e) / len(inner)
+    covers = F.adaptive_max_pool2d(masks, (h, w)).flatten(2)  # (B, 1, N)
+    prior = covers / covers.sum(dim=2, keepdim=True).clamp(min=1)
+    for A in attention:
+        A = A[:, :, A.shape[2] - h * w :]  # (B, heads, N)
+        loss = loss + span_loss(A, prior.expand_as(A), covers.amax(dim=2).expand(A.shape[:2])) / len(
+            attention
+        )
     return loss, heatmap, logits
 
 
 @contextmanager
 def attention_seen(encoder: nn.Module | None) -> Iterator[list[Tensor]]:
-    """Collects two maps (B, T, heads) for each attention layer of an encoder that runs meanwhile.
+    """Collects two maps (B, heads, T) for each attention layer of an encoder that runs meanwhile.
 
-    They say how much the CLS token looks at each token, and how much all tokens do on average.
+    They say how much the first token, CLS, looks at each token, and how much all tokens do on average. An
+    encoder's pooling module adds its own attention (B, heads, N).
     """
     seen: list[Tensor] = []
 
     def look(attention: Attention, inputs: tuple[Tensor]) -> None:
         q, k, _ = attention.split(inputs[0])
         weights = Attention.weights(q, k)  # (B, heads, T, T)
-        seen.extend([weights[:, :, 0].transpose(1, 2), weights.mean(dim=2).transpose(1, 2)])
+        seen.extend([weights[:, :, 0], weights.mean(dim=2)])
 
     modules = [] if encoder is None else [m for m in encoder.modules() if isinstance(m, Attention)]
     hooks = [m.register_forward_pre_hook(look) for m in modules]
+    if encoder is not None and encoder.pool is not None:
+        hooks.append(
+            encoder.register_forward_hook(lambda m, inputs, features: seen.append(features.attention))
+        )
     try:
         yield seen
     finally:
@@ -192,7 +207,8 @@ def objective(
     """The training loss as a function of indices (B,) and a generator: (loss, what to log).
 
     images (N, C, S, S) uint8, masks (N, 1, S, S) bool, needed with --isnet only, labels (N, K) multi-hot, NaN
-    for unknown. With --isnet, C1 and C2 are found first, and printed.
+    for unknown. With --isnet, C1 and C2 are found first, and printed. With --relations, the model has a
+    `relvit`, which learns them from the same shuffled patches.
     """
     one_class = exclusive(labels)
     if args.isnet:
@@ -200,7 +216,16 @@ def objective(
         print(f"C1 {c1:.4g}, C2 {c2:.4g}: total relevance of a plain classifier after {WARM_UP} epochs")
 
     def losses(index: Tensor, generator: Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        x, known = prepared(images[index]), labels[index]
+        known = labels[index]
+        if args.relations:
+            views = images[index].float() / 255, model.relvit.grid, args.patch_size, generator
+            views, _, order = patch_views(*views, shuffle=True)
+            features = model.encoder(normalise(views))
+            loss, shown = model.relvit.compare(features.patches, order)
+            classification = classification_loss(model.head(features.pooled), known, one_class)
+            loss = loss + classification
+            return loss, {"loss": loss.detach(), "classification": classification.detach(), **shown}
+        x = prepared(images[index])
         if not args.isnet:
             loss = classification_loss(model(x), known, one_class)
             return loss, {"loss": loss.detach()}
@@ -214,7 +239,10 @@ def objective(
             "background": (background * share).sum(),
             "foreground": (foreground * share).sum(),
         }
-        loss = parts["classification"] + args.isnet * (parts["background"] + parts["foreground"])
+        weight = (
+            args.isnet if one_class else args.isnet / known.shape[1]
+        )  # of one finding, as in the mean of all
+        loss = parts["classification"] + weight * (parts["background"] + parts["foreground"])
         return loss, {"loss": loss.detach(), **{name: part.detach() for name, part in parts.items()}}
 
     return losses

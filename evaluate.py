@@ -27,6 +27,7 @@ from isnet_lrp import relevance
 from metrics import auc, best_threshold, localisation_ap, relevance_share
 from plots import map_grid
 from resnet import ResNet
+from simpool import GAP, SimPool
 from vit import ViT
 
 BATCH = 250  # images at a time, where no gradient is kept
@@ -38,10 +39,15 @@ class CannotMeasure(ValueError):
 
 def build_encoder(config: argparse.Namespace, in_chans: int) -> ViT | ResNet:
     """The encoder that a run's settings describe. Raises ValueError for sizes that don't fit."""
+    D, pool = config.embed_dim, None  # None: the ViT's CLS token, the ResNet's mean
+    if config.pool == "simpool":
+        pool = SimPool(D, config.simpool_gamma, config.pool_heads)
+    elif config.pool == "gap" and config.backbone == "vit":
+        pool = GAP()
     if config.backbone == "resnet":
-        return ResNet(in_chans, config.embed_dim)
-    sizes = config.img_size, config.patch_size, in_chans, config.embed_dim, config.depth, config.num_heads
-    return ViT(*sizes, drop_path=config.drop_path)
+        return ResNet(in_chans, D, pool=pool)
+    sizes = config.img_size, config.patch_size, in_chans, D, config.depth, config.num_heads
+    return ViT(*sizes, drop_path=config.drop_path, pool=pool)
 
 
 def make_priors(
@@ -112,7 +118,7 @@ def lay_over(
 
 
 @torch.no_grad()
-def attention_of(encoder: ViT, images: Tensor, layer: int) -> Tensor:
+def attention_of(encoder: ViT | ResNet, images: Tensor, layer: int) -> Tensor:
     """One block's attention (M, heads, N) over images (M, C, S, S) uint8, in evaluation mode."""
     encoder.eval()
     batches = (normalise(part.float() / 255) for part in images.split(BATCH))
@@ -120,23 +126,23 @@ def attention_of(encoder: ViT, images: Tensor, layer: int) -> Tensor:
 
 
 def measure(
-    config: argparse.Namespace, encoder: ViT, parts: dict[str, Data], sample: str | None
+    config: argparse.Namespace, encoder: ViT | ResNet, parts: dict[str, Data], sample: str | None
 ) -> tuple[dict[str, dict[str, float]], dict[str, Tensor]]:
     """AP on the test images that have masks: {attention, prior, aligned prior ...: {region: AP}}.
 
     Also the attention (M, h, w) behind it, {title: maps}, for pictures. Raises CannotMeasure without masks.
     """
     val, test = (select(parts[part], parts[part].has_masks) for part in ("val", "test"))
-    guided = config.prior in ("sample", "masks")
+    guided = config.task == "pretrain" and config.prior in ("sample", "masks")
     for part, data in (("test", test), ("validation", val)):
         if not data.names and not (guided and data is val):
             raise CannotMeasure(f"no {part} image of {config.data} has all masks: AP can't be measured")
-    grid, layer, heads = encoder.native_grid, config.span_layer, torch.arange(len(test.regions))
+    grid, layer, heads = encoder.grid(test.images), config.span_layer, torch.arange(len(test.regions))
     if not guided:
         ap = localisation_ap(attention_of(encoder, val.images, layer), val.masks, grid)  # (M, heads, R)
         heads = ap.nanmean(dim=0).argmax(dim=0)  # the best for each region
     maps, attention = {}, attention_of(encoder, test.images, layer)[:, heads]  # (M, R, N)
-    if config.prior == "sample":
+    if guided and config.prior == "sample":
         whole, everyone = torch.eye(2, 3).expand(len(test.names), 2, 3), torch.arange(len(test.names))
         maps["prior"] = follow(make_priors(config, parts, sample)[0], whole, grid)[0], grid
         if config.align != "none":
@@ -274,7 +280,7 @@ def load_model(run: Path, config: argparse.Namespace, checkpoint: dict, train: D
         return encoder
     model = Classifier(encoder, len(train.findings))
     try:
-        model.load_state_dict(checkpoint["model"])
+        model.load_state_dict({k: v for k, v in checkpoint["model"].items() if not k.startswith("relvit.")})
     except RuntimeError:
         raise ValueError(f"{run}: last.pt holds a model of other sizes or classes than asked for") from None
     return model
@@ -282,7 +288,7 @@ def load_model(run: Path, config: argparse.Namespace, checkpoint: dict, train: D
 
 def load_encoder(run: Path, config: argparse.Namespace, checkpoint: dict, encoder: nn.Module) -> None:
     """Load a run's encoder, of a student or a classifier. Raises ValueError if it has other sizes."""
-    prefix = "student." if config.task == "pretrain" else "encoder."
+    prefix = "student." if "student_head.last_layer.weight_v" in checkpoint["model"] else "encoder."
     weights = {k.removeprefix(prefix): v for k, v in checkpoint["model"].items() if k.startswith(prefix)}
     try:
         encoder.load_state_dict(weights)

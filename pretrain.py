@@ -1,7 +1,8 @@
-"""Pretraining without labels: DINO's views of a batch, and SPAN's guidance of the heads that look at them.
+"""Pretraining without labels: the views of a batch, and SPAN's guidance of the heads that look at them.
 
-Each step cuts random views, lets student and teacher look at them, and adds to DINO's loss the SPAN loss
-between the guided heads' attention and the priors seen through the same views. Next to read: `train.py`.
+Each step of DINO cuts random views and lets student and teacher look at them; each step of RelViT cuts images
+into patches that shall be put in order. To either loss comes the SPAN loss between the guided heads'
+attention and the priors, seen through the same views. Next to read: `train.py`.
 """
 
 import argparse
@@ -9,12 +10,14 @@ import time
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from attention_priors import follow, span_loss
 from crops import crop, distort, random_crops
 from data import Data, normalise
 from evaluate import lay_over
+from relvit import RelViT, cut, patch_views
 
 
 def priors_over(
@@ -27,10 +30,10 @@ def priors_over(
     if args.prior == "sample" and args.align != "none":
         print(f"registering the sample to {len(images)} images ...", flush=True)
     laid, names = lay_over(args, parts, sample, images)
-    if len(names) > args.num_heads:
-        raise ValueError(
-            f"{len(names)} priors ({', '.join(names)}) but --num-heads {args.num_heads}: give each a head"
-        )
+    flag = "pool-heads" if args.pool == "simpool" else "num-heads"
+    heads = vars(args)[flag.replace("-", "_")]
+    if len(names) > heads:
+        raise ValueError(f"{len(names)} priors ({', '.join(names)}) but --{flag} {heads}: give each a head")
     guided = ", ".join(f"{i} {name}" for i, name in enumerate(names))
     print(f"guided heads: {guided}; priors ready after {time.perf_counter() - started:.0f} s")
     return laid
@@ -90,6 +93,27 @@ def self_distillation(
         logged = {"loss": loss.detach()}
         if laid is not None:
             span = guide(views, features, thetas, laid(index), dino, args)
+            loss, logged["span_loss"] = loss + args.span_weight * span, span.detach()
+        return loss, logged
+
+    return losses
+
+
+def relations(args: argparse.Namespace, relvit: RelViT, images: Tensor, laid: Callable | None) -> Callable:
+    """RelViT's loss as losses(index, generator), guided by laid(index) (B, R, S, S) unless laid is None."""
+    grid, p = relvit.grid, args.patch_size
+
+    def losses(index: Tensor, generator: Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        views, boxes, _ = patch_views(
+            images[index].float() / 255, grid, p, generator, mega=args.mega_patches > 0
+        )
+        loss, shown, features = relvit(normalise(views), layer=args.span_layer)
+        logged = {"loss": loss.detach(), **shown}
+        if laid is not None:
+            prior = F.avg_pool2d(cut(laid(index), boxes, grid, p), p).flatten(2)  # (B, R, N)
+            mass = prior.sum(dim=2)
+            prior = prior / mass.clamp_min(1e-12)[:, :, None]
+            span = span_loss(features.attention, prior, (mass > 0).float(), args.span_loss)
             loss, logged["span_loss"] = loss + args.span_weight * span, span.detach()
         return loss, logged
 

@@ -28,14 +28,15 @@ classifiers() {
     for seed in 0 1 2; do
         for backbone in resnet vit; do
             common="--task classify --seed $seed --backbone $backbone"
+            [ $backbone = vit ] && common="$common --epochs 15"
             echo "unmarked_$backbone-$seed $common"
             echo "plain_$backbone-$seed $common --marker 1"
             echo "isnet_$backbone-$seed $common --marker 1 --isnet 1"
         done
-        common="--task classify --seed $seed --findings all"
+        common="--task classify --seed $seed --findings all --epochs 12"
         echo "unmarked_findings-$seed $common"
         echo "plain_findings-$seed $common --marker 1"
-        echo "isnet_findings-$seed $common --marker 1 --isnet 1 --epochs 22"
+        echo "isnet_findings-$seed $common --marker 1 --isnet 1"
     done
     common="--task classify --seed 0 --marker 1 --isnet 1"
     echo "pixels_only-0 $common --isnet-layers none"
@@ -43,6 +44,52 @@ classifiers() {
     echo "one_logit-0 $common --explain label"
     echo "mean_pooling-0 $common --isnet-decay 1"
     echo "large_e-0 $common --isnet-e 1"
+    echo "vit_pixels_only-0 $common --backbone vit --epochs 15 --isnet-layers none"
+    echo "vit_unguided-0 $common --backbone vit --epochs 15 --isnet-layers relevance"
+}
+
+poolings() {  # with labels and without; at half the images of the SPAN runs
+    for seed in 0 1 2; do
+        common="--task classify --seed $seed"
+        echo "vit_cls_labels-$seed $common --backbone vit --epochs 15"
+        echo "vit_gap_labels-$seed $common --backbone vit --epochs 15 --pool gap"
+        echo "vit_simpool_labels-$seed $common --backbone vit --epochs 15 --pool simpool"
+        echo "resnet_gap_labels-$seed $common"
+        echo "resnet_simpool_labels-$seed $common --pool simpool"
+        common="--seed $seed --train-images 750"
+        echo "vit_cls_dino-$seed $common --prior none"
+        echo "vit_gap_dino-$seed $common --prior none --pool gap"
+        echo "vit_simpool_dino-$seed $common --prior none --pool simpool"
+        echo "resnet_gap_dino-$seed $common --prior none --backbone resnet"
+        echo "resnet_simpool_dino-$seed $common --prior none --backbone resnet --pool simpool"
+        echo "vit_simpool_span-$seed $common --pool simpool"
+    done
+}
+
+# Few labels: every row sees as many images in all, and has the same encoder.
+few="--backbone vit --embed-dim 64 --depth 3 --num-heads 4 --batch-size 32 --lr 1e-3"
+
+few_labels() {  # first: what starts from nothing; then: what starts from that
+    for seed in 0 1 2; do
+        pretrained phantom 30 "--findings all" "--train-images 500"
+        pretrained symbols50 30 "" "--data data/symbols50-$seed"
+        pretrained symbols500 6 "" "--data data/symbols500-$seed"
+    done | grep "^$1 " | cut -d " " -f 2-
+}
+
+pretrained() {  # data, epochs of pretraining and as many of tuning, findings, flags of the data
+    common="$few --seed $seed $4"
+    label="--task classify $3 $common"
+    echo "first scratch_$1-$seed $label --epochs $((2 * $2))"
+    echo "first joint_$1-$seed $label --epochs $((2 * $2)) --relations relations distances angles positions"
+    while read -r name how; do
+        echo "first pre_${name}_$1-$seed $common --epochs $2 --keep-going $how"
+        echo "then tuned_${name}_$1-$seed $label --epochs $2 --init runs/pre_${name}_$1-$seed"
+    done < <(
+        echo "relvit --ssl relvit --prior none"
+        echo "dino --prior none"
+        [ "$1" = phantom ] && echo "span" && echo "relvit_span --ssl relvit"
+    )
 }
 
 run() {
@@ -54,7 +101,13 @@ run() {
 }
 export -f run
 
-(classifiers; experiments) | xargs -P 2 -L 1 bash -c 'run "$@"' _
+for seed in 0 1 2; do
+    for n in 50 500; do
+        [ -f "data/symbols$n-$seed/labels.csv" ] || python symbols.py "data/symbols$n-$seed" --train $n --seed $seed
+    done
+done
+(classifiers; experiments; poolings; few_labels first) | xargs -P 2 -L 1 bash -c 'run "$@"' _
+few_labels then | xargs -P 2 -L 1 bash -c 'run "$@"' _
 [ -f results/benchmark.json ] || python benchmark.py --json results/benchmark.json
 python evaluate.py runs/span-0 runs/dino-0 && cp runs/span-0/compare.png results/
 python evaluate.py runs/{isnet_resnet,plain_resnet,pixels_only,one_logit}-0 && cp runs/isnet_resnet-0/compare.png results/isnet.png

@@ -84,8 +84,8 @@ class ResNet(nn.Module):
         height, width = (math.ceil(side / self.stride) for side in images.shape[-2:])
         return height, width
 
-    def forward(self, images: Tensor) -> Features:
-        """Encode images (B, C, H, W) of any size."""
+    def forward(self, images: Tensor, layer: int | None = -1) -> Features:
+        """Encode images (B, C, H, W) of any size; layer is the ViT's, there is but one attention here."""
         x = F.relu(self.bn1(self.conv1(images)))
         for block in self.blocks:
             x = block(x)

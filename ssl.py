@@ -5,8 +5,8 @@ folder, and much needs it: `import torch` imports `asyncio`, which asks for `ssl
 So this file loads the standard library's ssl from the interpreter's own folder, leaves *that* module in
 `sys.modules["ssl"]` (what an import statement hands out is whatever lies there when the file has run), and
 gives it one addition, a module `__getattr__` (PEP 562): a name that ssl does not know is looked up in
-`dino.py`, on first use. So asyncio, https, pip and tqdm never notice, and importing ssl does not import
-torch. The lesson: don't name a file like a standard module; if you must, step aside.
+`dino.py` or `relvit.py`, on first use. So asyncio, https, pip and tqdm never notice, and importing ssl does
+not import torch. The lesson: don't name a file like a standard module; if you must, step aside.
 """
 
 import importlib
@@ -15,7 +15,7 @@ import importlib.util
 import sys
 import sysconfig
 
-ROOMS = {"DINO": "dino", "DINOHead": "dino", "DINOLoss": "dino"}
+ROOMS = {"DINO": "dino", "DINOHead": "dino", "DINOLoss": "dino", "RelViT": "relvit"}
 
 _spec = importlib.machinery.PathFinder.find_spec("ssl", [sysconfig.get_path("stdlib")])
 _library = importlib.util.module_from_spec(_spec)

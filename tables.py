@@ -29,13 +29,41 @@ ABLATIONS = {
 }
 
 FAILURES = {
-    "isnet_resnet": "as it should be",
+    "isnet_resnet": "ResNet, as it should be",
     "plain_resnet": "no ISNet at all",
     "pixels_only": "relevance of the image alone, no inner layers",
     "epsilon_rule": "epsilon rule in place of gamma = 3",
     "one_logit": "the label's logit explained, not log-odds",
     "mean_pooling": "mean over the background, not ranked",
     "large_e": "E = 1, as published, in place of 0.1",
+    "isnet_vit": "ViT, as it should be",
+    "vit_unguided": "relevance alone, attention unguided",
+    "vit_pixels_only": "relevance of the image alone",
+}
+POOLINGS = {  # what was learned: {experiment: (how it was pooled, what to compare it with)}
+    "enlarged heart, with labels": {
+        "vit_cls_labels": ("ViT, CLS", None),
+        "vit_gap_labels": ("ViT, mean", "vit_cls_labels"),
+        "vit_simpool_labels": ("**ViT, SimPool**", "vit_cls_labels"),
+        "resnet_gap_labels": ("ResNet, mean", None),
+        "resnet_simpool_labels": ("**ResNet, SimPool**", "resnet_gap_labels"),
+    },
+    "without labels, DINO": {
+        "vit_cls_dino": ("ViT, CLS", None),
+        "vit_gap_dino": ("ViT, mean", "vit_cls_dino"),
+        "vit_simpool_dino": ("**ViT, SimPool**", "vit_cls_dino"),
+        "vit_simpool_span": ("**ViT, SimPool, guided by SPAN**", "vit_cls_dino"),
+        "resnet_gap_dino": ("ResNet, mean", None),
+        "resnet_simpool_dino": ("**ResNet, SimPool**", "resnet_gap_dino"),
+    },
+}
+FEW_LABELS = {
+    "scratch": "labels alone",
+    "joint": "labels and relations together",
+    "tuned_relvit": "RelViT, then labels",
+    "tuned_dino": "DINO, then labels",
+    "tuned_span": "DINO guided by SPAN, then labels",
+    "tuned_relvit_span": "RelViT guided by SPAN, then labels",
 }
 
 
@@ -169,8 +197,45 @@ def failures(runs: dict) -> str:
         names = [f"auc_{name}" for name in ("same", "removed", "flipped")] + ["relevance_share_same"]
         found = [list(points(runs, experiment, name).values())[:1] for name in names]
         rows += [[title, *map(spread, found)]] if found[0] else []
-    header = ["ResNet, seed 0: AUC, %", "marker as in training", "removed", "flipped"]
+    header = ["seed 0: AUC, %", "marker as in training", "removed", "flipped"]
     return markdown([*header, "relevance in lungs and heart, %"], rows)
+
+
+def pooling(runs: dict) -> str:
+    """What the pooling's attention outlines, and what its features know, by architecture and objective."""
+    rows = []
+    for learned, experiments in POOLINGS.items():
+        for experiment, (title, reference) in experiments.items():
+            ap = points(runs, experiment, "attention_AP_heart")
+            gap = gaps(ap, points(runs, reference, "attention_AP_heart")) if reference else []
+            found = [list(points(runs, experiment, name).values()) for name in ("knn_mAUC", "linear_mAUC")]
+            cells = (
+                [spread(list(ap.values())), spread(gap, "+") if gap else "", *map(spread, found)]
+                if ap
+                else []
+            )
+            rows += [[f"{learned}: {title}", *cells, str(len(ap))]] if ap else []
+    header = ["500 test images", "attention on the heart, AP %", "to CLS or mean, same seeds"]
+    return markdown([*header, "k-NN, AUC %", "linear, AUC %", "seeds"], rows)
+
+
+def few_labels(runs: dict) -> str:
+    """What comes of a few labels, from nothing and after pretraining on the same images."""
+    sets = {
+        "phantom": ("phantoms, 500 labels: AUC of 4 findings, %", "auc_same"),
+        "symbols50": ("symbols, 50 a class: accuracy, %", "accuracy_same"),
+        "symbols500": ("symbols, 500 a class: accuracy, %", "accuracy_same"),
+    }
+    rows = []
+    for how, title in FEW_LABELS.items():
+        cells = []
+        for name, (_, figure) in sets.items():
+            values = points(runs, f"{how}_{name}", figure)
+            gap = gaps(values, points(runs, f"scratch_{name}", figure))
+            beside = f" ({spread(gap, '+')})" if gap and how != "scratch" else ""
+            cells.append(spread(list(values.values())) + beside if values else "")
+        rows += [[title, *cells]] if any(cells) else []
+    return markdown(["trained with", *(title for title, _ in sets.values())], rows)
 
 
 def benchmark(rows: dict[str, list[float]]) -> str:
@@ -186,6 +251,7 @@ def fill(readme: str, results: Path) -> str:
     runs = json.loads((results / "runs.json").read_text())
     made = {"localisation": localisation(runs), "claims": claims(runs), "ablation": ablation(runs)}
     made |= {"shortcut": shortcut(runs), "isnet_claims": isnet_claims(runs), "failures": failures(runs)}
+    made |= {"pooling": pooling(runs), "few_labels": few_labels(runs)}
     made["benchmark"] = benchmark(json.loads((results / "benchmark.json").read_text()))
     pattern = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
     return pattern.sub(lambda match: f"{match[1]}{made[match[2]]}\n{match[3]}", readme)

@@ -15,7 +15,7 @@ from vit import ViT
 
 SETTINGS = Namespace(
     isnet=1.0, isnet_layers="all", isnet_decay=0.9, isnet_e=0.1, lrp_epsilon=0.01, lrp_gamma=3.0,
-    explain="selective", lr=1e-3, batch_size=4, seed=0,
+    explain="selective", lr=1e-3, batch_size=4, seed=0, relations=None,
 )  # fmt: skip
 ENCODERS = {"resnet": lambda: ResNet(1, 16), "vit": lambda: ViT(16, 4, 1, 12, 2, 3)}
 
@@ -60,21 +60,43 @@ def test_of_findings_one_logit_is_explained_the_label_s_if_one_is_present():
     assert (drawn[:, 1].mean(dim=0) > 0.2).all() and (drawn[:, 2, 2] == 1).all()
 
 
+def test_one_of_several_findings_has_its_share_of_the_loss():
+    """Its logit is explained alone, while the classification loss is the mean of all findings' losses."""
+    torch.manual_seed(0)
+    images, masks = torch.randint(256, (4, 1, 16, 16), dtype=torch.uint8), torch.zeros(4, 1, 16, 16).bool()
+    masks[..., :8] = True
+    labels = torch.tensor([[0.0, 1, 1], [1, 0, 0], [1, 1, 0], [0, 0, 0]])
+    model = Classifier(ENCODERS["resnet"](), 3)
+    _, logged = objective(SETTINGS, model, images, masks, labels)(torch.arange(4), Generator().manual_seed(0))
+    isnet = logged["background"] + logged["foreground"]
+    torch.testing.assert_close(logged["loss"], logged["classification"] + isnet / 3)
+
+
 @pytest.mark.parametrize("name", ENCODERS)
 def test_layers_to_supervise_exist_in_every_encoder(name):
     encoder = ENCODERS[name]()
-    none, layers = (supervised_layers(encoder, which) for which in ("none", "all"))
-    assert none == [] and len(layers) > 3
+    none, relevant, layers = (supervised_layers(encoder, which) for which in ("none", "relevance", "all"))
+    assert none == [] and relevant == layers and len(layers) > 3
+
+
+def uniform_kl(A):
+    """The mean KL of even attention to 16 patches from the attention (B, heads, T) that there is."""
+    A = A[:, :, -16:] / A[:, :, -16:].sum(dim=2, keepdim=True)
+    return (1 / 16 * (1 / 16 / A).log()).sum(dim=2).mean()
 
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_inner_layers_count_as_background_where_they_cover_no_foreground(name):
-    """With a mask over the whole image nothing is background; supervision of layers adds what they show."""
+    """With a mask over the whole image nothing is background, though a ViT shall look at all of it alike."""
     model = Classifier(ENCODERS[name](), 1)
     images, target = torch.rand(3, 1, 16, 16), torch.ones(3, 1)
     everywhere, corner = torch.ones(3, 1, 16, 16), torch.zeros(3, 1, 16, 16)
     corner[:, :, :3, :3] = 1
-    assert isnet_losses(model, images, everywhere, target, SETTINGS)[0].tolist() == [0, 0, 0]
+    with attention_seen(model.encoder) as seen:
+        model(images)
+    uneven = sum(uniform_kl(A) for A in seen) / max(1, len(seen))
+    whole = isnet_losses(model, images, everywhere, target, SETTINGS)[0]
+    torch.testing.assert_close(whole, torch.full((3,), uneven.item() if seen else 0.0))
     alone = isnet_losses(
         model, images, corner, target, Namespace(**{**vars(SETTINGS), "isnet_layers": "none"})
     )
@@ -125,8 +147,8 @@ def test_what_the_cls_token_and_all_tokens_look_at_in_each_block_is_seen_and_can
         encoder(images)
     assert len(seen) == 4 and all(not m._forward_pre_hooks for m in encoder.modules())
     for block in range(2):
-        torch.testing.assert_close(seen[2 * block], maps[:, block, :, 0].transpose(1, 2))
-        torch.testing.assert_close(seen[2 * block + 1], maps[:, block].mean(dim=2).transpose(1, 2))
+        torch.testing.assert_close(seen[2 * block], maps[:, block, :, 0])
+        torch.testing.assert_close(seen[2 * block + 1], maps[:, block].mean(dim=2))
     seen[2].square().sum().backward()
     assert encoder.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
     with attention_seen(ResNet(1, 16)) as seen:

@@ -40,6 +40,7 @@ def test_the_doorway_hands_out_self_supervision():
         == "True"
     )
     assert python("import torch; from ssl import DINO; print(DINO.__module__)") == "dino"
+    assert python("from ssl import RelViT; print(RelViT.__module__)") == "relvit"
 
 
 def test_a_name_that_nobody_knows_is_an_attribute_error():
@@ -49,10 +50,10 @@ def test_a_name_that_nobody_knows_is_an_attribute_error():
 
 @pytest.mark.parametrize(
     "file",
-    ["vit.py", "attention_priors.py", "dino.py", "crops.py", "metrics.py", "phantom.py", "isnet_lrp.py"],
+    "vit resnet simpool attention_priors dino relvit crops metrics phantom isnet_lrp symbols".split(),
 )
 def test_a_concept_file_copied_alone_into_an_empty_folder_imports(file, tmp_path):
-    (tmp_path / file).write_text((ROOT / file).read_text())
-    code = f"import {Path(file).stem}; print('ok')"
+    (tmp_path / f"{file}.py").write_text((ROOT / f"{file}.py").read_text())
+    code = f"import {file}; print('ok')"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.strip() == "ok", done.stderr

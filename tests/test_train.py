@@ -201,6 +201,17 @@ def test_an_existing_run_is_neither_overwritten_nor_resumed_unless_asked_to(run,
         ("--sample nobody", "sample `nobody` is not drawn"),
         ("--data nowhere", "nowhere is not a folder; expected images/"),
         ("--prior nowhere.npy", "nowhere.npy is not sample, masks, statistics, none, or a .npy file"),
+        ("--pool simpool --simpool-gamma 0", "gamma 0.0 must be above 0"),
+        ("--pool simpool --pool-heads 2", "3 priors (left lung, right lung, heart) but --pool-heads 2"),
+        ("--pool gap", "--prior sample guides attention, --pool gap has none"),
+        ("--backbone resnet --prior none --pool cls", "--pool cls needs --backbone vit"),
+        ("--pool-heads 2", "--pool-heads does nothing without --pool simpool"),
+        ("--ssl relvit --mega-patches 9", "--mega-patches 9: it must lie between 0 and 8"),
+        ("--ssl relvit --mega-patches 1", "1x1 patches have no relations"),
+        ("--ssl relvit --patch-size 64", "1x1 patches have no relations"),
+        ("--ssl relvit --backbone resnet --pool simpool", "needs --backbone vit"),
+        ("--relations angles", "--relations does nothing without --ssl relvit or --task classify"),
+        ("--task classify --backbone vit --isnet 1 --relations angles", "masks don't follow: choose one"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_in_one_line_before_anything_is_written(
@@ -403,6 +414,19 @@ def test_a_marker_that_tells_all_deceives_a_plain_classifier(tmp_path):
     assert metrics["auc_same"] > 0.95 and metrics["auc_flipped"] < 0.1
 
 
+def test_a_vit_s_foreground_is_made_of_whole_patches():
+    """A patch's embedding is linear: it can't leave out those of its pixels that lie in the background."""
+    parts, _, _ = train.load("phantom", 64, 0, 4, findings=["all"])
+    args, _ = train.parse("--task classify --isnet 1 --backbone vit".split())
+    coarse = train.foreground(args, parts["train"])
+    args, _ = train.parse("--task classify --isnet 1".split())
+    fine = train.foreground(args, parts["train"])
+    assert torch.equal(fine, parts["train"].masks.any(dim=1, keepdim=True)) and (coarse >= fine).all()
+    patches = coarse.unflatten(3, (8, 8)).unflatten(2, (8, 8))  # (B, 1, h, p, w, p)
+    touched = fine.unflatten(3, (8, 8)).unflatten(2, (8, 8)).any(dim=5).any(dim=3)
+    assert torch.equal(patches, touched[:, :, :, None, :, None].expand_as(patches))
+
+
 def test_an_isnet_run_resumes_to_the_same_weights(tmp_path, monkeypatch):
     argv = [*SMALL, "--isnet", "1", "--marker", "1"]
     train.main([*argv, "--out", str(tmp_path / "whole")])
@@ -433,7 +457,7 @@ def test_what_a_classifier_lacks_is_said_in_one_line(tmp_path, capsys):
     assert "marker can be drawn only on phantoms" in refused(capsys, *folder, "--marker", "1")
     assert "finding `gout` is not in" in refused(capsys, *folder, "--findings", "gout")
     assert "--lrp-gamma -1" in refused(capsys, *SMALL, "--lrp-gamma", "-1")
-    assert "need --task classify" in refused(capsys, "--isnet", "1")
+    assert "--isnet needs --task classify" in refused(capsys, "--isnet", "1")
     assert "--isnet-decay does nothing without --isnet" in refused(capsys, *SMALL, "--isnet-decay", "0.9")
     (tmp_path / "data" / "labels.csv").write_text(
         "file,label\n" + "\n".join(f"{n}.png,cat" for n in "abcdefghij")

@@ -1,0 +1,211 @@
+"""What can be asked of `train.py`: its flags by group, their defaults by task, and what can't be.
+
+A flag's help says what it does; a setting that makes no sense is refused by one line that names it, its
+limits, or the remedy. Next to read: `train.py`.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Generator
+
+from checkpoint import load_run
+from crops import random_crops
+from phantom import FINDINGS
+from relvit import TASKS as RELATIONS
+
+TASKS = ["pretrain", "classify"]
+DEFAULTS = {  # by --task, by --backbone, and by both
+    "pretrain": {"out": Path("runs/span"), "epochs": 15, "batch_size": 64, "train_images": 1500, "lr": 2e-3}
+    | {"backbone": "vit", "embed_dim": 96, "depth": 4, "num_heads": 6, "lrp_gamma": 0.0},
+    "classify": {"out": Path("runs/classifier"), "epochs": 10, "batch_size": 16, "train_images": 3000}
+    | {"backbone": "resnet", "embed_dim": 64, "depth": 3, "num_heads": 4},
+    "vit": {"pool": "cls", "simpool_gamma": 1.25},
+    "resnet": {"pool": "gap", "simpool_gamma": 2.0},
+    "classify vit": {"lr": 5e-4, "lrp_gamma": 0.0},
+    "classify resnet": {"lr": 2e-3, "lrp_gamma": 3.0},
+}
+OF_THE_ENCODER = (
+    "backbone img_size patch_size embed_dim depth num_heads pool pool_heads simpool_gamma".split()
+)
+
+
+def parse(argv: list[str], doc: str = "\n\n") -> tuple[argparse.Namespace, set[str]]:
+    """The settings, and the names of those that were typed; doc: what train.py says of itself."""
+    intro, examples = doc.split("\n\n")[:2]
+    usage = "python train.py [--task TASK] [--out DIR] [--data DIR] [flags below]"
+    parser = argparse.ArgumentParser(
+        usage=usage, description=intro, epilog=examples, formatter_class=Formatter
+    )
+    add = parser.add_argument_group("run").add_argument
+    add("--task", type=str, choices=TASKS, default="pretrain", help="which other flags apply")
+    add("--out", type=Path, help=f"folder for all that the run writes{by_task('out')}")
+    add("--overwrite", action="store_true", help="start again in a folder that holds a run")
+    add("--resume", action="store_true", help="go on with the run in --out after its last whole epoch")
+    add("--keep-going", action="store_true", help="train on after a collapse")
+    add("--seed", type=int, default=0, help="of drawn data, weights and views")
+    add("--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", type=str, default="phantom", help="phantom (drawn chest X-rays), or a folder of images")
+    add("--train-images", type=int, help=f"how many phantoms to draw for training{by_task('train_images')}")
+    add("--img-size", type=int, default=64, help="pixels a side that images are resized to")
+    add("--findings", type=str, nargs="+", help="to classify, or all (default: phantom one, else all)")
+    add("--marker", type=float, help="share of phantoms whose marker agrees with the first finding")
+    add("--sample", type=str, help="name of the labelled image (default: the first that has all masks)")
+    add_task_flags(parser)
+    add = parser.add_argument_group("model").add_argument
+    add("--backbone", type=str, choices=["vit", "resnet"], help=f"the encoder{by_task('backbone')}")
+    add("--init", type=Path, help="a finished run whose encoder to start from, in its sizes")
+    add("--patch-size", type=int, default=8, help="pixels a side of a patch")
+    add("--embed-dim", type=int, help=f"width; the ResNet's in its last stage{by_task('embed_dim')}")
+    add("--depth", type=int, help=f"blocks of the ViT{by_task('depth')}")
+    add("--num-heads", type=int, help=f"attention heads; each prior takes one{by_task('num_heads')}")
+    add("--drop-path", type=float, default=0.0, help="stochastic depth of the last block")
+    what = "how patches become one vector: a CLS token, their mean, or SimPool"
+    add("--pool", type=str, choices=["cls", "gap", "simpool"], help=what + by_task("pool"))
+    what = "exponent of SimPool's mean; 1 is the plain one"
+    add("--simpool-gamma", type=float, help=what + by_task("simpool_gamma"))
+    add("--pool-heads", type=int, help="of SimPool (default: --num-heads if priors guide them, else 1)")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=int, help=f"passes over the training images{by_task('epochs')}")
+    add("--batch-size", type=int, help=f"images a step{by_task('batch_size')}")
+    add("--lr", type=float, help=f"highest learning rate (AdamW, cosine){by_task('lr')}")
+    add("--warmup", type=float, default=0.1, help="share of all steps in which the learning rate rises")
+    add("--weight-decay", type=float, default=0.04, help="of matrices; vectors have none")
+    add("--clip-grad", type=float, default=3.0, help="largest norm of the gradient")
+    parser.set_defaults(**DEFAULTS[parser.parse_args(argv).task])
+    chosen = parser.parse_args(argv)
+    before = vars(load_run(chosen.init)[0]) if chosen.init else {}
+    parser.set_defaults(**{name: before[name] for name in OF_THE_ENCODER if before})
+    chosen = parser.parse_args(argv)
+    guided = chosen.task == "pretrain" and chosen.prior != "none"
+    by_kind = DEFAULTS[chosen.backbone] | DEFAULTS.get(f"{chosen.task} {chosen.backbone}", {})
+    by_kind |= {"pool_heads": chosen.num_heads if guided else 1}
+    parser.set_defaults(**{k: v for k, v in by_kind.items() if not (before and k in OF_THE_ENCODER)})
+    if chosen.task == "classify" and chosen.data == "phantom":
+        parser.set_defaults(findings=FINDINGS[:1])
+    args = parser.parse_args(argv)
+    untyped = argparse.Namespace(**dict.fromkeys(vars(args)))  # what is there already gets no default
+    return args, {name for name, value in vars(parser.parse_args(argv, untyped)).items() if value is not None}
+
+
+def add_task_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of the methods: SPAN and DINO to pretrain, ISNet to classify."""
+    add = parser.add_argument_group("where to look (SPAN)").add_argument
+    priors = "sample: one image's masks; masks: every image's; statistics; none; or a .npy file (R, S, S)"
+    add("--prior", type=str, default="sample", help=priors)
+    add("--align", type=str, choices=["bend", "affine", "none"], default="bend", help="registers the sample")
+    add("--no-follow", dest="follow", action="store_false", help="let priors stay while crops move")
+    add("--prior-blur", type=float, default=0.025, help="sigma, as a share of the image's width")
+    add("--span-weight", type=float, default=3.0, help="of the SPAN loss, beside --ssl's")
+    add("--span-loss", type=str, choices=["kl", "mse", "dice"], default="kl", help="prior to attention")
+    add("--span-layer", type=int, default=-1, help="the block whose heads are guided, -1 the last")
+    add = parser.add_argument_group("self-supervision (DINO, RelViT)").add_argument
+    add("--ssl", type=str, choices=["dino", "relvit"], default="dino", help="what pretraining learns from")
+    what = "RelViT's tasks (default: all); with --task classify they are learned beside it"
+    add("--relations", type=str, nargs="+", choices=RELATIONS, help=what)
+    add("--mega-patches", type=int, default=0, help="cells a side that RelViT cuts images into; 0: patches")
+    add("--out-dim", type=int, default=256, help="prototypes; hundreds for thousands of images")
+    add("--teacher-temp", type=float, default=0.02, help="the teacher's temperature; lower is sharper")
+    add("--momentum", type=float, default=0.996, help="of the teacher at first; rises to 1")
+    add("--center-momentum", type=float, default=0.9, help="of the teacher's centre")
+    add("--global-scale", type=float, nargs=2, default=[0.4, 1.0], help="area of the 2 global crops")
+    add("--local-crops-number", type=int, default=0, help="local crops, of half the size")
+    add("--local-scale", type=float, nargs=2, default=[0.1, 0.4], help="area of the local crops")
+    add("--flip", type=float, default=0.0, help="share of mirrored views; 0 where left and right differ")
+    add = parser.add_argument_group("classification (ISNet)").add_argument
+    add("--isnet", type=float, default=0.0, help="weight of the ISNet loss; 0 for a plain classifier")
+    what = "the label's logit, a random one, or the least likely class's log-odds"
+    add("--explain", type=str, choices=["label", "random", "selective"], default="selective", help=what)
+    where = "what is supervised in inner layers, besides the image: relevance; all: a ViT's attention, too"
+    add("--isnet-layers", type=str, choices=["none", "relevance", "all"], default="all", help=where)
+    add("--isnet-decay", type=float, default=0.97, help="weight of the next largest background pixel")
+    add("--isnet-e", type=float, default=0.1, help="E in u = h / (h + E); small ones punish traces, too")
+    add("--lrp-epsilon", type=float, default=1e-2, help="the stabiliser of the rule")
+    what = "0: epsilon rule; larger: toward the z+ rule"
+    add("--lrp-gamma", type=float, help=what + by_task("lrp_gamma"))
+
+
+def by_task(name: str) -> str:
+    """The defaults of a setting, for --help."""
+    found = {key: values[name] for key, values in DEFAULTS.items() if name in values}
+    return " (default: " + ", ".join(f"{key} {value}" for key, value in found.items()) + ")"
+
+
+class Formatter(
+    argparse.ArgumentDefaultsHelpFormatter,
+    argparse.MetavarTypeHelpFormatter,
+    argparse.RawDescriptionHelpFormatter,
+):
+    """Help with types and defaults beside the flags, and the examples as they were written."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=36, width=110)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        says = not (action.default is None or isinstance(action.default, bool))
+        return super()._get_help_string(action) if says else action.help
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise ValueError, naming the value and the limits, for settings that cannot be."""
+    limits = {
+        (1, 10**9): "patch_size epochs batch_size embed_dim num_heads pool_heads depth train_images img_size",
+        (2, 10**9): "out_dim",
+        (0, 2**32 - 1): "seed local_crops_number",
+        (0, args.img_size // args.patch_size): "mega_patches",
+        (1e-9, 1e9): "lr teacher_temp clip_grad",
+        (0, 1e9): "prior_blur span_weight weight_decay isnet lrp_gamma",
+        (1e-12, 1e9): "lrp_epsilon isnet_e",
+        (0, 1): "momentum center_momentum flip warmup marker",
+        (1e-3, 1): "isnet_decay",
+        (0, 0.99): "drop_path",
+        (-args.depth, args.depth - 1): "span_layer",
+    }
+    for (least, most), names in limits.items():
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not least <= value <= most:  # NaN is not, either
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} {value}: it must lie between {least:g} and {most:g}")
+    check_pairs(args)
+    for scale in (args.global_scale, args.local_scale):
+        random_crops(1, scale, Generator())  # it knows which scales can be
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device} can't be used: {str(error).splitlines()[0]}") from None
+
+
+def check_pairs(args: argparse.Namespace) -> None:
+    """Raise ValueError for settings that don't go together."""
+    relational = bool(args.relations) if args.task == "classify" else args.ssl == "relvit"
+    if args.task == "pretrain" and args.isnet:
+        raise ValueError("--isnet needs --task classify")
+    if args.backbone == "resnet" and args.pool == "cls":
+        raise ValueError("--pool cls needs --backbone vit; a ResNet has gap or simpool")
+    if args.backbone == "resnet" and relational:
+        raise ValueError("RelViT (--ssl relvit, --relations) needs --backbone vit")
+    if relational and args.isnet:
+        raise ValueError("--relations shuffles patches, and --isnet's masks don't follow: choose one")
+    if args.task == "pretrain" and args.prior != "none" and args.pool == "gap":
+        raise ValueError(
+            f"--prior {args.prior} guides attention, --pool gap has none: add --prior none or --pool simpool"
+        )
+
+
+def check_idle(args: argparse.Namespace, typed: set[str]) -> None:
+    """Raise ValueError for typed flags that would do nothing, as those of ISNet without --isnet."""
+    upstream = args.task == "pretrain" and args.ssl == "relvit"
+    missing = {  # flags, and what they need if it isn't there
+        "explain isnet_layers isnet_decay isnet_e": None if args.isnet else "--isnet; add --isnet 1",
+        "relations": None if upstream or args.task == "classify" else "--ssl relvit or --task classify",
+        "mega_patches": None if upstream else "--ssl relvit",
+        "simpool_gamma pool_heads": None if args.pool == "simpool" else "--pool simpool",
+        "ssl": None if args.task == "pretrain" else "--task pretrain; to classify, see --relations",
+    }
+    for names, needed in missing.items():
+        idle = typed & set(names.split())
+        if idle and needed and not args.resume:
+            raise ValueError(f"--{idle.pop().replace('_', '-')} does nothing without {needed}")

@@ -1,0 +1,227 @@
+"""RelViT: a ViT learns where its patches lie, without labels (Camporese et al. 2022, arXiv 2206.00481).
+
+Patches i, j lie at (x, y) in a grid of w columns and h rows. Without being told so, the encoder shall know
+
+    relations   3 (sign(y_i - y_j) + 1) + sign(x_i - x_j) + 1                9 classes      cross-entropy
+    distances   |(x_i, y_i) - (x_j, y_j)|                                    in [-1, 1]     squared error
+    angles      between (x_i + w/2, y_i + h/2) and (x_j + w/2, y_j + h/2)    in [-1, 1]     squared error
+    positions   y_i w + x_i                                                  N classes      cross-entropy
+
+The first three from scores q_i . k_j / sqrt(d), q and k being linear maps of the encoder's patches, one pair
+of maps for each class; the last from a linear layer on a patch. Distances and angles are scaled from [0,
+largest] to [-1, 1]. All targets depend on the grid alone: they are built once, and indexed when patches are
+shuffled.
+
+Alone (upstream), the encoder gets no position embeddings, which would give all away; together with labels, it
+has them, and so the patches are shuffled. What continues across a border would give neighbours away: each
+patch is cut a little smaller, from a random place, and gets its own brightness and contrast. Mega-patches are
+larger cells of random rows and columns, each resized to a patch.
+
+Here every way to cut an image into patches is a table of `boxes`, one for each patch: shuffling permutes it,
+and `cut` samples all of a batch's patches at once. What lies over an image, a prior, is cut the same way.
+
+Where we differ from the published code, besides: columns of mega-patches are split by themselves (published:
+by the rows' splits), and grids may have more columns than rows. Claim 6 is measured with this file. Next to
+read: `train.py`.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+TASKS = ("relations", "distances", "angles", "positions")
+
+
+def relation_targets(rows: int, cols: int) -> dict[str, Tensor]:
+    """The targets of all tasks for a grid: relations (N, N), positions (N,) int64; distances, angles (N, N).
+
+    Raises ValueError for a grid of less than 2x2 patches, whose relations are trivial.
+    """
+    if rows < 2 or cols < 2:
+        raise ValueError(
+            f"RelViT: {rows}x{cols} patches have no relations to learn; use smaller patches, 2x2 at least"
+        )
+    y, x = (v.flatten() for v in torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij"))
+    relations = 3 * ((y[:, None] - y).sign() + 1) + (x[:, None] - x).sign() + 1
+    distances = torch.stack([y[:, None] - y, x[:, None] - x]).float().norm(dim=0)
+    vectors = torch.stack([x + cols / 2, y + rows / 2], dim=1)
+    lengths = vectors.norm(dim=1)
+    cosines = vectors @ vectors.T / (lengths[:, None] * lengths + 1e-4)  # 1e-4 as published
+    angles = cosines.acos().fill_diagonal_(0)
+    distances, angles = (2 * v / v.max() - 1 for v in (distances, angles))
+    return {"relations": relations, "distances": distances, "angles": angles, "positions": y * cols + x}
+
+
+def chance(targets: dict[str, Tensor]) -> dict[str, float]:
+    """What the best constant answer reaches: accuracy of relations and positions, RMS error of the others."""
+    return {
+        task: (
+            t.std(correction=0).item()
+            if t.is_floating_point()
+            else t.flatten().bincount().max().item() / t.numel()
+        )
+        for task, t in targets.items()
+    }
+
+
+def shuffled(targets: dict[str, Tensor], order: Tensor) -> dict[str, Tensor]:
+    """Targets for patches in another order (B, N): (B, N, N), and (B, N) for positions."""
+    pairs = order[:, :, None] * order.shape[1] + order[:, None, :]  # (B, N, N), into a flat table
+    where = {"positions": order}
+    return {
+        task: t.flatten().index_select(0, where.get(task, pairs).flatten()).view_as(where.get(task, pairs))
+        for task, t in targets.items()
+    }
+
+
+def patch_boxes(
+    n: int, rows: int, cols: int, generator: Generator, shrink: float = 1 / 1.15, mega: bool = False
+) -> Tensor:
+    """Draw where to cut patches: boxes (n, rows * cols, 4) as (top, left, height, width), shares of an image.
+
+    A box lies at a random place in its cell of the grid and has `shrink` of its sides. mega: rows and columns
+    of random sizes, each at least half of an even share, in place of even ones.
+    """
+
+    def cells(parts: int) -> tuple[Tensor, Tensor]:
+        """Where the cells of one direction begin, and their sizes, (n, parts) each."""
+        sizes = torch.ones(n, parts)
+        if mega:
+            drawn = -torch.rand(n, parts, generator=generator).clamp(min=1e-6).log()  # their shares are even
+            sizes = 0.5 + 0.5 * parts * drawn / drawn.sum(dim=1, keepdim=True)
+        sizes = sizes / parts
+        return sizes.cumsum(dim=1) - sizes, sizes
+
+    (top, height), (left, width) = cells(rows), cells(cols)
+    top, height, left, width = top[:, :, None], height[:, :, None], left[:, None], width[:, None]
+    corner, sides = (
+        torch.stack(torch.broadcast_tensors(*pair), dim=-1).flatten(1, 2)  # (n, N, 2)
+        for pair in ((top, left), (height, width))
+    )
+    place = torch.rand(n, rows * cols, 2, generator=generator) * (1 - shrink)
+    return torch.cat([corner + place * sides, shrink * sides], dim=2)
+
+
+def cut(images: Tensor, boxes: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """Cut boxes (B, N, 4) out of images (B, C, H, W) and lay them out as a grid (h, w) of patches, N = h w.
+
+    Each is resized to patch_size, bilinearly: (B, C, h * patch_size, w * patch_size).
+    """
+    steps = (torch.arange(patch_size, device=boxes.device) + 0.5) / patch_size
+    points = boxes[:, :, None, :2] + boxes[:, :, None, 2:] * steps[:, None]  # (B, N, p, 2): y, x
+    y, x = points[:, :, :, None, 0], points[:, :, None, :, 1]
+    points = torch.stack(torch.broadcast_tensors(x, y), dim=-1)  # (B, N, p, p, 2)
+    points = points.unflatten(1, grid).transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (B, h p, w p, 2)
+    return F.grid_sample(images, 2 * points - 1, padding_mode="border", align_corners=False)
+
+
+def jitter(views: Tensor, patch_size: int, generator: Generator, strength: float = 0.4) -> Tensor:
+    """Change each patch of views (B, C, H, W) in [0, 1] by itself: brightness and contrast, within [0, 1].
+
+    Four patches of five are changed, by up to `strength`.
+    """
+    patches = views.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # (B, C, h, p, w, p)
+    shape = (len(views), 1, patches.shape[2], 1, patches.shape[4], 1)
+    chosen = (torch.rand(shape, generator=generator) < 0.8).float()
+    brightness, contrast = (
+        (1 + strength * chosen * (2 * torch.rand(shape, generator=generator) - 1)).to(views) for _ in range(2)
+    )
+    mean = patches.mean(dim=(1, 3, 5), keepdim=True)
+    changed = (brightness * (mean + contrast * (patches - mean))).clamp(0, 1)
+    return changed.flatten(4, 5).flatten(2, 3)
+
+
+def patch_views(
+    images: Tensor,
+    grid: tuple[int, int],
+    patch_size: int,
+    generator: Generator,
+    mega: bool = False,
+    shuffle: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A view of each image (B, C, H, W) in [0, 1] for RelViT: patches cut and coloured one by one.
+
+    Returns views (B, C, h * patch_size, w * patch_size), the boxes (B, N, 4) that they were cut from, and, if
+    shuffled, the order (B, N): place n of the grid holds patch order[n].
+    """
+    boxes, order = patch_boxes(len(images), *grid, generator, mega=mega), None
+    if shuffle:
+        order = torch.rand(boxes.shape[:2], generator=generator).argsort(dim=1)
+        boxes = boxes.gather(1, order[:, :, None].expand(-1, -1, 4))
+        order = order.to(images.device)
+    boxes = boxes.to(images.device)
+    return jitter(cut(images, boxes, grid, patch_size), patch_size, generator), boxes, order
+
+
+class PairScores(nn.Module):
+    """Scores q_i . k_j / sqrt(d) of all pairs, with K pairs of maps: patches (B, N, D) to (B, K, N, N)."""
+
+    def __init__(self, dim: int, classes: int):
+        super().__init__()
+        self.classes, self.width = classes, dim // classes
+        self.q = nn.Linear(dim, classes * self.width, bias=False)
+        self.k = nn.Linear(dim, classes * self.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = (m(x).unflatten(2, (self.classes, -1)).transpose(1, 2) for m in (self.q, self.k))
+        return q @ k.transpose(-2, -1) / math.sqrt(self.width)
+
+
+class RelViT(nn.Module):
+    """An encoder, and heads that tell from its patches (B, N, D) how they lie.
+
+    encoder: such as `vit.ViT`. grid: (rows, columns) of the views that it will see. `chance` holds what can
+    be had without looking. Raises ValueError for tasks that are none or unknown, a grid of less than 2x2, or
+    an embed_dim too small for a map for each relation.
+    """
+
+    def __init__(
+        self, encoder: nn.Module, embed_dim: int, grid: tuple[int, int], tasks: Sequence[str] = TASKS
+    ):
+        super().__init__()
+        unknown = [task for task in tasks if task not in TASKS]
+        if unknown or not tasks:
+            named = f"unknown task '{unknown[0]}'" if unknown else "no task"
+            raise ValueError(f"RelViT: {named}; choose from {', '.join(TASKS)}")
+        if embed_dim < 9:
+            raise ValueError(f"RelViT: embed_dim {embed_dim} is too small for 9 relations")
+        self.encoder, self.grid, self.tasks, targets = encoder, grid, tuple(tasks), relation_targets(*grid)
+        self.chance = {task: value for task, value in chance(targets).items() if task in tasks}
+        for task in self.tasks:
+            self.register_buffer(f"target_{task}", targets[task], persistent=False)
+        heads = {"relations": 9, "distances": 1, "angles": 1}
+        self.heads = nn.ModuleDict(
+            {
+                t: PairScores(embed_dim, heads[t]) if t in heads else nn.Linear(embed_dim, math.prod(grid))
+                for t in tasks
+            }
+        )
+
+    def forward(self, views: Tensor, order: Tensor | None = None, layer: int = -1) -> tuple:
+        """Upstream, without position embeddings: views (B, C, H, W) to `compare`'s values and Features."""
+        features = self.encoder(views, layer=layer, positions=False)
+        return *self.compare(features.patches, order), features
+
+    def compare(self, patches: Tensor, order: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum of the tasks' losses for patches (B, N, D), shuffled by `order` (B, N), and what to show.
+
+        That is the accuracy of relations and positions, and the root mean squared error of the others.
+        """
+        targets = {task: getattr(self, f"target_{task}") for task in self.tasks}
+        targets = targets if order is None else shuffled(targets, order)
+        loss, shown = patches.new_zeros(()), {}
+        for task, target in targets.items():
+            scores = self.heads[task](patches)  # (B, 9 or 1, N, N), or (B, N, N) for positions
+            scores = scores.movedim(1, -1) if scores.dim() == 4 else scores
+            target = target.expand(scores.shape[:-1])
+            if target.is_floating_point():
+                error = F.mse_loss(scores[..., 0], target)
+                shown[task] = error.detach().sqrt()
+            else:
+                error = F.cross_entropy(scores.flatten(0, -2), target.flatten())
+                shown[task] = (scores.argmax(dim=-1) == target).float().mean()
+            loss = loss + error
+        return loss, shown

@@ -1,0 +1,178 @@
+"""Pooling and self-supervision on the command line, and the probes that measure them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+import probe
+import symbols
+import train
+from checkpoint import load_run
+from data import Data, load
+
+TINY = "--train-images 32 --embed-dim 24 --depth 2 --num-heads 3 --batch-size 8 --out-dim 16 --epochs 2"
+TINY = TINY.split()
+SMALL = "--task classify --train-images 32 --embed-dim 16 --depth 1 --num-heads 2 --batch-size 8 --epochs 2"
+SMALL = SMALL.split()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_test_images():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data.PHANTOM_SIZES", {"val": 8, "test": 8})
+        yield
+
+
+POOLINGS = ["--backbone vit --pool gap", "--backbone vit --pool simpool", "--backbone resnet --pool simpool"]
+
+
+@pytest.mark.parametrize("pooling", [*POOLINGS, "--backbone resnet"])
+@pytest.mark.parametrize("task", ["pretrain", "classify"])
+def test_every_pooling_trains_with_and_without_labels_and_is_measured(pooling, task, tmp_path):
+    argv = [*TINY, "--task", task, *pooling.split()] + (["--prior", "none"] if task == "pretrain" else [])
+    train.main([*argv, "--out", str(tmp_path / "run")])
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (
+        0 < metrics["attention_AP_heart"] < 1
+        and 0 <= metrics["knn_mAUC"] <= 1
+        and 0 <= metrics["linear_mAUC"] <= 1
+    )
+    evaluate.main([str(tmp_path / "run")])  # the same encoder is built again
+
+
+@pytest.mark.parametrize("how", ["--pool simpool", "--backbone resnet --pool simpool", "--ssl relvit"])
+def test_priors_guide_attention_whatever_pools_and_whatever_the_objective_is(how, tmp_path):
+    argv = [*TINY, *how.split(), "--epochs", "10", "--train-images", "48", "--lr", "5e-3"]
+    before, after = tmp_path / "before", tmp_path / "after"
+    train.main([*argv, "--span-weight", "0", "--out", str(before)])
+    train.main([*argv, "--out", str(after)])
+    free, guided = (
+        json.loads((out / "metrics.json").read_text())["attention_mAP"] for out in (before, after)
+    )
+    assert guided > free + 0.2
+
+
+def test_relvit_shows_its_tasks_beside_chance_and_hands_its_encoder_on(tmp_path, capsys):
+    out = tmp_path / "relvit"
+    argv = [*TINY, "--ssl", "relvit", "--prior", "none", "--mega-patches", "3", "--out", str(out)]
+    train.main([*argv, "--relations", "relations", "distances"])
+    bar = capsys.readouterr().err
+    assert "relations=" in bar and "distances=" in bar and "(chance " in bar and "angles" not in bar
+    started = [
+        "--task",
+        "classify",
+        "--train-images",
+        "16",
+        "--epochs",
+        "1",
+        "--lr",
+        "1e-9",
+        "--init",
+        str(out),
+    ]
+    train.main([*started, "--out", str(tmp_path / "tuned")])
+    before, after = (load_run(tmp_path / name)[1]["model"] for name in ("relvit", "tuned"))
+    name = "encoder.blocks.0.attn.qkv.weight"
+    torch.testing.assert_close(before[name], after[name])
+
+
+def test_a_classifier_that_learns_relations_beside_its_labels_is_used_without_them(tmp_path):
+    out = tmp_path / "joint"
+    train.main([*SMALL, "--backbone", "vit", "--relations", "relations", "positions", "--out", str(out)])
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert {"classification", "relations", "positions", "auc_same"} <= set(metrics)
+    config, checkpoint = load_run(out)
+    parts, _, _ = train.load("phantom", 64, 0, 16, findings=config.findings)
+    model = evaluate.load_model(out, config, checkpoint, parts["train"])
+    assert not any("relvit" in name for name in model.state_dict())
+    assert any(name.startswith("relvit.heads") for name in checkpoint["model"])
+
+
+# Probes
+
+
+def test_neighbours_vote_with_weights_by_their_similarity():
+    torch.manual_seed(0)
+    x, queries = torch.randn(30, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
+    labels = torch.randint(2, (30, 2)).float()
+    labels[::3, 1] = torch.nan  # a third of the images don't know the second finding
+    votes = probe.knn_scores(x, labels, queries, k=7, temperature=0.1)
+    for m, query in enumerate(queries):
+        for k in range(2):
+            near = sorted(
+                (-float(torch.cosine_similarity(query, x[n], dim=0)), n)
+                for n in range(30)
+                if labels[n, k] >= 0
+            )[:7]
+            weights = np.array([np.exp(-minus / 0.1) for minus, _ in near])
+            vote = sum(w * labels[n, k].item() for w, (_, n) in zip(weights, near)) / weights.sum()
+            assert votes[m, k].item() == pytest.approx(vote)
+
+
+def test_fewer_images_than_neighbours_all_vote():
+    votes = probe.knn_scores(torch.eye(3), torch.tensor([[1.0], [0], [torch.nan]]), torch.eye(3)[:1])
+    assert 0.99 < votes.item() <= 1
+
+
+@pytest.mark.parametrize("one_class", [True, False])
+def test_the_linear_layer_is_where_the_gradient_vanishes(one_class):
+    torch.manual_seed(0)
+    x, labels = torch.randn(60, 4, dtype=torch.float64), torch.eye(3)[torch.randint(3, (60,))]
+    layer = probe.linear_layer(x, labels, 0.1, one_class)
+    loss = (
+        probe.classification_loss(layer(x), labels.double(), one_class) + 0.05 * layer.weight.square().sum()
+    )
+    gradients = torch.autograd.grad(loss, list(layer.parameters()))
+    assert max(g.abs().max() for g in gradients) < 1e-5
+
+
+def test_the_weight_decay_is_chosen_on_validation_images(monkeypatch):
+    torch.manual_seed(0)
+    features = {part: torch.randn(40, 6) for part in ("train", "val", "test")}
+    labels = {part: torch.eye(2)[torch.randint(2, (40,))] for part in features}
+    data = {
+        p: Data(torch.zeros(40), None, torch.zeros(40, dtype=torch.bool), labels[p], [p], [], [])
+        for p in features
+    }
+    monkeypatch.setattr(probe, "pooled_of", lambda encoder, images: features[seen.pop(0)])
+    monkeypatch.setattr(
+        probe, "linear_layer", lambda x, y, decay, one: lambda z: z[:, :2] * decay_sign(decay)
+    )
+    decay_sign = lambda decay: 1 if decay == probe.DECAYS[2] else -1  # noqa: E731
+    for better in (1, -1):  # the labels of validation images decide, not those of test images
+        x = (features["val"] - features["train"].mean(0)) * better
+        data["val"] = data["val"]._replace(labels=torch.eye(2)[x[:, :2].argmax(dim=1)])
+        seen = ["train", "val", "test"]
+        found = probe.probe(None, data)
+        z = (features["test"] - features["train"].mean(0)) / features["train"].std(0, correction=0)
+        right = ((z[:, :2] * better).argmax(dim=1) == data["test"].labels.argmax(dim=1)).double().mean()
+        assert found["linear_accuracy"] == pytest.approx(float(right))
+
+
+# Symbols
+
+
+def test_symbols_are_drawn_from_their_seed_into_a_folder_that_is_read_as_it_is(tmp_path, monkeypatch):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        argv = ["symbols.py", str(tmp_path / name), "--train", "2", "--size", "32", "--seed", str(seed)]
+        monkeypatch.setattr("sys.argv", argv)
+        symbols.main()
+    name = "images/train_disc_0001.png"
+    a, b, c = ((tmp_path / folder / name).read_bytes() for folder in "abc")
+    assert a == b != c
+    parts, _, notes = load(str(tmp_path / "a"), 32)
+    assert {part: len(data.names) for part, data in parts.items()} == {"train": 20, "val": 200, "test": 1000}
+    assert sorted(parts["train"].findings) == sorted(symbols.CLASSES) and not notes
+    assert (parts["train"].labels.sum(dim=0) == 2).all() and parts["train"].images.shape[1] == 3
+
+
+def test_every_symbol_shows_and_differs_from_the_others():
+    v, u = np.mgrid[:40, :40] / 20 - 1
+    drawn = np.stack([symbols.symbol(kind, u, v) for kind in symbols.CLASSES])
+    assert (0.1 < drawn.mean(axis=(1, 2))).all() and (drawn.mean(axis=(1, 2)) < 0.9).all()
+    apart = (drawn[:, None] != drawn[None]).mean(axis=(2, 3))
+    assert (apart + np.eye(len(drawn)) > 0.1).all()
