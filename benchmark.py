@@ -22,13 +22,27 @@ from checkpoint import write_whole
 from classify import Classifier, classification_loss, explained, isnet_losses
 from crops import crop, distort, random_crops
 from evaluate import build_encoder
+from flags import parse
 from isnet_lrp import foreground_loss
 from phantom import phantom
-from train import parse
 from vit import ViT
 
-CLASSIFIERS = [("resnet", 0.0, "none"), ("resnet", 3.0, "none"), ("resnet", 3.0, "all")]
-CLASSIFIERS += [("vit", 0.0, "none"), ("vit", 0.0, "all")]
+CLASSIFIERS = {  # what trains with ISNet: its flags, and the shape of its images
+    "ResNet, epsilon rule": ("--lrp-gamma 0 --isnet-layers none", (16, 1, 64, 64)),
+    "ResNet, gamma rule": ("--lrp-gamma 3 --isnet-layers none", (16, 1, 64, 64)),
+    "ResNet, gamma rule, inner layers": ("--lrp-gamma 3", (16, 1, 64, 64)),
+    "ResNet 8 times as wide, epsilon rule": (
+        "--lrp-gamma 0 --isnet-layers none --embed-dim 512",
+        (8, 3, 64, 64),
+    ),
+    "ViT, epsilon rule": ("--backbone vit --isnet-layers none", (16, 1, 64, 64)),
+    "ViT, epsilon rule, inner layers and attention": ("--backbone vit", (16, 1, 64, 64)),
+    "ViT-S/16 at 224 px, epsilon rule": (
+        "--backbone vit --isnet-layers none --img-size 224 --patch-size 16"
+        " --embed-dim 384 --depth 12 --num-heads 6",
+        (2, 3, 224, 224),
+    ),
+}
 
 
 def ratio(a: Callable, b: Callable, runs: int) -> tuple[float, float, float]:
@@ -111,12 +125,11 @@ def batched_pipeline(images: Tensor) -> Callable:
     return work
 
 
-def classifier_steps(backbone: str, gamma: float, layers: str) -> tuple[Callable, Callable]:
-    """The loss of a plain step of train.py's classifier, and of one with ISNet by the rule."""
-    flags = f"--task classify --backbone {backbone} --lrp-gamma {gamma} --isnet-layers {layers} --isnet 1"
-    args = parse(flags.split())[0]
-    model = Classifier(build_encoder(args, 1), 2)
-    x, labels, masks = torch.rand(16, 1, 64, 64), torch.eye(2).repeat(8, 1), torch.zeros(16, 1, 64, 64)
+def classifier_steps(flags: str, shape: tuple[int, ...]) -> tuple[Callable, Callable]:
+    """The loss of a plain step of a classifier on images (B, C, H, W), and of one with ISNet."""
+    args = parse(f"--task classify --isnet 1 {flags}".split())[0]
+    model = Classifier(build_encoder(args, shape[1]), 2)
+    x, labels, masks = torch.rand(shape), torch.eye(2).repeat(shape[0] // 2, 1), torch.zeros(shape)[:, :1]
     masks[:, :, 16:48, 16:48] = 1
 
     def plain() -> Tensor:
@@ -155,13 +168,13 @@ def measure(runs: int) -> dict[str, tuple[float, float, float]]:
     ):
         steps = [training_step(vit, images, exposed) for exposed in (False, True)]
         rows[f"training step with the attention row / without: {name}"] = ratio(*steps, runs)
-    for backbone, gamma, layers in CLASSIFIERS:
-        steps = classifier_steps(backbone, gamma, layers)
-        rule = f"gamma rule ({gamma:g})" if gamma else "epsilon rule"
-        name = f"ISNet / plain: {backbone}, {rule}, {layers} of the inner layers supervised"
-        rows[f"training step, {name}"] = ratio(*(lambda s=s: s().backward() for s in steps), runs)
+    for name, setting in CLASSIFIERS.items():
+        steps = classifier_steps(*setting)
+        rows[f"training step, ISNet / plain: {name}"] = ratio(
+            *(lambda s=s: s().backward() for s in steps), runs
+        )
         plain, isnet = map(kept_bytes, steps)
-        rows[f"memory kept for the backward pass, {name}"] = (isnet / plain,) * 3
+        rows[f"memory kept for the backward pass, ISNet / plain: {name}"] = (isnet / plain,) * 3
     for size, channels in ((64, 1), (64, 3), (224, 3)):
         images = phantom(64, seed=0, img_size=size)[0].repeat(1, channels, 1, 1)
         pictures = [Image.fromarray(x.permute(1, 2, 0).squeeze(2).numpy()) for x in images]

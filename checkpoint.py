@@ -111,11 +111,13 @@ def load_run(folder: Path) -> tuple[argparse.Namespace, dict]:
     try:
         config = json.loads((folder / "config.json").read_text())
         checkpoint = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
-        config["command"], config["pool"], checkpoint["model"], checkpoint["history"]  # what every run has
-        return argparse.Namespace(**config), checkpoint
+        config["command"], config["task"], checkpoint["model"], checkpoint["history"]  # what every run has
     except OSError as error:
         unread = error.filename or folder / "last.pt"  # torch names no file that it finds cut off
         raise ValueError(f"{folder} is not a run of train.py: {unread} cannot be read") from None
     except Exception as error:  # a damaged or foreign file fails in the unpickler in many ways
         reason = " ".join(str(error).split())[:120]
         raise ValueError(f"{folder}: config.json or last.pt is damaged ({reason})") from None
+    if "pool" not in config:
+        raise ValueError(f"{folder} is a run of an older version, without --pool; train it again")
+    return argparse.Namespace(**config), checkpoint

@@ -124,12 +124,10 @@ def isnet_losses(
         covers = F.adaptive_max_pool2d(masks, R.shape[2:])
         loss = loss + background_loss(R, covers, args.isnet_decay, args.isnet_e) / len(inner)
     covers = F.adaptive_max_pool2d(masks, (h, w)).flatten(2)  # (B, 1, N)
-    prior = covers / covers.sum(dim=2, keepdim=True).clamp(min=1)
+    prior, maps = covers / covers.sum(dim=2, keepdim=True).clamp(min=1), len(attention)
     for A in attention:
         A = A[:, :, A.shape[2] - h * w :]  # (B, heads, N)
-        loss = loss + span_loss(A, prior.expand_as(A), covers.amax(dim=2).expand(A.shape[:2])) / len(
-            attention
-        )
+        loss = loss + span_loss(A, prior.expand_as(A), covers.amax(dim=2).expand(A.shape[:2])) / maps
     return loss, heatmap, logits
 
 
@@ -137,19 +135,20 @@ def isnet_losses(
 def attention_seen(encoder: nn.Module | None) -> Iterator[list[Tensor]]:
     """Collects two maps (B, heads, T) for each attention layer of an encoder that runs meanwhile.
 
-    They say how much the first token, CLS, looks at each token, and how much all tokens do on average. An
-    encoder's pooling module adds its own attention (B, heads, N).
+    They say how much the CLS token looks at each token, and how much all tokens do on average. An encoder
+    without CLS gives, in place of the first, the attention (B, heads, N) of its pooling, if that is learned.
     """
     seen: list[Tensor] = []
+    pool = None if encoder is None else encoder.pool
 
     def look(attention: Attention, inputs: tuple[Tensor]) -> None:
         q, k, _ = attention.split(inputs[0])
         weights = Attention.weights(q, k)  # (B, heads, T, T)
-        seen.extend([weights[:, :, 0], weights.mean(dim=2)])
+        seen.extend([weights.mean(dim=2)] if pool else [weights[:, :, 0], weights.mean(dim=2)])
 
     modules = [] if encoder is None else [m for m in encoder.modules() if isinstance(m, Attention)]
     hooks = [m.register_forward_pre_hook(look) for m in modules]
-    if encoder is not None and encoder.pool is not None:
+    if pool is not None and any(True for _ in pool.parameters()):
         hooks.append(
             encoder.register_forward_hook(lambda m, inputs, features: seen.append(features.attention))
         )
@@ -239,9 +238,8 @@ def objective(
             "background": (background * share).sum(),
             "foreground": (foreground * share).sum(),
         }
-        weight = (
-            args.isnet if one_class else args.isnet / known.shape[1]
-        )  # of one finding, as in the mean of all
+        explained_share = 1 if one_class else 1 / known.shape[1]  # one finding of K, as in the mean of all
+        weight = args.isnet * explained_share
         loss = parts["classification"] + weight * (parts["background"] + parts["foreground"])
         return loss, {"loss": loss.detach(), **{name: part.detach() for name, part in parts.items()}}
 

@@ -182,16 +182,18 @@ class DINO(nn.Module):
         return self.loss(student, teacher, teacher_temp), features
 
     def train(self, mode: bool = True) -> "DINO":
-        """As ever, but the teacher stays in evaluation mode: its targets have no noise of their own."""
+        """As ever, but the teacher stays in evaluation mode: its targets have no noise of their own.
+
+        Its BatchNorms take the statistics of its own batch: the student's don't fit weights that lag behind.
+        """
         super().train(mode)
-        self.teacher.eval()
+        for module in self.teacher.modules():
+            module.training = mode and isinstance(module, nn.modules.batchnorm._BatchNorm)
         return self
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
-        """theta_t <- momentum theta_t + (1 - momentum) theta_s, and the same for buffers."""
+        """theta_t <- momentum theta_t + (1 - momentum) theta_s; buffers are the teacher's own."""
         for teacher, student in ((self.teacher, self.student), (self.teacher_head, self.student_head)):
             for t, s in zip(teacher.parameters(), student.parameters()):
                 t.lerp_(s, 1 - momentum)
-            for t, s in zip(teacher.buffers(), student.buffers()):
-                t.copy_(s)

@@ -288,13 +288,13 @@ def load_model(run: Path, config: argparse.Namespace, checkpoint: dict, train: D
 
 def load_encoder(run: Path, config: argparse.Namespace, checkpoint: dict, encoder: nn.Module) -> None:
     """Load a run's encoder, of a student or a classifier. Raises ValueError if it has other sizes."""
-    prefix = "student." if "student_head.last_layer.weight_v" in checkpoint["model"] else "encoder."
+    prefix = "student." if config.task == "pretrain" and config.ssl == "dino" else "encoder."
     weights = {k.removeprefix(prefix): v for k, v in checkpoint["model"].items() if k.startswith(prefix)}
     try:
         encoder.load_state_dict(weights)
     except RuntimeError:
         raise ValueError(
-            f"{run}: last.pt holds an encoder of other sizes or channels than asked for"
+            f"{run}: last.pt holds an encoder of other sizes, channels or pooling than asked for"
         ) from None
 
 

@@ -64,7 +64,7 @@ def parse(argv: list[str], doc: str = "\n\n") -> tuple[argparse.Namespace, set[s
     add("--drop-path", type=float, default=0.0, help="stochastic depth of the last block")
     what = "how patches become one vector: a CLS token, their mean, or SimPool"
     add("--pool", type=str, choices=["cls", "gap", "simpool"], help=what + by_task("pool"))
-    what = "exponent of SimPool's mean; 1 is the plain one"
+    what = "exponent of SimPool's mean, 0.1 to 10"
     add("--simpool-gamma", type=float, help=what + by_task("simpool_gamma"))
     add("--pool-heads", type=int, help="of SimPool (default: --num-heads if priors guide them, else 1)")
     add = parser.add_argument_group("optimisation").add_argument
@@ -77,7 +77,8 @@ def parse(argv: list[str], doc: str = "\n\n") -> tuple[argparse.Namespace, set[s
     parser.set_defaults(**DEFAULTS[parser.parse_args(argv).task])
     chosen = parser.parse_args(argv)
     before = vars(load_run(chosen.init)[0]) if chosen.init else {}
-    parser.set_defaults(**{name: before[name] for name in OF_THE_ENCODER if before})
+    if before:
+        parser.set_defaults(**{name: before[name] for name in OF_THE_ENCODER})
     chosen = parser.parse_args(argv)
     guided = chosen.task == "pretrain" and chosen.prior != "none"
     by_kind = DEFAULTS[chosen.backbone] | DEFAULTS.get(f"{chosen.task} {chosen.backbone}", {})
@@ -153,8 +154,8 @@ def check(args: argparse.Namespace) -> None:
     limits = {
         (1, 10**9): "patch_size epochs batch_size embed_dim num_heads pool_heads depth train_images img_size",
         (2, 10**9): "out_dim",
-        (0, 2**32 - 1): "seed local_crops_number",
-        (0, args.img_size // args.patch_size): "mega_patches",
+        (0, 2**32 - 1): "seed local_crops_number mega_patches",
+        (0.1, 10): "simpool_gamma",
         (1e-9, 1e9): "lr teacher_temp clip_grad",
         (0, 1e9): "prior_blur span_weight weight_decay isnet lrp_gamma",
         (1e-12, 1e9): "lrp_epsilon isnet_e",
@@ -181,6 +182,15 @@ def check(args: argparse.Namespace) -> None:
 def check_pairs(args: argparse.Namespace) -> None:
     """Raise ValueError for settings that don't go together."""
     relational = bool(args.relations) if args.task == "classify" else args.ssl == "relvit"
+    if args.mega_patches > args.img_size // args.patch_size:
+        most = args.img_size // args.patch_size
+        raise ValueError(
+            f"--mega-patches {args.mega_patches}: more than the {most} patches a side; at most that"
+        )
+    if args.pool == "simpool" and args.embed_dim % args.pool_heads:
+        raise ValueError(
+            f"--pool-heads {args.pool_heads} must divide --embed-dim {args.embed_dim}: change either"
+        )
     if args.task == "pretrain" and args.isnet:
         raise ValueError("--isnet needs --task classify")
     if args.backbone == "resnet" and args.pool == "cls":
@@ -202,10 +212,16 @@ def check_idle(args: argparse.Namespace, typed: set[str]) -> None:
         "explain isnet_layers isnet_decay isnet_e": None if args.isnet else "--isnet; add --isnet 1",
         "relations": None if upstream or args.task == "classify" else "--ssl relvit or --task classify",
         "mega_patches": None if upstream else "--ssl relvit",
+        "momentum center_momentum out_dim teacher_temp global_scale local_scale local_crops_number flip": (
+            "--ssl dino" if upstream else None
+        ),
+        "follow": "--ssl dino; RelViT's priors are cut with the patches" if upstream else None,
+        "span_layer": "--pool cls" if args.pool != "cls" and args.task == "pretrain" else None,
         "simpool_gamma pool_heads": None if args.pool == "simpool" else "--pool simpool",
         "ssl": None if args.task == "pretrain" else "--task pretrain; to classify, see --relations",
     }
     for names, needed in missing.items():
         idle = typed & set(names.split())
         if idle and needed and not args.resume:
-            raise ValueError(f"--{idle.pop().replace('_', '-')} does nothing without {needed}")
+            flag = idle.pop().replace("_", "-").replace("follow", "no-follow")
+            raise ValueError(f"--{flag} does nothing without {needed}")

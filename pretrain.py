@@ -111,6 +111,7 @@ def relations(args: argparse.Namespace, relvit: RelViT, images: Tensor, laid: Ca
         logged = {"loss": loss.detach(), **shown}
         if laid is not None:
             prior = F.avg_pool2d(cut(laid(index), boxes, grid, p), p).flatten(2)  # (B, R, N)
+            prior = prior * boxes[:, None, :, 2:].prod(dim=3)  # a large cell holds more of it
             mass = prior.sum(dim=2)
             prior = prior / mass.clamp_min(1e-12)[:, :, None]
             span = span_loss(features.attention, prior, (mass > 0).float(), args.span_loss)

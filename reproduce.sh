@@ -48,13 +48,11 @@ classifiers() {
     echo "vit_unguided-0 $common --backbone vit --epochs 15 --isnet-layers relevance"
 }
 
-poolings() {  # with labels and without; at half the images of the SPAN runs
+poolings() {  # with labels, beside the unmarked classifiers, and without; at half the images of the SPAN runs
     for seed in 0 1 2; do
         common="--task classify --seed $seed"
-        echo "vit_cls_labels-$seed $common --backbone vit --epochs 15"
         echo "vit_gap_labels-$seed $common --backbone vit --epochs 15 --pool gap"
         echo "vit_simpool_labels-$seed $common --backbone vit --epochs 15 --pool simpool"
-        echo "resnet_gap_labels-$seed $common"
         echo "resnet_simpool_labels-$seed $common --pool simpool"
         common="--seed $seed --train-images 750"
         echo "vit_cls_dino-$seed $common --prior none"
@@ -83,7 +81,7 @@ pretrained() {  # data, epochs of pretraining and as many of tuning, findings, f
     echo "first scratch_$1-$seed $label --epochs $((2 * $2))"
     echo "first joint_$1-$seed $label --epochs $((2 * $2)) --relations relations distances angles positions"
     while read -r name how; do
-        echo "first pre_${name}_$1-$seed $common --epochs $2 --keep-going $how"
+        echo "first pre_${name}_$1-$seed $common --epochs $2 --keep-going${how:+ $how}"  # a blank at the end would join the next line
         echo "then tuned_${name}_$1-$seed $label --epochs $2 --init runs/pre_${name}_$1-$seed"
     done < <(
         echo "relvit --ssl relvit --prior none"

@@ -66,13 +66,18 @@ def pool(
 
 
 def power_mean(gamma: float) -> Callable:
-    """(a v^gamma)^(1/gamma) of weights a (..., k, N) and values v (..., N, D) > 0: (..., k, D), (17)."""
+    """(a v^gamma)^(1/gamma) of weights a (..., k, N) and values v (..., N, D) > 0: (..., k, D), (17).
+
+    In float32, relative to the largest value M of each dimension; a mean below M 1e-30^(1/gamma) is raised to
+    that, so that its gradient stays finite.
+    """
 
     def mean(a: Tensor, v: Tensor) -> Tensor:
-        wide = v.to(torch.promote_types(v.dtype, torch.float32))
-        largest = wide.detach().amax(dim=-2, keepdim=True)  # it cancels, so it needs no gradient
-        total = a.to(wide.dtype) @ (wide / largest) ** gamma
-        return (largest * total.clamp(min=1e-30) ** (1 / gamma)).to(v.dtype)
+        wide = torch.promote_types(v.dtype, torch.float32)
+        with torch.autocast(v.device.type, enabled=False):  # which would take the product in half precision
+            largest = v.detach().to(wide).amax(dim=-2, keepdim=True)  # it cancels, so it needs no gradient
+            total = a.to(wide) @ (v.to(wide) / largest) ** gamma
+            return (largest * total.clamp(min=1e-30) ** (1 / gamma)).to(v.dtype)
 
     return mean
 
@@ -82,13 +87,13 @@ class SimPool(nn.Module):
 
     dim: D. gamma: None for the plain mean of LN(X) in (17). num_heads: attends in that many slices of the
     dimensions, each by itself; then the attention is (B, heads, N). Parameter names are the published ones.
-    Raises ValueError if gamma <= 0, num_heads doesn't divide dim, or x has another shape.
+    Raises ValueError if gamma is not within 0.1 to 10, num_heads doesn't divide dim, or x has another shape.
     """
 
     def __init__(self, dim: int, gamma: float | None = None, num_heads: int = 1):
         super().__init__()
-        if gamma is not None and not 0 < gamma < math.inf:
-            raise ValueError(f"SimPool: gamma {gamma} must be above 0; None for the plain mean")
+        if gamma is not None and not 0.1 <= gamma <= 10:
+            raise ValueError(f"SimPool: gamma {gamma} must lie between 0.1 and 10 (None: the plain mean)")
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"SimPool: num_heads {num_heads} must divide dim {dim}: change either")
         self.gamma, self.num_heads = gamma, num_heads

@@ -67,7 +67,12 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64, help="pixels a side (default: 64)")
     parser.add_argument("--seed", type=int, default=0, help="of everything drawn (default: 0)")
     args = parser.parse_args()
-    (args.folder / "images").mkdir(parents=True, exist_ok=True)
+    for name, least in (("train", 1), ("size", 8), ("seed", 0)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name} {getattr(args, name)}: it must be at least {least}")
+    if args.folder.exists() and not (args.folder.is_dir() and not any(args.folder.iterdir())):
+        parser.error(f"{args.folder} is there already, and holds something; name a new folder")
+    (args.folder / "images").mkdir(parents=True)
     rows = [("file", "label", "split")]
     for p, (part, n) in enumerate({"train": args.train, "val": 20, "test": 100}.items()):
         for k, kind in enumerate(CLASSES):

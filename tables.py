@@ -42,11 +42,11 @@ FAILURES = {
 }
 POOLINGS = {  # what was learned: {experiment: (how it was pooled, what to compare it with)}
     "enlarged heart, with labels": {
-        "vit_cls_labels": ("ViT, CLS", None),
-        "vit_gap_labels": ("ViT, mean", "vit_cls_labels"),
-        "vit_simpool_labels": ("**ViT, SimPool**", "vit_cls_labels"),
-        "resnet_gap_labels": ("ResNet, mean", None),
-        "resnet_simpool_labels": ("**ResNet, SimPool**", "resnet_gap_labels"),
+        "unmarked_vit": ("ViT, CLS", None),
+        "vit_gap_labels": ("ViT, mean", "unmarked_vit"),
+        "vit_simpool_labels": ("**ViT, SimPool**", "unmarked_vit"),
+        "unmarked_resnet": ("ResNet, mean", None),
+        "resnet_simpool_labels": ("**ResNet, SimPool**", "unmarked_resnet"),
     },
     "without labels, DINO": {
         "vit_cls_dino": ("ViT, CLS", None),
@@ -207,14 +207,12 @@ def pooling(runs: dict) -> str:
     for learned, experiments in POOLINGS.items():
         for experiment, (title, reference) in experiments.items():
             ap = points(runs, experiment, "attention_AP_heart")
+            if not ap:
+                continue
             gap = gaps(ap, points(runs, reference, "attention_AP_heart")) if reference else []
             found = [list(points(runs, experiment, name).values()) for name in ("knn_mAUC", "linear_mAUC")]
-            cells = (
-                [spread(list(ap.values())), spread(gap, "+") if gap else "", *map(spread, found)]
-                if ap
-                else []
-            )
-            rows += [[f"{learned}: {title}", *cells, str(len(ap))]] if ap else []
+            cells = [spread(list(ap.values())), spread(gap, "+") if gap else "", *map(spread, found)]
+            rows.append([f"{learned}: {title}", *cells, str(len(ap))])
     header = ["500 test images", "attention on the heart, AP %", "to CLS or mean, same seeds"]
     return markdown([*header, "k-NN, AUC %", "linear, AUC %", "seeds"], rows)
 

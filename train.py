@@ -60,7 +60,7 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, Data], str | None, nn.M
     encoder = build_encoder(args, train.images.shape[1])
     if args.init:
         load_encoder(Path(args.init), *load_run(Path(args.init)), encoder)
-    elif args.backbone == "vit" and (args.task == "classify" or args.ssl == "relvit"):
+    if args.backbone == "vit" and args.task == "classify" and (not args.init or not encoder.pos_embed.any()):
         # At 0.02 positions are lost beside patches of norm 3: a classifier stands still for many epochs.
         nn.init.trunc_normal_(encoder.pos_embed, std=0.2)
     if args.task == "classify":
@@ -69,6 +69,7 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, Data], str | None, nn.M
         if args.relations:
             model.relvit = RelViT(encoder, args.embed_dim, encoder.grid(train.images), args.relations)
     elif args.ssl == "relvit":
+        nn.init.zeros_(encoder.pos_embed)  # unused: who uses the encoder next sees what it was trained on
         grid = (args.mega_patches, args.mega_patches) if args.mega_patches else encoder.grid(train.images)
         model = RelViT(encoder, args.embed_dim, grid, args.relations or TASKS)
     else:
@@ -186,7 +187,7 @@ def finish(
             table, shown, maps = measure_classifier(args, model, parts)
             metrics |= flatten_classifier(table)
             print_table(table, mean=False)
-            if parts["test"].masks is not None and parts["val"].masks is not None:
+            if parts["test"].has_masks.any() and parts["val"].has_masks.any():
                 attention, _ = measure(args, encoder, parts, sample)
                 metrics |= flatten(attention)
                 print_table(attention)

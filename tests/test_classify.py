@@ -11,6 +11,7 @@ from torch import Generator, nan
 from classify import Classifier, classification_loss, exclusive, explained, isnet_losses, log_odds
 from classify import attention_seen, natural_range, objective, supervised_layers
 from resnet import ResNet
+from simpool import GAP, SimPool
 from vit import ViT
 
 SETTINGS = Namespace(
@@ -152,6 +153,16 @@ def test_what_the_cls_token_and_all_tokens_look_at_in_each_block_is_seen_and_can
     seen[2].square().sum().backward()
     assert encoder.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
     with attention_seen(ResNet(1, 16)) as seen:
+        assert seen == []
+    for encoder, maps in (
+        (ViT(16, 4, 1, 12, 2, 3, pool=SimPool(12)), 3),
+        (ResNet(1, 16, pool=SimPool(16)), 1),
+    ):
+        with attention_seen(encoder) as seen:
+            features = encoder(images)
+        assert len(seen) == maps and seen[-1] is features.attention  # in place of what CLS looks at
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in encoder.modules())
+    with attention_seen(ViT(16, 4, 1, 12, 2, 3, pool=GAP())) as seen:  # the mean looks at all alike
         assert seen == []
 
 

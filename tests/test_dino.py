@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dino import DINO, Collapse, DINOHead, DINOLoss, Health
+from resnet import ResNet
 from vit import ViT
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -156,3 +157,22 @@ def test_training_provokes_both_kinds_of_collapse(kind, teacher_temp, center_mom
             optimizer.step()
             dino.update_teacher(0.9)
             dino.health.check()
+
+
+def test_a_teacher_with_batch_norm_normalises_by_its_own_batch():
+    """The student's running statistics would not fit a teacher whose weights lag far behind."""
+    torch.manual_seed(0)
+    dino = DINO(ResNet(1, 8), 8, 16, hidden_dim=8, bottleneck_dim=4).train()
+    images, seen = torch.rand(8, 1, 16, 16), []
+    with torch.no_grad():
+        for p in dino.student.parameters():
+            p.mul_(3)
+    for _ in range(3):
+        dino([images])
+        dino.update_teacher(0.999)
+    dino.teacher.blocks[-1].bn2.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    dino([images])
+    mean, deviation = seen[0].mean(dim=(0, 2, 3)), seen[0].std(dim=(0, 2, 3), correction=0)
+    torch.testing.assert_close(mean, torch.zeros(8), rtol=0, atol=1e-3)
+    torch.testing.assert_close(deviation, torch.ones(8), rtol=0, atol=1e-2)
+    assert not dino.teacher.blocks[0].training and not any(m.training for m in dino.eval().teacher.modules())

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 import evaluate
+import pretrain
 import probe
 import symbols
 import train
 from checkpoint import load_run
 from data import Data, load
 
-TINY = "--train-images 32 --embed-dim 24 --depth 2 --num-heads 3 --batch-size 8 --out-dim 16 --epochs 2"
+TINY = "--train-images 32 --embed-dim 24 --depth 2 --num-heads 3 --batch-size 8 --epochs 2"
 TINY = TINY.split()
 SMALL = "--task classify --train-images 32 --embed-dim 16 --depth 1 --num-heads 2 --batch-size 8 --epochs 2"
 SMALL = SMALL.split()
@@ -78,6 +79,35 @@ def test_relvit_shows_its_tasks_beside_chance_and_hands_its_encoder_on(tmp_path,
     before, after = (load_run(tmp_path / name)[1]["model"] for name in ("relvit", "tuned"))
     name = "encoder.blocks.0.attn.qkv.weight"
     torch.testing.assert_close(before[name], after[name])
+
+
+def test_upstream_the_encoder_is_measured_without_positions_and_a_classifier_gets_some(tmp_path):
+    out = tmp_path / "relvit"
+    train.main([*TINY, "--ssl", "relvit", "--prior", "none", "--out", str(out)])
+    assert not load_run(out)[1]["model"]["encoder.pos_embed"].any()
+    argv = ["--task", "classify", "--train-images", "16", "--epochs", "1", "--lr", "1e-9", "--init", str(out)]
+    train.main([*argv, "--out", str(tmp_path / "tuned")])
+    assert 0.15 < load_run(tmp_path / "tuned")[1]["model"]["encoder.pos_embed"].std() < 0.25
+
+
+def test_a_large_cell_holds_more_of_a_prior():
+    args, _ = train.parse([*TINY, *"--ssl relvit --mega-patches 2 --span-weight 1".split()])
+    relvit = train.RelViT(evaluate.build_encoder(args, 1), 24, (2, 2))
+    seen = []
+    relvit.register_forward_hook(lambda module, inputs, output: seen.append(output[2].attention))
+    even = torch.ones(4, 1, 64, 64)
+    losses = pretrain.relations(args, relvit, torch.randint(256, (4, 1, 64, 64)).byte(), lambda index: even)
+    generator = torch.Generator().manual_seed(0)
+    span = losses(torch.arange(4), generator)[1]["span_loss"]
+    boxes = pretrain.patch_views(
+        torch.rand(4, 1, 64, 64), (2, 2), 8, torch.Generator().manual_seed(0), mega=True
+    )[1]
+    area = boxes[:, None, :, 2:].prod(dim=3)
+    prior, attention = area / area.sum(dim=2, keepdim=True), seen[0][:, :1]
+    attention = attention / attention.sum(dim=2, keepdim=True)
+    want = (prior * (prior / attention).log()).sum(dim=2).mean()
+    torch.testing.assert_close(span, want.detach())
+    assert prior.std() > 0.03
 
 
 def test_a_classifier_that_learns_relations_beside_its_labels_is_used_without_them(tmp_path):
@@ -168,6 +198,21 @@ def test_symbols_are_drawn_from_their_seed_into_a_folder_that_is_read_as_it_is(t
     assert {part: len(data.names) for part, data in parts.items()} == {"train": 20, "val": 200, "test": 1000}
     assert sorted(parts["train"].findings) == sorted(symbols.CLASSES) and not notes
     assert (parts["train"].labels.sum(dim=0) == 2).all() and parts["train"].images.shape[1] == 3
+
+
+@pytest.mark.parametrize("flags", ["--train 0", "--size 4", "--seed -1", ""])
+def test_a_folder_that_holds_something_and_sizes_that_cannot_be_are_refused(
+    flags, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "notes.txt").write_text("mine")
+    folder = tmp_path / ("new" if flags else "old")
+    monkeypatch.setattr("sys.argv", ["symbols.py", str(folder), *flags.split()])
+    with pytest.raises(SystemExit) as stop:
+        symbols.main()
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and ("must be at least" in said) == bool(flags) and "Traceback" not in said
+    assert not (tmp_path / "new").exists() and len(list((tmp_path / "old").iterdir())) == 1
 
 
 def test_every_symbol_shows_and_differs_from_the_others():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Generator
 
-from relvit import TASKS, RelViT, chance, cut, jitter, patch_boxes, relation_targets, shuffled
+from relvit import TASKS, RelViT, chance, cut, jitter, patch_boxes, patch_views, relation_targets, shuffled
 from vit import ViT
 
 NAMES = {"positions": "abs_positions"}  # as published, where it differs
@@ -31,14 +31,18 @@ def test_targets_are_the_published_ones_ordered_and_shuffled(task):
 
 def test_targets_of_a_grid_that_is_not_square():
     targets = relation_targets(2, 3)
-    positions = [(y, x) for y in range(2) for x in range(3)]
+    positions, angles = [(y, x) for y in range(2) for x in range(3)], np.zeros((6, 6))
     for i, (y, x) in enumerate(positions):
         assert targets["positions"][i] == i
         for j, (y2, x2) in enumerate(positions):
             sign = (y > y2) - (y < y2), (x > x2) - (x < x2)
             assert targets["relations"][i, j] == 3 * (sign[0] + 1) + sign[1] + 1
+            a, b = (x + 1.5, y + 1.0), (x2 + 1.5, y2 + 1.0)  # moved by half of the columns and of the rows
+            cosine = (a[0] * b[0] + a[1] * b[1]) / (np.hypot(*a) * np.hypot(*b) + 1e-4)
+            angles[i, j] = 0 if i == j else np.arccos(cosine)
             distance = 2 * ((y - y2) ** 2 + (x - x2) ** 2) ** 0.5 / 5**0.5 - 1
             assert targets["distances"][i, j].item() == pytest.approx(distance, abs=1e-6)
+    np.testing.assert_allclose(targets["angles"], 2 * angles / angles.max() - 1, atol=1e-3)
 
 
 def test_chance_is_what_the_best_constant_reaches():
@@ -103,6 +107,41 @@ def test_each_patch_changes_its_colours_by_itself_and_stays_in_range():
     assert torch.equal(grey, level[:, None, :, None, :, None].expand_as(grey))  # even within a patch
     assert level.flatten(1).std(dim=1).min() > 0 and 0.1 < (level == 0.5).float().mean() < 0.3
     torch.testing.assert_close(jitter(views, 4, seeded(), strength=0.0), views)
+    halves = torch.cat([torch.full((9, 1, 4, 4), 0.2), torch.full((9, 1, 4, 4), 0.8)], dim=3)
+    left = jitter(halves, 4, seeded())[..., :4]  # even patches have no contrast of their own to change
+    factor = left.mean(dim=(1, 2, 3)) / 0.2
+    assert (factor > 0.6 - 1e-6).all() and (factor < 1.4 + 1e-6).all()
+
+
+@pytest.mark.parametrize("mega", [False, True])
+def test_a_shuffled_view_says_where_each_patch_was_cut(mega):
+    y, x = torch.meshgrid(torch.linspace(0, 1, 32), torch.linspace(0, 1, 48), indexing="ij")
+    images = torch.stack([y, x]).expand(6, 2, 32, 48)  # every pixel tells its place
+    views, boxes, order = patch_views(images, (2, 3), 8, seeded(), mega=mega, shuffle=True)
+    assert views.shape == (6, 2, 16, 24)
+    assert (
+        torch.equal(order.sort(dim=1).values, torch.arange(6).expand(6, 6))
+        and (order != torch.arange(6)).any()
+    )
+    patches = (
+        cut(images, boxes, (2, 3), 8).unflatten(3, (3, 8)).unflatten(2, (2, 8)).mean(dim=(3, 5)).flatten(2)
+    )
+    centres = (boxes[:, :, :2] + boxes[:, :, 2:] / 2).transpose(1, 2)  # (B, 2, N)
+    torch.testing.assert_close(patches, centres, rtol=0, atol=0.02)
+    back = centres.gather(2, order.argsort(dim=1)[:, None].expand(-1, 2, -1)).unflatten(2, (2, 3))
+    assert (back[:, 0, 0] < back[:, 0, 1]).all() and (back[:, 1].diff(dim=2) > 0).all()  # in order again
+    sizes = boxes[..., 2:].flatten(1).std(dim=1, correction=0)
+    assert (sizes.std() > 0.01) == mega
+    plain, _, none = patch_views(images, (2, 3), 8, seeded(), mega=mega)
+    assert none is None and plain.shape == views.shape
+
+
+def test_large_cells_are_averaged_not_stepped_over():
+    noise = torch.rand(4, 1, 64, 64, generator=seeded())
+    cells = patch_boxes(4, 2, 2, seeded(), shrink=1.0)
+    means = torch.nn.functional.avg_pool2d(noise, 4)
+    torch.testing.assert_close(cut(noise, cells, (2, 2), 8), means, rtol=0, atol=0.08)
+    assert cut(noise, cells, (2, 2), 8).std() < 1.2 * means.std()
 
 
 def test_what_lies_over_an_image_is_cut_with_it():
@@ -132,6 +171,10 @@ def test_losses_are_those_of_the_tasks_asked_for(tasks):
             else:
                 want += (s[0] - t).square().mean() / 2
     torch.testing.assert_close(loss, want)
+    for task in set(tasks) & {"distances", "angles"}:
+        t = torch.stack([targets[task][o][:, o] for o in order])
+        error = (model.heads[task](patches)[:, 0] - t).square().mean().sqrt()
+        torch.testing.assert_close(shown[task], error.detach())
 
 
 def test_pair_scores_are_scaled_products_of_two_maps():

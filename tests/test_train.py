@@ -21,7 +21,7 @@ from phantom import REGIONS, phantom
 
 ROOT = Path(__file__).parents[1]
 TINY = (
-    "--train-images 32 --embed-dim 24 --depth 2 --num-heads 3 --batch-size 8 --out-dim 16 --epochs 2".split()
+    "--train-images 32 --embed-dim 24 --depth 2 --num-heads 3 --batch-size 8 --epochs 2".split()
 )
 
 
@@ -201,12 +201,18 @@ def test_an_existing_run_is_neither_overwritten_nor_resumed_unless_asked_to(run,
         ("--sample nobody", "sample `nobody` is not drawn"),
         ("--data nowhere", "nowhere is not a folder; expected images/"),
         ("--prior nowhere.npy", "nowhere.npy is not sample, masks, statistics, none, or a .npy file"),
-        ("--pool simpool --simpool-gamma 0", "gamma 0.0 must be above 0"),
+        ("--pool simpool --simpool-gamma 0", "--simpool-gamma 0.0: it must lie between 0.1 and 10"),
         ("--pool simpool --pool-heads 2", "3 priors (left lung, right lung, heart) but --pool-heads 2"),
         ("--pool gap", "--prior sample guides attention, --pool gap has none"),
         ("--backbone resnet --prior none --pool cls", "--pool cls needs --backbone vit"),
         ("--pool-heads 2", "--pool-heads does nothing without --pool simpool"),
-        ("--ssl relvit --mega-patches 9", "--mega-patches 9: it must lie between 0 and 8"),
+        ("--ssl relvit --mega-patches 9", "--mega-patches 9: more than the 8 patches a side"),
+        ("--ssl relvit --patch-size 64 --mega-patches 4", "--mega-patches 4: more than the 1 patches"),
+        ("--ssl relvit --patch-size 0", "--patch-size 0: it must lie between 1"),
+        ("--ssl relvit --momentum 0.5", "--momentum does nothing without --ssl dino"),
+        ("--ssl relvit --no-follow", "--no-follow does nothing without --ssl dino"),
+        ("--pool simpool --span-layer 0", "--span-layer does nothing without --pool cls"),
+        ("--pool simpool --pool-heads 5", "--pool-heads 5 must divide --embed-dim 24"),
         ("--ssl relvit --mega-patches 1", "1x1 patches have no relations"),
         ("--ssl relvit --patch-size 64", "1x1 patches have no relations"),
         ("--ssl relvit --backbone resnet --pool simpool", "needs --backbone vit"),
