@@ -6,11 +6,12 @@ trains it with a heatmap beside each prediction and punishes relevance outside a
     L = L_class + weight (L_bg(image) + mean of L_bg(inner layers) + mean of L_span(attention) + L_fg(image)),
 
 and needs the masks no more once it is trained. What hides a shortcut from these losses, and what finds it, is
-told in `isnet_lrp.py`. A ViT can hide it in its attention: the marker's token draws a head's attention off all
-others and adds nothing itself, so that what is missing tells the label. The softmax is saturated there and
-the token's value zero: no relevance, by the rules here. And where relevance alone is punished, or attention
-outside the mask by L_bg, that is met by attention saturated on one or two patches, from which little can be
-learned. So attention is guided as in SPAN (`attention_priors.py`), toward all of the foreground alike.
+told in `isnet_lrp.py`. A ViT can hide it in its attention: the marker's token draws a head's attention off
+all others and adds nothing itself, so that what is missing tells the label. The softmax is saturated there
+and the token's value zero: no relevance, by the rules here. And where relevance alone is punished, or
+attention outside the mask by L_bg, that is met by attention saturated on one or two patches, from which
+little can be learned. So attention is guided as in SPAN (`attention_priors.py`), toward all of the foreground
+alike.
 
 Labels are multi-hot: findings, each present or not by itself (a sigmoid each), or classes, of which each
 image has one (a softmax). Next to read: `train.py`.
