@@ -8,11 +8,12 @@ either's work at the end, by a single step of attention that starts from the mea
     K  = W_K LN(X)                             (14)        u = f^-1(f(V) a),  f(v) = v^gamma        (17)
 
 gamma = (1 - alpha) / 2 leads from the mean (1) toward the maximum (infinity); the paper has 1.25 for ViTs, 2
-for convnets. There is no value projection, so the attention has to choose, and outlines objects.
+for convnets. There is no value projection, so the attention has to choose; it outlines objects, they find.
 
 The paper derives it from a framework into which other poolings fit as well, Algorithm 1, here `pool`: k
-vectors U ask the patches, are answered by a generalised mean, and perhaps ask again. Its settings (what isn't
-named stays: similarity q . k, A = 1/N, V = X, f = identity, one step):
+vectors U ask the patches, are answered by a generalised mean, and perhaps ask again. Its Table 2 has them as
+settings; these are made from each method's own definition, and tested against it (what isn't named stays:
+similarity q . k, A = 1/N, V = X, f = identity, one step):
 
     pooling    start U     ask                    A                         V                f^-1(f(V) A)
     gap        mean        -                      1 / N                     X                mean
@@ -28,8 +29,8 @@ named stays: similarity q . k, A = 1/N, V = X, f = identity, one step):
 
 Shapes: X (B, N, D), U (B, k, D), A (B, k, N). Where we differ from the published code: the minimum is each
 image's own, not the batch's, so that an embedding doesn't depend on its batch-mates; powers are taken in
-float32, relative to the maximum, so that neither they nor their gradients leave the range of numbers; an
-image without patches to compare is an error. Next to read: `relvit.py`.
+float32, relative to the maximum, so that neither they nor their gradients leave the range of numbers. Claim 7
+is measured with this file. Next to read: `relvit.py`.
 """
 
 import math

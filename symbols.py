@@ -59,6 +59,7 @@ def draw(kind: str, size: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def main() -> None:
+    """Draw into a new folder; exit status 2 for sizes or a folder that cannot be."""
     parser = argparse.ArgumentParser(
         description="Draw pictures in ten classes into a folder for train.py --data."
     )
