@@ -171,6 +171,11 @@ def test_losses_are_those_of_the_tasks_asked_for(tasks):
             else:
                 want += (s[0] - t).square().mean() / 2
     torch.testing.assert_close(loss, want)
+    for task in set(tasks) & {"relations", "positions"}:
+        scores = model.heads[task](patches)
+        told = scores.argmax(dim=1 if task == "relations" else 2)
+        right = told == shuffled(targets, order)[task]
+        torch.testing.assert_close(shown[task], right.float().mean())
     for task in set(tasks) & {"distances", "angles"}:
         t = torch.stack([targets[task][o][:, o] for o in order])
         error = (model.heads[task](patches)[:, 0] - t).square().mean().sqrt()

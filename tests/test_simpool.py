@@ -154,9 +154,9 @@ def test_kmeans_is_lloyds_algorithm():
 
 
 def test_a_centre_without_patches_stays():
-    x = torch.tensor([[[0.0], [0.0], [5.0]]])  # the first two centres are the same: ties go to the first
+    x = torch.tensor([[[1.0], [1.0], [5.0]]])  # the first two centres are the same: ties go to the first
     u, _ = pool(x, **kmeans(3, 2))
-    assert u[0, :, 0].tolist() == [0.0, 0.0, 5.0] and u.isfinite().all()
+    assert u[0, :, 0].tolist() == [1.0, 1.0, 5.0] and u.isfinite().all()
 
 
 def test_slots_compete_for_patches():
