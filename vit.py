@@ -118,7 +118,8 @@ class ViT(nn.Module):
 
     img_size: side of the training images in pixels, or (height, width); it sets the size of the position
     embedding, which is resized for other images. pool: None for a CLS token, or a module that maps patches
-    (B, N, D) to (pooled (B, D), attention (B, N) or (B, heads, N)); then there is no CLS token.
+    (B, N, D), before the last norm, to (pooled (B, D), attention (B, N) or (B, heads, N)); then there is no CLS
+    token.
 
     Raises ValueError if patch_size does not divide img_size, or num_heads embed_dim.
     """
@@ -210,11 +211,13 @@ class ViT(nn.Module):
         for i, block in enumerate(self.blocks):
             x, row = block(x, row=i == exposed)
             attention = row[:, :, 1:] if i == exposed else attention  # (B, heads, N)
-        x = self.norm(x)
         if self.pool is None:
+            x = self.norm(x)
             return Features(x[:, 0], x[:, 1:], attention)
-        pooled, attention = self.pool(x)
-        return Features(pooled, x, attention[:, None] if attention.dim() == 2 else attention)
+        pooled, attention = self.pool(x)  # (4) comes after it, as in SimPool's release
+        return Features(
+            self.norm(pooled), self.norm(x), attention[:, None] if attention.dim() == 2 else attention
+        )
 
     @torch.no_grad()
     def attention_maps(self, images: Tensor) -> Tensor:

@@ -125,9 +125,13 @@ def test_without_positions_the_order_of_patches_means_nothing():
     assert not torch.allclose(vit(images).pooled, vit(swapped).pooled, atol=1e-5)
 
 
-def test_a_pool_takes_the_place_of_the_cls_token():
+def test_a_pool_takes_the_place_of_the_cls_token_and_what_it_pools_is_normalised_then():
+    """In this order as in SimPool's release: else all that was shifted to be positive stays so."""
+    seen = []
+
     class Mean(nn.Module):
         def forward(self, patches):
+            seen.append(patches)
             return patches.mean(dim=1), torch.full(patches.shape[:2], 1 / patches.shape[1])
 
     vit = small(pool=Mean())
@@ -137,7 +141,8 @@ def test_a_pool_takes_the_place_of_the_cls_token():
         and not hasattr(vit, "cls_token")
         and vit.pos_embed.shape == (1, 16, 12)
     )
-    torch.testing.assert_close(features.pooled, features.patches.mean(dim=1))
+    torch.testing.assert_close(features.pooled, vit.norm(seen[0].mean(dim=1)))
+    torch.testing.assert_close(features.patches, vit.norm(seen[0]))
     assert features.attention.shape == (2, 1, 16)
 
 
