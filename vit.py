@@ -118,8 +118,8 @@ class ViT(nn.Module):
 
     img_size: side of the training images in pixels, or (height, width); it sets the size of the position
     embedding, which is resized for other images. pool: None for a CLS token, or a module that maps patches
-    (B, N, D), before the last norm, to (pooled (B, D), attention (B, N) or (B, heads, N)); then there is no CLS
-    token.
+    (B, N, D), not normalised yet, to (pooled (B, D), attention (B, N) or (B, heads, N)); then there is no
+    CLS token.
 
     Raises ValueError if patch_size does not divide img_size, or num_heads embed_dim.
     """
