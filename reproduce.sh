@@ -109,5 +109,5 @@ few_labels then | xargs -P 2 -L 1 bash -c 'run "$@"' _
 [ -f results/benchmark.json ] || python benchmark.py --json results/benchmark.json
 python evaluate.py runs/span-0 runs/dino-0 && cp runs/span-0/compare.png results/
 python evaluate.py runs/{isnet_resnet,plain_resnet,pixels_only,one_logit}-0 && cp runs/isnet_resnet-0/compare.png results/isnet.png
-python evaluate.py runs/vit_{cls_dino,simpool_dino,simpool_span}-0 && cp runs/vit_cls_dino-0/compare.png results/pooling.png
+python evaluate.py --images 3 runs/vit_{cls_dino,simpool_dino,simpool_span}-0 && cp runs/vit_cls_dino-0/compare.png results/pooling.png
 python tables.py runs
