@@ -145,11 +145,12 @@ def attention_seen(encoder: nn.Module | None) -> Iterator[list[Tensor]]:
     def look(attention: Attention, inputs: tuple[Tensor]) -> None:
         q, k, _ = attention.split(inputs[0])
         weights = Attention.weights(q, k)  # (B, heads, T, T)
-        seen.extend([weights.mean(dim=2)] if pool else [weights[:, :, 0], weights.mean(dim=2)])
+        seen.extend([] if pool is not None else [weights[:, :, 0]])
+        seen.append(weights.mean(dim=2))
 
     modules = [] if encoder is None else [m for m in encoder.modules() if isinstance(m, Attention)]
     hooks = [m.register_forward_pre_hook(look) for m in modules]
-    if pool is not None and any(True for _ in pool.parameters()):
+    if pool is not None and any(p.requires_grad for p in pool.parameters()):
         hooks.append(
             encoder.register_forward_hook(lambda m, inputs, features: seen.append(features.attention))
         )

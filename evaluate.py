@@ -34,7 +34,7 @@ BATCH = 250  # images at a time, where no gradient is kept
 
 
 class CannotMeasure(ValueError):
-    """There are no masks to measure with; the message says which."""
+    """There are no masks or labels to measure with; the message says which."""
 
 
 def build_encoder(config: argparse.Namespace, in_chans: int) -> ViT | ResNet:

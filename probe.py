@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from classify import classification_loss, exclusive, prepared
 from data import Data
+from evaluate import BATCH, CannotMeasure
 from metrics import auc
 
 DECAYS = [10.0**n for n in range(-5, 1)]
@@ -26,7 +27,7 @@ DECAYS = [10.0**n for n in range(-5, 1)]
 def pooled_of(encoder: nn.Module, images: Tensor) -> Tensor:
     """Pooled features (M, D) of images (M, C, S, S) uint8, in evaluation mode."""
     encoder.eval()
-    return torch.cat([encoder(prepared(part)).pooled for part in images.split(250)])
+    return torch.cat([encoder(prepared(part)).pooled for part in images.split(BATCH)])
 
 
 def knn_scores(x: Tensor, labels: Tensor, queries: Tensor, k: int = 20, temperature: float = 0.07) -> Tensor:
@@ -75,11 +76,11 @@ def score(scores: Tensor, labels: Tensor, one_class: bool) -> dict[str, float]:
 def probe(encoder: nn.Module, parts: dict[str, Data]) -> dict[str, float]:
     """How well labels of test images are told: {"knn_mAUC", "linear_mAUC", with classes "knn_accuracy" ...}.
 
-    Raises ValueError if a part has no label.
+    Raises CannotMeasure if a part has no label.
     """
     for part in ("train", "val", "test"):
         if parts[part].labels is None or parts[part].labels.isnan().all():
-            raise ValueError(f"no {part} image has a label: k-NN and linear probe can't be measured")
+            raise CannotMeasure(f"no {part} image has a label: k-NN and linear probe can't be measured")
     x = {part: pooled_of(encoder, parts[part].images).double() for part in ("train", "val", "test")}
     labels, one_class = parts["train"].labels, exclusive(parts["train"].labels)
     found = {"knn": score(knn_scores(x["train"], labels, x["test"]), parts["test"].labels, one_class)}

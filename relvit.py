@@ -20,9 +20,9 @@ larger cells of random rows and columns, each resized to a patch.
 Here every way to cut an image into patches is a table of `boxes`, one for each patch: shuffling permutes it,
 and `cut` samples all of a batch's patches at once. What lies over an image, a prior, is cut the same way.
 
-Where we differ from the published code, besides: columns of mega-patches are split by themselves (published:
-by the rows' splits), at any pixel (there: between patches); grids may have more columns than rows; patches
-keep their hue. Claim 6 is measured with this file. Next to read: `train.py`.
+Where we differ from the published code: columns of mega-patches are split by themselves (published: by the
+rows' splits), at any pixel (there: between patches); grids need not be square; patches keep hue and
+saturation. Claim 6 is measured with this file. Next to read: `train.py`.
 """
 
 import math
@@ -108,10 +108,10 @@ def cut(images: Tensor, boxes: Tensor, grid: tuple[int, int], patch_size: int) -
     many points as it takes to step over none of the image's pixels.
     """
     H, W = images.shape[-2:]
-    finer = max(
-        1, math.ceil(float((boxes[..., 2:].amax(dim=(0, 1)).cpu() * torch.tensor([H, W])).max()) / patch_size)
-    )
-    steps = (torch.arange(patch_size * finer, device=boxes.device) + 0.5) / (patch_size * finer)
+    height, width = boxes[..., 2:].amax(dim=(0, 1)).tolist()
+    finer = max(1, math.ceil(max(height * H, width * W) / patch_size - 1e-3))
+    p = patch_size * finer
+    steps = (torch.arange(p, device=boxes.device) + 0.5) / p
     points = boxes[:, :, None, :2] + boxes[:, :, None, 2:] * steps[:, None]  # (B, N, p, 2): y, x
     y, x = points[:, :, :, None, 0], points[:, :, None, :, 1]
     points = torch.stack(torch.broadcast_tensors(x, y), dim=-1)  # (B, N, p, p, 2)
@@ -176,9 +176,9 @@ class RelViT(nn.Module):
     """An encoder, and heads that tell from its patches (B, N, D) how they lie.
 
     encoder: such as `vit.ViT`; upstream, the caller zeroes its position embedding, which isn't trained. grid:
-    (rows, columns) of the views that it will see. `chance` holds what can
-    be had without looking. Raises ValueError for tasks that are none or unknown, a grid of less than 2x2, or
-    an embed_dim too small for a map for each relation.
+    (rows, columns) of the views that it will see. `chance` holds what can be had without looking. Raises
+    ValueError for tasks that are none or unknown, a grid of less than 2x2, or an embed_dim too small for a
+    map for each relation.
     """
 
     def __init__(
@@ -225,7 +225,7 @@ class RelViT(nn.Module):
                 shown[task] = error.detach().sqrt()
             else:
                 error = F.cross_entropy(scores, target)
-                others = scores.detach() >= scores.detach().gather(1, target[:, None])
-                shown[task] = (others.sum(dim=1) == 1).float().mean()  # only itself; argmax takes far longer
+                as_high = scores.detach() >= scores.detach().gather(1, target[:, None])
+                shown[task] = (as_high.sum(dim=1) == 1).float().mean()  # only itself; argmax takes far longer
             loss = loss + error
         return loss, shown

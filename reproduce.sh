@@ -101,7 +101,10 @@ export -f run
 
 for seed in 0 1 2; do
     for n in 50 500; do
-        [ -f "data/symbols$n-$seed/labels.csv" ] || python symbols.py "data/symbols$n-$seed" --train $n --seed $seed
+        folder=data/symbols$n-$seed
+        [ -f $folder/labels.csv ] && continue
+        rm -rf $folder  # what a stopped run left
+        python symbols.py $folder --train $n --seed $seed
     done
 done
 (classifiers; experiments; poolings; few_labels first) | xargs -P 2 -L 1 bash -c 'run "$@"' _

@@ -61,7 +61,7 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, Data], str | None, nn.M
     if args.init:
         load_encoder(Path(args.init), *load_run(Path(args.init)), encoder)
     if args.backbone == "vit" and args.task == "classify" and (not args.init or not encoder.pos_embed.any()):
-        # At 0.02 positions are lost beside patches of norm 3: a classifier stands still for many epochs.
+        # At 0.02 positions are lost beside the patches, and a classifier may stand still for many epochs.
         nn.init.trunc_normal_(encoder.pos_embed, std=0.2)
     if args.task == "classify":
         guides = foreground(args, train)
@@ -179,7 +179,7 @@ def finish(
         found = probe(encoder, parts)
         metrics |= found
         print(", ".join(f"{name.replace('_', ' ')} {100 * value:.1f}" for name, value in found.items()))
-    except ValueError as error:
+    except CannotMeasure as error:
         print(error)
     shown, masks = parts["test"] if parts["test"].names else parts["train"], None
     if args.task == "classify":
