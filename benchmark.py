@@ -18,10 +18,9 @@ import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 
-from checkpoint import write_whole
+from checkpoint import build_encoder, write_whole
 from classify import Classifier, classification_loss, explained, isnet_losses
 from crops import crop, distort, random_crops
-from evaluate import build_encoder
 from flags import parse
 from isnet_lrp import foreground_loss
 from phantom import phantom

@@ -18,6 +18,12 @@ import torch
 from torch import Generator, nn
 from torch.optim import Optimizer
 
+from classify import Classifier
+from data import Data
+from resnet import ResNet
+from simpool import GAP, SimPool
+from vit import ViT
+
 OF_THE_CALL = ("out", "overwrite", "resume", "keep_going", "device")  # settings that --resume may change
 
 
@@ -121,3 +127,42 @@ def load_run(folder: Path) -> tuple[argparse.Namespace, dict]:
     if "pool" not in config:
         raise ValueError(f"{folder} is a run of an older version, without --pool; train it again")
     return argparse.Namespace(**config), checkpoint
+
+
+def build_encoder(config: argparse.Namespace, in_chans: int) -> ViT | ResNet:
+    """The encoder that a run's settings describe. Raises ValueError for sizes that don't fit."""
+    D, pool = config.embed_dim, None  # None: the ViT's CLS token, the ResNet's mean
+    if config.pool == "simpool":
+        pool = SimPool(D, config.simpool_gamma, config.pool_heads)
+    elif config.pool == "gap" and config.backbone == "vit":
+        pool = GAP()
+    if config.backbone == "resnet":
+        return ResNet(in_chans, D, pool=pool)
+    sizes = config.img_size, config.patch_size, in_chans, D, config.depth, config.num_heads
+    return ViT(*sizes, drop_path=config.drop_path, pool=pool)
+
+
+def load_model(run: Path, config: argparse.Namespace, checkpoint: dict, train: Data) -> ViT | Classifier:
+    """The encoder (of the student) or the classifier of a run. Raises ValueError if it doesn't fit."""
+    encoder = build_encoder(config, train.images.shape[1])
+    if config.task == "pretrain":
+        load_encoder(run, config, checkpoint, encoder)
+        return encoder
+    model = Classifier(encoder, len(train.findings))
+    try:
+        model.load_state_dict({k: v for k, v in checkpoint["model"].items() if not k.startswith("relvit.")})
+    except RuntimeError:
+        raise ValueError(f"{run}: last.pt holds a model of other sizes or classes than asked for") from None
+    return model
+
+
+def load_encoder(run: Path, config: argparse.Namespace, checkpoint: dict, encoder: nn.Module) -> None:
+    """Load a run's encoder, of a student or a classifier. Raises ValueError if it has other sizes."""
+    prefix = "student." if config.task == "pretrain" and config.ssl == "dino" else "encoder."
+    weights = {k.removeprefix(prefix): v for k, v in checkpoint["model"].items() if k.startswith(prefix)}
+    try:
+        encoder.load_state_dict(weights)
+    except RuntimeError:
+        raise ValueError(
+            f"{run}: last.pt holds an encoder of other sizes, channels or pooling than asked for"
+        ) from None

@@ -1,4 +1,4 @@
-"""What goes in: drawn data (`phantom.py`) or a folder of pictures become tensors, in three parts.
+"""What goes in: drawn data (`phantom.py`, `parts.py`) or a folder of pictures become tensors, in three parts.
 
 A folder may have one of two layouts, and there is nothing to configure:
 
@@ -37,14 +37,20 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from phantom import FINDINGS, REGIONS, phantom, stamp
+import parts as plates
+import phantom as bodies
 
-PHANTOM_SIZES = {"val": 200, "test": 500}
+DRAWN = {  # how it is drawn, its regions and its findings
+    "phantom": (bodies.phantom, bodies.REGIONS, bodies.FINDINGS),
+    "parts": (plates.industrial_parts, plates.REGIONS, plates.FINDINGS),
+}
+DRAWN_SIZES = {"val": 200, "test": 500}
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".pgm")
 # Without this list a PostScript file called x.png would run Ghostscript.
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP", "PPM")
 LAYOUT = "expected images/ with optional masks/<region>/ and labels.csv, or one folder of images per class"
 PARTS = ("train", "val", "test")
+BATCH = 250  # images at a time, where no gradient is kept
 FINDING = {"0": 0.0, "1": 1.0, "": math.nan, "0.0": 0.0, "1.0": 1.0}  # 1.0: pandas, beside blanks
 
 
@@ -82,19 +88,21 @@ def load(
 ) -> tuple[dict[str, Data], str | None, list[str]]:
     """{"train", "val", "test"}, the labelled sample's name, and notes, as `load_folder` returns them.
 
-    data: "phantom", drawn anew from the seed (each part from a seed of its own), or a folder, which
-    img_size, sample and findings apply to but the others don't. marker: the probability with which a marker
-    beside the body agrees with the first finding; then there are two more parts, the test images with the
-    marker "removed" and "flipped" (present where it was absent). findings: None for the labels as they are,
-    ["all"], or those to classify; a single one becomes two classes, without and with it. Raises DataError.
+    data: one of DRAWN, drawn anew from the seed (each part from a seed of its own), or a folder, which
+    img_size, sample and findings apply to but the others don't. marker (of phantoms): the probability with
+    which a marker beside the body agrees with the first finding; then there are two more parts, the test
+    images with the marker "removed" and "flipped" (present where it was absent). findings: None for the
+    labels as they are, ["all"], or those to classify; a single one becomes two classes, without and with it.
+    Raises DataError.
     """
-    if data == "phantom":
-        parts = _draw_parts(img_size, seed, train_images)
+    if data in DRAWN:
+        parts = _draw_parts(data, img_size, seed, train_images)
         if sample is not None and sample not in parts["train"].names:
             raise DataError(
                 f"sample `{sample}` is not drawn; give a name from 00000 to {train_images - 1:05d}"
             )
-        sample, notes = sample or "00000", []
+        complete = parts["train"].masks.flatten(2).any(dim=2).all(dim=1).int()
+        sample, notes = sample or parts["train"].names[int(complete.argmax())], []
     else:
         parts, sample, notes = load_folder(data, img_size, sample)
     known = parts["train"].findings
@@ -115,12 +123,12 @@ def load(
     return parts, sample, notes
 
 
-def _draw_parts(img_size: int, seed: int, train_images: int) -> dict[str, Data]:
-    parts = {}
-    for i, (part, n) in enumerate({"train": train_images, **PHANTOM_SIZES}.items()):
-        images, masks, labels = phantom(n, len(PARTS) * seed + i, img_size)
+def _draw_parts(data: str, img_size: int, seed: int, train_images: int) -> dict[str, Data]:
+    parts, (draw, regions, findings) = {}, DRAWN[data]
+    for i, (part, n) in enumerate({"train": train_images, **DRAWN_SIZES}.items()):
+        images, masks, labels = draw(n, len(PARTS) * seed + i, img_size)
         names = [f"{k:05d}" for k in range(n)]
-        parts[part] = Data(images, masks, torch.ones(n, dtype=torch.bool), labels, names, REGIONS, FINDINGS)
+        parts[part] = Data(images, masks, torch.ones(n, dtype=torch.bool), labels, names, regions, findings)
     return parts
 
 
@@ -131,7 +139,7 @@ def _stamp_parts(parts: dict[str, Data], agreement: float, seed: int) -> None:
         chance = torch.from_numpy(np.random.default_rng([seed, min(i, 2)]).random(len(data.names)))
         present = (data.labels[:, 0] == 1) == (chance < agreement)  # the same for every kind of test image
         if part != "removed":
-            parts[part] = data._replace(images=stamp(data.images, present ^ (part == "flipped")))
+            parts[part] = data._replace(images=bodies.stamp(data.images, present ^ (part == "flipped")))
 
 
 def normalise(images: Tensor) -> Tensor:

@@ -1,136 +1,60 @@
 """What comes out: runs of `train.py`, measured side by side on test images that no choice was made on.
 
-For each region the pixel average precision (AP) of an attention head, averaged over test images. A head that
-was guided by masks belongs to their region; in any other run each region gets the head that is best on
-validation images. A run guided by one labelled sample also shows its prior, as it is and registered to each
-test image, on the attention's grid of patches and, for honesty, at every pixel.
+    attention   For each region the pixel average precision (AP) of an attention head, and its Dice overlap.
+                A head that was guided by masks belongs to their region; in any other run each region gets the
+                head that is best on validation images. A run guided by one labelled sample also shows its
+                prior, as it is and registered to each test image, on the attention's grid of patches and, for
+                honesty, at every pixel.
+    bias        A classifier's AUC and accuracy on test images as they were in training and, if a hospital's
+                marker was drawn on them, with the marker removed and flipped: only these show what it relies
+                on. The share of relevance in the foreground is printed beside them, since a heatmap can look
+                right and be wrong.
+    knn, linear, finetune
+                What the encoder is good for, with all labels and with few: see `probe.py`.
 
-A classifier is measured by AUC and accuracy on test images as they were in training and, if a hospital's
-marker was drawn on them, with the marker removed and flipped: only these show what it relies on. The share of
-relevance in the foreground is printed beside them, since a heatmap can look right and be wrong.
+Figures join each run's metrics.json; pictures go to the first run's folder. Next to read: `tables.py`.
 """
 
 import argparse
+import json
+import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from attention_priors import align, bend, blurred, carry, follow, priors_from_masks, priors_from_statistics
-from checkpoint import load_run
+from checkpoint import load_model, load_run, write_whole
 from classify import Classifier, exclusive, log_odds, prepared, rule
-from data import Data, load, normalise, select
+from data import BATCH, DRAWN, Data, load, select
 from isnet_lrp import relevance
-from metrics import auc, best_threshold, localisation_ap, relevance_share
-from plots import map_grid
+from metrics import CannotMeasure, auc, best_threshold, dice, localisation_ap, relevance_share
+from plots import curves, low_data, map_grid
+from pretrain import follow, lay_over, make_priors
+from probe import PROBES, SHARES, probe
 from resnet import ResNet
-from simpool import GAP, SimPool
 from vit import ViT
 
-BATCH = 250  # images at a time, where no gradient is kept
-
-
-class CannotMeasure(ValueError):
-    """There are no masks or labels to measure with; the message says which."""
-
-
-def build_encoder(config: argparse.Namespace, in_chans: int) -> ViT | ResNet:
-    """The encoder that a run's settings describe. Raises ValueError for sizes that don't fit."""
-    D, pool = config.embed_dim, None  # None: the ViT's CLS token, the ResNet's mean
-    if config.pool == "simpool":
-        pool = SimPool(D, config.simpool_gamma, config.pool_heads)
-    elif config.pool == "gap" and config.backbone == "vit":
-        pool = GAP()
-    if config.backbone == "resnet":
-        return ResNet(in_chans, D, pool=pool)
-    sizes = config.img_size, config.patch_size, in_chans, D, config.depth, config.num_heads
-    return ViT(*sizes, drop_path=config.drop_path, pool=pool)
-
-
-def make_priors(
-    config: argparse.Namespace, parts: dict[str, Data], sample: str | None
-) -> tuple[Tensor, list[str]]:
-    """Priors (R, S, S) over one image, as --prior asks, and their names. Raises ValueError."""
-    train, blur = parts["train"], config.prior_blur
-    if config.prior == "sample":
-        if sample is None:
-            raise ValueError(
-                f"--prior sample: no image of {config.data} has a mask for every region; outline one"
-            )
-        masks = train.masks[train.names.index(sample)]
-        empty = [region for region, mask in zip(train.regions, masks) if not mask.any()]
-        if empty:
-            raise ValueError(
-                f"the masks of sample {sample} are empty for {', '.join(empty)}: choose another --sample"
-            )
-        return priors_from_masks(masks, blur), train.regions
-    if config.prior == "statistics":
-        names = ["mean", "deviation", "cluster 1", "cluster 2"]
-        return priors_from_statistics(train.images, blur=blur), names
-    try:
-        priors = torch.from_numpy(np.load(config.prior, allow_pickle=False)).float()
-    except Exception as error:  # np.load fails on foreign files in many ways
-        what = "sample, masks, statistics, none, or a .npy file"
-        raise ValueError(f"--prior {config.prior} is not {what} ({type(error).__name__}: {error})") from None
-    S = config.img_size
-    if priors.dim() != 3 or not len(priors) or priors.shape[1:] != (S, S):
-        raise ValueError(f"--prior {config.prior} is an array {tuple(priors.shape)}: make it (R, {S}, {S})")
-    if not (priors.isfinite() & (priors >= 0)).all() or not priors.flatten(1).any(dim=1).all():
-        raise ValueError(f"--prior {config.prior}: each prior must be finite, not negative, and not empty")
-    return priors_from_masks(priors, blur), [f"prior {r}" for r in range(len(priors))]
-
-
-def register(config: argparse.Namespace, sample: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The sample (C, S, S) registered to images (N, C, S, S): theta (N, 2, 3) and flow (N, 2, k, k).
-
-    Without bending the flow is zero.
-    """
-    thetas, flows = [], []
-    for part in images.split(BATCH):
-        thetas.append(align(sample, part))
-        bends = bend(sample, part, thetas[-1]) if config.align == "bend" else torch.zeros(len(part), 2, 1, 1)
-        flows.append(bends.to(images.device))
-    return torch.cat(thetas), torch.cat(flows)
-
-
-def lay_over(
-    config: argparse.Namespace, parts: dict[str, Data], sample: str | None, images: Tensor
-) -> tuple[Callable[[Tensor], Tensor], list[str]]:
-    """A function from indices (B,) of images (N, C, S, S) to the priors (B, R, S, S) over them; their names.
-
-    images are the training images if --prior is masks. Raises ValueError.
-    """
-    train = parts["train"]
-    if config.prior == "masks":
-        if not train.has_masks.any():
-            raise ValueError(f"--prior masks: no training image of {config.data} has a mask for every region")
-        masks = train.masks.to(images.device)  # blurred as the sample's are; a missing mask stays empty
-        return lambda index: blurred(masks[index].float(), config.prior_blur), train.regions
-    priors, names = make_priors(config, parts, sample)
-    priors = priors.to(images.device)
-    if config.prior != "sample" or config.align == "none":
-        return lambda index: priors.expand(len(index), *priors.shape), names
-    theta, flow = register(config, train.images[train.names.index(sample)].to(images.device), images)
-    return lambda index: carry(priors, theta[index], flow[index]), names
+MEASURES = ["attention", "bias", *PROBES]
 
 
 @torch.no_grad()
 def attention_of(encoder: ViT | ResNet, images: Tensor, layer: int) -> Tensor:
     """One block's attention (M, heads, N) over images (M, C, S, S) uint8, in evaluation mode."""
     encoder.eval()
-    batches = (normalise(part.float() / 255) for part in images.split(BATCH))
-    return torch.cat([encoder(batch, layer=layer).attention for batch in batches])
+    return torch.cat([encoder(prepared(x), layer=layer).attention for x in images.split(BATCH)])
 
 
 def measure(
     config: argparse.Namespace, encoder: ViT | ResNet, parts: dict[str, Data], sample: str | None
-) -> tuple[dict[str, dict[str, float]], dict[str, Tensor]]:
-    """AP on the test images that have masks: {attention, prior, aligned prior ...: {region: AP}}.
+) -> tuple[dict[str, dict[str, float]], dict[str, float], dict[str, Tensor]]:
+    """AP on the test images that have masks, {attention, prior, aligned prior ...: {region: AP}}.
 
-    Also the attention (M, h, w) behind it, {title: maps}, for pictures. Raises CannotMeasure without masks.
+    Also the attention's Dice {region: overlap}, where validation images have masks to choose a threshold
+    with, and the attention (M, h, w) behind it, {title: maps}, for pictures. Raises CannotMeasure without
+    masks.
     """
     val, test = (select(parts[part], parts[part].has_masks) for part in ("val", "test"))
     guided = config.task == "pretrain" and config.prior in ("sample", "masks")
@@ -138,9 +62,10 @@ def measure(
         if not data.names and not (guided and data is val):
             raise CannotMeasure(f"no {part} image of {config.data} has all masks: AP can't be measured")
     grid, layer, heads = encoder.grid(test.images), config.span_layer, torch.arange(len(test.regions))
+    chosen_on = attention_of(encoder, val.images, layer) if val.names else None  # (M, heads, N)
     if not guided:
-        ap = localisation_ap(attention_of(encoder, val.images, layer), val.masks, grid)  # (M, heads, R)
-        heads = ap.nanmean(dim=0).argmax(dim=0)  # the best for each region
+        ap = localisation_ap(chosen_on, val.masks, grid)  # (M, heads, R)
+        heads = ap.nanmean(dim=0).nan_to_num(-1).argmax(dim=0)  # the best for each region
     maps, attention = {}, attention_of(encoder, test.images, layer)[:, heads]  # (M, R, N)
     if guided and config.prior == "sample":
         whole, everyone = torch.eye(2, 3).expand(len(test.names), 2, 3), torch.arange(len(test.names))
@@ -154,8 +79,13 @@ def measure(
     for what, (m, size) in maps.items():
         ap = localisation_ap(m, test.masks, size).diagonal(dim1=1, dim2=2).nanmean(dim=0)  # (R,)
         table[what] = dict(zip(test.regions, ap.tolist()))
+    overlap = {}
+    if chosen_on is not None:
+        best = dice(chosen_on[:, heads], val.masks, grid).nanmean(dim=1).nan_to_num(-1).argmax(dim=0)  # (R,)
+        overlap = dice(attention, test.masks, grid).nanmean(dim=1)  # (T, R)
+        overlap = dict(zip(test.regions, overlap.gather(0, best[None])[0].tolist()))
     titles = [f"head {h}\n{region}" for h, region in zip(heads.tolist(), test.regions)]
-    return table, dict(zip(titles, attention.unflatten(2, grid).unbind(1)))
+    return table, overlap, dict(zip(titles, attention.unflatten(2, grid).unbind(1)))
 
 
 def measure_classifier(
@@ -272,47 +202,152 @@ def print_table(columns: dict[str, dict[str, float]], mean: bool = True) -> None
     print()
 
 
-def load_model(run: Path, config: argparse.Namespace, checkpoint: dict, train: Data) -> ViT | Classifier:
-    """The encoder (of the student) or the classifier of a run. Raises ValueError if it doesn't fit."""
-    encoder = build_encoder(config, train.images.shape[1])
-    if config.task == "pretrain":
-        load_encoder(run, config, checkpoint, encoder)
-        return encoder
-    model = Classifier(encoder, len(train.findings))
-    try:
-        model.load_state_dict({k: v for k, v in checkpoint["model"].items() if not k.startswith("relvit.")})
-    except RuntimeError:
-        raise ValueError(f"{run}: last.pt holds a model of other sizes or classes than asked for") from None
-    return model
+class Report(NamedTuple):
+    """What was found of one run."""
+
+    figures: dict[str, float]  # flat names to numbers, as in metrics.json
+    tables: dict[str, dict[str, dict[str, float]]]  # {title: {column: {row: value}}}
+    curves: dict[str, dict[float, list[float]]]  # {probe: {share of the labels: a value a draw}}
+    shown: Data  # the images in the picture
+    maps: dict[str, Tensor]  # {title: (M, h, w)}, over them
+    notes: list[str]  # what can't be measured
 
 
-def load_encoder(run: Path, config: argparse.Namespace, checkpoint: dict, encoder: nn.Module) -> None:
-    """Load a run's encoder, of a student or a classifier. Raises ValueError if it has other sizes."""
-    prefix = "student." if config.task == "pretrain" and config.ssl == "dino" else "encoder."
-    weights = {k.removeprefix(prefix): v for k, v in checkpoint["model"].items() if k.startswith(prefix)}
-    try:
-        encoder.load_state_dict(weights)
-    except RuntimeError:
-        raise ValueError(
-            f"{run}: last.pt holds an encoder of other sizes, channels or pooling than asked for"
-        ) from None
+def report(
+    config: argparse.Namespace,
+    model: ViT | ResNet | Classifier,
+    parts: dict[str, Data],
+    sample: str | None,
+    only: list[str],
+    shares: tuple[float, ...],
+    n_images: int = 6,
+) -> Report:
+    """Measure one run's model on test images, as far as masks and labels allow."""
+    classifies = isinstance(model, Classifier)
+    encoder = model.encoder if classifies else model
+    found = Report({}, {}, {}, parts["test"] if parts["test"].names else parts["train"], {}, [])
+    if classifies and "bias" in only:
+        try:
+            table, shown, maps = measure_classifier(config, model, parts, n_images)
+            found.figures.update(flatten_classifier(table))
+            found.tables["in %"] = table
+            found = found._replace(shown=shown, maps=maps)
+        except CannotMeasure as error:
+            found.notes.append(str(error))
+    if "attention" in only:
+        try:
+            table, overlap, maps = measure(config, encoder, parts, sample)
+            found.figures.update(flatten(table) | flatten({"attention": overlap}, "Dice"))
+            found.tables["AP in %"] = table
+            found.tables.update({"Dice in %": {"attention": overlap}} if overlap else {})
+            if not classifies:
+                found = found._replace(shown=select(parts["test"], parts["test"].has_masks), maps=maps)
+        except CannotMeasure as error:
+            found.notes.append(str(error))
+    for how in (how for how in PROBES if how in only and not (classifies and how == "finetune")):
+        try:
+            probed = probe(encoder, parts, how, shares[-1:] if classifies else shares)
+        except CannotMeasure as error:
+            found.notes.append(str(error))
+            continue
+        found.figures.update(flatten_probe(how, probed))
+        name = list(probed[1.0])[-1]  # accuracy, of classes, else mAUC
+        found.curves[f"{how} {name}"] = {share: values[name] for share, values in probed.items()}
+    if not found.maps:
+        shown = select(found.shown, torch.arange(min(n_images, len(found.shown.names))))
+        found = found._replace(shown=shown, maps=unmeasured(config, model, shown.images, parts))
+    return found
 
 
-def compare(runs: list[Path], n_images: int) -> None:
-    """Measure runs on the same test images, print them side by side, write compare.png into the first."""
-    columns, pictures, source = {}, {}, None
-    short = {run: run.name if len({r.name for r in runs}) == len(runs) else str(run) for run in runs}
-    loaded = {run: load_run(run) for run in runs}
+def unmeasured(
+    config: argparse.Namespace, model: ViT | ResNet | Classifier, images: Tensor, parts: dict[str, Data]
+) -> dict[str, Tensor]:
+    """What is to be seen without masks or labels: heatmaps or each head's attention, {title: (M, h, w)}."""
+    if isinstance(model, Classifier):
+        return heatmaps_of(config, model, images, exclusive(parts["train"].labels))
+    attention = attention_of(model, images, config.span_layer).unflatten(2, model.grid(images))
+    return {f"head {h}": maps for h, maps in enumerate(attention.unbind(1))}
+
+
+def flatten(table: dict[str, dict[str, float]], score: str = "AP") -> dict[str, float]:
+    """{what: {region: AP}} under the flat names of metrics.json: attention_mAP, attention_AP_heart ..."""
+    flat = {}
+    for what, row in table.items():
+        name = what.replace(",", "").replace(" ", "_")
+        flat |= {f"{name}_{score}_{region.replace(' ', '_')}": value for region, value in row.items()}
+        flat |= {f"{name}_m{score}": float(np.nanmean(list(row.values())))} if row else {}
+    return flat
+
+
+def flatten_classifier(table: dict[str, dict[str, float]]) -> dict[str, float]:
+    """{set: {what: value}} under the flat names of metrics.json: auc_same, auc_flipped_effusion ..."""
+    flat = {}
+    for name, column in table.items():
+        for what, value in column.items():
+            measure, *finding = (
+                what.lower().split(" ", 1) if what.startswith("AUC") else (what.replace(" ", "_"),)
+            )
+            flat["_".join([measure, name, *finding]).replace(" ", "_")] = value
+    return flat
+
+
+def flatten_probe(how: str, probed: dict[float, dict[str, list[float]]]) -> dict[str, float]:
+    """A probe's figures by flat names: linear_mAUC, and linear_mAUC_5_percent, the mean of the draws."""
+    flat = {}
+    for share, figures in probed.items():
+        suffix = "" if share == 1 else f"_{100 * share:g}_percent"
+        flat |= {f"{how}_{name}{suffix}": float(np.mean(values)) for name, values in figures.items()}
+    return flat
+
+
+def print_tables(reports: dict[str, Report]) -> None:
+    """Print what was found of runs {name: Report} side by side, each title's table in percent."""
+    columns: dict[str, dict] = {}
+    for run, found in reports.items():
+        before = f"{run}: " if len(reports) > 1 else ""
+        for title, table in found.tables.items():
+            columns.setdefault(title, {}).update({before + what: row for what, row in table.items()})
+        for title, curve in found.curves.items():
+            row = {f"{100 * share:g} % of labels": np.mean(values) for share, values in curve.items()}
+            columns.setdefault("probes, in %", {})[before + title] = row
+    for title, table in columns.items():
+        if table:
+            print_table(table, title, mean=title in ("AP in %", "Dice in %"))
+    for run, found in reports.items():
+        for note in found.notes:
+            print(f"{run}: {note}" if len(reports) > 1 else note)
+
+
+def print_table(columns: dict[str, dict[str, float]], corner: str, mean: bool) -> None:
+    """Print {what: {name: value}} in percent: a row a name, a column for each what, means below."""
+    names = list(dict.fromkeys(name for column in columns.values() for name in column))
+    first = max(map(len, [*names, corner]))
+    print(f"\n{corner:{first}}" + "".join(f"  {title:>7}" for title in columns))
+    for name in names + ["mean"] * mean:
+        row = [
+            np.nanmean(list(c.values())) if name == "mean" else c.get(name, np.nan) for c in columns.values()
+        ]
+        cells = ["" if np.isnan(value) else f"{100 * value:.1f}" for value in row]
+        print(f"{name:{first}}" + "".join(f"  {c:>{max(7, len(title))}}" for c, title in zip(cells, columns)))
+    print()
+
+
+def load_all(runs: list[Path]) -> tuple[dict, dict[str, Data], str | None]:
+    """{run: (settings, model, history)}, the data that all of them share, and its labelled sample.
+
+    Raises ValueError if they don't share it.
+    """
+    loaded, source, found = {run: load_run(run) for run in runs}, None, {}
     for run, (config, checkpoint) in loaded.items():
         wanted = {"data": config.data, "img_size": config.img_size, "sample": config.sample}
         wanted |= {
             "findings": config.findings or ["all"] if config.task == "classify" else None,
             "task": config.task,
         }
-        if config.data == "phantom":
+        if config.data in DRAWN:
             wanted |= {"seed": config.seed, "train_images": config.train_images}
         if source is None:
-            source, first = wanted, config
+            source = wanted
             markers = {other.marker for other, _ in loaded.values()} - {None}
             if len(markers) > 1:
                 raise ValueError(
@@ -325,37 +360,64 @@ def compare(runs: list[Path], n_images: int) -> None:
             raise ValueError(
                 f"{runs[0]} and {run} differ in {', '.join(differ)}: compare runs on the same images"
             )
-        model = load_model(run, config, checkpoint, parts["train"])
-        if config.task == "classify":
-            # By the first run's rule, so that heatmaps can be compared.
-            config.lrp_epsilon, config.lrp_gamma = first.lrp_epsilon, first.lrp_gamma
-            table, shown, maps = measure_classifier(config, model, parts, n_images)
-        else:
-            table, maps = measure(config, model, parts, sample)
-            shown = select(parts["test"], parts["test"].has_masks)
-        columns |= {f"{short[run]}: {what}": row for what, row in table.items()}
-        pictures |= {f"{short[run]}\n{title}": m[:n_images] for title, m in maps.items()}
-    print_table(columns, mean=first.task == "pretrain")
-    path = runs[0] / "compare.png"
+        found[run] = config, load_model(run, config, checkpoint, parts["train"]), checkpoint["history"]
+    return found, parts, sample
+
+
+def compare(runs: list[Path], only: list[str], n_images: int) -> None:
+    """Measure runs on the same test images, print them side by side, draw them into the first's folder."""
+    loaded, parts, sample = load_all(runs)
+    first, *_ = loaded[runs[0]]
+    short = {run: run.name if len({r.name for r in runs}) == len(runs) else str(run) for run in runs}
+    reports = {}
+    for run, (config, model, _) in loaded.items():
+        # By the first run's rule, so that heatmaps can be compared.
+        config.lrp_epsilon, config.lrp_gamma = first.lrp_epsilon, first.lrp_gamma
+        found = reports[short[run]] = report(config, model, parts, sample, only, SHARES, n_images)
+        path = run / "metrics.json"
+        old = json.loads(path.read_text()) if path.exists() else {}
+        write_whole(
+            path, old | {k: v for k, v in found.figures.items() if math.isfinite(v)}
+        )  # NaN is no JSON
+    print_tables(reports)
+    maps = {
+        f"{run}\n{title}": m[:n_images] for run, found in reports.items() for title, m in found.maps.items()
+    }
+    draw(runs[0] / "compare.png", reports[short[runs[0]]].shown, maps, n_images, first.task)
+    drawn = ["compare.png"]
+    if any(len(curve) > 1 for found in reports.values() for curve in found.curves.values()):
+        low_data(runs[0] / "low_data.png", {run: found.curves for run, found in reports.items()})
+        drawn.append("low_data.png")
+    if len(runs) > 1:
+        curves(
+            runs[0] / "compare_curves.png", {short[run]: history for run, (_, _, history) in loaded.items()}
+        )
+        drawn.append("compare_curves.png")
+    print(f"wrote {runs[0]}/{', '.join(drawn)}")
+
+
+def draw(path: Path, shown: Data, maps: dict[str, Tensor], n_images: int, task: str) -> None:
+    """The picture of maps {title: (M, h, w)} over the first of the images."""
     images, masks = shown.images[:n_images].float() / 255, shown.masks
-    masks = masks if masks is None else masks[:n_images]
-    map_grid(path, images, masks, shown.regions, pictures, signed=first.task == "classify")
-    print(f"wrote {path}")
+    masks = None if masks is None or not shown.has_masks[:n_images].any() else masks[:n_images]
+    map_grid(path, images, masks, shown.regions, maps, signed=task == "classify")
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line: exit status 0 when done, 2 for a folder that is no run."""
     parser = argparse.ArgumentParser(
         description="Measure runs of train.py side by side, and draw where they look.",
-        epilog="example: python evaluate.py runs/span runs/dino",
+        epilog="example: python evaluate.py runs/span runs/dino --only attention linear",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a folder that train.py wrote")
+    what = f"what to measure, of {', '.join(MEASURES)} (default: all that apply)"
+    parser.add_argument("--only", nargs="+", choices=MEASURES, default=MEASURES, metavar="MEASURE", help=what)
     parser.add_argument("--images", type=int, default=6, help="test images in the picture (default: 6)")
     args = parser.parse_args(argv)
     try:
         if args.images < 1:
             raise ValueError(f"--images {args.images}: draw at least 1")
-        compare(args.runs, args.images)
+        compare(args.runs, args.only, args.images)
     except (ValueError, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         sys.exit(2)

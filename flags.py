@@ -47,8 +47,13 @@ def parse(argv: list[str], doc: str = "\n\n") -> tuple[argparse.Namespace, set[s
     add("--seed", type=int, default=0, help="of drawn data, weights and views")
     add("--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
     add = parser.add_argument_group("data").add_argument
-    add("--data", type=str, default="phantom", help="phantom (drawn chest X-rays), or a folder of images")
-    add("--train-images", type=int, help=f"how many phantoms to draw for training{by_task('train_images')}")
+    add(
+        "--data",
+        type=str,
+        default="phantom",
+        help="phantom (drawn chest X-rays), parts (drawn plates), or a folder",
+    )
+    add("--train-images", type=int, help=f"how many to draw for training{by_task('train_images')}")
     add("--img-size", type=int, default=64, help="pixels a side that images are resized to")
     add("--findings", type=str, nargs="+", help="to classify, or all (default: phantom one, else all)")
     add("--marker", type=float, help="share of phantoms whose marker agrees with the first finding")

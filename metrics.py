@@ -15,6 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+class CannotMeasure(ValueError):
+    """There are no masks or labels to measure with; the message says which."""
+
+
 def average_precision(scores: Tensor, targets: Tensor) -> Tensor:
     """Average precision (...) of scores (..., P) against binary targets (..., P); NaN without a positive."""
     scores, order = scores.sort(dim=-1, descending=True)
@@ -38,6 +42,21 @@ def localisation_ap(maps: Tensor, masks: Tensor, grid: tuple[int, int]) -> Tenso
         k = k.flatten(2)[:, None]
         found.append(average_precision(m.expand(-1, -1, k.shape[2], -1), k))  # (b, M, R)
     return torch.cat(found)
+
+
+def dice(maps: Tensor, masks: Tensor, grid: tuple[int, int], thresholds: int = 19) -> Tensor:
+    """Dice overlap 2 |A and B| / (|A| + |B|) of each map with its own mask: (T, B, R), NaN for empty masks.
+
+    maps (B, R, N) on a grid (h, w), upsampled bilinearly to the masks (B, R, H, W). A holds the pixels above
+    t/(T + 1), t = 1 ... T, of the map's largest value, so a map's scale has no say.
+    """
+    maps = F.interpolate(maps.float().unflatten(2, grid), size=masks.shape[-2:], mode="bilinear")
+    maps, masks = (maps / maps.amax(dim=(2, 3), keepdim=True).clamp_min(1e-30)).flatten(2), masks.flatten(2)
+    size, found = masks.sum(dim=2), []  # (B, R)
+    for t in range(1, thresholds + 1):
+        A = maps > t / (thresholds + 1)
+        found.append(2 * (A & masks).sum(dim=2) / (A.sum(dim=2) + size))
+    return torch.stack(found).masked_fill(size == 0, torch.nan)
 
 
 def auc(scores: Tensor, labels: Tensor) -> float:

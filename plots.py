@@ -64,19 +64,52 @@ def map_grid(
     plt.close(figure)
 
 
-def curves(path: Path, history: list[dict]) -> None:
-    """Curves over epochs, one panel a quantity, from a history [{"epoch": e, name: value, ...}, ...]."""
-    names = [name for name in history[-1] if name not in ("epoch", "images_per_s")]
+def curves(path: Path, histories: dict[str, list[dict]]) -> None:
+    """Curves over epochs, a panel a quantity, a line a run: {run: [{"epoch": e, name: value, ...}, ...]}."""
+    names = list(dict.fromkeys(name for history in histories.values() for name in history[-1]))
+    names = [name for name in names if name not in ("epoch", "images_per_s")]
     figure, axes = plt.subplots(
         1, len(names), figsize=(2.4 * len(names), 2.1), squeeze=False, layout="constrained"
     )
     for ax, name in zip(axes[0], names):
-        ax.plot(
-            [row["epoch"] for row in history], [row.get(name, np.nan) for row in history], color=COLOURS[5]
-        )
+        for (run, history), colour in zip(histories.items(), COLOURS[5:] + COLOURS[:5]):
+            values = [row.get(name, np.nan) for row in history]
+            ax.plot([row["epoch"] for row in history], values, color=colour, label=run)
         ax.set_xlabel("epoch", fontsize=8)
         ax.set_ylabel(name.replace("_", " "), fontsize=8)
         ax.tick_params(labelsize=7)
         ax.set_ylim(bottom=0)
+    if len(histories) > 1:
+        lines = [plt.Line2D([], [], color=c, label=r) for r, c in zip(histories, COLOURS[5:] + COLOURS[:5])]
+        figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), fontsize=7, frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def low_data(path: Path, runs: dict[str, dict[str, dict[float, list[float]]]]) -> None:
+    """Scores over the share of labels, a panel a probe, a line a run with a band from least to largest draw.
+
+    runs {run: {probe: {share: a value a draw}}}; the scores in percent, from chance up.
+    """
+    probes = list(dict.fromkeys(probe for found in runs.values() for probe in found))
+    figure, axes = plt.subplots(
+        1, len(probes), figsize=(2.9 * len(probes), 2.6), squeeze=False, sharey=True, layout="constrained"
+    )
+    for ax, probe in zip(axes[0], probes):
+        for (run, found), colour in zip(runs.items(), COLOURS[5:] + COLOURS[:5]):
+            values = found.get(probe, {})
+            shares = [100 * share for share in values]
+            low, mean, high = (
+                [100 * float(f(v)) for v in values.values()] for f in (np.min, np.mean, np.max)
+            )
+            ax.plot(shares, mean, color=colour, marker="o", markersize=3, label=run)
+            ax.fill_between(shares, low, high, color=colour, alpha=0.2, linewidth=0)
+        ax.set_xscale("log")
+        ax.set_xticks(shares, [f"{share:g}" for share in shares])
+        ax.minorticks_off()
+        ax.set_xlabel("share of labels, %", fontsize=8)
+        ax.set_ylabel(f"{probe}, %", fontsize=8)
+        ax.tick_params(labelsize=7)
+    axes[0][0].legend(fontsize=7, frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)

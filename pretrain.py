@@ -9,15 +9,91 @@ import argparse
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from attention_priors import follow, span_loss
+from attention_priors import (
+    align,
+    bend,
+    blurred,
+    carry,
+    follow,
+    priors_from_masks,
+    priors_from_statistics,
+    span_loss,
+)
 from crops import crop, distort, random_crops
-from data import Data, normalise
-from evaluate import lay_over
+from data import BATCH, Data, normalise
 from relvit import RelViT, cut, patch_views
+
+
+def make_priors(
+    config: argparse.Namespace, parts: dict[str, Data], sample: str | None
+) -> tuple[Tensor, list[str]]:
+    """Priors (R, S, S) over one image, as --prior asks, and their names. Raises ValueError."""
+    train, blur = parts["train"], config.prior_blur
+    if config.prior == "sample":
+        if sample is None:
+            raise ValueError(
+                f"--prior sample: no image of {config.data} has a mask for every region; outline one"
+            )
+        masks = train.masks[train.names.index(sample)]
+        empty = [region for region, mask in zip(train.regions, masks) if not mask.any()]
+        if empty:
+            raise ValueError(
+                f"the masks of sample {sample} are empty for {', '.join(empty)}: choose another --sample"
+            )
+        return priors_from_masks(masks, blur), train.regions
+    if config.prior == "statistics":
+        names = ["mean", "deviation", "cluster 1", "cluster 2"]
+        return priors_from_statistics(train.images, blur=blur), names
+    try:
+        priors = torch.from_numpy(np.load(config.prior, allow_pickle=False)).float()
+    except Exception as error:  # np.load fails on foreign files in many ways
+        what = "sample, masks, statistics, none, or a .npy file"
+        raise ValueError(f"--prior {config.prior} is not {what} ({type(error).__name__}: {error})") from None
+    S = config.img_size
+    if priors.dim() != 3 or not len(priors) or priors.shape[1:] != (S, S):
+        raise ValueError(f"--prior {config.prior} is an array {tuple(priors.shape)}: make it (R, {S}, {S})")
+    if not (priors.isfinite() & (priors >= 0)).all() or not priors.flatten(1).any(dim=1).all():
+        raise ValueError(f"--prior {config.prior}: each prior must be finite, not negative, and not empty")
+    return priors_from_masks(priors, blur), [f"prior {r}" for r in range(len(priors))]
+
+
+def register(config: argparse.Namespace, sample: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The sample (C, S, S) registered to images (N, C, S, S): theta (N, 2, 3) and flow (N, 2, k, k).
+
+    Without bending the flow is zero.
+    """
+    thetas, flows = [], []
+    for part in images.split(BATCH):
+        thetas.append(align(sample, part))
+        bends = bend(sample, part, thetas[-1]) if config.align == "bend" else torch.zeros(len(part), 2, 1, 1)
+        flows.append(bends.to(images.device))
+    return torch.cat(thetas), torch.cat(flows)
+
+
+def lay_over(
+    config: argparse.Namespace, parts: dict[str, Data], sample: str | None, images: Tensor
+) -> tuple[Callable[[Tensor], Tensor], list[str]]:
+    """A function from indices (B,) of images (N, C, S, S) to the priors (B, R, S, S) over them; their names.
+
+    images are the training images if --prior is masks. Raises ValueError.
+    """
+    train = parts["train"]
+    if config.prior == "masks":
+        if not train.has_masks.any():
+            raise ValueError(f"--prior masks: no training image of {config.data} has a mask for every region")
+        masks = train.masks.to(images.device)  # blurred as the sample's are; a missing mask stays empty
+        return lambda index: blurred(masks[index].float(), config.prior_blur), train.regions
+    priors, names = make_priors(config, parts, sample)
+    priors = priors.to(images.device)
+    if config.prior != "sample" or config.align == "none":
+        return lambda index: priors.expand(len(index), *priors.shape), names
+    theta, flow = register(config, train.images[train.names.index(sample)].to(images.device), images)
+    return lambda index: carry(priors, theta[index], flow[index]), names
 
 
 def priors_over(

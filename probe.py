@@ -1,33 +1,39 @@
-"""What an encoder knows without being trained for it: k nearest neighbours and a linear layer.
+"""What an encoder is good for: k nearest neighbours, a linear layer, fine-tuning; with all labels or few.
 
-Both see only `Features.pooled` of a frozen encoder, taken from training images with labels.
-
-    k-NN (Wu et al. 2018): the k training images with the most similar features vote, each with the weight
-        exp(cos / T); k = 20 and T = 0.07 as in DINO.
+    knn: the k training images with the most similar features vote, each with the weight exp(cos / T)
+        (Wu et al. 2018); k = 20 and T = 0.07 as in DINO.
     linear: logistic regression on standardised features by L-BFGS, with the weight decay that is best on
         validation images.
+    finetune: encoder and a linear layer trained together, a fixed number of steps: nothing is chosen.
 
-Labels (N, K) are multi-hot with NaN for unknown: findings, measured by the mean of their AUCs, or classes, of
-which each image has one, measured by accuracy as well. Next to read: `evaluate.py`.
+The first two see only `Features.pooled` of a frozen encoder. Labels (N, K) are multi-hot with NaN for
+unknown: findings, measured by the mean of their AUCs, or classes, of which each image has one, measured by
+accuracy as well. With a share of the labels, each is measured over several draws of training images, which
+are the same for every encoder. Claims 2 and 3 are measured with this file. Next to read: `evaluate.py`.
 """
+
+import copy
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
+from tqdm import tqdm
 
-from classify import classification_loss, exclusive, prepared
-from data import Data
-from evaluate import BATCH, CannotMeasure
-from metrics import auc
+from classify import Classifier, classification_loss, exclusive, prepared
+from data import BATCH, Data
+from metrics import CannotMeasure, auc
 
 DECAYS = [10.0**n for n in range(-5, 1)]
+SHARES = (0.01, 0.05, 0.1, 0.25, 1.0)  # of the labels
+DRAWS = 5  # of so many training images; of all there is one
 
 
 @torch.no_grad()
 def pooled_of(encoder: nn.Module, images: Tensor) -> Tensor:
-    """Pooled features (M, D) of images (M, C, S, S) uint8, in evaluation mode."""
+    """Pooled features (M, D) float64 of images (M, C, S, S) uint8, in evaluation mode."""
     encoder.eval()
-    return torch.cat([encoder(prepared(part)).pooled for part in images.split(BATCH)])
+    return torch.cat([encoder(prepared(part)).pooled for part in images.split(BATCH)]).double()
 
 
 def knn_scores(x: Tensor, labels: Tensor, queries: Tensor, k: int = 20, temperature: float = 0.07) -> Tensor:
@@ -73,25 +79,96 @@ def score(scores: Tensor, labels: Tensor, one_class: bool) -> dict[str, float]:
     return found
 
 
-def probe(encoder: nn.Module, parts: dict[str, Data]) -> dict[str, float]:
-    """How well labels of test images are told: {"knn_mAUC", "linear_mAUC", with classes "knn_accuracy" ...}.
+def by_neighbours(encoder: nn.Module, parts: dict[str, Data]) -> Callable[[Tensor, int], dict[str, float]]:
+    """k-NN as a function of the training images (n,) whose labels it may use: {"mAUC", "accuracy"}."""
+    x = {part: pooled_of(encoder, parts[part].images) for part in ("train", "test")}
+    labels, one_class = parts["train"].labels, exclusive(parts["train"].labels)
+
+    def measured(index: Tensor, draw: int) -> dict[str, float]:
+        votes = knn_scores(x["train"][index], labels[index], x["test"])
+        return score(votes, parts["test"].labels, one_class)
+
+    return measured
+
+
+def by_linear_layer(encoder: nn.Module, parts: dict[str, Data]) -> Callable[[Tensor, int], dict[str, float]]:
+    """The linear layer as a function of the training images (n,) whose labels it may use."""
+    x = {part: pooled_of(encoder, parts[part].images) for part in ("train", "val", "test")}
+    labels, one_class = parts["train"].labels, exclusive(parts["train"].labels)
+    mean, deviation = x["train"].mean(dim=0), x["train"].std(dim=0, correction=0).clamp(min=1e-9)
+    x = {part: (features - mean) / deviation for part, features in x.items()}
+
+    @torch.no_grad()
+    def on(part: str, layer: nn.Linear) -> dict[str, float]:
+        return score(layer(x[part]), parts[part].labels, one_class)
+
+    def measured(index: Tensor, draw: int) -> dict[str, float]:
+        layers = [linear_layer(x["train"][index], labels[index], decay, one_class) for decay in DECAYS]
+        return on(
+            "test", max(layers, key=lambda layer: on("val", layer)["accuracy" if one_class else "mAUC"])
+        )
+
+    return measured
+
+
+def by_finetuning(
+    encoder: nn.Module, parts: dict[str, Data], lr: float = 5e-4, batch_size: int = 32, steps: int = 150
+) -> Callable[[Tensor, int], dict[str, float]]:
+    """Fine-tuning as a function of the training images (n,) whose labels it may use.
+
+    AdamW without decay; at least `steps` steps and at least 5 epochs, in which lr falls to 0.
+    """
+    images, labels, test = parts["train"].images, parts["train"].labels, parts["test"]
+    one_class = exclusive(labels)
+
+    def measured(index: Tensor, draw: int) -> dict[str, float]:
+        generator = Generator().manual_seed(draw)
+        model = Classifier(copy.deepcopy(encoder), labels.shape[1]).train()
+        nn.init.zeros_(model.head.weight)  # the same start for all, whatever was drawn before
+        nn.init.zeros_(model.head.bias)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0)
+        size = min(batch_size, len(index))
+        total = max(steps, 5 * len(index) // size)
+        falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1e-3, total)
+        for _ in range(total):
+            batch = index[torch.randperm(len(index), generator=generator)[:size]]
+            loss = classification_loss(model(prepared(images[batch])), labels[batch], one_class)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            falling.step()
+        model.eval()
+        with torch.no_grad():
+            logits = torch.cat([model(prepared(part)) for part in test.images.split(BATCH)])
+        return score(logits, test.labels, one_class)
+
+    return measured
+
+
+PROBES = {"knn": by_neighbours, "linear": by_linear_layer, "finetune": by_finetuning}
+
+
+def drawn(labels: Tensor, share: float, draw: int) -> Tensor:
+    """Indices (n,) of a share of the images that have labels (N, K), two at least, by the draw's number."""
+    known = (~labels.isnan()).any(dim=1).nonzero()[:, 0]
+    n = min(len(known), max(2, round(share * len(known))))
+    return known[torch.randperm(len(known), generator=Generator().manual_seed(draw))[:n]]
+
+
+def probe(
+    encoder: nn.Module, parts: dict[str, Data], how: str, shares: tuple[float, ...] = (1.0,)
+) -> dict[float, dict[str, list[float]]]:
+    """Measure an encoder by one of PROBES: {share of the labels: {"mAUC" or "accuracy": a value a draw}}.
 
     Raises CannotMeasure if a part has no label.
     """
     for part in ("train", "val", "test"):
         if parts[part].labels is None or parts[part].labels.isnan().all():
-            raise CannotMeasure(f"no {part} image has a label: k-NN and linear probe can't be measured")
-    x = {part: pooled_of(encoder, parts[part].images).double() for part in ("train", "val", "test")}
-    labels, one_class = parts["train"].labels, exclusive(parts["train"].labels)
-    found = {"knn": score(knn_scores(x["train"], labels, x["test"]), parts["test"].labels, one_class)}
-    mean, deviation = x["train"].mean(dim=0), x["train"].std(dim=0, correction=0).clamp(min=1e-9)
-    x = {part: (features - mean) / deviation for part, features in x.items()}
-    best = None
-    for decay in DECAYS:
-        layer = linear_layer(x["train"], labels, decay, one_class)
-        with torch.no_grad():
-            on_val = score(layer(x["val"]), parts["val"].labels, one_class)
-            on_val = on_val.get("accuracy", on_val["mAUC"])
-            if best is None or on_val > best:
-                best, found["linear"] = on_val, score(layer(x["test"]), parts["test"].labels, one_class)
-    return {f"{how}_{what}": value for how, values in found.items() for what, value in values.items()}
+            raise CannotMeasure(f"no {part} image has a label: {how} can't be measured")
+    measured, found = PROBES[how](encoder, parts), {}
+    todo = [(share, draw) for share in shares for draw in range(DRAWS if share < 1 else 1)]
+    for share, draw in tqdm(todo, desc=how, leave=False, disable=len(todo) == 1):
+        figures = measured(drawn(parts["train"].labels, share, draw), draw)
+        for name, value in figures.items():
+            found.setdefault(share, {}).setdefault(name, []).append(value)
+    return found

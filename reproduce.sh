@@ -64,7 +64,7 @@ poolings() {  # with labels, beside the unmarked classifiers, and without; at ha
     done
 }
 
-# Few labels: every row sees as many images in all, and has the same encoder.
+# Few labels: every row but `half` and `relvit_long` sees as many images in all; all have the same encoder.
 few="--backbone vit --embed-dim 64 --depth 3 --num-heads 4 --batch-size 32 --lr 1e-3"
 
 few_labels() {  # first: what starts from nothing; then: what starts from that
@@ -79,14 +79,16 @@ pretrained() {  # data, epochs of pretraining and as many of tuning, findings, f
     common="$few --seed $seed $4"
     label="--task classify $3 $common"
     echo "first scratch_$1-$seed $label --epochs $((2 * $2))"
+    echo "first half_$1-$seed $label --epochs $2"
     echo "first joint_$1-$seed $label --epochs $((2 * $2)) --relations relations distances angles positions"
-    while read -r name how; do
-        echo "first pre_${name}_$1-$seed $common --epochs $2 --keep-going${how:+ $how}"  # a blank at the end would join the next line
+    while read -r name epochs how; do
+        echo "first pre_${name}_$1-$seed $common --epochs $epochs --keep-going${how:+ $how}"  # a blank at the end would join the next line
         echo "then tuned_${name}_$1-$seed $label --epochs $2 --init runs/pre_${name}_$1-$seed"
     done < <(
-        echo "relvit --ssl relvit --prior none"
-        echo "dino --prior none"
-        [ "$1" = phantom ] && echo "span" && echo "relvit_span --ssl relvit"
+        echo "relvit $2 --ssl relvit --prior none"
+        echo "relvit_long $((5 * $2)) --ssl relvit --prior none"
+        echo "dino $2 --prior none"
+        [ "$1" = phantom ] && echo "span $2" && echo "relvit_span $2 --ssl relvit"
     )
 }
 

@@ -64,6 +64,8 @@ FEW_LABELS = {
     "tuned_dino": "DINO, then labels",
     "tuned_span": "DINO guided by SPAN, then labels",
     "tuned_relvit_span": "RelViT guided by SPAN, then labels",
+    "half": "labels alone, half the steps",
+    "tuned_relvit_long": "RelViT 5 times as long, then labels",
 }
 
 

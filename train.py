@@ -25,16 +25,15 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import check_folder, load_run, restore, resumed, save, start, write_whole
-from classify import Classifier, exclusive, objective
-from data import Data, load, select
+from checkpoint import build_encoder, check_folder, load_encoder, load_run, restore, resumed, save, start
+from checkpoint import write_whole
+from classify import Classifier, objective
+from data import Data, load
 from dino import Collapse
-from evaluate import CannotMeasure, attention_of, build_encoder, flatten, flatten_classifier
-from evaluate import heatmaps_of, load_encoder, measure, measure_classifier, print_table
+from evaluate import draw, print_tables, report
 from flags import check, check_idle, parse
-from plots import curves, map_grid
+from plots import curves
 from pretrain import move_teacher, priors_over, relations, self_distillation
-from probe import probe
 from relvit import TASKS
 from ssl import DINO, RelViT  # the doorway ssl.py in this folder, which leaves Python's own ssl as it was
 
@@ -173,48 +172,19 @@ def finish(
     args: argparse.Namespace, model: nn.Module, parts: dict, sample: str | None, history: list
 ) -> None:
     """Measure on test images, print the tables, draw the pictures."""
-    metrics = {name: value for name, value in history[-1].items() if name != "epoch"}
-    encoder = model.student if isinstance(model, DINO) else model.encoder
-    try:
-        found = probe(encoder, parts)
-        metrics |= found
-        print(", ".join(f"{name.replace('_', ' ')} {100 * value:.1f}" for name, value in found.items()))
-    except CannotMeasure as error:
-        print(error)
-    shown, masks = parts["test"] if parts["test"].names else parts["train"], None
-    if args.task == "classify":
-        try:
-            table, shown, maps = measure_classifier(args, model, parts)
-            metrics |= flatten_classifier(table)
-            print_table(table, mean=False)
-            if parts["test"].has_masks.any() and parts["val"].has_masks.any():
-                attention, _ = measure(args, encoder, parts, sample)
-                metrics |= flatten(attention)
-                print_table(attention)
-        except CannotMeasure as error:
-            print(error)
-            shown = select(shown, torch.arange(min(6, len(shown.names))))
-            maps = heatmaps_of(args, model, shown.images, exclusive(parts["train"].labels))
-        picture, about = "heatmaps.png", "what the decision rests on"
-        masks = shown.masks
-    else:
-        try:
-            table, maps = measure(args, encoder, parts, sample)
-            shown = select(shown, shown.has_masks)
-            masks = shown.masks[:6]
-            metrics |= flatten(table)
-            print_table(table)
-        except CannotMeasure as error:
-            print(error)
-            attention = attention_of(encoder, shown.images[:6], args.span_layer)  # (M, heads, N)
-            attention = attention.unflatten(2, encoder.grid(shown.images)).unbind(1)
-            maps = {f"head {h}": a for h, a in enumerate(attention)}
-        picture, about = "attention.png", "where the heads look"
+    if args.task == "pretrain":
+        model = model.student if isinstance(model, DINO) else model.encoder
+    found = report(args, model, parts, sample, ["attention", "bias", "knn", "linear"], shares=(1.0,))
+    print_tables({"": found})
+    metrics = {name: value for name, value in history[-1].items() if name != "epoch"} | found.figures
     metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}  # NaN is no JSON
     write_whole(args.out / "metrics.json", metrics)
-    images, maps = shown.images[:6].float() / 255, {title: m[:6] for title, m in maps.items()}
-    map_grid(args.out / picture, images, masks, shown.regions, maps, signed=args.task == "classify")
-    curves(args.out / "curves.png", history)
+    picture, about = {
+        "pretrain": ("attention.png", "where the heads look"),
+        "classify": ("heatmaps.png", "what the decision rests on"),
+    }[args.task]
+    draw(args.out / picture, found.shown, {title: m[:6] for title, m in found.maps.items()}, 6, args.task)
+    curves(args.out / "curves.png", {args.out.name: history})
     print(f"wrote {args.out}/{picture} ({about}), curves.png, metrics.json, last.pt")
 
 

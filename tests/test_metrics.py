@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from metrics import auc, average_precision, best_threshold, localisation_ap, relevance_share
+from metrics import auc, average_precision, best_threshold, dice, localisation_ap, relevance_share
 
 
 def brute_force(scores: torch.Tensor, targets: torch.Tensor) -> float:
@@ -90,3 +90,20 @@ def test_the_best_threshold_gets_as_many_right_as_any():
         best = max(right(t) for t in [*scores.tolist(), -9.0])
         assert right(best_threshold(scores, labels)) == best
     assert best_threshold(torch.ones(2), torch.full((2,), float("nan"))) == 0
+
+
+def test_dice_is_the_overlap_of_the_mask_with_what_lies_above_a_share_of_the_map_s_maximum():
+    maps = torch.tensor([[[0.0, 2.0, 4.0, 8.0]]])  # (1, 1, 4) on a 1x4 grid, at the masks' size
+    mask = torch.tensor([0, 0, 1, 1], dtype=torch.bool).view(1, 1, 1, 4)
+    found = dice(maps, mask, (1, 4), thresholds=3)[:, 0, 0]  # above 2, above 4, above 6
+    assert found.tolist() == pytest.approx([1.0, 2 / 3, 2 / 3])
+    torch.testing.assert_close(dice(maps * 1e-3, mask, (1, 4), thresholds=3)[:, 0, 0], found)
+
+
+def test_dice_of_a_map_that_is_flat_or_zero_is_defined_and_of_an_empty_mask_unknown():
+    maps = torch.stack([torch.ones(2, 4), torch.zeros(2, 4)])  # (2, 2, 4)
+    masks = torch.zeros(2, 2, 2, 2, dtype=torch.bool)
+    masks[:, 0, 0] = True  # half of the image; the second region is nowhere
+    found = dice(maps, masks, (2, 2))
+    assert found[:, 0, 0].tolist() == pytest.approx([2 / 3] * 19)
+    assert (found[:, 1, 0] == 0).all() and found[:, :, 1].isnan().all()

@@ -9,10 +9,9 @@ import torch
 
 import evaluate
 import pretrain
-import probe
 import symbols
 import train
-from checkpoint import load_run
+from checkpoint import build_encoder, load_model, load_run
 from data import Data, load
 
 TINY = "--train-images 32 --embed-dim 24 --depth 2 --num-heads 3 --batch-size 8 --epochs 2"
@@ -24,7 +23,7 @@ SMALL = SMALL.split()
 @pytest.fixture(autouse=True, scope="module")
 def few_test_images():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data.PHANTOM_SIZES", {"val": 8, "test": 8})
+        patch.setattr("data.DRAWN_SIZES", {"val": 8, "test": 8})
         yield
 
 
@@ -42,7 +41,7 @@ def test_every_pooling_trains_with_and_without_labels_and_is_measured(pooling, t
         and 0 <= metrics["knn_mAUC"] <= 1
         and 0 <= metrics["linear_mAUC"] <= 1
     )
-    evaluate.main([str(tmp_path / "run")])  # the same encoder is built again
+    evaluate.main([str(tmp_path / "run"), "--only", "attention", "knn"])  # the same encoder is built again
 
 
 @pytest.mark.parametrize("how", ["--pool simpool", "--backbone resnet --pool simpool", "--ssl relvit"])
@@ -92,7 +91,7 @@ def test_upstream_the_encoder_is_measured_without_positions_and_a_classifier_get
 
 def test_a_large_cell_holds_more_of_a_prior():
     args, _ = train.parse([*TINY, *"--ssl relvit --mega-patches 2 --span-weight 1".split()])
-    relvit = train.RelViT(evaluate.build_encoder(args, 1), 24, (2, 2))
+    relvit = train.RelViT(build_encoder(args, 1), 24, (2, 2))
     seen = []
     relvit.register_forward_hook(lambda module, inputs, output: seen.append(output[2].attention))
     even = torch.ones(4, 1, 64, 64)
@@ -117,70 +116,9 @@ def test_a_classifier_that_learns_relations_beside_its_labels_is_used_without_th
     assert {"classification", "relations", "positions", "auc_same"} <= set(metrics)
     config, checkpoint = load_run(out)
     parts, _, _ = train.load("phantom", 64, 0, 16, findings=config.findings)
-    model = evaluate.load_model(out, config, checkpoint, parts["train"])
+    model = load_model(out, config, checkpoint, parts["train"])
     assert not any("relvit" in name for name in model.state_dict())
     assert any(name.startswith("relvit.heads") for name in checkpoint["model"])
-
-
-# Probes
-
-
-def test_neighbours_vote_with_weights_by_their_similarity():
-    torch.manual_seed(0)
-    x, queries = torch.randn(30, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
-    labels = torch.randint(2, (30, 2)).float()
-    labels[::3, 1] = torch.nan  # a third of the images don't know the second finding
-    votes = probe.knn_scores(x, labels, queries, k=7, temperature=0.1)
-    for m, query in enumerate(queries):
-        for k in range(2):
-            near = sorted(
-                (-float(torch.cosine_similarity(query, x[n], dim=0)), n)
-                for n in range(30)
-                if labels[n, k] >= 0
-            )[:7]
-            weights = np.array([np.exp(-minus / 0.1) for minus, _ in near])
-            vote = sum(w * labels[n, k].item() for w, (_, n) in zip(weights, near)) / weights.sum()
-            assert votes[m, k].item() == pytest.approx(vote)
-
-
-def test_fewer_images_than_neighbours_all_vote():
-    votes = probe.knn_scores(torch.eye(3), torch.tensor([[1.0], [0], [torch.nan]]), torch.eye(3)[:1])
-    assert 0.99 < votes.item() <= 1
-
-
-@pytest.mark.parametrize("one_class", [True, False])
-def test_the_linear_layer_is_where_the_gradient_vanishes(one_class):
-    torch.manual_seed(0)
-    x, labels = torch.randn(60, 4, dtype=torch.float64), torch.eye(3)[torch.randint(3, (60,))]
-    layer = probe.linear_layer(x, labels, 0.1, one_class)
-    loss = (
-        probe.classification_loss(layer(x), labels.double(), one_class) + 0.05 * layer.weight.square().sum()
-    )
-    gradients = torch.autograd.grad(loss, list(layer.parameters()))
-    assert max(g.abs().max() for g in gradients) < 1e-5
-
-
-def test_the_weight_decay_is_chosen_on_validation_images(monkeypatch):
-    torch.manual_seed(0)
-    features = {part: torch.randn(40, 6) for part in ("train", "val", "test")}
-    labels = {part: torch.eye(2)[torch.randint(2, (40,))] for part in features}
-    data = {
-        p: Data(torch.zeros(40), None, torch.zeros(40, dtype=torch.bool), labels[p], [p], [], [])
-        for p in features
-    }
-    monkeypatch.setattr(probe, "pooled_of", lambda encoder, images: features[seen.pop(0)])
-    monkeypatch.setattr(
-        probe, "linear_layer", lambda x, y, decay, one: lambda z: z[:, :2] * decay_sign(decay)
-    )
-    decay_sign = lambda decay: 1 if decay == probe.DECAYS[2] else -1  # noqa: E731
-    for better in (1, -1):  # the labels of validation images decide, not those of test images
-        x = (features["val"] - features["train"].mean(0)) * better
-        data["val"] = data["val"]._replace(labels=torch.eye(2)[x[:, :2].argmax(dim=1)])
-        seen = ["train", "val", "test"]
-        found = probe.probe(None, data)
-        z = (features["test"] - features["train"].mean(0)) / features["train"].std(0, correction=0)
-        right = ((z[:, :2] * better).argmax(dim=1) == data["test"].labels.argmax(dim=1)).double().mean()
-        assert found["linear_accuracy"] == pytest.approx(float(right))
 
 
 # Symbols

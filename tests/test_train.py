@@ -16,19 +16,17 @@ from PIL import Image
 import evaluate
 import pretrain
 import train
-from checkpoint import load_run
+from checkpoint import build_encoder, load_run
 from phantom import REGIONS, phantom
 
 ROOT = Path(__file__).parents[1]
-TINY = (
-    "--train-images 32 --embed-dim 24 --depth 2 --num-heads 3 --batch-size 8 --epochs 2".split()
-)
+TINY = "--train-images 32 --embed-dim 24 --depth 2 --num-heads 3 --batch-size 8 --epochs 2".split()
 
 
 @pytest.fixture(autouse=True, scope="module")
 def few_test_images():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data.PHANTOM_SIZES", {"val": 8, "test": 8})
+        patch.setattr("data.DRAWN_SIZES", {"val": 8, "test": 8})
         yield
 
 
@@ -84,12 +82,38 @@ def test_guided_heads_learn_to_look_where_the_sample_s_masks_say(tmp_path):
 def test_runs_are_compared_side_by_side_on_the_same_images(run, tmp_path, capsys):
     train.main([*TINY, "--prior", "none", "--out", str(tmp_path / "dino")])
     capsys.readouterr()
-    evaluate.main([str(run), str(tmp_path / "dino"), "--images", "2"])
+    evaluate.main([str(run), str(tmp_path / "dino"), "--images", "2", "--only", "attention"])
     table = capsys.readouterr().out
     assert "span: aligned prior" in table and "dino: attention" in table and "mean" in table
     assert (run / "compare.png").exists()
     metrics = json.loads((run / "metrics.json").read_text())
     assert f"{100 * metrics['attention_mAP']:.1f}" in table  # evaluate.py measures what train.py measured
+
+
+def test_what_evaluate_finds_joins_metrics_json_and_pictures_show_what_few_labels_are_worth(
+    run, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("evaluate.SHARES", (0.25, 1.0))
+    train.main([*TINY, "--prior", "none", "--out", str(tmp_path / "dino")])
+    capsys.readouterr()
+    before = {path: json.loads((path / "metrics.json").read_text()) for path in (run, tmp_path / "dino")}
+    evaluate.main([str(run), str(tmp_path / "dino"), "--only", "linear", "finetune"])
+    said = capsys.readouterr().out
+    assert "AP in %" not in said and "25 % of labels" in said and "dino: finetune mAUC" in said
+    for path, old in before.items():
+        found = json.loads((path / "metrics.json").read_text())
+        new = {f"{how}_mAUC{share}" for how in ("linear", "finetune") for share in ("", "_25_percent")}
+        assert set(found) == set(old) | new
+        assert found["linear_mAUC"] == pytest.approx(old["linear_mAUC"])  # by train.py and evaluate.py alike
+        assert f"{100 * found['finetune_mAUC_25_percent']:.1f}" in said
+    for picture in ("low_data.png", "compare_curves.png", "compare.png"):
+        assert min(Image.open(run / picture).size) > 100
+
+
+def test_a_measure_that_is_none_is_refused_by_name(run, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([str(run), "--only", "atention"])
+    assert stop.value.code == 2 and "invalid choice: 'atention'" in capsys.readouterr().err
 
 
 def test_a_seed_gives_the_same_weights_again(run, tmp_path):
@@ -135,14 +159,14 @@ def test_the_heads_of_an_unguided_run_are_chosen_on_validation_images_not_on_tes
     shown = iter([maps, maps.flip(1)])  # validation comes first
     monkeypatch.setattr(evaluate, "attention_of", lambda *args: next(shown))
     args, _ = train.parse(["--prior", "none"])
-    encoder = evaluate.build_encoder(args, 1)
-    table, pictures = evaluate.measure(args, encoder, {"train": data, "val": data, "test": data}, None)
+    encoder = build_encoder(args, 1)
+    table, _, pictures = evaluate.measure(args, encoder, {"train": data, "val": data, "test": data}, None)
     assert list(pictures) == ["head 1\nlung"] and table["attention"]["lung"] < 0.5
 
 
 def test_the_span_loss_weighs_resolutions_by_the_share_that_their_views_see():
     args, _ = train.parse("--embed-dim 24 --depth 1 --num-heads 3 --out-dim 16".split())
-    dino = train.DINO(evaluate.build_encoder(args, 1), 24, 16)
+    dino = train.DINO(build_encoder(args, 1), 24, 16)
     images, priors = torch.rand(2, 1, 64, 64), torch.rand(2, 3, 64, 64)
     theta = torch.eye(2, 3).repeat(4, 1, 1)
     blind = theta.clone()
@@ -387,7 +411,7 @@ def test_a_classifier_is_measured_with_the_marker_as_in_training_removed_and_fli
     assert min(Image.open(tmp_path / "isnet" / "heatmaps.png").size) > 100
     train.main([*argv[:-1], str(tmp_path / "plain")])
     assert "C1 " not in capsys.readouterr().out
-    evaluate.main([str(tmp_path / "isnet"), str(tmp_path / "plain"), "--images", "3"])
+    evaluate.main([str(tmp_path / "isnet"), str(tmp_path / "plain"), "--images", "3", "--only", "bias"])
     table = capsys.readouterr().out
     assert "isnet: flipped" in table and "plain: flipped" in table and "relevance share" in table
     assert f"{100 * metrics['auc_flipped']:.1f}" in table  # what train.py measured
@@ -496,6 +520,8 @@ def test_without_labelled_test_images_a_classifier_is_trained_but_not_measured(t
     train.main([*argv, "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")])
     assert "AUC can't be measured" in capsys.readouterr().out
     assert "auc_same" not in json.loads((tmp_path / "run" / "metrics.json").read_text())
-    with pytest.raises(SystemExit) as stop:
-        evaluate.main([str(tmp_path / "run")])
-    assert stop.value.code == 2 and "AUC can't be measured" in capsys.readouterr().err
+    evaluate.main([str(tmp_path / "run")])
+    said = capsys.readouterr().out
+    for what in ("AUC", "AP", "knn", "linear"):
+        assert f"{what} can't be measured" in said
+    assert "compare.png" in said  # a picture there is
