@@ -4,7 +4,7 @@
         (Wu et al. 2018); k = 20 and T = 0.07 as in DINO.
     linear: logistic regression on standardised features by L-BFGS, with the weight decay that is best on
         validation images.
-    finetune: encoder and a linear layer trained together, a fixed number of steps: nothing is chosen.
+    finetune: that linear layer and the encoder trained on together, a fixed number of steps.
 
 The first two see only `Features.pooled` of a frozen encoder. Labels (N, K) are multi-hot with NaN for
 unknown: findings, measured by the mean of their AUCs, or classes, of which each image has one, measured by
@@ -14,6 +14,7 @@ are the same for every encoder. Claims 2 and 3 are measured with this file. Next
 
 import copy
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -91,45 +92,65 @@ def by_neighbours(encoder: nn.Module, parts: dict[str, Data]) -> Callable[[Tenso
     return measured
 
 
+class Standardised(NamedTuple):
+    """Features by part, of zero mean and unit deviation over the training images, and how to get there."""
+
+    x: dict[str, Tensor]  # {part: (M, D)}
+    mean: Tensor  # (D,)
+    deviation: Tensor  # (D,)
+
+
+def standardised(encoder: nn.Module, parts: dict[str, Data]) -> Standardised:
+    x = {part: pooled_of(encoder, parts[part].images) for part in ("train", "val", "test")}
+    mean, deviation = x["train"].mean(dim=0), x["train"].std(dim=0, correction=0).clamp(min=1e-9)
+    return Standardised({part: (f - mean) / deviation for part, f in x.items()}, mean, deviation)
+
+
+@torch.no_grad()
+def score_of(layer: nn.Module, x: Tensor, labels: Tensor, one_class: bool) -> dict[str, float]:
+    return score(layer(x), labels, one_class)
+
+
+def best_layer(x: dict[str, Tensor], parts: dict[str, Data], index: Tensor) -> nn.Linear:
+    """The linear layer for training images (n,), with the weight decay that is best on validation images."""
+    labels, val = parts["train"].labels, parts["val"].labels
+    one_class = exclusive(labels)
+    layers = [linear_layer(x["train"][index], labels[index], decay, one_class) for decay in DECAYS]
+    name = "accuracy" if one_class else "mAUC"
+    return max(layers, key=lambda layer: score_of(layer, x["val"], val, one_class)[name])
+
+
 def by_linear_layer(encoder: nn.Module, parts: dict[str, Data]) -> Callable[[Tensor, int], dict[str, float]]:
     """The linear layer as a function of the training images (n,) whose labels it may use."""
-    x = {part: pooled_of(encoder, parts[part].images) for part in ("train", "val", "test")}
-    labels, one_class = parts["train"].labels, exclusive(parts["train"].labels)
-    mean, deviation = x["train"].mean(dim=0), x["train"].std(dim=0, correction=0).clamp(min=1e-9)
-    x = {part: (features - mean) / deviation for part, features in x.items()}
-
-    @torch.no_grad()
-    def on(part: str, layer: nn.Linear) -> dict[str, float]:
-        return score(layer(x[part]), parts[part].labels, one_class)
-
-    def measured(index: Tensor, draw: int) -> dict[str, float]:
-        layers = [linear_layer(x["train"][index], labels[index], decay, one_class) for decay in DECAYS]
-        return on(
-            "test", max(layers, key=lambda layer: on("val", layer)["accuracy" if one_class else "mAUC"])
-        )
-
-    return measured
+    x = standardised(encoder, parts).x
+    one_class = exclusive(parts["train"].labels)
+    return lambda index, draw: score_of(
+        best_layer(x, parts, index), x["test"], parts["test"].labels, one_class
+    )
 
 
 def by_finetuning(
-    encoder: nn.Module, parts: dict[str, Data], lr: float = 5e-4, batch_size: int = 32, steps: int = 150
+    encoder: nn.Module, parts: dict[str, Data], lr: float = 1e-4, batch_size: int = 32, steps: int = 100
 ) -> Callable[[Tensor, int], dict[str, float]]:
     """Fine-tuning as a function of the training images (n,) whose labels it may use.
 
+    It starts from the linear layer, lest a random one spoil the encoder (Kumar et al. 2022, arXiv 2202.10054).
     AdamW without decay; at least `steps` steps and at least 5 epochs, in which lr falls to 0.
     """
     images, labels, test = parts["train"].images, parts["train"].labels, parts["test"]
-    one_class = exclusive(labels)
+    one_class, (x, mean, deviation) = exclusive(labels), standardised(encoder, parts)
 
     def measured(index: Tensor, draw: int) -> dict[str, float]:
         generator = Generator().manual_seed(draw)
-        model = Classifier(copy.deepcopy(encoder), labels.shape[1]).train()
-        nn.init.zeros_(model.head.weight)  # the same start for all, whatever was drawn before
-        nn.init.zeros_(model.head.bias)
+        model, layer = Classifier(copy.deepcopy(encoder), labels.shape[1]), best_layer(x, parts, index)
+        with torch.no_grad():
+            model.head.weight.copy_(layer.weight / deviation)
+            model.head.bias.copy_(layer.bias - (layer.weight / deviation) @ mean)
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0)
         size = min(batch_size, len(index))
         total = max(steps, 5 * len(index) // size)
         falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1e-3, total)
+        model.train()
         for _ in range(total):
             batch = index[torch.randperm(len(index), generator=generator)[:size]]
             loss = classification_loss(model(prepared(images[batch])), labels[batch], one_class)

@@ -1,31 +1,37 @@
 #!/usr/bin/env bash
-# Every experiment behind the README's tables, two at a time on one core each; finished runs are skipped.
+# Every experiment behind the README's tables, two at a time on one core each; what is finished is skipped.
+#
+#   ./reproduce.sh            3 seeds; hours; fills the README's tables
+#   ./reproduce.sh --quick    1 seed of what the claims need most, a quarter of an hour; prints the claims
 set -euo pipefail
 cd "$(dirname "$0")"
 export OMP_NUM_THREADS=1
 mkdir -p runs results
+seeds="0 1 2"
+[ "${1:-}" = --quick ] && seeds=0
 
-experiments() {
-    for seed in 0 1 2 3 4; do
+pretraining() {
+    for seed in $seeds; do
         echo "span-$seed --seed $seed"
-        echo "masks-$seed --seed $seed --prior masks"
         echo "dino-$seed --seed $seed --prior none"
+        plates="--data parts --lr 5e-4 --teacher-temp 0.01 --global-scale 0.7 1 --seed $seed"  # else DINO collapses
+        echo "parts_span-$seed $plates --prior statistics"
+        echo "parts_dino-$seed $plates --prior none"
+        echo "masks-$seed --seed $seed --prior masks"
     done
-    echo "dino_long-0 --seed 0 --prior none --epochs 60"
-    for seed in 0 1; do
-        echo "no_alignment-$seed --seed $seed --align none"
-        echo "affine_alignment-$seed --seed $seed --align affine"
-        echo "no_following-$seed --seed $seed --no-follow"
-        echo "mse-$seed --seed $seed --span-loss mse"
-        echo "dice-$seed --seed $seed --span-loss dice"
-        echo "layer_before-$seed --seed $seed --span-layer -2"
-        echo "local_crops-$seed --seed $seed --local-crops-number 2"
-        echo "no_blur-$seed --seed $seed --prior-blur 0"
-    done
+    echo "dino_long-0 --seed 0 --prior none --epochs 30"
+    echo "no_alignment-0 --seed 0 --align none"
+    echo "affine_alignment-0 --seed 0 --align affine"
+    echo "no_following-0 --seed 0 --no-follow"
+    echo "mse-0 --seed 0 --span-loss mse"
+    echo "dice-0 --seed 0 --span-loss dice"
+    echo "layer_before-0 --seed 0 --span-layer -2"
+    echo "local_crops-0 --seed 0 --local-crops-number 2"
+    echo "no_blur-0 --seed 0 --prior-blur 0"
 }
 
 classifiers() {
-    for seed in 0 1 2; do
+    for seed in $seeds; do
         for backbone in resnet vit; do
             common="--task classify --seed $seed --backbone $backbone"
             [ $backbone = vit ] && common="$common --epochs 15"
@@ -49,7 +55,7 @@ classifiers() {
 }
 
 poolings() {  # with labels, beside the unmarked classifiers, and without; at half the images of the SPAN runs
-    for seed in 0 1 2; do
+    for seed in $seeds; do
         common="--task classify --seed $seed"
         echo "vit_gap_labels-$seed $common --backbone vit --epochs 15 --pool gap"
         echo "vit_simpool_labels-$seed $common --backbone vit --epochs 15 --pool simpool"
@@ -68,7 +74,7 @@ poolings() {  # with labels, beside the unmarked classifiers, and without; at ha
 few="--backbone vit --embed-dim 64 --depth 3 --num-heads 4 --batch-size 32 --lr 1e-3"
 
 few_labels() {  # first: what starts from nothing; then: what starts from that
-    for seed in 0 1 2; do
+    for seed in $seeds; do
         pretrained phantom 30 "--findings all" "--train-images 500"
         pretrained symbols50 30 "" "--data data/symbols50-$seed"
         pretrained symbols500 6 "" "--data data/symbols500-$seed"
@@ -92,27 +98,53 @@ pretrained() {  # data, epochs of pretraining and as many of tuning, findings, f
     )
 }
 
-run() {
+transfer() {
+    for seed in $seeds; do
+        printf '%s\n' {span,dino,parts_span,parts_dino}-"$seed"
+    done
+}
+
+quick() {  # of all that runs, what claims 1 to 7 need most, at seed 0
+    grep -E "^(span|dino|parts_(span|dino)|(unmarked|plain|isnet)_resnet|resnet_simpool_labels)-|(scratch|joint|half)_symbols50-|relvit_symbols50-"
+}
+
+run() {  # a line of the lists above, unless it is finished
     name=$1
     shift
     [ -f "runs/$name/metrics.json" ] && return
     echo "$name"
     python train.py --out "runs/$name" --overwrite "$@" >"runs/$name.log" 2>&1 || echo "$name failed, see runs/$name.log"
 }
-export -f run
 
-for seed in 0 1 2; do
-    for n in 50 500; do
+probe() {  # a finished run's features, with all labels and with few
+    grep -qs "finetune_mAUC" "runs/$1/metrics.json" && return
+    echo "$1, with few labels"
+    python evaluate.py "runs/$1" --only linear finetune >"runs/$1.probe.log" 2>&1 || echo "see runs/$1.probe.log"
+}
+export -f run probe
+
+symbols="50 500"
+chosen=cat
+[ "${1:-}" = --quick ] && symbols=50 && chosen=quick
+for seed in $seeds; do
+    for n in $symbols; do
         folder=data/symbols$n-$seed
         [ -f $folder/labels.csv ] && continue
         rm -rf $folder  # what a stopped run left
         python symbols.py $folder --train $n --seed $seed
     done
 done
-(classifiers; experiments; poolings; few_labels first) | xargs -P 2 -L 1 bash -c 'run "$@"' _
-few_labels then | xargs -P 2 -L 1 bash -c 'run "$@"' _
+(pretraining; classifiers; poolings; few_labels first) | $chosen | xargs -P 2 -L 1 bash -c 'run "$@"' _
+few_labels then | $chosen | xargs -P 2 -L 1 bash -c 'run "$@"' _
+transfer | xargs -P 2 -L 1 bash -c 'probe "$@"' _
+if [ "${1:-}" = --quick ]; then
+    python tables.py runs --only claims few_labels transfer
+    exit
+fi
 [ -f results/benchmark.json ] || python benchmark.py --json results/benchmark.json
-python evaluate.py runs/span-0 runs/dino-0 && cp runs/span-0/compare.png results/
-python evaluate.py runs/{isnet_resnet,plain_resnet,pixels_only,one_logit}-0 && cp runs/isnet_resnet-0/compare.png results/isnet.png
-python evaluate.py --images 3 runs/vit_{cls_dino,simpool_dino,simpool_span}-0 && cp runs/vit_cls_dino-0/compare.png results/pooling.png
+python evaluate.py runs/span-0 runs/dino-0 --only attention && cp runs/span-0/compare.png results/
+python evaluate.py runs/span-0 runs/dino-0 --only linear finetune && cp runs/span-0/low_data.png results/
+python evaluate.py runs/parts_span-0 runs/parts_dino-0 --only attention && cp runs/parts_span-0/compare.png results/parts.png
+python evaluate.py runs/{isnet_resnet,plain_resnet,pixels_only,one_logit}-0 --only bias && cp runs/isnet_resnet-0/compare.png results/isnet.png
+python evaluate.py --images 3 runs/vit_{cls_dino,simpool_dino,simpool_span}-0 --only attention && cp runs/vit_cls_dino-0/compare.png results/pooling.png
 python tables.py runs

@@ -2,6 +2,7 @@
 
     python tables.py runs     collect the finished runs in a folder into results/runs.json, and fill
     python tables.py          fill the README from results/ as it is
+    python tables.py runs --only claims     print a table of the finished runs in a folder, and change nothing
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`. Runs are named EXPERIMENT-SEED.
 """
@@ -69,6 +70,47 @@ FEW_LABELS = {
 }
 
 
+MARKED = {name: f"auc_{name}_enlarged_heart" for name in ("same", "removed", "flipped")}
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # the 97.5 % quantile of t, by the number of seeds
+CLAIMS = """
+1 | SPAN's attention mAP, above DINO's best heads | +58.7 | 58.7 | span attention_mAP | dino
+1 | ... above DINO's after longer training | | 58.7 | span attention_mAP | dino_long
+1 | ... above the prior as it is | | 15 | span attention_mAP | span prior_mAP
+1 | ... above the aligned prior, on the same grid | | 0 | span attention_mAP | span aligned_prior_mAP
+1 | ... above it at every pixel | | 0 | span attention_mAP | span aligned_prior_every_pixel_mAP
+1 | ... to that with all images' masks | | -1 | span attention_mAP | masks
+2 | SPAN transfers: linear layer, above DINO's | +2.2 | 2.2 | span linear_mAUC | dino
+2 | ... fine-tuned | | 0 | span finetune_mAUC | dino
+3 | ... linear layer, 1 % of labels | | 0 | span linear_mAUC_1_percent | dino
+3 | ... 5 % of labels | | 0 | span linear_mAUC_5_percent | dino
+3 | ... 10 % of labels | | 0 | span linear_mAUC_10_percent | dino
+4 | Priors from statistics, parts: linear layer, above DINO's | | 0 | parts_span linear_mAUC | parts_dino
+4 | ... attention mAP | | 0 | parts_span attention_mAP | parts_dino
+5 | ISNet, ResNet: AUC with the marker flipped | | 85 | isnet_resnet flipped |
+5 | ... to the marker as in training | | -5 | isnet_resnet flipped | isnet_resnet same
+5 | ... to training without marker | | -5 | isnet_resnet flipped | unmarked_resnet same
+5 | ISNet, ViT: AUC with the marker flipped | | 85 | isnet_vit flipped |
+5 | ... to the marker as in training | | -5 | isnet_vit flipped | isnet_vit same
+5 | ... to training without marker | | -5 | isnet_vit flipped | unmarked_vit same
+5 | ISNet, ResNet, 4 findings: AUC, flipped | | 85 | isnet_findings flipped |
+5 | ... to the marker as in training | | -5 | isnet_findings flipped | isnet_findings same
+5 | ... to training without marker | | -5 | isnet_findings flipped | unmarked_findings same
+6 | RelViT, then labels; to labels alone | | 0 | tuned_relvit_symbols500 accuracy_same | scratch_symbols500
+6 | ... 5 times as long, same label steps | | 0 | tuned_relvit_long_symbols500 accuracy_same | half_symbols500
+6 | ... together; to labels alone | | 0 | joint_symbols500 accuracy_same | scratch_symbols500
+7 | SimPool on the heart, labels, ViT: AP, to CLS | | 0 | vit_simpool_labels attention_AP_heart | unmarked_vit
+7 | ... ResNet, to the mean | | 0 | resnet_simpool_labels attention_AP_heart | unmarked_resnet
+7 | ... without labels (DINO), ViT, to CLS | | 0 | vit_simpool_dino attention_AP_heart | vit_cls_dino
+7 | ... ResNet, to the mean | | 0 | resnet_simpool_dino attention_AP_heart | resnet_gap_dino
+7 | ... linear layer, ViT, to CLS | | 0 | vit_simpool_dino linear_mAUC | vit_cls_dino
+"""
+TRANSFER = {  # title: (experiment, what to compare it with)
+    "DINO": ("dino", None),
+    "**SPAN**": ("span", "dino"),
+}
+PLATES = {"DINO": ("parts_dino", None), "**SPAN, priors from statistics**": ("parts_span", "parts_dino")}
+
+
 def collect(runs: Path) -> dict[str, dict]:
     """{run name: command, versions, machine and figures} of all finished runs in a folder."""
     found = {}
@@ -83,13 +125,23 @@ def collect(runs: Path) -> dict[str, dict]:
 def points(runs: dict, experiment: str, name: str) -> dict[int, float]:
     """{seed: percentage points} of one figure over the runs of an experiment."""
     found = [run for key, run in runs.items() if key.rsplit("-", 1)[0] == experiment]
-    return {run["seed"]: 100 * run[name] for run in found}
+    return {run["seed"]: 100 * run[name] for run in found if name in run}
 
 
 def spread(values: list[float], sign: str = "") -> str:
-    """Mean ± standard deviation over seeds; of one seed, its value."""
+    """Mean ± standard deviation over seeds; of one seed, its value; of none, nothing."""
+    if not values:
+        return ""
     mean = f"{statistics.mean(values):{sign}.1f}"
     return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+
+
+def interval(values: list[float], sign: str = "") -> str:
+    """The 95 % confidence interval of the mean over seeds, by Student's t; of one seed, none."""
+    if len(values) < 2:
+        return ""
+    mean, half = statistics.mean(values), STUDENT[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean - half:{sign}.1f} to {mean + half:{sign}.1f}"
 
 
 def gaps(a: dict[int, float], b: dict[int, float]) -> list[float]:
@@ -97,9 +149,9 @@ def gaps(a: dict[int, float], b: dict[int, float]) -> list[float]:
     return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown, numbers to the right."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+def markdown(header: list[str], rows: list[list[str]], words: int = 1) -> str:
+    """A table in Markdown, its first columns words, the others numbers, to the right."""
+    lines = [header, ["---"] * words + ["---:"] * (len(header) - words), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -122,20 +174,44 @@ def localisation(runs: dict) -> str:
 
 
 def claims(runs: dict) -> str:
-    """What is claimed of SPAN's localisation, what was measured, and in how many seeds it holds."""
-    attention, rows = points(runs, "span", "attention_mAP"), []
-    for claim, bar, experiment, what in (
-        ("above DINO's best heads (paper: 58.7)", 58.7, "dino", "attention"),
-        ("above DINO's best heads after 60 epochs", 58.7, "dino_long", "attention"),
-        ("above the prior as it is", 15, "span", "prior"),
-        ("above the aligned prior, on the same grid", 0, "span", "aligned_prior"),
-        ("above the aligned prior at every pixel", 0, "span", "aligned_prior_every_pixel"),
-        ("within 1 point of all masks", -1, "masks", "attention"),
-    ):
-        gap = gaps(attention, points(runs, experiment, f"{what}_mAP"))
-        holds = sum(value > bar for value in gap)
-        rows += [[claim, f"{bar:g}", spread(gap, "+"), f"{holds} of {len(gap)}"]] if gap else []
-    return markdown(["SPAN's attention mAP is ...", "bar", "measured", "seeds in which it holds"], rows)
+    """Every claim: the paper's figure, the bar here, what was measured, and in how many seeds it holds."""
+    rows = []
+    for line in CLAIMS.strip().splitlines():
+        number, claim, paper, bar, *compared = (cell.strip() for cell in line.split("|"))
+        (experiment, figure), (reference, *other) = compared[0].split(), compared[1].split() or [""]
+        values = points(runs, experiment, MARKED.get(figure, figure))
+        other = other[0] if other else figure
+        against = points(runs, reference, MARKED.get(other, other))
+        found = gaps(values, against) if reference else list(values.values())
+        if found:
+            sign = "+" if reference else ""
+            holds = f"{sum(value >= float(bar) for value in found)} of {len(found)}"
+            rows.append([number, claim, paper, bar, spread(found, sign), interval(found, sign), holds])
+    header = ["", "claim, in points", "paper", "at least", "here", "95 % interval", "seeds in which it holds"]
+    return markdown(header, rows, words=2)
+
+
+def transfer(runs: dict, experiments: dict[str, tuple[str, str | None]]) -> str:
+    """Mean AUC of the findings by a linear layer and fine-tuned, over the share of labels."""
+    rows, shares = [], ["_1_percent", "_5_percent", "_10_percent", "_25_percent", ""]
+    for how, name in {"linear": "linear layer", "finetune": "fine-tuned"}.items():
+        for title, (experiment, reference) in experiments.items():
+            cells = []
+            for share in shares:
+                values = points(runs, experiment, f"{how}_mAUC{share}")
+                gap = gaps(values, points(runs, reference, f"{how}_mAUC{share}")) if reference else []
+                cells.append(spread(list(values.values())) + (f" ({spread(gap, '+')})" if gap else ""))
+            rows.append([f"{title}: {name}", *cells])
+    return markdown(["mean AUC of findings, %; labels:", "1 %", "5 %", "10 %", "25 %", "all"], rows)
+
+
+def inspection(runs: dict) -> str:
+    """Parts under a fixed camera: attention AP by region."""
+    rows = []
+    for title, (experiment, _) in PLATES.items():
+        names = [f"attention_AP_{region}" for region in ("plate", "holes", "defect")] + ["attention_mAP"]
+        rows.append([title, *(spread(list(points(runs, experiment, name).values())) for name in names)])
+    return markdown(["attention AP, best heads, %", "plate", "holes", "defect", "mAP"], rows)
 
 
 def ablation(runs: dict) -> str:
@@ -170,26 +246,6 @@ def shortcut(runs: dict) -> str:
             rows.append([title, *cells, spread(share), str(len(share))])
     header = ["enlarged heart: AUC, %", "marker as in training", "removed", "flipped"]
     return markdown([*header, "relevance in lungs and heart, %", "seeds"], rows)
-
-
-def isnet_claims(runs: dict) -> str:
-    """What is asked of ISNet, what was measured, and in how many seeds it holds."""
-    rows = []
-    for name, experiment, reference in (
-        ("ResNet", "isnet_resnet", "unmarked_resnet"),
-        ("ViT", "isnet_vit", "unmarked_vit"),
-        ("ResNet, 4 findings", "isnet_findings", "unmarked_findings"),
-    ):
-        same, flipped = (points(runs, experiment, f"auc_{x}_enlarged_heart") for x in ("same", "flipped"))
-        without = points(runs, reference, "auc_same_enlarged_heart")
-        for claim, bar, values, sign in (
-            ("flipped - same", -5, gaps(flipped, same), "+"),
-            ("flipped", 85, list(flipped.values()), ""),
-            ("flipped - trained without marker", -5, gaps(flipped, without), "+"),
-        ):
-            holds = f"{sum(value >= bar for value in values)} of {len(values)}"
-            rows += [[f"{name}: {claim}", f"{bar}", spread(values, sign), holds]] if values else []
-    return markdown(["AUC, points", "at least", "measured", "seeds in which it holds"], rows)
 
 
 def failures(runs: dict) -> str:
@@ -246,29 +302,46 @@ def benchmark(rows: dict[str, list[float]]) -> str:
     )
 
 
+def tables(runs: dict, results: Path) -> dict[str, str]:
+    """All tables, by name."""
+    return {
+        "claims": claims(runs),
+        "localisation": localisation(runs),
+        "ablation": ablation(runs),
+        "transfer": transfer(runs, TRANSFER),
+        "parts": inspection(runs),
+        "parts_transfer": transfer(runs, PLATES),
+        "shortcut": shortcut(runs),
+        "failures": failures(runs),
+        "pooling": pooling(runs),
+        "few_labels": few_labels(runs),
+        "benchmark": benchmark(json.loads((results / "benchmark.json").read_text())),
+    }
+
+
 def fill(readme: str, results: Path) -> str:
     """The README with every table made anew from results/*.json."""
-    runs = json.loads((results / "runs.json").read_text())
-    made = {"localisation": localisation(runs), "claims": claims(runs), "ablation": ablation(runs)}
-    made |= {"shortcut": shortcut(runs), "isnet_claims": isnet_claims(runs), "failures": failures(runs)}
-    made |= {"pooling": pooling(runs), "few_labels": few_labels(runs)}
-    made["benchmark"] = benchmark(json.loads((results / "benchmark.json").read_text()))
+    made = tables(json.loads((results / "runs.json").read_text()), results)
     pattern = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
     return pattern.sub(lambda match: f"{match[1]}{made[match[2]]}\n{match[3]}", readme)
 
 
 def main() -> None:
-    """Collect if asked to, and fill."""
+    """Collect if asked to, and fill, or print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "runs", nargs="?", type=Path, help="the folder of runs to collect into results/runs.json"
-    )
+    what = "the folder of runs to collect into results/runs.json"
+    parser.add_argument("runs", nargs="?", type=Path, help=what)
+    what = "print these tables of the runs, and leave results/ and README.md as they are"
+    parser.add_argument("--only", nargs="+", metavar="TABLE", default=[], help=what)
     args = parser.parse_args()
+    results, readme = ROOT / "results", ROOT / "README.md"
+    if args.only:
+        made = tables(collect(args.runs or ROOT / "runs"), results)
+        print("\n\n".join(made[name] for name in args.only))
+        return
     if args.runs:
-        (ROOT / "results").mkdir(exist_ok=True)
-        write_whole(ROOT / "results" / "runs.json", collect(args.runs))
-    readme = ROOT / "README.md"
-    write_whole(readme, fill(readme.read_text(), ROOT / "results"))
+        write_whole(results / "runs.json", collect(args.runs))
+    write_whole(readme, fill(readme.read_text(), results))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text()
 def test_the_readme_s_tables_are_those_that_the_results_give():
     assert tables.fill(README, ROOT / "results") == README
     tables_in = re.findall(r"<!-- table (\w+) -->\n\|", README)
-    expected = "ablation benchmark claims failures few_labels isnet_claims localisation pooling shortcut"
+    expected = "ablation benchmark claims failures few_labels localisation pooling shortcut"
     assert sorted(tables_in) == expected.split()  # none empty, none lost
 
 
@@ -50,6 +50,40 @@ def test_the_readme_s_lines_for_copying_run():
 @pytest.mark.parametrize("file", re.findall(r"`(\w+\.(?:py|sh))`", README))
 def test_every_file_that_the_readme_names_exists(file):
     assert (ROOT / file).exists()
+
+
+def test_a_claim_is_measured_seed_by_seed_and_one_without_runs_is_left_out():
+    runs = {
+        f"{name}-{seed}": {"seed": seed, "attention_mAP": value, "linear_mAUC": 0.6}
+        for name, values in {"span": (0.95, 0.9, 0.97), "dino": (0.3, 0.4, 0.2)}.items()
+        for seed, value in enumerate(values)
+    }
+    first, *others = tables.claims(runs).splitlines()[2:]
+    assert first.endswith("| +58.7 | 58.7 | +64.0 ± 13.5 | +30.4 to +97.6 | 2 of 3 |")
+    assert len(others) == 1 and others[0].startswith("| 2 |") and others[0].endswith("| 0 of 3 |")
+
+
+def test_every_claim_names_experiments_that_are_run():
+    script = (ROOT / "reproduce.sh").read_text()
+    for line in tables.CLAIMS.strip().splitlines():
+        for cell in line.split("|")[4:]:
+            experiment = (cell.split() or [""])[0]
+            how, _, data = experiment.rpartition("_")
+            if data in ("symbols500", "symbols50", "phantom"):
+                assert f"{data} " in script and how.removeprefix("tuned_") in script
+            else:
+                backbone = experiment.replace("resnet", "$backbone").replace("vit", "$backbone")
+                assert (
+                    f'"{experiment}-$' in script
+                    or f'"{backbone}-$' in script
+                    or f'"{experiment}-0' in script
+                    or not experiment
+                )
+
+
+def test_the_interval_is_student_s():
+    assert tables.interval([1.0, 2.0, 3.0]) == "-0.5 to 4.5"  # 2 ± 4.303 / sqrt(3)
+    assert tables.interval([5.0]) == ""
 
 
 def test_spread_and_gaps_are_mean_and_deviation_of_the_same_seeds():
