@@ -9,7 +9,7 @@
                 marker was drawn on them, with the marker removed and flipped: only these show what it relies
                 on. The share of relevance in the foreground is printed beside them, since a heatmap can look
                 right and be wrong.
-    knn, linear, finetune
+    knn, linear, heads, finetune
                 What the encoder is good for, with all labels and with few: see `probe.py`.
 
 Figures join each run's metrics.json; pictures go to the first run's folder. Next to read: `tables.py`.

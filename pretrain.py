@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
+from tqdm import tqdm
 
 from attention_priors import (
     align,
@@ -68,7 +69,7 @@ def register(config: argparse.Namespace, sample: Tensor, images: Tensor) -> tupl
     Without bending the flow is zero.
     """
     thetas, flows = [], []
-    for part in images.split(BATCH):
+    for part in tqdm(images.split(BATCH), desc="registering", leave=False):
         thetas.append(align(sample, part))
         bends = bend(sample, part, thetas[-1]) if config.align == "bend" else torch.zeros(len(part), 2, 1, 1)
         flows.append(bends.to(images.device))

@@ -4,6 +4,7 @@
         (Wu et al. 2018); k = 20 and T = 0.07 as in DINO.
     linear: logistic regression on standardised features by L-BFGS, with the weight decay that is best on
         validation images.
+    heads: the same on the patches, averaged with each attention head's weights: D features a head.
     finetune: that linear layer and the encoder trained on together, a fixed number of steps.
 
 The first two see only `Features.pooled` of a frozen encoder. Labels (N, K) are multi-hot with NaN for
@@ -14,7 +15,7 @@ are the same for every encoder. Claims 2 and 3 are measured with this file. Next
 
 import copy
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -31,10 +32,18 @@ DRAWS = 5  # of so many training images; of all there is one
 
 
 @torch.no_grad()
-def pooled_of(encoder: nn.Module, images: Tensor) -> Tensor:
-    """Pooled features (M, D) float64 of images (M, C, S, S) uint8, in evaluation mode."""
+def features_of(encoder: nn.Module, images: Tensor, heads: bool = False) -> Tensor:
+    """Pooled features (M, D) float64 of images (M, C, S, S) uint8, in evaluation mode.
+
+    heads: in place of them, the patches averaged by each head's attention, (M, heads * D).
+    """
     encoder.eval()
-    return torch.cat([encoder(prepared(part)).pooled for part in images.split(BATCH)]).double()
+    found = []
+    for part in images.split(BATCH):
+        features = encoder(prepared(part))
+        weights = features.attention / features.attention.sum(dim=2, keepdim=True) if heads else None
+        found.append((weights @ features.patches).flatten(1) if heads else features.pooled)
+    return torch.cat(found).double()
 
 
 def knn_scores(x: Tensor, labels: Tensor, queries: Tensor, k: int = 20, temperature: float = 0.07) -> Tensor:
@@ -67,7 +76,7 @@ def linear_layer(x: Tensor, labels: Tensor, decay: float, one_class: bool) -> nn
         return loss
 
     optimizer.step(closure)
-    return layer
+    return layer.requires_grad_(False)
 
 
 def score(scores: Tensor, labels: Tensor, one_class: bool) -> dict[str, float]:
@@ -80,53 +89,49 @@ def score(scores: Tensor, labels: Tensor, one_class: bool) -> dict[str, float]:
     return found
 
 
+def of_all(encoder: nn.Module, parts: dict[str, Data], heads: bool = False) -> dict[str, Tensor]:
+    """The features of each part's images."""
+    return {part: features_of(encoder, parts[part].images, heads) for part in ("train", "val", "test")}
+
+
 def by_neighbours(encoder: nn.Module, parts: dict[str, Data]) -> Callable[[Tensor, int], dict[str, float]]:
     """k-NN as a function of the training images (n,) whose labels it may use: {"mAUC", "accuracy"}."""
-    x = {part: pooled_of(encoder, parts[part].images) for part in ("train", "test")}
-    labels, one_class = parts["train"].labels, exclusive(parts["train"].labels)
+    x, labels = of_all(encoder, parts), parts["train"].labels
 
     def measured(index: Tensor, draw: int) -> dict[str, float]:
         votes = knn_scores(x["train"][index], labels[index], x["test"])
-        return score(votes, parts["test"].labels, one_class)
+        return score(votes, parts["test"].labels, exclusive(labels))
 
     return measured
 
 
-class Standardised(NamedTuple):
-    """Features by part, of zero mean and unit deviation over the training images, and how to get there."""
-
-    x: dict[str, Tensor]  # {part: (M, D)}
-    mean: Tensor  # (D,)
-    deviation: Tensor  # (D,)
-
-
-def standardised(encoder: nn.Module, parts: dict[str, Data]) -> Standardised:
-    x = {part: pooled_of(encoder, parts[part].images) for part in ("train", "val", "test")}
-    mean, deviation = x["train"].mean(dim=0), x["train"].std(dim=0, correction=0).clamp(min=1e-9)
-    return Standardised({part: (f - mean) / deviation for part, f in x.items()}, mean, deviation)
-
-
-@torch.no_grad()
-def score_of(layer: nn.Module, x: Tensor, labels: Tensor, one_class: bool) -> dict[str, float]:
-    return score(layer(x), labels, one_class)
-
-
 def best_layer(x: dict[str, Tensor], parts: dict[str, Data], index: Tensor) -> nn.Linear:
-    """The linear layer for training images (n,), with the weight decay that is best on validation images."""
-    labels, val = parts["train"].labels, parts["val"].labels
-    one_class = exclusive(labels)
-    layers = [linear_layer(x["train"][index], labels[index], decay, one_class) for decay in DECAYS]
+    """The linear layer for training images (n,), with the weight decay that is best on validation images.
+
+    It is fitted to standardised features, and then made to take features as they are.
+    """
+    labels, val = parts["train"].labels, parts["val"]
+    mean, deviation = x["train"].mean(dim=0), x["train"].std(dim=0, correction=0).clamp(min=1e-9)  # (D,)
+    z, one_class = (x["train"][index] - mean) / deviation, exclusive(labels)
+    layers = [linear_layer(z, labels[index], decay, one_class) for decay in DECAYS]
+    for layer in layers:
+        layer.weight.div_(deviation)
+        layer.bias.sub_(layer.weight @ mean)
     name = "accuracy" if one_class else "mAUC"
-    return max(layers, key=lambda layer: score_of(layer, x["val"], val, one_class)[name])
+    return max(layers, key=lambda layer: score(layer(x["val"]), val.labels, one_class)[name])
 
 
-def by_linear_layer(encoder: nn.Module, parts: dict[str, Data]) -> Callable[[Tensor, int], dict[str, float]]:
+def by_linear_layer(
+    encoder: nn.Module, parts: dict[str, Data], heads: bool = False
+) -> Callable[[Tensor, int], dict[str, float]]:
     """The linear layer as a function of the training images (n,) whose labels it may use."""
-    x = standardised(encoder, parts).x
-    one_class = exclusive(parts["train"].labels)
-    return lambda index, draw: score_of(
-        best_layer(x, parts, index), x["test"], parts["test"].labels, one_class
-    )
+    x, labels = of_all(encoder, parts, heads), parts["train"].labels
+
+    def measured(index: Tensor, draw: int) -> dict[str, float]:
+        logits = best_layer(x, parts, index)(x["test"])
+        return score(logits, parts["test"].labels, exclusive(labels))
+
+    return measured
 
 
 def by_finetuning(
@@ -134,18 +139,17 @@ def by_finetuning(
 ) -> Callable[[Tensor, int], dict[str, float]]:
     """Fine-tuning as a function of the training images (n,) whose labels it may use.
 
-    It starts from the linear layer, lest a random one spoil the encoder (Kumar et al. 2022, arXiv 2202.10054).
+    It starts from the linear layer, lest a random one spoil the encoder (Kumar et al. 2022, arXiv
+    2202.10054).
     AdamW without decay; at least `steps` steps and at least 5 epochs, in which lr falls to 0.
     """
     images, labels, test = parts["train"].images, parts["train"].labels, parts["test"]
-    one_class, (x, mean, deviation) = exclusive(labels), standardised(encoder, parts)
+    x, one_class = of_all(encoder, parts), exclusive(labels)
 
     def measured(index: Tensor, draw: int) -> dict[str, float]:
         generator = Generator().manual_seed(draw)
-        model, layer = Classifier(copy.deepcopy(encoder), labels.shape[1]), best_layer(x, parts, index)
-        with torch.no_grad():
-            model.head.weight.copy_(layer.weight / deviation)
-            model.head.bias.copy_(layer.bias - (layer.weight / deviation) @ mean)
+        model = Classifier(copy.deepcopy(encoder), labels.shape[1])
+        model.head.load_state_dict(best_layer(x, parts, index).state_dict())
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0)
         size = min(batch_size, len(index))
         total = max(steps, 5 * len(index) // size)
@@ -166,7 +170,12 @@ def by_finetuning(
     return measured
 
 
-PROBES = {"knn": by_neighbours, "linear": by_linear_layer, "finetune": by_finetuning}
+PROBES = {
+    "knn": by_neighbours,
+    "linear": by_linear_layer,
+    "heads": partial(by_linear_layer, heads=True),
+    "finetune": by_finetuning,
+}
 
 
 def drawn(labels: Tensor, share: float, draw: int) -> Tensor:

@@ -117,9 +117,9 @@ run() {  # a line of the lists above, unless it is finished
 }
 
 probe() {  # a finished run's features, with all labels and with few
-    grep -qs "finetune_mAUC" "runs/$1/metrics.json" && return
+    grep -qs "heads_mAUC_1_percent" "runs/$1/metrics.json" && return
     echo "$1, with few labels"
-    python evaluate.py "runs/$1" --only linear finetune >"runs/$1.probe.log" 2>&1 || echo "see runs/$1.probe.log"
+    python evaluate.py "runs/$1" --only linear heads finetune >"runs/$1.probe.log" 2>&1 || echo "see runs/$1.probe.log"
 }
 export -f run probe
 
@@ -143,7 +143,7 @@ if [ "${1:-}" = --quick ]; then
 fi
 [ -f results/benchmark.json ] || python benchmark.py --json results/benchmark.json
 python evaluate.py runs/span-0 runs/dino-0 --only attention && cp runs/span-0/compare.png results/
-python evaluate.py runs/span-0 runs/dino-0 --only linear finetune && cp runs/span-0/low_data.png results/
+python evaluate.py runs/span-0 runs/dino-0 --only linear heads finetune && cp runs/span-0/low_data.png results/
 python evaluate.py runs/parts_span-0 runs/parts_dino-0 --only attention && cp runs/parts_span-0/compare.png results/parts.png
 python evaluate.py runs/{isnet_resnet,plain_resnet,pixels_only,one_logit}-0 --only bias && cp runs/isnet_resnet-0/compare.png results/isnet.png
 python evaluate.py --images 3 runs/vit_{cls_dino,simpool_dino,simpool_span}-0 --only attention && cp runs/vit_cls_dino-0/compare.png results/pooling.png

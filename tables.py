@@ -80,11 +80,13 @@ CLAIMS = """
 1 | ... above it at every pixel | | 0 | span attention_mAP | span aligned_prior_every_pixel_mAP
 1 | ... to that with all images' masks | | -1 | span attention_mAP | masks
 2 | SPAN transfers: linear layer, above DINO's | +2.2 | 2.2 | span linear_mAUC | dino
+2 | ... linear layer on the patches that each head looks at | | 2.2 | span heads_mAUC | dino
 2 | ... fine-tuned | | 0 | span finetune_mAUC | dino
-3 | ... linear layer, 1 % of labels | | 0 | span linear_mAUC_1_percent | dino
-3 | ... 5 % of labels | | 0 | span linear_mAUC_5_percent | dino
-3 | ... 10 % of labels | | 0 | span linear_mAUC_10_percent | dino
+3 | ... each head's patches, 1 % of labels | | 0 | span heads_mAUC_1_percent | dino
+3 | ... 5 % of labels | | 0 | span heads_mAUC_5_percent | dino
+3 | ... 10 % of labels | | 0 | span heads_mAUC_10_percent | dino
 4 | Priors from statistics, parts: linear layer, above DINO's | | 0 | parts_span linear_mAUC | parts_dino
+4 | ... each head's patches | | 0 | parts_span heads_mAUC | parts_dino
 4 | ... attention mAP | | 0 | parts_span attention_mAP | parts_dino
 5 | ISNet, ResNet: AUC with the marker flipped | | 85 | isnet_resnet flipped |
 5 | ... to the marker as in training | | -5 | isnet_resnet flipped | isnet_resnet same
@@ -194,7 +196,11 @@ def claims(runs: dict) -> str:
 def transfer(runs: dict, experiments: dict[str, tuple[str, str | None]]) -> str:
     """Mean AUC of the findings by a linear layer and fine-tuned, over the share of labels."""
     rows, shares = [], ["_1_percent", "_5_percent", "_10_percent", "_25_percent", ""]
-    for how, name in {"linear": "linear layer", "finetune": "fine-tuned"}.items():
+    for how, name in {
+        "linear": "linear layer",
+        "heads": "each head's patches",
+        "finetune": "fine-tuned",
+    }.items():
         for title, (experiment, reference) in experiments.items():
             cells = []
             for share in shares:

@@ -38,7 +38,7 @@ def test_fewer_images_than_neighbours_all_vote():
 def test_the_linear_layer_is_where_the_gradient_vanishes(one_class):
     torch.manual_seed(0)
     x, labels = torch.randn(60, 4, dtype=torch.float64), torch.eye(3)[torch.randint(3, (60,))]
-    layer = probe.linear_layer(x, labels, 0.1, one_class)
+    layer = probe.linear_layer(x, labels, 0.1, one_class).requires_grad_()
     loss = (
         probe.classification_loss(layer(x), labels.double(), one_class) + 0.05 * layer.weight.square().sum()
     )
@@ -54,11 +54,15 @@ def test_the_weight_decay_is_chosen_on_validation_images(monkeypatch):
         p: Data(torch.zeros(40), None, torch.zeros(40, dtype=torch.bool), labels[p], [p], [], [])
         for p in features
     }
-    monkeypatch.setattr(probe, "pooled_of", lambda encoder, images: features[seen.pop(0)])
-    monkeypatch.setattr(
-        probe, "linear_layer", lambda x, y, decay, one: lambda z: z[:, :2] * decay_sign(decay)
-    )
-    decay_sign = lambda decay: 1 if decay == probe.DECAYS[2] else -1  # noqa: E731
+    monkeypatch.setattr(probe, "features_of", lambda encoder, images, heads: features[seen.pop(0)])
+
+    def one_or_the_opposite(x, y, decay, one_class):
+        layer = nn.Linear(6, 2).requires_grad_(False)
+        layer.weight.copy_(torch.eye(2, 6) * (1 if decay == probe.DECAYS[2] else -1))
+        layer.bias.zero_()
+        return layer
+
+    monkeypatch.setattr(probe, "linear_layer", one_or_the_opposite)
     for better in (1, -1):  # the labels of validation images decide, not those of test images
         x = (features["val"] - features["train"].mean(0)) * better
         data["val"] = data["val"]._replace(labels=torch.eye(2)[x[:, :2].argmax(dim=1)])
@@ -67,6 +71,19 @@ def test_the_weight_decay_is_chosen_on_validation_images(monkeypatch):
         z = (features["test"] - features["train"].mean(0)) / features["train"].std(0, correction=0)
         right = ((z[:, :2] * better).argmax(dim=1) == data["test"].labels.argmax(dim=1)).double().mean()
         assert found[1.0]["accuracy"] == [pytest.approx(float(right))]
+
+
+def test_each_head_averages_the_patches_with_its_own_weights_cls_left_out():
+    torch.manual_seed(0)
+    encoder, images = ViT(8, 4, 1, 6, 1, 2).eval(), torch.randint(255, (3, 1, 8, 8), dtype=torch.uint8)
+    with torch.no_grad():
+        patches, attention = encoder(probe.prepared(images))[1:]
+    found = probe.features_of(encoder, images, heads=True)
+    assert found.shape == (3, 2 * 6)
+    for h in range(2):
+        weights = attention[:, h] / attention[:, h].sum(dim=1, keepdim=True)
+        mean = sum(weights[:, n, None] * patches[:, n] for n in range(4))
+        torch.testing.assert_close(found[:, 6 * h : 6 * h + 6].float(), mean)
 
 
 # Few labels
@@ -96,7 +113,8 @@ class Blobs(nn.Module):
     def forward(self, images):
         features = images.flatten(1)
         pooled = torch.stack([features.mean(dim=1), features[:, 0]], dim=1) * self.scale
-        return type("Features", (), {"pooled": pooled})
+        attention = torch.full((len(images), 3, 1), 0.5)  # of three heads, to the only patch
+        return type("Features", (), {"pooled": pooled, "patches": pooled[:, None], "attention": attention})
 
 
 def bright_or_dark(n: int = 80) -> dict[str, Data]:
