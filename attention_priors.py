@@ -12,11 +12,13 @@ tests to refer to (theta: a view as a matrix, see `crops.py`):
     L     = sum_r s_r KL(P_r || A_r) / sum_r s_r                                               (4) `span_loss`
     T_i   = argmax_T NCC(c(image_i), c(sample o T)),  T affine, c: local contrast              (5) `align`
     f_i   = argmax_f NCC(c(image_i), c(sample o (T_i + f))) - stiffness |diff f|^2             (6) `bend`
+    M_r   = the fewest pixels that hold the share m_r of A_r, m_r being what as many pixels    (7)
+            as the prior covers hold where the prior is true                `mass_held`, `masks_held`
 
 (1) The same theta samples image and prior: a prior follows its crop. (2) keeps a view that shows a tenth of a
 lung from being trained as if it showed all of it. (5) and (6) are ours, not the paper's: they register the
 sample to each training image, once, without labels. A prior carried along fits image i, and not only the
-average image.
+average image. (7), ours too, makes masks of attention, for those who need some (ISNet).
 
 Always report the prior's own score beside the attention's: attention that only repeats its prior has learned
 nothing. Claim 1 is measured with this file. Next to read: `crops.py`.
@@ -220,6 +222,31 @@ def span_loss(attention: Tensor, prior: Tensor, share: Tensor, kind: str = "kl")
     else:
         raise ValueError(f"unknown SPAN loss '{kind}': choose kl, mse or dice")
     return (share * losses).sum() / share.sum().clamp_min(1e-12)
+
+
+def mass_held(attention: Tensor, grid: tuple[int, int], regions: Tensor) -> Tensor:
+    """m_r of equation (7): the share (R,) of attention that as many pixels hold as a region has.
+
+    attention (B, R, N) of images that the regions (R, H, W) bool are true of, on average at least; on a grid
+    (h, w), upsampled bilinearly to the regions' size.
+    """
+    maps = _upsampled(attention, grid, regions.shape[1:])  # (B, R, H * W)
+    held = maps.sort(dim=2, descending=True).values.cumsum(dim=2).mean(dim=0)  # (R, H * W)
+    area = regions.flatten(1).sum(dim=1).clamp(min=1)
+    return held.gather(1, area[:, None] - 1)[:, 0]
+
+
+def masks_held(attention: Tensor, grid: tuple[int, int], size: tuple[int, int], mass: Tensor) -> Tensor:
+    """Equation (7): masks (B, R, H, W) bool, the fewest pixels that hold mass (R,) of attention (B, R, N)."""
+    maps, order = _upsampled(attention, grid, size).sort(dim=2, descending=True)
+    kept = maps.cumsum(dim=2) - maps < mass[:, None]  # what is held before a pixel does not suffice yet
+    return torch.zeros_like(kept).scatter(2, order, kept).unflatten(2, size)
+
+
+def _upsampled(attention: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Attention (B, R, N) at every pixel, (B, R, H * W), summing to 1."""
+    maps = F.interpolate(attention.float().unflatten(2, grid), size=tuple(size), mode="bilinear").flatten(2)
+    return maps / maps.sum(dim=2, keepdim=True).clamp_min(1e-12)
 
 
 def _check_priors(priors: Tensor) -> None:

@@ -262,6 +262,37 @@ def _read_mask(path: Path, image_path: Path, shape: tuple[int, ...], size: int) 
     return torch.from_numpy(_resize(inside.astype(np.float32), size) >= 0.5)
 
 
+def image_size(data: str, name: str) -> tuple[int, int]:
+    """Height and width of an image of the folder `data`, upright, as it is on disk."""
+    folder = Path(data) / "images" if (Path(data) / "images").is_dir() else Path(data)
+    pixels, problem = _decode(folder / name)
+    if pixels is None:
+        raise DataError(f"{folder / name}: this image cannot be read ({problem}); repair or remove it")
+    return pixels.shape[:2]
+
+
+def read_masks(folder: Path, data: str, names: list[str], size: int) -> Tensor:
+    """Masks (N, 1, S, S) bool of the images `names` from a folder: <name> or <region>/<name>, united.
+
+    Another suffix is fine; an image without any has an empty mask. Raises DataError if no image has one, or
+    one has another size than its image.
+    """
+    wanted = {Path(name).with_suffix("").as_posix(): i for i, name in enumerate(names)}
+    masks, found = torch.zeros(len(names), 1, size, size, dtype=torch.bool), set()
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in SUFFIXES and path.is_file():
+            name = path.relative_to(folder).with_suffix("").as_posix()
+            i = wanted.get(name, wanted.get(name.partition("/")[2]))
+            if i is not None:
+                pixels, _ = _decode(path)
+                shape = image_size(data, names[i]) if data not in DRAWN or pixels is None else pixels.shape
+                masks[i, 0] |= _read_mask(path, Path(names[i]), shape, size)
+                found.add(i)
+    if not found:
+        raise DataError(f"{folder} holds no mask of any training image; name them like `{names[0]}`")
+    return masks
+
+
 def _read_images(paths: dict[str, Path], masks: dict[str, dict], size: int, notes: list[str]) -> Data:
     names, images, layers, empty = [], [], [], torch.zeros(size, size, dtype=torch.bool)
     for name, path in paths.items():

@@ -30,21 +30,16 @@ from checkpoint import load_model, load_run, write_whole
 from classify import Classifier, exclusive, log_odds, prepared, rule
 from data import BATCH, DRAWN, Data, load, select
 from isnet_lrp import relevance
+from masks import export_masks
 from metrics import CannotMeasure, auc, best_threshold, dice, localisation_ap, relevance_share
 from plots import curves, low_data, map_grid
-from pretrain import follow, lay_over, make_priors
+from attention_priors import follow
+from pretrain import attention_of, lay_over, make_priors
 from probe import PROBES, SHARES, probe
 from resnet import ResNet
 from vit import ViT
 
 MEASURES = ["attention", "bias", *PROBES]
-
-
-@torch.no_grad()
-def attention_of(encoder: ViT | ResNet, images: Tensor, layer: int) -> Tensor:
-    """One block's attention (M, heads, N) over images (M, C, S, S) uint8, in evaluation mode."""
-    encoder.eval()
-    return torch.cat([encoder(prepared(x), layer=layer).attention for x in images.split(BATCH)])
 
 
 def measure(
@@ -71,7 +66,7 @@ def measure(
         whole, everyone = torch.eye(2, 3).expand(len(test.names), 2, 3), torch.arange(len(test.names))
         maps["prior"] = follow(make_priors(config, parts, sample)[0], whole, grid)[0], grid
         if config.align != "none":
-            laid = lay_over(config, parts, sample, test.images)[0](everyone)
+            laid = lay_over(config, parts, sample, test.images)(everyone)
             maps["aligned prior, every pixel"] = laid.flatten(2), tuple(laid.shape[2:])
             maps["aligned prior"] = follow(laid, whole, grid)[0], grid
     maps["attention"] = attention, grid
@@ -412,12 +407,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a folder that train.py wrote")
     what = f"what to measure, of {', '.join(MEASURES)} (default: all that apply)"
     parser.add_argument("--only", nargs="+", choices=MEASURES, default=MEASURES, metavar="MEASURE", help=what)
+    what = "write the masks that the first run's guided heads make into a new folder, and measure nothing"
+    parser.add_argument("--export-masks", type=Path, metavar="DIR", help=what)
     parser.add_argument("--images", type=int, default=6, help="test images in the picture (default: 6)")
     args = parser.parse_args(argv)
     try:
         if args.images < 1:
             raise ValueError(f"--images {args.images}: draw at least 1")
-        compare(args.runs, args.only, args.images)
+        if args.export_masks:
+            loaded, parts, sample = load_all(args.runs[:1])
+            data = loaded[args.runs[0]][0].data
+            written = export_masks(args.runs[0], parts, sample, data, args.export_masks)
+            print(f"wrote {written} masks into {args.export_masks}")
+        else:
+            compare(args.runs, args.only, args.images)
     except (ValueError, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -123,6 +123,8 @@ def add_task_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("classification (ISNet)").add_argument
     add("--isnet", type=float, default=0.0, help="weight of the ISNet loss; 0 for a plain classifier")
     what = "the label's logit, a random one, or the least likely class's log-odds"
+    what = "the foreground: data, prior, attention (of --init), another run's folder, or a folder of masks"
+    add("--masks", type=str, default="data", help=what)
     add("--explain", type=str, choices=["label", "random", "selective"], default="selective", help=what)
     where = "what is supervised in inner layers, besides the image: relevance; all: a ViT's attention, too"
     add("--isnet-layers", type=str, choices=["none", "relevance", "all"], default="all", help=where)
@@ -196,6 +198,12 @@ def check_pairs(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--pool-heads {args.pool_heads} must divide --embed-dim {args.embed_dim}: change either"
         )
+    if args.masks == "attention" and not args.init:
+        raise ValueError(
+            "--masks attention needs --init, a run whose heads were guided; or name one: --masks RUN"
+        )
+    if args.masks not in ("data", "prior", "attention") and not Path(args.masks).is_dir():
+        raise ValueError(f"--masks {args.masks} is neither data, prior, attention, nor a folder")
     if args.task == "pretrain" and args.isnet:
         raise ValueError("--isnet needs --task classify")
     if args.backbone == "resnet" and args.pool == "cls":
@@ -214,7 +222,7 @@ def check_idle(args: argparse.Namespace, typed: set[str]) -> None:
     """Raise ValueError for typed flags that would do nothing, as those of ISNet without --isnet."""
     upstream = args.task == "pretrain" and args.ssl == "relvit"
     missing = {  # flags, and what they need if it isn't there
-        "explain isnet_layers isnet_decay isnet_e": None if args.isnet else "--isnet; add --isnet 1",
+        "explain isnet_layers isnet_decay isnet_e masks": None if args.isnet else "--isnet; add --isnet 1",
         "relations": None if upstream or args.task == "classify" else "--ssl relvit or --task classify",
         "mega_patches": None if upstream else "--ssl relvit",
         "momentum center_momentum out_dim teacher_temp global_scale local_scale local_crops_number flip": (

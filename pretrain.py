@@ -30,6 +30,14 @@ from data import BATCH, Data, normalise
 from relvit import RelViT, cut, patch_views
 
 
+@torch.no_grad()
+def attention_of(encoder: nn.Module, images: Tensor, layer: int) -> Tensor:
+    """One block's attention (M, heads, N) over images (M, C, S, S) uint8, in evaluation mode."""
+    encoder.eval()
+    batches = (normalise(x.float() / 255) for x in images.split(BATCH))
+    return torch.cat([encoder(x, layer=layer).attention for x in batches])
+
+
 def make_priors(
     config: argparse.Namespace, parts: dict[str, Data], sample: str | None
 ) -> tuple[Tensor, list[str]]:
@@ -78,8 +86,8 @@ def register(config: argparse.Namespace, sample: Tensor, images: Tensor) -> tupl
 
 def lay_over(
     config: argparse.Namespace, parts: dict[str, Data], sample: str | None, images: Tensor
-) -> tuple[Callable[[Tensor], Tensor], list[str]]:
-    """A function from indices (B,) of images (N, C, S, S) to the priors (B, R, S, S) over them; their names.
+) -> Callable[[Tensor], Tensor]:
+    """A function from indices (B,) of images (N, C, S, S) to the priors (B, R, S, S) over them.
 
     images are the training images if --prior is masks. Raises ValueError.
     """
@@ -88,13 +96,13 @@ def lay_over(
         if not train.has_masks.any():
             raise ValueError(f"--prior masks: no training image of {config.data} has a mask for every region")
         masks = train.masks.to(images.device)  # blurred as the sample's are; a missing mask stays empty
-        return lambda index: blurred(masks[index].float(), config.prior_blur), train.regions
-    priors, names = make_priors(config, parts, sample)
+        return lambda index: blurred(masks[index].float(), config.prior_blur)
+    priors, _ = make_priors(config, parts, sample)
     priors = priors.to(images.device)
     if config.prior != "sample" or config.align == "none":
-        return lambda index: priors.expand(len(index), *priors.shape), names
+        return lambda index: priors.expand(len(index), *priors.shape)
     theta, flow = register(config, train.images[train.names.index(sample)].to(images.device), images)
-    return lambda index: carry(priors, theta[index], flow[index]), names
+    return lambda index: carry(priors, theta[index], flow[index])
 
 
 def priors_over(
@@ -103,14 +111,15 @@ def priors_over(
     """The priors laid over the training images (N, C, S, S), as from `lay_over`; None without --prior."""
     if args.prior == "none":
         return None
-    started = time.perf_counter()
-    if args.prior == "sample" and args.align != "none":
-        print(f"registering the sample to {len(images)} images ...", flush=True)
-    laid, names = lay_over(args, parts, sample, images)
+    names = parts["train"].regions if args.prior == "masks" else make_priors(args, parts, sample)[1]
     flag = "pool-heads" if args.pool == "simpool" else "num-heads"
     heads = vars(args)[flag.replace("-", "_")]
     if len(names) > heads:
         raise ValueError(f"{len(names)} priors ({', '.join(names)}) but --{flag} {heads}: give each a head")
+    started = time.perf_counter()
+    if args.prior == "sample" and args.align != "none":
+        print(f"registering the sample to {len(images)} images ...", flush=True)
+    laid = lay_over(args, parts, sample, images)
     guided = ", ".join(f"{i} {name}" for i, name in enumerate(names))
     print(f"guided heads: {guided}; priors ready after {time.perf_counter() - started:.0f} s")
     return laid

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
@@ -32,6 +31,7 @@ from data import Data, load
 from dino import Collapse
 from evaluate import draw, print_tables, report
 from flags import check, check_idle, parse
+from masks import foreground
 from plots import curves
 from pretrain import move_teacher, priors_over, relations, self_distillation
 from relvit import TASKS
@@ -63,7 +63,8 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, Data], str | None, nn.M
         # At 0.02 positions are lost beside the patches, and a classifier may stand still for many epochs.
         nn.init.trunc_normal_(encoder.pos_embed, std=0.2)
     if args.task == "classify":
-        guides = foreground(args, train)
+        check_labels(args, train)
+        guides = foreground(args, parts, sample).to(args.device) if args.isnet else None
         model = Classifier(encoder, len(train.findings))
         if args.relations:
             model.relvit = RelViT(encoder, args.embed_dim, encoder.grid(train.images), args.relations)
@@ -82,25 +83,12 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, Data], str | None, nn.M
     return parts, sample, model, images, guides
 
 
-def foreground(args: argparse.Namespace, train: Data) -> Tensor | None:
-    """The union of the regions, (N, 1, S, S) bool, for --isnet. Raises ValueError without it, or labels.
-
-    For a ViT in whole patches: their embedding is linear, so it can't leave out a part of their pixels.
-    """
+def check_labels(args: argparse.Namespace, train: Data) -> None:
+    """Raise ValueError for training images without labels, or with the same ones."""
     if train.labels is None or train.labels.isnan().all():
         raise ValueError(f"--task classify: no training image of {args.data} has a label; add labels.csv")
     if not ((train.labels == 1).any(dim=0) & (train.labels == 0).any(dim=0)).any():
         raise ValueError(f"--task classify: all training images of {args.data} have the same labels")
-    if not args.isnet:
-        return None
-    if not train.has_masks.any():
-        raise ValueError(f"--isnet: no training image of {args.data} has masks of all regions; add masks/")
-    known = train.has_masks[:, None, None, None]
-    masks = train.masks.any(dim=1, keepdim=True) & known
-    if args.backbone == "vit":
-        p = args.patch_size
-        masks = F.max_pool2d(masks.float(), p).repeat_interleave(p, 2).repeat_interleave(p, 3).bool()
-    return masks.to(args.device)
 
 
 def cosine(step: int, total: int, first: float, last: float) -> float:

@@ -448,9 +448,9 @@ def test_a_vit_s_foreground_is_made_of_whole_patches():
     """A patch's embedding is linear: it can't leave out those of its pixels that lie in the background."""
     parts, _, _ = train.load("phantom", 64, 0, 4, findings=["all"])
     args, _ = train.parse("--task classify --isnet 1 --backbone vit".split())
-    coarse = train.foreground(args, parts["train"])
+    coarse = train.foreground(args, parts, None)
     args, _ = train.parse("--task classify --isnet 1".split())
-    fine = train.foreground(args, parts["train"])
+    fine = train.foreground(args, parts, None)
     assert torch.equal(fine, parts["train"].masks.any(dim=1, keepdim=True)) and (coarse >= fine).all()
     patches = coarse.unflatten(3, (8, 8)).unflatten(2, (8, 8))  # (B, 1, h, p, w, p)
     touched = fine.unflatten(3, (8, 8)).unflatten(2, (8, 8)).any(dim=5).any(dim=3)
