@@ -5,7 +5,8 @@
     metrics.jsonl    a line an epoch;  metrics.json  final figures, flat names to numbers
 
 Every file is written beside its place and then moved there, so that a kill leaves the old one or the new one,
-never half of one. Checkpoints are read with `weights_only=True`: one that would run code is refused.
+never half of one. Checkpoints are read with `weights_only=True`: one that would run code is refused. The
+settings say what to build, and `load_model` builds it.
 """
 
 import argparse
@@ -65,6 +66,8 @@ def start(args: argparse.Namespace, argv: list[str]) -> None:
         "heatmaps.png",
         "curves.png",
         "compare.png",
+        "compare_curves.png",
+        "low_data.png",
     ):
         (args.out / stale).unlink(missing_ok=True)
     paths = {name: str(value) for name, value in vars(args).items() if isinstance(value, Path)}

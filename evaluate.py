@@ -35,7 +35,7 @@ from metrics import CannotMeasure, auc, best_threshold, dice, localisation_ap, r
 from plots import curves, low_data, map_grid
 from attention_priors import follow
 from pretrain import attention_of, lay_over, make_priors
-from probe import PROBES, SHARES, probe
+from probe import PROBES, SHARES, drawn, probe
 from resnet import ResNet
 from vit import ViT
 
@@ -44,12 +44,11 @@ MEASURES = ["attention", "bias", *PROBES]
 
 def measure(
     config: argparse.Namespace, encoder: ViT | ResNet, parts: dict[str, Data], sample: str | None
-) -> tuple[dict[str, dict[str, float]], dict[str, float], dict[str, Tensor]]:
+) -> tuple[dict[str, dict[str, float]], dict[str, float], dict[str, int]]:
     """AP on the test images that have masks, {attention, prior, aligned prior ...: {region: AP}}.
 
     Also the attention's Dice {region: overlap}, where validation images have masks to choose a threshold
-    with, and the attention (M, h, w) behind it, {title: maps}, for pictures. Raises CannotMeasure without
-    masks.
+    with, and the heads {region: number}. Raises CannotMeasure without masks.
     """
     val, test = (select(parts[part], parts[part].has_masks) for part in ("val", "test"))
     guided = config.task == "pretrain" and config.prior in ("sample", "masks")
@@ -59,8 +58,10 @@ def measure(
     grid, layer, heads = encoder.grid(test.images), config.span_layer, torch.arange(len(test.regions))
     chosen_on = attention_of(encoder, val.images, layer) if val.names else None  # (M, heads, N)
     if not guided:
-        ap = localisation_ap(chosen_on, val.masks, grid)  # (M, heads, R)
-        heads = ap.nanmean(dim=0).nan_to_num(-1).argmax(dim=0)  # the best for each region
+        ap = localisation_ap(chosen_on, val.masks, grid).nanmean(dim=0)  # (heads, R)
+        for region in (region for region, best in zip(val.regions, ap[0]) if best.isnan()):
+            raise CannotMeasure(f"no validation image shows {region}: no head can be chosen for it")
+        heads = ap.argmax(dim=0)  # the best for each region
     maps, attention = {}, attention_of(encoder, test.images, layer)[:, heads]  # (M, R, N)
     if guided and config.prior == "sample":
         whole, everyone = torch.eye(2, 3).expand(len(test.names), 2, 3), torch.arange(len(test.names))
@@ -79,31 +80,29 @@ def measure(
         best = dice(chosen_on[:, heads], val.masks, grid).nanmean(dim=1).nan_to_num(-1).argmax(dim=0)  # (R,)
         overlap = dice(attention, test.masks, grid).nanmean(dim=1)  # (T, R)
         overlap = dict(zip(test.regions, overlap.gather(0, best[None])[0].tolist()))
-    titles = [f"head {h}\n{region}" for h, region in zip(heads.tolist(), test.regions)]
-    return table, overlap, dict(zip(titles, attention.unflatten(2, grid).unbind(1)))
+    return table, overlap, dict(zip(test.regions, heads.tolist()))
 
 
 def measure_classifier(
-    config: argparse.Namespace, model: Classifier, parts: dict[str, Data], n_images: int = 6
-) -> tuple[dict[str, dict[str, float]], Data, dict[str, Tensor]]:
+    config: argparse.Namespace, model: Classifier, parts: dict[str, Data]
+) -> dict[str, dict[str, float]]:
     """AUC, accuracy and the foreground's share of relevance: {set: {what: value}}.
 
     The sets are the test images as the training images are (same) and, if there is a marker, with it removed
-    and flipped. Thresholds are those that are best on validation images; of three classes or more the
-    likeliest counts. Also n_images test images, two thirds with the first finding, and their heatmaps
-    {title: (n_images, S, S)}.
+    and flipped. Thresholds are those that are best on validation images, where these have labels; of three
+    classes or more the likeliest counts. What can't be said is NaN. Raises CannotMeasure without labels.
     """
-    test = parts["test"]
+    test, val = parts["test"], parts["val"]
     if test.labels is None or test.labels.isnan().all():
         raise CannotMeasure(f"no test image of {config.data} has a label: AUC can't be measured")
     sets = {"same": test, **{name: parts[name] for name in ("removed", "flipped") if name in parts}}
     one_class, table = exclusive(parts["train"].labels), {}
     findings = dict(enumerate(test.findings))
-    first = 1 if one_class and len(findings) == 2 else 0  # "no X" and X are one question
-    if first:
+    if first_finding(parts):
         del findings[0]
-    chosen = scores_of(model, parts["val"], one_class)
-    thresholds = {k: best_threshold(chosen[:, k], parts["val"].labels[:, k]) for k in findings}
+    known = (k for k in findings if val.labels is not None and not val.labels[:, k].isnan().all())
+    chosen = scores_of(model, val, one_class)
+    thresholds = {k: best_threshold(chosen[:, k], val.labels[:, k]) for k in known}
     for name, data in sets.items():
         scores, labels = scores_of(model, data, one_class), data.labels
         each = {f"AUC {finding}": auc(scores[:, k], labels[:, k]) for k, finding in findings.items()}
@@ -113,20 +112,21 @@ def measure_classifier(
             right = [
                 ((scores[:, k] > t) == labels[:, k])[~labels[:, k].isnan()] for k, t in thresholds.items()
             ]
-            right = torch.cat(right)
-        found = [value for value in each.values() if not np.isnan(value)]
-        table[name] = {"AUC": float(np.mean(found)) if found else float("nan"), **each}
+            right = torch.cat([torch.zeros(0, dtype=torch.bool), *right])
+        table[name] = {"AUC": float(torch.tensor(list(each.values()), dtype=torch.float64).nanmean()), **each}
         table[name]["accuracy"] = float(right.double().mean())
         if data.has_masks.any():
             seen = select(data, data.has_masks)
             R = relevance_of(config, model, seen.images, one_class)
-            table[name]["relevance share"] = float(
-                relevance_share(R, seen.masks.any(dim=1)[:, None]).nanmean()
-            )
-    order = torch.argsort(test.labels[:, first].nan_to_num(), descending=True, stable=True)
-    n = min(n_images, len(order))
-    shown = select(test, torch.cat([order[: n - n // 3], order[len(order) - n // 3 :]]))
-    return table, shown, heatmaps_of(config, model, shown.images, one_class)
+            share = relevance_share(R, seen.masks.any(dim=1)[:, None])
+            table[name]["relevance share"] = float(share.nanmean())
+    return table
+
+
+def first_finding(parts: dict[str, Data]) -> int:
+    """The column of labels that is asked for first: of two classes the second, "X" and not "no X"."""
+    labels = parts["train"].labels
+    return int(labels.shape[1] == 2 and exclusive(labels))
 
 
 @torch.no_grad()
@@ -155,56 +155,13 @@ def relevance_of(config: argparse.Namespace, model: Classifier, images: Tensor, 
     return torch.cat([R.detach() for R in heatmaps])
 
 
-def heatmaps_of(
-    config: argparse.Namespace, model: Classifier, images: Tensor, one_class: bool
-) -> dict[str, Tensor]:
-    """Heatmaps of images (M, C, S, S) in units of their mean size, for a picture: {title: (M, S, S)}."""
-    R = relevance_of(config, model, images, one_class).sum(dim=1)
-    return {"relevance": R / R.abs().mean(dim=(1, 2), keepdim=True).clamp_min(1e-30)}
-
-
-def flatten(table: dict[str, dict[str, float]]) -> dict[str, float]:
-    """{what: {region: AP}} under the flat names of metrics.json: attention_mAP, attention_AP_heart ..."""
-    flat = {}
-    for what, row in table.items():
-        name = what.replace(",", "").replace(" ", "_")
-        flat |= {f"{name}_AP_{region.replace(' ', '_')}": ap for region, ap in row.items()}
-        flat[f"{name}_mAP"] = float(np.mean(list(row.values())))
-    return flat
-
-
-def flatten_classifier(table: dict[str, dict[str, float]]) -> dict[str, float]:
-    """{set: {what: value}} under the flat names of metrics.json: auc_same, auc_flipped_effusion ..."""
-    flat = {}
-    for name, column in table.items():
-        for what, value in column.items():
-            measure, *finding = (
-                what.lower().split(" ", 1) if what.startswith("AUC") else (what.replace(" ", "_"),)
-            )
-            flat["_".join([measure, name, *finding]).replace(" ", "_")] = value
-    return flat
-
-
-def print_table(columns: dict[str, dict[str, float]], mean: bool = True) -> None:
-    """Print {what: {name: value}} in percent: a row a name, a column for each what, means below."""
-    names, corner = list(next(iter(columns.values()))), "AP in %" if mean else "in %"
-    first = max(map(len, [*names, corner]))
-    print(f"\n{corner:{first}}" + "".join(f"  {title:>7}" for title in columns))
-    for name in names + ["mean"] * mean:
-        row = [np.mean(list(c.values())) if name == "mean" else c[name] for c in columns.values()]
-        cells = [f"  {100 * value:{max(7, len(title))}.1f}" for value, title in zip(row, columns)]
-        print(f"{name:{first}}" + "".join(cells))
-    print()
-
-
 class Report(NamedTuple):
     """What was found of one run."""
 
     figures: dict[str, float]  # flat names to numbers, as in metrics.json
     tables: dict[str, dict[str, dict[str, float]]]  # {title: {column: {row: value}}}
     curves: dict[str, dict[float, list[float]]]  # {probe: {share of the labels: a value a draw}}
-    shown: Data  # the images in the picture
-    maps: dict[str, Tensor]  # {title: (M, h, w)}, over them
+    heads: dict[str, int]  # {region: the head that looks at it}
     notes: list[str]  # what can't be measured
 
 
@@ -215,53 +172,71 @@ def report(
     sample: str | None,
     only: list[str],
     shares: tuple[float, ...],
-    n_images: int = 6,
 ) -> Report:
     """Measure one run's model on test images, as far as masks and labels allow."""
     classifies = isinstance(model, Classifier)
     encoder = model.encoder if classifies else model
-    found = Report({}, {}, {}, parts["test"] if parts["test"].names else parts["train"], {}, [])
-    if classifies and "bias" in only:
+    found = Report({}, {}, {}, {}, [])
+    for what in only:
         try:
-            table, shown, maps = measure_classifier(config, model, parts, n_images)
-            found.figures.update(flatten_classifier(table))
-            found.tables["in %"] = table
-            found = found._replace(shown=shown, maps=maps)
+            if what == "bias" and classifies:
+                table = found.tables["in %"] = measure_classifier(config, model, parts)
+                found.figures.update(flatten_classifier(table))
+            elif what == "attention":
+                table, overlap, heads = measure(config, encoder, parts, sample)
+                found.figures.update(flatten(table) | flatten({"attention": overlap}, "Dice"))
+                found.tables.update(
+                    {"AP in %": table, "Dice in %": {"attention": overlap} if overlap else {}}
+                )
+                found.heads.update(heads)
+            elif what in PROBES and not (classifies and what == "finetune"):
+                probed = probe(encoder, parts, what, shares[-1:] if classifies else shares)
+                found.figures.update(flatten_probe(what, probed))
+                name = list(probed[shares[-1]])[-1]  # accuracy, of classes, else mAUC
+                curve = {share: values[name] for share, values in probed.items()}
+                found.curves[f"{what} {name}"] = curve
+                images = {share: len(drawn(parts["train"].labels, share, 0)) for share in curve}
+                rows = {f"{100 * s:g} % of labels ({images[s]})": np.mean(v) for s, v in curve.items()}
+                found.tables.setdefault("probes, in %", {})[f"{what} {name}"] = rows
+            elif only != MEASURES:
+                found.notes.append(f"{what} is of {'pretrained runs' if classifies else 'classifiers'} only")
         except CannotMeasure as error:
             found.notes.append(str(error))
-    if "attention" in only:
-        try:
-            table, overlap, maps = measure(config, encoder, parts, sample)
-            found.figures.update(flatten(table) | flatten({"attention": overlap}, "Dice"))
-            found.tables["AP in %"] = table
-            found.tables.update({"Dice in %": {"attention": overlap}} if overlap else {})
-            if not classifies:
-                found = found._replace(shown=select(parts["test"], parts["test"].has_masks), maps=maps)
-        except CannotMeasure as error:
-            found.notes.append(str(error))
-    for how in (how for how in PROBES if how in only and not (classifies and how == "finetune")):
-        try:
-            probed = probe(encoder, parts, how, shares[-1:] if classifies else shares)
-        except CannotMeasure as error:
-            found.notes.append(str(error))
-            continue
-        found.figures.update(flatten_probe(how, probed))
-        name = list(probed[1.0])[-1]  # accuracy, of classes, else mAUC
-        found.curves[f"{how} {name}"] = {share: values[name] for share, values in probed.items()}
-    if not found.maps:
-        shown = select(found.shown, torch.arange(min(n_images, len(found.shown.names))))
-        found = found._replace(shown=shown, maps=unmeasured(config, model, shown.images, parts))
+    unknown = [name for name, value in found.figures.items() if math.isnan(value)]
+    if unknown:
+        found.notes.append(f"not defined, too few images of a kind: {', '.join(unknown)}")
     return found
 
 
-def unmeasured(
-    config: argparse.Namespace, model: ViT | ResNet | Classifier, images: Tensor, parts: dict[str, Data]
+def shown_images(config: argparse.Namespace, parts: dict[str, Data], n: int) -> Data:
+    """The n test images in a picture, of a classifier two thirds with the first finding; those with masks."""
+    test = parts["test"] if parts["test"].names else parts["train"]
+    test = select(test, test.has_masks) if test.has_masks.any() else test
+    n = min(n, len(test.names))
+    if config.task == "pretrain" or test.labels is None:
+        return select(test, torch.arange(n))
+    finding = test.labels[:, first_finding(parts)].nan_to_num()
+    order = torch.argsort(finding, descending=True, stable=True)
+    return select(test, torch.cat([order[: n - n // 3], order[len(order) - n // 3 :]]))
+
+
+def maps_of(
+    config: argparse.Namespace,
+    model: ViT | ResNet | Classifier,
+    images: Tensor,
+    heads: dict[str, int],
+    one_class: bool,
 ) -> dict[str, Tensor]:
-    """What is to be seen without masks or labels: heatmaps or each head's attention, {title: (M, h, w)}."""
+    """What a run looks at in images (M, C, S, S) uint8, {title: (M, h, w)}: a classifier's heatmaps in units
+    of their mean size, or the attention of heads {region: number}, of all if there are none.
+    """
     if isinstance(model, Classifier):
-        return heatmaps_of(config, model, images, exclusive(parts["train"].labels))
+        R = relevance_of(config, model, images, one_class).sum(dim=1)
+        return {"relevance": R / R.abs().mean(dim=(1, 2), keepdim=True).clamp_min(1e-30)}
     attention = attention_of(model, images, config.span_layer).unflatten(2, model.grid(images))
-    return {f"head {h}": maps for h, maps in enumerate(attention.unbind(1))}
+    titles = {f"head {h}\n{region}": h for region, h in heads.items()}
+    titles = titles or {f"head {h}": h for h in range(attention.shape[1])}
+    return {title: attention[:, h] for title, h in titles.items()}
 
 
 def flatten(table: dict[str, dict[str, float]], score: str = "AP") -> dict[str, float]:
@@ -302,9 +277,6 @@ def print_tables(reports: dict[str, Report]) -> None:
         before = f"{run}: " if len(reports) > 1 else ""
         for title, table in found.tables.items():
             columns.setdefault(title, {}).update({before + what: row for what, row in table.items()})
-        for title, curve in found.curves.items():
-            row = {f"{100 * share:g} % of labels": np.mean(values) for share, values in curve.items()}
-            columns.setdefault("probes, in %", {})[before + title] = row
     for title, table in columns.items():
         if table:
             print_table(table, title, mean=title in ("AP in %", "Dice in %"))
@@ -364,38 +336,35 @@ def compare(runs: list[Path], only: list[str], n_images: int) -> None:
     loaded, parts, sample = load_all(runs)
     first, *_ = loaded[runs[0]]
     short = {run: run.name if len({r.name for r in runs}) == len(runs) else str(run) for run in runs}
-    reports = {}
+    shown, reports, maps = shown_images(first, parts, n_images), {}, {}
+    one_class = first.task == "classify" and exclusive(parts["train"].labels)
     for run, (config, model, _) in loaded.items():
-        # By the first run's rule, so that heatmaps can be compared.
-        config.lrp_epsilon, config.lrp_gamma = first.lrp_epsilon, first.lrp_gamma
-        found = reports[short[run]] = report(config, model, parts, sample, only, SHARES, n_images)
+        found = reports[short[run]] = report(config, model, parts, sample, only, SHARES)
         path = run / "metrics.json"
         old = json.loads(path.read_text()) if path.exists() else {}
         write_whole(
             path, old | {k: v for k, v in found.figures.items() if math.isfinite(v)}
         )  # NaN is no JSON
+        config.lrp_epsilon, config.lrp_gamma = first.lrp_epsilon, first.lrp_gamma  # heatmaps by one rule
+        seen = maps_of(config, model, shown.images, found.heads, one_class)
+        maps |= {f"{short[run]}\n{title}": m for title, m in seen.items()}
     print_tables(reports)
-    maps = {
-        f"{run}\n{title}": m[:n_images] for run, found in reports.items() for title, m in found.maps.items()
-    }
-    draw(runs[0] / "compare.png", reports[short[runs[0]]].shown, maps, n_images, first.task)
-    drawn = ["compare.png"]
+    draw(runs[0] / "compare.png", shown, maps, first.task)
+    written = ["compare.png"]
     if any(len(curve) > 1 for found in reports.values() for curve in found.curves.values()):
         low_data(runs[0] / "low_data.png", {run: found.curves for run, found in reports.items()})
-        drawn.append("low_data.png")
+        written.append("low_data.png")
     if len(runs) > 1:
-        curves(
-            runs[0] / "compare_curves.png", {short[run]: history for run, (_, _, history) in loaded.items()}
-        )
-        drawn.append("compare_curves.png")
-    print(f"wrote {runs[0]}/{', '.join(drawn)}")
+        histories = {short[run]: history for run, (_, _, history) in loaded.items()}
+        curves(runs[0] / "compare_curves.png", histories)
+        written.append("compare_curves.png")
+    print(f"wrote {runs[0]}/{', '.join(written)}")
 
 
-def draw(path: Path, shown: Data, maps: dict[str, Tensor], n_images: int, task: str) -> None:
-    """The picture of maps {title: (M, h, w)} over the first of the images."""
-    images, masks = shown.images[:n_images].float() / 255, shown.masks
-    masks = None if masks is None or not shown.has_masks[:n_images].any() else masks[:n_images]
-    map_grid(path, images, masks, shown.regions, maps, signed=task == "classify")
+def draw(path: Path, shown: Data, maps: dict[str, Tensor], task: str) -> None:
+    """The picture of maps {title: (M, h, w)} over images."""
+    masks = shown.masks if shown.has_masks.any() else None
+    map_grid(path, shown.images.float() / 255, masks, shown.regions, maps, signed=task == "classify")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -424,6 +393,9 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; nothing of the run that was being measured is kept")
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,11 @@ class CannotMeasure(ValueError):
 
 
 def average_precision(scores: Tensor, targets: Tensor) -> Tensor:
-    """Average precision (...) of scores (..., P) against binary targets (..., P); NaN without a positive."""
+    """Average precision (...) of scores (..., P) against binary targets (..., P).
+
+    NaN without a positive, or with a score that is NaN.
+    """
+    unknown = scores.isnan().any(dim=-1)
     scores, order = scores.sort(dim=-1, descending=True)
     hits = targets.expand(order.shape).gather(-1, order).double().cumsum(dim=-1)
     precision = hits / torch.arange(1, scores.shape[-1] + 1, device=scores.device)
@@ -28,7 +32,7 @@ def average_precision(scores: Tensor, targets: Tensor) -> Tensor:
     ends = F.pad(scores[..., 1:] != scores[..., :-1], (0, 1), value=True)
     reached = torch.where(ends, hits, 0.0).cummax(dim=-1).values  # positives found up to the last threshold
     gained = torch.where(ends, hits - F.pad(reached, (1, -1)), 0.0)
-    return (gained * precision).sum(dim=-1) / hits[..., -1]  # 0 / 0 = NaN
+    return ((gained * precision).sum(dim=-1) / hits[..., -1]).masked_fill(unknown, torch.nan)  # 0 / 0 = NaN
 
 
 def localisation_ap(maps: Tensor, masks: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -50,20 +54,24 @@ def dice(maps: Tensor, masks: Tensor, grid: tuple[int, int], thresholds: int = 1
     maps (B, R, N) on a grid (h, w), upsampled bilinearly to the masks (B, R, H, W). A holds the pixels above
     t/(T + 1), t = 1 ... T, of the map's largest value, so a map's scale has no say.
     """
-    maps = F.interpolate(maps.float().unflatten(2, grid), size=masks.shape[-2:], mode="bilinear")
-    maps, masks = (maps / maps.amax(dim=(2, 3), keepdim=True).clamp_min(1e-30)).flatten(2), masks.flatten(2)
-    size, found = masks.sum(dim=2), []  # (B, R)
-    for t in range(1, thresholds + 1):
-        A = maps > t / (thresholds + 1)
-        found.append(2 * (A & masks).sum(dim=2) / (A.sum(dim=2) + size))
-    return torch.stack(found).masked_fill(size == 0, torch.nan)
+    found = []
+    for m, k in zip(maps.float().unflatten(2, grid).split(32), masks.split(32)):  # as in `localisation_ap`
+        m = F.interpolate(m, size=k.shape[-2:], mode="bilinear").flatten(2)  # (b, R, H * W)
+        m, k = m / m.amax(dim=2, keepdim=True).clamp_min(1e-30), k.flatten(2)
+        A = [m > t / (thresholds + 1) for t in range(1, thresholds + 1)]
+        overlap = torch.stack([2 * (a & k).sum(dim=2) / (a.sum(dim=2) + k.sum(dim=2)) for a in A])
+        found.append(overlap.masked_fill(k.sum(dim=2) == 0, torch.nan))  # (T, b, R)
+    return torch.cat(found, dim=1)
 
 
 def auc(scores: Tensor, labels: Tensor) -> float:
     """Area under the ROC curve of scores (M,) against labels (M,), 1, 0 or NaN (unknown, left out).
 
-    P(score of a positive > score of a negative) + P(equal) / 2; NaN unless there are both. 0.5 is chance.
+    P(score of a positive > score of a negative) + P(equal) / 2; NaN unless there are both, or with a score
+    that is NaN. 0.5 is chance.
     """
+    if scores.isnan().any():
+        return float("nan")
     scores, labels = scores.double(), labels.double()
     positive, negative = scores[labels == 1], scores[labels == 0].sort().values
     below, up_to = (torch.searchsorted(negative, positive, right=right) for right in (False, True))

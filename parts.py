@@ -33,9 +33,9 @@ def industrial_parts(n: int, seed: int, img_size: int = 64, device: str = "cpu")
     Returns images (n, 1, S, S) uint8, masks (n, 3, S, S) bool in the order of REGIONS, and labels (n, 5)
     float, 0 or 1, in the order of FINDINGS. Raises ValueError for n or img_size out of range.
     """
-    if n < 1 or img_size < 16:
+    if n < 1 or img_size < 64:
         raise ValueError(
-            f"parts: {n} images of {img_size} px asked for: at least 1 image of at least 16 px is needed"
+            f"parts: {n} images of {img_size} px asked for: at least 1 of at least 64 px, lest defects vanish"
         )
     drawn = []
     for start in range(0, n, BATCH):

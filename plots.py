@@ -5,6 +5,7 @@ in every figure; relevance in units of its mean absolute value, from -SCALE to S
 its own maximum. Colours are Okabe and Ito's, which the colour-blind can tell apart.
 """
 
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 COLOURS = ["#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#0072B2", "#D55E00"]
+LINES = COLOURS[5:] + COLOURS[:5]  # the dark ones first
 SCALE = 12.0
 
 
@@ -72,7 +74,7 @@ def curves(path: Path, histories: dict[str, list[dict]]) -> None:
         1, len(names), figsize=(2.4 * len(names), 2.1), squeeze=False, layout="constrained"
     )
     for ax, name in zip(axes[0], names):
-        for (run, history), colour in zip(histories.items(), COLOURS[5:] + COLOURS[:5]):
+        for (run, history), colour in zip(histories.items(), cycle(LINES)):
             values = [row.get(name, np.nan) for row in history]
             ax.plot([row["epoch"] for row in history], values, color=colour, label=run)
         ax.set_xlabel("epoch", fontsize=8)
@@ -80,7 +82,7 @@ def curves(path: Path, histories: dict[str, list[dict]]) -> None:
         ax.tick_params(labelsize=7)
         ax.set_ylim(bottom=0)
     if len(histories) > 1:
-        lines = [plt.Line2D([], [], color=c, label=r) for r, c in zip(histories, COLOURS[5:] + COLOURS[:5])]
+        lines = [plt.Line2D([], [], color=c, label=r) for r, c in zip(histories, cycle(LINES))]
         figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), fontsize=7, frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -89,14 +91,14 @@ def curves(path: Path, histories: dict[str, list[dict]]) -> None:
 def low_data(path: Path, runs: dict[str, dict[str, dict[float, list[float]]]]) -> None:
     """Scores over the share of labels, a panel a probe, a line a run with a band from least to largest draw.
 
-    runs {run: {probe: {share: a value a draw}}}; the scores in percent, from chance up.
+    runs {run: {probe: {share: a value a draw}}}; the scores in percent.
     """
     probes = list(dict.fromkeys(probe for found in runs.values() for probe in found))
     figure, axes = plt.subplots(
         1, len(probes), figsize=(2.9 * len(probes), 2.6), squeeze=False, sharey=True, layout="constrained"
     )
     for ax, probe in zip(axes[0], probes):
-        for (run, found), colour in zip(runs.items(), COLOURS[5:] + COLOURS[:5]):
+        for (run, found), colour in zip(runs.items(), cycle(LINES)):
             values = found.get(probe, {})
             shares = [100 * share for share in values]
             low, mean, high = (

@@ -14,6 +14,7 @@ are the same for every encoder. Claims 2 and 3 are measured with this file. Next
 """
 
 import copy
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -41,7 +42,11 @@ def features_of(encoder: nn.Module, images: Tensor, heads: bool = False) -> Tens
     found = []
     for part in images.split(BATCH):
         features = encoder(prepared(part))
-        weights = features.attention / features.attention.sum(dim=2, keepdim=True) if heads else None
+        weights = (
+            features.attention / features.attention.sum(dim=2, keepdim=True).clamp_min(1e-12)
+            if heads
+            else None
+        )
         found.append((weights @ features.patches).flatten(1) if heads else features.pooled)
     return torch.cat(found).double()
 
@@ -49,7 +54,7 @@ def features_of(encoder: nn.Module, images: Tensor, heads: bool = False) -> Tens
 def knn_scores(x: Tensor, labels: Tensor, queries: Tensor, k: int = 20, temperature: float = 0.07) -> Tensor:
     """Weighted votes (M, K) in [0, 1] for queries (M, D) by features x (N, D) with labels (N, K).
 
-    Images with unknown labels have no vote on them; where nobody has one, the vote is 0.
+    Images with unknown labels have no vote on them; where nobody has one, the vote is NaN.
     """
     similarity = F.normalize(queries, dim=1) @ F.normalize(x, dim=1).T  # (M, N)
     votes = []
@@ -57,7 +62,8 @@ def knn_scores(x: Tensor, labels: Tensor, queries: Tensor, k: int = 20, temperat
         known = ~labelled.isnan()
         near = similarity[:, known].topk(min(k, int(known.sum())), dim=1)
         weights = (near.values / temperature).softmax(dim=1)
-        votes.append((weights * labelled[known][near.indices]).sum(dim=1))
+        vote = (weights * labelled[known][near.indices]).sum(dim=1)
+        votes.append(vote if known.any() else torch.full_like(vote, torch.nan))
     return torch.stack(votes, dim=1)
 
 
@@ -80,9 +86,12 @@ def linear_layer(x: Tensor, labels: Tensor, decay: float, one_class: bool) -> nn
 
 
 def score(scores: Tensor, labels: Tensor, one_class: bool) -> dict[str, float]:
-    """The mean AUC of scores (M, K) against labels (M, K) where there is one, and of classes the accuracy."""
-    each = torch.tensor([auc(scores[:, k], labels[:, k]) for k in range(labels.shape[1])])
-    found = {"mAUC": float(each.nanmean())}
+    """The mean AUC of scores (M, K) against labels (M, K) where there is one, and of classes the accuracy.
+
+    A score that is NaN belongs to a finding that nobody could learn: it does not count.
+    """
+    each = [auc(scores[:, k], labels[:, k]) for k in range(labels.shape[1])]
+    found = {"mAUC": float(torch.tensor(each, dtype=torch.float64).nanmean())}
     if one_class:
         known = ~labels.isnan().any(dim=1)
         found["accuracy"] = float((scores.argmax(dim=1) == labels.argmax(dim=1))[known].double().mean())
@@ -108,7 +117,9 @@ def by_neighbours(encoder: nn.Module, parts: dict[str, Data]) -> Callable[[Tenso
 def best_layer(x: dict[str, Tensor], parts: dict[str, Data], index: Tensor) -> nn.Linear:
     """The linear layer for training images (n,), with the weight decay that is best on validation images.
 
-    It is fitted to standardised features, and then made to take features as they are.
+    It is fitted to standardised features (by all training images, which needs no labels), and then made to
+    take features as they are. Of a finding that no image knows its logit is NaN. Raises CannotMeasure if
+    validation images are of no use for the choice.
     """
     labels, val = parts["train"].labels, parts["val"]
     mean, deviation = x["train"].mean(dim=0), x["train"].std(dim=0, correction=0).clamp(min=1e-9)  # (D,)
@@ -118,7 +129,14 @@ def best_layer(x: dict[str, Tensor], parts: dict[str, Data], index: Tensor) -> n
         layer.weight.div_(deviation)
         layer.bias.sub_(layer.weight @ mean)
     name = "accuracy" if one_class else "mAUC"
-    return max(layers, key=lambda layer: score(layer(x["val"]), val.labels, one_class)[name])
+    scores = [score(layer(x["val"]), val.labels, one_class)[name] for layer in layers]
+    if all(map(math.isnan, scores)):
+        raise CannotMeasure(
+            "validation images have no finding both with and without: no weight decay is best"
+        )
+    best = layers[scores.index(max(scores))]
+    best.bias[labels[index].isnan().all(dim=0)] = torch.nan
+    return best
 
 
 def by_linear_layer(
@@ -149,7 +167,9 @@ def by_finetuning(
     def measured(index: Tensor, draw: int) -> dict[str, float]:
         generator = Generator().manual_seed(draw)
         model = Classifier(copy.deepcopy(encoder), labels.shape[1])
-        model.head.load_state_dict(best_layer(x, parts, index).state_dict())
+        layer = best_layer(x, parts, index)
+        nowhere = layer.bias.isnan()  # a finding that no image knows
+        model.head.load_state_dict({"weight": layer.weight, "bias": layer.bias.nan_to_num()})
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0)
         size = min(batch_size, len(index))
         total = max(steps, 5 * len(index) // size)
@@ -165,7 +185,7 @@ def by_finetuning(
         model.eval()
         with torch.no_grad():
             logits = torch.cat([model(prepared(part)) for part in test.images.split(BATCH)])
-        return score(logits, test.labels, one_class)
+        return score(logits.masked_fill(nowhere, torch.nan), test.labels, one_class)
 
     return measured
 
@@ -179,10 +199,10 @@ PROBES = {
 
 
 def drawn(labels: Tensor, share: float, draw: int) -> Tensor:
-    """Indices (n,) of a share of the images that have labels (N, K), two at least, by the draw's number."""
+    """Indices (n,) of a share of the images that have labels (N, K), by the draw's number."""
     known = (~labels.isnan()).any(dim=1).nonzero()[:, 0]
-    n = min(len(known), max(2, round(share * len(known))))
-    return known[torch.randperm(len(known), generator=Generator().manual_seed(draw))[:n]]
+    order = torch.randperm(len(known), generator=Generator().manual_seed(draw))
+    return known[order[: round(share * len(known))]]
 
 
 def probe(
@@ -190,15 +210,18 @@ def probe(
 ) -> dict[float, dict[str, list[float]]]:
     """Measure an encoder by one of PROBES: {share of the labels: {"mAUC" or "accuracy": a value a draw}}.
 
-    Raises CannotMeasure if a part has no label.
+    Shares of less than 2 images are left out. Raises CannotMeasure if a part that is needed has no label.
     """
-    for part in ("train", "val", "test"):
+    for part in ("train", "test") if how == "knn" else ("train", "val", "test"):
         if parts[part].labels is None or parts[part].labels.isnan().all():
             raise CannotMeasure(f"no {part} image has a label: {how} can't be measured")
+    labels = parts["train"].labels
+    shares = [share for share in shares if len(drawn(labels, share, 0)) >= 2]
+    if not shares:
+        raise CannotMeasure(f"a single training image has a label: {how} can't be measured")
     measured, found = PROBES[how](encoder, parts), {}
     todo = [(share, draw) for share in shares for draw in range(DRAWS if share < 1 else 1)]
-    for share, draw in tqdm(todo, desc=how, leave=False, disable=len(todo) == 1):
-        figures = measured(drawn(parts["train"].labels, share, draw), draw)
-        for name, value in figures.items():
+    for share, draw in tqdm(todo, desc=how, leave=False):
+        for name, value in measured(drawn(labels, share, draw), draw).items():
             found.setdefault(share, {}).setdefault(name, []).append(value)
     return found

@@ -2,7 +2,7 @@
 # Every experiment behind the README's tables, two at a time on one core each; what is finished is skipped.
 #
 #   ./reproduce.sh            3 seeds; hours; fills the README's tables
-#   ./reproduce.sh --quick    1 seed of what the claims need most, a quarter of an hour; prints the claims
+#   ./reproduce.sh --quick    1 seed of what the claims need most; prints the claims
 set -euo pipefail
 cd "$(dirname "$0")"
 export OMP_NUM_THREADS=1
@@ -19,7 +19,7 @@ pretraining() {
         echo "parts_dino-$seed $plates --prior none"
         echo "masks-$seed --seed $seed --prior masks"
     done
-    echo "dino_long-0 --seed 0 --prior none --epochs 30"
+    echo "dino_long-0 --seed 0 --prior none --epochs 60"
     echo "no_alignment-0 --seed 0 --align none"
     echo "affine_alignment-0 --seed 0 --align affine"
     echo "no_following-0 --seed 0 --no-follow"
@@ -98,14 +98,15 @@ pretrained() {  # data, epochs of pretraining and as many of tuning, findings, f
     )
 }
 
-transfer() {
+transfer() {  # which runs are probed side by side
     for seed in $seeds; do
-        printf '%s\n' {span,dino,parts_span,parts_dino}-"$seed"
+        echo "span-$seed dino-$seed"
+        echo "parts_span-$seed parts_dino-$seed"
     done
 }
 
 quick() {  # of all that runs, what claims 1 to 7 need most, at seed 0
-    grep -E "^(span|dino|parts_(span|dino)|(unmarked|plain|isnet)_resnet|resnet_simpool_labels)-|(scratch|joint|half)_symbols50-|relvit_symbols50-"
+    grep -E "^(span|dino|parts_(span|dino)|(unmarked|plain|isnet)_resnet|resnet_simpool_labels)-|_symbols50-"
 }
 
 run() {  # a line of the lists above, unless it is finished
@@ -116,16 +117,18 @@ run() {  # a line of the lists above, unless it is finished
     python train.py --out "runs/$name" --overwrite "$@" >"runs/$name.log" 2>&1 || echo "$name failed, see runs/$name.log"
 }
 
-probe() {  # a finished run's features, with all labels and with few
-    grep -qs "heads_mAUC_1_percent" "runs/$1/metrics.json" && return
-    echo "$1, with few labels"
-    python evaluate.py "runs/$1" --only linear heads finetune >"runs/$1.probe.log" 2>&1 || echo "see runs/$1.probe.log"
+probe() {  # features of two finished runs, with all labels and with few; the quick way leaves out fine-tuning
+    grep -qs "heads_mAUC_1_percent" "runs/$2/metrics.json" && return
+    echo "$1 and $2, with few labels"
+    python evaluate.py "runs/$1" "runs/$2" --only linear heads $finetune >"runs/$1.probe.log" 2>&1 ||
+        echo "$1 and $2 failed, see runs/$1.probe.log"
 }
 export -f run probe
 
 symbols="50 500"
 chosen=cat
-[ "${1:-}" = --quick ] && symbols=50 && chosen=quick
+export finetune=finetune
+[ "${1:-}" = --quick ] && symbols=50 && chosen=quick && finetune=
 for seed in $seeds; do
     for n in $symbols; do
         folder=data/symbols$n-$seed
@@ -142,9 +145,15 @@ if [ "${1:-}" = --quick ]; then
     exit
 fi
 [ -f results/benchmark.json ] || python benchmark.py --json results/benchmark.json
-python evaluate.py runs/span-0 runs/dino-0 --only attention && cp runs/span-0/compare.png results/
-python evaluate.py runs/span-0 runs/dino-0 --only linear heads finetune && cp runs/span-0/low_data.png results/
-python evaluate.py runs/parts_span-0 runs/parts_dino-0 --only attention && cp runs/parts_span-0/compare.png results/parts.png
-python evaluate.py runs/{isnet_resnet,plain_resnet,pixels_only,one_logit}-0 --only bias && cp runs/isnet_resnet-0/compare.png results/isnet.png
-python evaluate.py --images 3 runs/vit_{cls_dino,simpool_dino,simpool_span}-0 --only attention && cp runs/vit_cls_dino-0/compare.png results/pooling.png
 python tables.py runs
+
+picture() {  # name, what to measure, and the runs to show side by side
+    name=$1 only=$2
+    shift 2
+    python evaluate.py "$@" --only "$only" && cp "$1/compare.png" "results/$name.png"
+}
+cp runs/span-0/low_data.png results/
+picture compare attention runs/{span,dino}-0
+picture parts attention runs/parts_{span,dino}-0
+picture isnet bias runs/{isnet_resnet,plain_resnet,pixels_only,one_logit}-0
+picture pooling attention runs/vit_{cls_dino,simpool_dino,simpool_span}-0

@@ -26,10 +26,10 @@ from tqdm import tqdm
 
 from checkpoint import build_encoder, check_folder, load_encoder, load_run, restore, resumed, save, start
 from checkpoint import write_whole
-from classify import Classifier, objective
+from classify import Classifier, exclusive, objective
 from data import Data, load
 from dino import Collapse
-from evaluate import draw, print_tables, report
+from evaluate import draw, maps_of, print_tables, report, shown_images
 from flags import check, check_idle, parse
 from masks import foreground
 from plots import curves
@@ -171,7 +171,9 @@ def finish(
         "pretrain": ("attention.png", "where the heads look"),
         "classify": ("heatmaps.png", "what the decision rests on"),
     }[args.task]
-    draw(args.out / picture, found.shown, {title: m[:6] for title, m in found.maps.items()}, 6, args.task)
+    shown = shown_images(args, parts, 6)
+    one_class = args.task == "classify" and exclusive(parts["train"].labels)
+    draw(args.out / picture, shown, maps_of(args, model, shown.images, found.heads, one_class), args.task)
     curves(args.out / "curves.png", {args.out.name: history})
     print(f"wrote {args.out}/{picture} ({about}), curves.png, metrics.json, last.pt")
 

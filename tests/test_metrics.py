@@ -107,3 +107,10 @@ def test_dice_of_a_map_that_is_flat_or_zero_is_defined_and_of_an_empty_mask_unkn
     found = dice(maps, masks, (2, 2))
     assert found[:, 0, 0].tolist() == pytest.approx([2 / 3] * 19)
     assert (found[:, 1, 0] == 0).all() and found[:, :, 1].isnan().all()
+
+
+def test_a_score_that_is_not_a_number_gives_no_figure():
+    scores, labels = torch.tensor([0.9, torch.nan, 0.1]), torch.tensor([1.0, 1.0, 0.0])
+    assert math.isnan(auc(scores, labels)) and average_precision(scores, labels).isnan()
+    both = torch.stack([scores, torch.tensor([0.9, 0.5, 0.1])])
+    assert average_precision(both, labels).isnan().tolist() == [True, False]  # only where it is

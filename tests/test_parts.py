@@ -62,17 +62,17 @@ def test_a_missing_hole_is_missing_from_the_holes(drawn):
 
 
 def test_parts_are_data_like_any_other_and_the_sample_is_one_with_every_region():
-    loaded, sample, notes = data.load("parts", 32, seed=0, train_images=20)
+    loaded, sample, notes = data.load("parts", 64, seed=0, train_images=20)
     train = loaded["train"]
     assert train.regions == REGIONS and train.findings == FINDINGS and not notes
     assert train.masks[train.names.index(sample)].flatten(1).any(dim=1).all()
     assert {part: len(d.names) for part, d in loaded.items()} == {"train": 20, "val": 200, "test": 500}
     assert not torch.equal(train.images[:20], loaded["test"].images[:20])
     with pytest.raises(data.DataError, match="a marker can be drawn only on phantoms"):
-        data.load("parts", 32, train_images=2, marker=1.0)
+        data.load("parts", 64, train_images=2, marker=1.0)
 
 
 def test_impossible_requests_are_refused():
-    for n, size in ((0, 64), (3, 8)):
-        with pytest.raises(ValueError, match="at least 1 image of at least 16 px"):
+    for n, size in ((0, 64), (3, 48)):
+        with pytest.raises(ValueError, match="at least 1 of at least 64 px, lest defects vanish"):
             industrial_parts(n, seed=0, img_size=size)

@@ -32,6 +32,8 @@ def test_neighbours_vote_with_weights_by_their_similarity():
 def test_fewer_images_than_neighbours_all_vote():
     votes = probe.knn_scores(torch.eye(3), torch.tensor([[1.0], [0], [torch.nan]]), torch.eye(3)[:1])
     assert 0.99 < votes.item() <= 1
+    unknown = torch.full((3, 1), torch.nan)
+    assert probe.knn_scores(torch.eye(3), unknown, torch.eye(3)).isnan().all()
 
 
 @pytest.mark.parametrize("one_class", [True, False])
@@ -98,7 +100,7 @@ def test_a_share_of_the_labels_is_drawn_from_labelled_images_alike_for_every_enc
     assert torch.equal(index, probe.drawn(labels, 0.1, draw=3))
     assert not torch.equal(index, probe.drawn(labels, 0.1, draw=4))
     assert set(probe.drawn(labels, 0.05, draw=3).tolist()) < set(index.tolist())  # more labels, not others
-    assert len(probe.drawn(labels, 0.001, draw=0)) == 2 and len(probe.drawn(labels, 1.0, draw=0)) == 100
+    assert len(probe.drawn(labels, 0.001, draw=0)) == 0 and len(probe.drawn(labels, 1.0, draw=0)) == 100
 
 
 class Blobs(nn.Module):
@@ -169,4 +171,29 @@ def test_without_labels_it_is_said_what_cannot_be_measured():
     parts, _, _ = load("phantom", 16, 0, 2)
     parts["val"] = parts["val"]._replace(labels=None)
     with pytest.raises(CannotMeasure, match="no val image has a label: linear can't be measured"):
+        probe.probe(Blobs(), parts, "linear")
+
+
+@pytest.mark.parametrize("how", probe.PROBES)
+def test_a_finding_that_no_training_image_knows_does_not_count(how):
+    parts = bright_or_dark()
+    for part, data in parts.items():
+        other = data.labels[torch.randperm(80)] if part != "train" else torch.full((80, 1), torch.nan)
+        parts[part] = data._replace(labels=torch.cat([data.labels, other], dim=1))
+    assert probe.probe(Blobs(), parts, how)[1.0]["mAUC"][0] > 0.97  # and not the mean with 0.5
+
+
+def test_shares_of_less_than_two_images_are_left_out_and_a_single_label_is_said():
+    parts = bright_or_dark(30)
+    assert list(probe.probe(Blobs(), parts, "knn", (0.01, 0.05, 0.1, 1.0))) == [0.05, 0.1, 1.0]
+    parts["train"].labels[1:] = torch.nan
+    with pytest.raises(CannotMeasure, match="a single training image has a label: knn"):
+        probe.probe(Blobs(), parts, "knn")
+
+
+def test_neighbours_need_no_validation_images_but_a_weight_decay_does():
+    parts = bright_or_dark()
+    parts["val"] = parts["val"]._replace(labels=torch.ones(80, 1))
+    assert probe.probe(Blobs(), parts, "knn")[1.0]["mAUC"][0] > 0.97
+    with pytest.raises(CannotMeasure, match="no weight decay is best"):
         probe.probe(Blobs(), parts, "linear")

@@ -110,6 +110,37 @@ def test_what_evaluate_finds_joins_metrics_json_and_pictures_show_what_few_label
         assert min(Image.open(run / picture).size) > 100
 
 
+def test_runs_of_which_one_cannot_be_measured_are_shown_on_the_same_images(tmp_path, capsys):
+    """Masks for a training and a test image: enough for a guided run, none to choose another's heads on."""
+    data = tmp_path / "data"
+    rows = ["file,split"]
+    for folder in ("images", "masks/heart"):
+        (data / folder).mkdir(parents=True)
+    for i in range(12):
+        Image.new("L", (16, 16), 20 * i).save(data / "images" / f"{i}.png")
+        rows.append(f"{i}.png,{'train' if i < 4 else 'val' if i < 6 else 'test'}")
+    for i in (0, 9):
+        Image.fromarray(np.eye(16, dtype=np.uint8) * 255).save(data / "masks" / "heart" / f"{i}.png")
+    (data / "labels.csv").write_text("\n".join(rows))
+    argv = [*"--epochs 1 --batch-size 4 --embed-dim 12 --depth 1 --num-heads 2 --img-size 16".split()]
+    argv += ["--patch-size", "4", "--keep-going", "--data", str(data)]
+    train.main([*argv, "--out", str(tmp_path / "span")])
+    train.main([*argv, "--prior", "none", "--out", str(tmp_path / "dino")])
+    capsys.readouterr()
+    for order in (["span", "dino"], ["dino", "span"]):
+        evaluate.main([*(str(tmp_path / name) for name in order), "--only", "attention"])
+        assert "dino: no validation image of" in capsys.readouterr().out
+
+
+def test_figures_keep_a_run_s_own_relevance_rule_when_runs_are_compared(tmp_path):
+    for name, gamma in {"a": "3", "b": "0"}.items():
+        argv = "--task classify --train-images 32 --embed-dim 16 --batch-size 16 --epochs 1 --lrp-gamma"
+        train.main([*argv.split(), gamma, "--out", str(tmp_path / name)])
+    before = json.loads((tmp_path / "b" / "metrics.json").read_text())
+    evaluate.main([str(tmp_path / "a"), str(tmp_path / "b"), "--only", "bias"])
+    assert json.loads((tmp_path / "b" / "metrics.json").read_text()) == before
+
+
 def test_a_measure_that_is_none_is_refused_by_name(run, capsys):
     with pytest.raises(SystemExit) as stop:
         evaluate.main([str(run), "--only", "atention"])
@@ -160,8 +191,26 @@ def test_the_heads_of_an_unguided_run_are_chosen_on_validation_images_not_on_tes
     monkeypatch.setattr(evaluate, "attention_of", lambda *args: next(shown))
     args, _ = train.parse(["--prior", "none"])
     encoder = build_encoder(args, 1)
-    table, _, pictures = evaluate.measure(args, encoder, {"train": data, "val": data, "test": data}, None)
-    assert list(pictures) == ["head 1\nlung"] and table["attention"]["lung"] < 0.5
+    table, overlap, heads = evaluate.measure(args, encoder, {"train": data, "val": data, "test": data}, None)
+    assert heads == {"lung": 1} and table["attention"]["lung"] < 0.5
+
+
+def test_the_dice_threshold_is_chosen_on_validation_images_not_on_test_images(monkeypatch):
+    images, masks, _ = phantom(8, seed=3)
+    exact = torch.nn.functional.avg_pool2d(masks[:, :1].float(), 8).flatten(2)  # (8, 1, 64)
+    flat = exact + 1.0  # on test images, all that is above half of the largest value is the whole image
+    data = train.Data(
+        images, masks[:, :1], torch.ones(8, dtype=torch.bool), None, list("abcdefgh"), ["lung"], []
+    )
+    measured = []
+    for shown in ([exact, flat], [flat, flat]):
+        maps = iter(shown)
+        monkeypatch.setattr(evaluate, "attention_of", lambda *args: next(maps))
+        args, _ = train.parse(["--prior", "none"])
+        encoder = build_encoder(args, 1)
+        parts = {"train": data, "val": data, "test": data}
+        measured.append(evaluate.measure(args, encoder, parts, None)[1]["lung"])
+    assert measured[0] < measured[1] - 0.2  # a threshold for other maps serves worse than their own
 
 
 def test_the_span_loss_weighs_resolutions_by_the_share_that_their_views_see():
