@@ -22,7 +22,6 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,7 +30,7 @@ from classify import Classifier, exclusive, log_odds, prepared, rule
 from data import BATCH, DRAWN, Data, load, select
 from isnet_lrp import relevance
 from masks import export_masks
-from metrics import CannotMeasure, auc, best_threshold, dice, localisation_ap, relevance_share
+from metrics import CannotMeasure, auc, best_threshold, dice, known_mean, localisation_ap, relevance_share
 from plots import curves, low_data, map_grid
 from attention_priors import follow
 from pretrain import attention_of, lay_over, make_priors
@@ -113,7 +112,7 @@ def measure_classifier(
                 ((scores[:, k] > t) == labels[:, k])[~labels[:, k].isnan()] for k, t in thresholds.items()
             ]
             right = torch.cat([torch.zeros(0, dtype=torch.bool), *right])
-        table[name] = {"AUC": float(torch.tensor(list(each.values()), dtype=torch.float64).nanmean()), **each}
+        table[name] = {"AUC": known_mean(each.values()), **each}
         table[name]["accuracy"] = float(right.double().mean())
         if data.has_masks.any():
             seen = select(data, data.has_masks)
@@ -196,7 +195,7 @@ def report(
                 curve = {share: values[name] for share, values in probed.items()}
                 found.curves[f"{what} {name}"] = curve
                 images = {share: len(drawn(parts["train"].labels, share, 0)) for share in curve}
-                rows = {f"{100 * s:g} % of labels ({images[s]})": np.mean(v) for s, v in curve.items()}
+                rows = {f"{100 * s:g} % of labels ({images[s]})": known_mean(v) for s, v in curve.items()}
                 found.tables.setdefault("probes, in %", {})[f"{what} {name}"] = rows
             elif only != MEASURES:
                 found.notes.append(f"{what} is of {'pretrained runs' if classifies else 'classifiers'} only")
@@ -245,7 +244,7 @@ def flatten(table: dict[str, dict[str, float]], score: str = "AP") -> dict[str, 
     for what, row in table.items():
         name = what.replace(",", "").replace(" ", "_")
         flat |= {f"{name}_{score}_{region.replace(' ', '_')}": value for region, value in row.items()}
-        flat |= {f"{name}_m{score}": float(np.nanmean(list(row.values())))} if row else {}
+        flat |= {f"{name}_m{score}": known_mean(row.values())} if row else {}
     return flat
 
 
@@ -266,7 +265,7 @@ def flatten_probe(how: str, probed: dict[float, dict[str, list[float]]]) -> dict
     flat = {}
     for share, figures in probed.items():
         suffix = "" if share == 1 else f"_{100 * share:g}_percent"
-        flat |= {f"{how}_{name}{suffix}": float(np.mean(values)) for name, values in figures.items()}
+        flat |= {f"{how}_{name}{suffix}": known_mean(values) for name, values in figures.items()}
     return flat
 
 
@@ -280,6 +279,7 @@ def print_tables(reports: dict[str, Report]) -> None:
     for title, table in columns.items():
         if table:
             print_table(table, title, mean=title in ("AP in %", "Dice in %"))
+    print()
     for run, found in reports.items():
         for note in found.notes:
             print(f"{run}: {note}" if len(reports) > 1 else note)
@@ -291,12 +291,9 @@ def print_table(columns: dict[str, dict[str, float]], corner: str, mean: bool) -
     first = max(map(len, [*names, corner]))
     print(f"\n{corner:{first}}" + "".join(f"  {title:>7}" for title in columns))
     for name in names + ["mean"] * mean:
-        row = [
-            np.nanmean(list(c.values())) if name == "mean" else c.get(name, np.nan) for c in columns.values()
-        ]
-        cells = ["" if np.isnan(value) else f"{100 * value:.1f}" for value in row]
+        row = [known_mean(c.values()) if name == "mean" else c.get(name, math.nan) for c in columns.values()]
+        cells = ["" if math.isnan(value) else f"{100 * value:.1f}" for value in row]
         print(f"{name:{first}}" + "".join(f"  {c:>{max(7, len(title))}}" for c, title in zip(cells, columns)))
-    print()
 
 
 def load_all(runs: list[Path]) -> tuple[dict, dict[str, Data], str | None]:

@@ -10,6 +10,8 @@ pixels. `auc` asks how often a positive scores above a negative, ties counting h
 `evaluate.py`.
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +19,11 @@ from torch import Tensor
 
 class CannotMeasure(ValueError):
     """There are no masks or labels to measure with; the message says which."""
+
+
+def known_mean(values: Iterable[float]) -> float:
+    """The mean of those values that are not NaN; NaN if all are."""
+    return float(torch.tensor(list(values), dtype=torch.float64).nanmean())
 
 
 def average_precision(scores: Tensor, targets: Tensor) -> Tensor:

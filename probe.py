@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from classify import Classifier, classification_loss, exclusive, prepared
 from data import BATCH, Data
-from metrics import CannotMeasure, auc
+from metrics import CannotMeasure, auc, known_mean
 
 DECAYS = [10.0**n for n in range(-5, 1)]
 SHARES = (0.01, 0.05, 0.1, 0.25, 1.0)  # of the labels
@@ -91,7 +91,7 @@ def score(scores: Tensor, labels: Tensor, one_class: bool) -> dict[str, float]:
     A score that is NaN belongs to a finding that nobody could learn: it does not count.
     """
     each = [auc(scores[:, k], labels[:, k]) for k in range(labels.shape[1])]
-    found = {"mAUC": float(torch.tensor(each, dtype=torch.float64).nanmean())}
+    found = {"mAUC": known_mean(each)}
     if one_class:
         known = ~labels.isnan().any(dim=1)
         found["accuracy"] = float((scores.argmax(dim=1) == labels.argmax(dim=1))[known].double().mean())

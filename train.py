@@ -160,9 +160,10 @@ def finish(
     args: argparse.Namespace, model: nn.Module, parts: dict, sample: str | None, history: list
 ) -> None:
     """Measure on test images, print the tables, draw the pictures."""
+    what = ["bias", "attention", "knn", "linear"]
     if args.task == "pretrain":
-        model = model.student if isinstance(model, DINO) else model.encoder
-    found = report(args, model, parts, sample, ["attention", "bias", "knn", "linear"], shares=(1.0,))
+        model, what = model.student if isinstance(model, DINO) else model.encoder, what[1:]
+    found = report(args, model, parts, sample, what, shares=(1.0,))
     print_tables({"": found})
     metrics = {name: value for name, value in history[-1].items() if name != "epoch"} | found.figures
     metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}  # NaN is no JSON
