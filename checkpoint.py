@@ -19,6 +19,7 @@ import torch
 from torch import Generator, nn
 from torch.optim import Optimizer
 
+from baselines import AttentionGate, Pipeline, Segmenter
 from classify import Classifier
 from data import Data
 from resnet import ResNet
@@ -127,15 +128,17 @@ def load_run(folder: Path) -> tuple[argparse.Namespace, dict]:
     except Exception as error:  # a damaged or foreign file fails in the unpickler in many ways
         reason = " ".join(str(error).split())[:120]
         raise ValueError(f"{folder}: config.json or last.pt is damaged ({reason})") from None
-    if "pool" not in config:
-        raise ValueError(f"{folder} is a run of an older version, without --pool; train it again")
+    if "baseline" not in config:
+        raise ValueError(f"{folder} is a run of an older version, without --baseline; train it again")
     return argparse.Namespace(**config), checkpoint
 
 
 def build_encoder(config: argparse.Namespace, in_chans: int) -> ViT | ResNet:
     """The encoder that a run's settings describe. Raises ValueError for sizes that don't fit."""
     D, pool = config.embed_dim, None  # None: the ViT's CLS token, the ResNet's mean
-    if config.pool == "simpool":
+    if config.baseline == "gated":
+        pool = AttentionGate(D)
+    elif config.pool == "simpool":
         pool = SimPool(D, config.simpool_gamma, config.pool_heads)
     elif config.pool == "gap" and config.backbone == "vit":
         pool = GAP()
@@ -145,13 +148,25 @@ def build_encoder(config: argparse.Namespace, in_chans: int) -> ViT | ResNet:
     return ViT(*sizes, drop_path=config.drop_path, pool=pool)
 
 
-def load_model(run: Path, config: argparse.Namespace, checkpoint: dict, train: Data) -> ViT | Classifier:
+def build_classifier(
+    config: argparse.Namespace, encoder: ViT | ResNet, classes: int, in_chans: int
+) -> nn.Module:
+    """A classifier on an encoder, with what a baseline adds to it."""
+    model = Classifier(encoder, classes)
+    if config.baseline == "multitask":
+        model.segmenter = nn.Linear(encoder.embed_dim, 1)
+    if config.baseline == "pipeline":
+        return Pipeline(model, Segmenter(build_encoder(config, in_chans)))
+    return model
+
+
+def load_model(run: Path, config: argparse.Namespace, checkpoint: dict, train: Data) -> nn.Module:
     """The encoder (of the student) or the classifier of a run. Raises ValueError if it doesn't fit."""
     encoder = build_encoder(config, train.images.shape[1])
     if config.task == "pretrain":
         load_encoder(run, config, checkpoint, encoder)
         return encoder
-    model = Classifier(encoder, len(train.findings))
+    model = build_classifier(config, encoder, len(train.findings), train.images.shape[1])
     try:
         model.load_state_dict({k: v for k, v in checkpoint["model"].items() if not k.startswith("relvit.")})
     except RuntimeError:

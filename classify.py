@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from attention_priors import span_loss
+from baselines import PENALTIES, swapped
 from data import normalise
 from isnet_lrp import background_loss, foreground_loss, relevance
 from relvit import patch_views
@@ -207,9 +208,9 @@ def objective(
 ) -> Callable[[Tensor, Generator], tuple[Tensor, dict[str, Tensor]]]:
     """The training loss as a function of indices (B,) and a generator: (loss, what to log).
 
-    images (N, C, S, S) uint8, masks (N, 1, S, S) bool, needed with --isnet only, labels (N, K) multi-hot, NaN
-    for unknown. With --isnet, C1 and C2 are found first, and printed. With --relations, the model has a
-    `relvit`, which learns them from the same shuffled patches.
+    images (N, C, S, S) uint8, masks (N, 1, S, S) bool, needed with --isnet and most baselines, labels (N, K)
+    multi-hot, NaN for unknown. With --isnet, C1 and C2 are found first, and printed. With --relations, the
+    model has a `relvit`, which learns them from the same shuffled patches.
     """
     one_class = exclusive(labels)
     if args.isnet:
@@ -226,15 +227,24 @@ def objective(
             classification = classification_loss(model.head(features.pooled), known, one_class)
             loss = loss + classification
             return loss, {"loss": loss.detach(), "classification": classification.detach(), **shown}
-        x = prepared(images[index])
-        if not args.isnet:
+        x, inside = prepared(images[index]), None if masks is None else masks[index].float()
+        if args.baseline == "swap":
+            x = swapped(x, inside, generator)
+        if not args.isnet and args.baseline not in PENALTIES:
             loss = classification_loss(model(x), known, one_class)
             return loss, {"loss": loss.detach()}
-        inside, target = masks[index].float(), explained(known, one_class, args.explain, generator)
+        has_mask = inside.flatten(1).any(dim=1)  # the others have no loss but that of classification
+        share = has_mask / has_mask.sum().clamp(min=1)
+        if args.baseline:
+            logits, penalty = PENALTIES[args.baseline](model, x, inside, known, one_class)
+            classification, penalty = classification_loss(logits, known, one_class), (penalty * share).sum()
+            loss = classification + args.baseline_weight * penalty
+            return loss, {"loss": loss.detach(), "classification": classification.detach()} | {
+                args.baseline: penalty.detach()
+            }
+        target = explained(known, one_class, args.explain, generator)
         background, heatmap, logits = isnet_losses(model, x, inside, target, args)
         foreground = foreground_loss(heatmap, inside, c1, c2, hybrid=True)
-        has_mask = inside.flatten(1).any(dim=1)  # the others have no background loss either
-        share = has_mask / has_mask.sum().clamp(min=1)
         parts = {
             "classification": classification_loss(logits, known, one_class),
             "background": (background * share).sum(),

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from checkpoint import load_model, load_run, write_whole
-from classify import Classifier, exclusive, log_odds, prepared, rule
+from classify import exclusive, log_odds, prepared, rule
 from data import BATCH, DRAWN, Data, load, select
 from isnet_lrp import relevance
 from masks import export_masks
@@ -83,7 +83,7 @@ def measure(
 
 
 def measure_classifier(
-    config: argparse.Namespace, model: Classifier, parts: dict[str, Data]
+    config: argparse.Namespace, model: nn.Module, parts: dict[str, Data]
 ) -> dict[str, dict[str, float]]:
     """AUC, accuracy and the foreground's share of relevance: {set: {what: value}}.
 
@@ -129,7 +129,7 @@ def first_finding(parts: dict[str, Data]) -> int:
 
 
 @torch.no_grad()
-def scores_of(model: Classifier, data: Data, one_class: bool) -> Tensor:
+def scores_of(model: nn.Module, data: Data, one_class: bool) -> Tensor:
     """Log-odds (M, K) of classes, or the logits of findings, in evaluation mode."""
     model.eval()
     logits = torch.cat([model(prepared(images)) for images in data.images.split(BATCH)])
@@ -140,7 +140,7 @@ def scores_of(model: Classifier, data: Data, one_class: bool) -> Tensor:
     )
 
 
-def relevance_of(config: argparse.Namespace, model: Classifier, images: Tensor, one_class: bool) -> Tensor:
+def relevance_of(config: argparse.Namespace, model: nn.Module, images: Tensor, one_class: bool) -> Tensor:
     """LRP heatmaps (M, C, S, S) of the first finding, the second of two classes, the likeliest of more."""
 
     def target(logits: Tensor) -> Tensor:
@@ -166,14 +166,14 @@ class Report(NamedTuple):
 
 def report(
     config: argparse.Namespace,
-    model: ViT | ResNet | Classifier,
+    model: nn.Module,
     parts: dict[str, Data],
     sample: str | None,
     only: list[str],
     shares: tuple[float, ...],
 ) -> Report:
     """Measure one run's model on test images, as far as masks and labels allow."""
-    classifies = isinstance(model, Classifier)
+    classifies = config.task == "classify"
     encoder = model.encoder if classifies else model
     found = Report({}, {}, {}, {}, [])
     for what in only:
@@ -221,7 +221,7 @@ def shown_images(config: argparse.Namespace, parts: dict[str, Data], n: int) -> 
 
 def maps_of(
     config: argparse.Namespace,
-    model: ViT | ResNet | Classifier,
+    model: nn.Module,
     images: Tensor,
     heads: dict[str, int],
     one_class: bool,
@@ -229,7 +229,7 @@ def maps_of(
     """What a run looks at in images (M, C, S, S) uint8, {title: (M, h, w)}: a classifier's heatmaps in units
     of their mean size, or the attention of heads {region: number}, of all if there are none.
     """
-    if isinstance(model, Classifier):
+    if config.task == "classify":
         R = relevance_of(config, model, images, one_class).sum(dim=1)
         return {"relevance": R / R.abs().mean(dim=(1, 2), keepdim=True).clamp_min(1e-30)}
     attention = attention_of(model, images, config.span_layer).unflatten(2, model.grid(images))

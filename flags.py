@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Generator
 
+from baselines import BASELINES, PENALTIES
 from checkpoint import load_run
 from crops import random_crops
 from phantom import FINDINGS
@@ -123,6 +124,9 @@ def add_task_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("classification (ISNet)").add_argument
     add("--isnet", type=float, default=0.0, help="weight of the ISNet loss; 0 for a plain classifier")
     what = "the label's logit, a random one, or the least likely class's log-odds"
+    what = "what to train in place of ISNet, to compare it with: see baselines.py"
+    add("--baseline", type=str, choices=BASELINES, help=what)
+    add("--baseline-weight", type=float, default=1.0, help="of the baseline's penalty")
     what = "the foreground: data, prior, attention (of --init), another run's folder, or a folder of masks"
     add("--masks", type=str, default="data", help=what)
     add("--explain", type=str, choices=["label", "random", "selective"], default="selective", help=what)
@@ -164,7 +168,7 @@ def check(args: argparse.Namespace) -> None:
         (0, 2**32 - 1): "seed local_crops_number mega_patches",
         (0.1, 10): "simpool_gamma",
         (1e-9, 1e9): "lr teacher_temp clip_grad",
-        (0, 1e9): "prior_blur span_weight weight_decay isnet lrp_gamma",
+        (0, 1e9): "prior_blur span_weight weight_decay isnet lrp_gamma baseline_weight",
         (1e-12, 1e9): "lrp_epsilon isnet_e",
         (0, 1): "momentum center_momentum flip warmup marker",
         (1e-3, 1): "isnet_decay",
@@ -204,8 +208,10 @@ def check_pairs(args: argparse.Namespace) -> None:
         )
     if args.masks not in ("data", "prior", "attention") and not Path(args.masks).is_dir():
         raise ValueError(f"--masks {args.masks} is neither data, prior, attention, nor a folder")
-    if args.task == "pretrain" and args.isnet:
-        raise ValueError("--isnet needs --task classify")
+    if args.task == "pretrain" and (args.isnet or args.baseline):
+        raise ValueError(f"--{'isnet' if args.isnet else 'baseline'} needs --task classify")
+    if args.baseline and (args.isnet or args.relations):
+        raise ValueError(f"--baseline {args.baseline} stands alone: leave out --isnet and --relations")
     if args.backbone == "resnet" and args.pool == "cls":
         raise ValueError("--pool cls needs --backbone vit; a ResNet has gap or simpool")
     if args.backbone == "resnet" and relational:
@@ -221,8 +227,11 @@ def check_pairs(args: argparse.Namespace) -> None:
 def check_idle(args: argparse.Namespace, typed: set[str]) -> None:
     """Raise ValueError for typed flags that would do nothing, as those of ISNet without --isnet."""
     upstream = args.task == "pretrain" and args.ssl == "relvit"
+    masked = args.baseline not in (None, "gated")
     missing = {  # flags, and what they need if it isn't there
-        "explain isnet_layers isnet_decay isnet_e masks": None if args.isnet else "--isnet; add --isnet 1",
+        "explain isnet_layers isnet_decay isnet_e": None if args.isnet else "--isnet; add --isnet 1",
+        "masks": None if args.isnet or masked else "--isnet or a --baseline that needs masks",
+        "baseline_weight": None if args.baseline in PENALTIES else f"--baseline {', '.join(PENALTIES)}",
         "relations": None if upstream or args.task == "classify" else "--ssl relvit or --task classify",
         "mega_patches": None if upstream else "--ssl relvit",
         "momentum center_momentum out_dim teacher_temp global_scale local_scale local_crops_number flip": (

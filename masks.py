@@ -51,16 +51,17 @@ def attention_masks(
 
 
 def foreground(args: argparse.Namespace, parts: dict[str, Data], sample: str | None) -> Tensor:
-    """The union of the training images' masks, (N, 1, S, S) bool, for --isnet; empty where there is none.
+    """The union of the training images' masks, (N, 1, S, S) bool; empty where there is none.
 
-    For a ViT in whole patches: their embedding is linear, so it can't leave out a part of their pixels.
-    Prints how well masks that weren't given agree with those that were. Raises ValueError.
+    ISNet's, for a ViT, in whole patches: their embedding is linear, so it can't leave out a part of their
+    pixels. Prints how well masks that weren't given agree with those that were. Raises ValueError.
     """
     train, where = parts["train"], Path(args.init if args.masks == "attention" else args.masks)
     if args.masks == "data":
         if not train.has_masks.any():
+            asked = "--isnet" if args.isnet else f"--baseline {args.baseline}"
             raise ValueError(
-                f"--isnet: no training image of {args.data} has all regions' masks; add some or use --masks"
+                f"{asked}: no training image of {args.data} has all regions' masks; add some or use --masks"
             )
         masks = train.masks.any(dim=1, keepdim=True) & train.has_masks[:, None, None, None]
     elif args.masks == "prior":
@@ -76,7 +77,7 @@ def foreground(args: argparse.Namespace, parts: dict[str, Data], sample: str | N
         print(
             f"masks from {args.masks}: Dice {share:.1f} % with the {int(train.has_masks.sum())} of the data"
         )
-    if args.backbone == "vit":
+    if args.isnet and args.backbone == "vit":
         p = args.patch_size
         masks = F.max_pool2d(masks.float(), p).repeat_interleave(p, 2).repeat_interleave(p, 3).bool()
     return masks

@@ -24,9 +24,19 @@ import torch
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import build_encoder, check_folder, load_encoder, load_run, restore, resumed, save, start
+from checkpoint import (
+    build_classifier,
+    build_encoder,
+    check_folder,
+    load_encoder,
+    load_run,
+    restore,
+    resumed,
+    save,
+    start,
+)
 from checkpoint import write_whole
-from classify import Classifier, exclusive, objective
+from classify import exclusive, objective
 from data import Data, load
 from dino import Collapse
 from evaluate import draw, maps_of, print_tables, report, shown_images
@@ -64,8 +74,9 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, Data], str | None, nn.M
         nn.init.trunc_normal_(encoder.pos_embed, std=0.2)
     if args.task == "classify":
         check_labels(args, train)
-        guides = foreground(args, parts, sample).to(args.device) if args.isnet else None
-        model = Classifier(encoder, len(train.findings))
+        masked = args.isnet or args.baseline not in (None, "gated")
+        guides = foreground(args, parts, sample).to(args.device) if masked else None
+        model = build_classifier(args, encoder, len(train.findings), train.images.shape[1])
         if args.relations:
             model.relvit = RelViT(encoder, args.embed_dim, encoder.grid(train.images), args.relations)
     elif args.ssl == "relvit":

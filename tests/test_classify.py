@@ -16,7 +16,7 @@ from vit import ViT
 
 SETTINGS = Namespace(
     isnet=1.0, isnet_layers="all", isnet_decay=0.9, isnet_e=0.1, lrp_epsilon=0.01, lrp_gamma=3.0,
-    explain="selective", lr=1e-3, batch_size=4, seed=0, relations=None,
+    explain="selective", lr=1e-3, batch_size=4, seed=0, relations=None, baseline=None,
 )  # fmt: skip
 ENCODERS = {"resnet": lambda: ResNet(1, 16), "vit": lambda: ViT(16, 4, 1, 12, 2, 3)}
 

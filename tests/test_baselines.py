@@ -1,0 +1,183 @@
+"""The methods that ISNet is compared with do what their papers say."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import baselines
+import evaluate
+import train
+from classify import Classifier, objective
+from resnet import ResNet
+from vit import ViT
+
+BATCH = 4
+
+
+def classifier(kind: str = "resnet") -> Classifier:
+    torch.manual_seed(0)
+    encoder = ViT(16, 4, 1, 12, 2, 2) if kind == "vit" else ResNet(1, 16)
+    return Classifier(encoder, 2).double().eval()
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    masks = torch.zeros(BATCH, 1, 16, 16, dtype=torch.float64)
+    masks[:, :, 4:12, 4:12] = 1
+    labels = torch.eye(2, dtype=torch.float64)[torch.tensor([0, 1, 1, 0])]
+    return torch.randn(BATCH, 1, 16, 16, dtype=torch.float64), masks, labels
+
+
+def test_an_attention_gate_pools_as_its_formula_says():
+    torch.manual_seed(0)
+    gate, x = baselines.AttentionGate(6), torch.randn(3, 5, 6)
+    pooled, attention = gate(x)
+    for b in range(3):
+        g = x[b].mean(dim=0)
+        scores = torch.stack([gate.w(torch.relu(gate.x(n) + gate.g(g)))[0] for n in x[b]])
+        torch.testing.assert_close(attention[b], scores.softmax(dim=0))
+        torch.testing.assert_close(pooled[b], sum(a * n for a, n in zip(scores.softmax(dim=0), x[b])))
+
+
+def test_grad_cam_of_a_linear_readout_is_the_weighted_map():
+    """Of the mean of the last block's input, the gradient is the label's weights, 1/N each."""
+    model, (x, _, y) = classifier(), batch()
+    model.encoder.blocks[-1] = nn.Identity()
+    model.head = nn.Linear(8, 2).double()
+    model.encoder.embed_dim = 8
+    logits, A = baselines.grad_cam(model, x, y)
+    maps = model.encoder(x).patches.transpose(1, 2).unflatten(2, A.shape[2:])  # (B, 8, h, w)
+    weights = y @ model.head.weight  # (B, 8)
+    want = torch.relu((weights[:, :, None, None] * maps).sum(dim=1, keepdim=True))
+    torch.testing.assert_close(A, want / want.amax(dim=(2, 3), keepdim=True), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits, model(x))
+
+
+@pytest.mark.parametrize("kind", ["resnet", "vit"])
+def test_the_gradient_that_rrr_punishes_is_that_at_the_input_outside_the_mask(kind):
+    model, (x, m, y) = classifier(kind), batch()
+    _, penalty = baselines.rrr(model, x, m, y, True)
+    step, total = 1e-5, torch.zeros(BATCH, dtype=torch.float64)
+    with torch.no_grad():
+        for i in range(16):
+            for j in range(16):
+                moved = torch.zeros_like(x)
+                moved[:, 0, i, j] = step
+                up, down = (model(x + s * moved).log_softmax(dim=1).sum(dim=1) for s in (1, -1))
+                total += ((1 - m[:, 0, i, j]) * (up - down) / (2 * step)) ** 2
+    torch.testing.assert_close(penalty, total, rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["resnet", "vit"])
+@pytest.mark.parametrize("name", ["gain", "rrr"])
+def test_penalties_of_gradients_lose_no_term_in_the_second_backward(kind, name):
+    model, (x, m, y) = classifier(kind), batch()
+    weight = model.head.weight if name == "rrr" else next(model.encoder.blocks[-1].parameters())
+
+    def penalty() -> torch.Tensor:
+        return baselines.PENALTIES[name](model, x, m, y, True)[1].sum()
+
+    (gradient,) = torch.autograd.grad(penalty(), weight)
+    direction, step = torch.randn_like(weight), 1e-5
+    values = []
+    for sign in (1, -1):
+        weight.data += sign * step * direction
+        values.append(penalty().item())
+        weight.data -= sign * step * direction
+    assert (gradient * direction).sum().item() == pytest.approx(
+        (values[0] - values[1]) / (2 * step), rel=1e-3
+    )
+
+
+def test_gain_wants_the_map_to_be_the_mask_and_nothing_left_beside_it(monkeypatch):
+    model, (x, m, y) = classifier(), batch()
+    share = torch.nn.functional.adaptive_avg_pool2d(m, (4, 4))
+    for A, most in ((share, 1.0), (1 - share, 11.0)):
+        monkeypatch.setattr(baselines, "grad_cam", lambda *args, A=A: (None, A))
+        T = torch.sigmoid(10 * (torch.nn.functional.interpolate(A, size=(16, 16), mode="bilinear") - 0.5))
+        left = (model(x * (1 - T)).softmax(dim=1) * y).sum(dim=1)
+        want = left + 10 * (A - share).square().mean(dim=(1, 2, 3))
+        found = baselines.gain(model, x, m, y, True)[1]
+        torch.testing.assert_close(found, want)
+        assert (found <= most).all()
+
+
+def test_a_swapped_image_keeps_its_foreground_and_an_unmasked_one_everything():
+    x, m, _ = (t.repeat(8, *[1] * (t.dim() - 1)) for t in batch())
+    x = torch.randn_like(x)
+    m[::4] = 0
+    found = baselines.swapped(x, m, torch.Generator().manual_seed(0))
+    assert torch.equal(found * m, x * m) and torch.equal(found[::4], x[::4])
+    changed = (found != x).flatten(1).any(dim=1)
+    assert 5 < changed[m.flatten(1).any(dim=1)].sum() < 19  # half of 24
+    for image in found[changed]:  # the background is one other image's, and not a mixture
+        same = (image == x) | (m[1] == 1)
+        assert same.flatten(1).all(dim=1).any()
+
+
+def test_in_use_the_pipeline_s_classifier_sees_nothing_outside_the_segmenter_s_mask():
+    class Middle(nn.Module):
+        def forward(self, images):
+            logits = -torch.ones(len(images), 4, 4, dtype=images.dtype)
+            logits[:, 1:3, 1:3] = 1
+            return logits
+
+    x, _, _ = batch()
+    pipeline = baselines.Pipeline(classifier(), Middle())
+    other = x.clone()
+    other[:, :, :3] = other[:, :, 13:] = other[..., :3] = other[..., 13:] = 7.0
+    torch.testing.assert_close(pipeline(other), pipeline(x))
+    other[:, :, 8, 8] = 7.0
+    assert (pipeline(other) - pipeline(x)).abs().max() > 1e-3
+
+
+def test_the_segmenter_learns_the_share_of_the_mask_in_each_patch():
+    logits, masks = torch.tensor([[[0.0, 2.0], [-2.0, 1.0]]]), torch.zeros(1, 1, 4, 4)
+    masks[0, 0, :2, :2] = masks[0, 0, 0, 2] = 1  # shares 1, 1/4, 0, 0
+    p = logits.sigmoid()[0]
+    shares = torch.tensor([[1.0, 0.25], [0.0, 0.0]])
+    want = -(shares * p.log() + (1 - shares) * (1 - p).log()).mean()
+    torch.testing.assert_close(baselines.overlap_loss(logits, masks), want[None])
+
+
+@pytest.mark.parametrize("name", baselines.PENALTIES)
+def test_an_image_without_a_mask_has_no_penalty(name):
+    args, _ = train.parse(["--task", "classify", "--baseline", name])
+    torch.manual_seed(0)
+    model = train.build_classifier(args, ResNet(1, 16), 2, 1)
+    images = torch.randint(255, (4, 1, 16, 16), dtype=torch.uint8)
+    masks, labels = torch.zeros(4, 1, 16, 16, dtype=torch.bool), torch.eye(2)[[0, 1, 0, 1]]
+    for known in (0, 1):
+        masks[:known, :, 4:12, 4:12] = True
+        losses = objective(args, model, images, masks, labels)
+        _, logged = losses(torch.arange(4), torch.Generator().manual_seed(0))
+        assert (logged[name] > 0) == bool(known)
+
+
+@pytest.mark.parametrize("flags", ["multitask", "gated", "pipeline", "gated --backbone vit"])
+def test_evaluate_builds_the_same_model_again(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("data.DRAWN_SIZES", {"val": 8, "test": 8})
+    argv = "--task classify --marker 1 --train-images 32 --embed-dim 16 --batch-size 16 --epochs 1"
+    argv = [*argv.split(), "--baseline", *flags.split(), "--out", str(tmp_path / "run")]
+    train.main([*argv])
+    before = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    (tmp_path / "run" / "metrics.json").unlink()
+    evaluate.main([str(tmp_path / "run"), "--only", "bias"])
+    after = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert after == {name: before[name] for name in after} and "auc_flipped" in after
+
+
+@pytest.mark.parametrize(
+    "flags, line",
+    [
+        ("--baseline gain --isnet 1", "--baseline gain stands alone"),
+        ("--baseline gated --masks prior", "--masks does nothing without"),
+        ("--baseline swap --baseline-weight 2", "--baseline-weight does nothing without"),
+    ],
+)
+def test_baselines_that_cannot_be_are_refused(flags, line, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--task", "classify", *flags.split(), "--out", str(tmp_path / "run")])
+    assert line in capsys.readouterr().err
