@@ -123,12 +123,12 @@ def add_task_flags(parser: argparse.ArgumentParser) -> None:
     add("--flip", type=float, default=0.0, help="share of mirrored views; 0 where left and right differ")
     add = parser.add_argument_group("classification (ISNet)").add_argument
     add("--isnet", type=float, default=0.0, help="weight of the ISNet loss; 0 for a plain classifier")
-    what = "the label's logit, a random one, or the least likely class's log-odds"
     what = "what to train in place of ISNet, to compare it with: see baselines.py"
     add("--baseline", type=str, choices=BASELINES, help=what)
     add("--baseline-weight", type=float, default=1.0, help="of the baseline's penalty")
     what = "the foreground: data, prior, attention (of --init), another run's folder, or a folder of masks"
     add("--masks", type=str, default="data", help=what)
+    what = "the label's logit, a random one, or the least likely class's log-odds"
     add("--explain", type=str, choices=["label", "random", "selective"], default="selective", help=what)
     where = "what is supervised in inner layers, besides the image: relevance; all: a ViT's attention, too"
     add("--isnet-layers", type=str, choices=["none", "relevance", "all"], default="all", help=where)

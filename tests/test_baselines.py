@@ -133,6 +133,19 @@ def test_in_use_the_pipeline_s_classifier_sees_nothing_outside_the_segmenter_s_m
     assert (pipeline(other) - pipeline(x)).abs().max() > 1e-3
 
 
+def test_in_training_it_sees_nothing_outside_the_true_mask_or_its_own_where_there_is_none():
+    x, m, y = batch()
+    m[0] = 0
+    pipeline = baselines.Pipeline(classifier(), baselines.Segmenter(classifier().encoder).double())
+    nn.init.zeros_(pipeline.segmenter.head.weight)
+    nn.init.constant_(pipeline.segmenter.head.bias, 1.0)  # all is foreground
+    other = torch.where(m == 1, x, x + 3.0)
+    changed = (
+        baselines.pipeline(pipeline, other, m, y, True)[0] - baselines.pipeline(pipeline, x, m, y, True)[0]
+    )
+    assert changed[0].abs().max() > 1e-3 and changed[1:].abs().max() < 1e-9
+
+
 def test_the_segmenter_learns_the_share_of_the_mask_in_each_patch():
     logits, masks = torch.tensor([[[0.0, 2.0], [-2.0, 1.0]]]), torch.zeros(1, 1, 4, 4)
     masks[0, 0, :2, :2] = masks[0, 0, 0, 2] = 1  # shares 1, 1/4, 0, 0
