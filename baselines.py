@@ -14,8 +14,9 @@ and adds a penalty to the classification loss, L = L_class + weight * penalty:
     pipeline    a segmenter first, whose mask is all that a classifier sees; in use it needs both
     swap        no penalty: each image gets the background of another one, half of the time
 
-`multitask`, `gain`, `rrr` and `pipeline` return logits (B, K) and a penalty (B,); images without a mask have
-none. Sizes A to their largest value are ours where the papers leave them open. Next to read: `masks.py`.
+`multitask`, `gain`, `rrr` and `pipeline` return logits (B, K) and a penalty (B,). Ours, to keep them short:
+one gate, at the end, where the paper's network has several; A scaled to its largest value, and taken at the
+last block's input; a segmenter as coarse as the encoder's patches. Next to read: `masks.py`.
 """
 
 import torch

@@ -265,9 +265,13 @@ def _read_mask(path: Path, image_path: Path, shape: tuple[int, ...], size: int) 
 def image_size(data: str, name: str) -> tuple[int, int]:
     """Height and width of an image of the folder `data`, upright, as it is on disk."""
     folder = Path(data) / "images" if (Path(data) / "images").is_dir() else Path(data)
-    pixels, problem = _decode(folder / name)
+    return _shape(folder / name)
+
+
+def _shape(path: Path) -> tuple[int, int]:
+    pixels, problem = _decode(path)
     if pixels is None:
-        raise DataError(f"{folder / name}: this image cannot be read ({problem}); repair or remove it")
+        raise DataError(f"{path}: this image cannot be read ({problem}); repair or remove it")
     return pixels.shape[:2]
 
 
@@ -284,8 +288,8 @@ def read_masks(folder: Path, data: str, names: list[str], size: int) -> Tensor:
             name = path.relative_to(folder).with_suffix("").as_posix()
             i = wanted.get(name, wanted.get(name.partition("/")[2]))
             if i is not None:
-                pixels, _ = _decode(path)
-                shape = image_size(data, names[i]) if data not in DRAWN or pixels is None else pixels.shape
+                # A drawn image is not on disk: any size of its mask will do.
+                shape = _shape(path) if data in DRAWN else image_size(data, names[i])
                 masks[i, 0] |= _read_mask(path, Path(names[i]), shape, size)
                 found.add(i)
     if not found:

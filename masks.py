@@ -8,7 +8,7 @@
 
 Attention becomes a mask by equation (7) of `attention_priors.py`: what the prior covers, in the image that it
 belongs to, holds a share of the attention there; the fewest pixels that hold as much are the mask elsewhere.
-No label is used but the prior. Claim 8 is measured with this file. Next to read: `isnet_lrp.py`.
+No label is used but the prior. Claim 8 (one mask is enough) rests on this file. Next to read: `isnet_lrp.py`.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from attention_priors import mass_held, masks_held
 from checkpoint import load_model, load_run
-from data import BATCH, DRAWN, Data, DataError, image_size, read_masks
+from data import BATCH, DRAWN, Data, image_size, read_masks
 from pretrain import attention_of, lay_over, make_priors
 
 
@@ -42,7 +42,6 @@ def attention_masks(
     true_of = train.images
     if config.prior == "sample":
         true_of = train.images[train.names.index(sample)][None]
-
     R, size = len(names), tuple(images.shape[2:])
     regions = priors >= priors.amax(dim=(1, 2), keepdim=True) / 2
     mass = mass_held(attention_of(encoder, true_of, config.span_layer)[:, :R], grid, regions)

@@ -7,10 +7,11 @@
     heads: the same on the patches, averaged with each attention head's weights: D features a head.
     finetune: that linear layer and the encoder trained on together, a fixed number of steps.
 
-The first two see only `Features.pooled` of a frozen encoder. Labels (N, K) are multi-hot with NaN for
-unknown: findings, measured by the mean of their AUCs, or classes, of which each image has one, measured by
-accuracy as well. With a share of the labels, each is measured over several draws of training images, which
-are the same for every encoder. Claims 2 and 3 are measured with this file. Next to read: `evaluate.py`.
+The encoder is frozen but for fine-tuning; all but `heads` see its `Features.pooled`. Labels (N, K) are
+multi-hot with NaN for unknown: findings, measured by the mean of their AUCs, or classes, of which each image
+has one, measured by accuracy as well. With a share of the labels, each is measured over several draws of
+training images, which are the same for every encoder. Claims 2 and 3 rest on this file. Next to read:
+`evaluate.py`.
 """
 
 import copy
@@ -42,12 +43,11 @@ def features_of(encoder: nn.Module, images: Tensor, heads: bool = False) -> Tens
     found = []
     for part in images.split(BATCH):
         features = encoder(prepared(part))
-        weights = (
-            features.attention / features.attention.sum(dim=2, keepdim=True).clamp_min(1e-12)
-            if heads
-            else None
-        )
-        found.append((weights @ features.patches).flatten(1) if heads else features.pooled)
+        if heads:
+            weights = features.attention / features.attention.sum(dim=2, keepdim=True).clamp_min(1e-12)
+            found.append((weights @ features.patches).flatten(1))  # (B, heads, D) -> (B, heads * D)
+        else:
+            found.append(features.pooled)
     return torch.cat(found).double()
 
 
@@ -158,8 +158,7 @@ def by_finetuning(
     """Fine-tuning as a function of the training images (n,) whose labels it may use.
 
     It starts from the linear layer, lest a random one spoil the encoder (Kumar et al. 2022, arXiv
-    2202.10054).
-    AdamW without decay; at least `steps` steps and at least 5 epochs, in which lr falls to 0.
+    2202.10054). AdamW without decay; at least `steps` steps and at least 5 epochs, in which lr falls to 0.
     """
     images, labels, test = parts["train"].images, parts["train"].labels, parts["test"]
     x, one_class = of_all(encoder, parts), exclusive(labels)

@@ -1,7 +1,6 @@
 """Pooling and self-supervision on the command line, and the probes that measure them."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ import pretrain
 import symbols
 import train
 from checkpoint import build_encoder, load_model, load_run
-from data import Data, load
+from data import load
 
 TINY = "--train-images 32 --embed-dim 24 --depth 2 --num-heads 3 --batch-size 8 --epochs 2"
 TINY = TINY.split()
