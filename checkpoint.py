@@ -128,8 +128,8 @@ def load_run(folder: Path) -> tuple[argparse.Namespace, dict]:
     except Exception as error:  # a damaged or foreign file fails in the unpickler in many ways
         reason = " ".join(str(error).split())[:120]
         raise ValueError(f"{folder}: config.json or last.pt is damaged ({reason})") from None
-    if "baseline" not in config:
-        raise ValueError(f"{folder} is a run of an older version, without --baseline; train it again")
+    if "marker_kind" not in config:
+        raise ValueError(f"{folder} is a run of an older version, without --marker-kind; train it again")
     return argparse.Namespace(**config), checkpoint
 
 

@@ -84,16 +84,17 @@ def load(
     train_images: int = 1500,
     sample: str | None = None,
     marker: float | None = None,
+    marker_kind: str = "corner",
     findings: list[str] | None = None,
 ) -> tuple[dict[str, Data], str | None, list[str]]:
     """{"train", "val", "test"}, the labelled sample's name, and notes, as `load_folder` returns them.
 
     data: one of DRAWN, drawn anew from the seed (each part from a seed of its own), or a folder, which
     img_size, sample and findings apply to but the others don't. marker (of phantoms): the probability with
-    which a marker beside the body agrees with the first finding; then there are two more parts, the test
-    images with the marker "removed" and "flipped" (present where it was absent). findings: None for the
-    labels as they are, ["all"], or those to classify; a single one becomes two classes, without and with it.
-    Raises DataError.
+    which a marker, of a kind that `phantom.stamp` knows, agrees with the first finding; then there are three
+    more parts, the test images with the marker "removed", "flipped" (present where it was absent), and
+    flipped with one "unseen" in training in its place. findings: None for the labels as they are, ["all"],
+    or those to classify; a single one becomes two classes, without and with it. Raises DataError.
     """
     if data in DRAWN:
         parts = _draw_parts(data, img_size, seed, train_images)
@@ -115,7 +116,7 @@ def load(
     if marker is not None:
         if data != "phantom":
             raise DataError(f"a marker can be drawn only on phantoms, not on the images of {data}")
-        _stamp_parts(parts, marker, seed)
+        _stamp_parts(parts, marker, marker_kind, seed)
     if findings is not None and len(parts["train"].findings) == 1:  # without and with it: two classes
         for part, d in parts.items():
             names = [f"no {d.findings[0]}", *d.findings]
@@ -132,14 +133,17 @@ def _draw_parts(data: str, img_size: int, seed: int, train_images: int) -> dict[
     return parts
 
 
-def _stamp_parts(parts: dict[str, Data], agreement: float, seed: int) -> None:
-    """Put the marker on all parts, and add the test images with it removed and flipped."""
-    parts["removed"] = parts["flipped"] = parts["test"]
+def _stamp_parts(parts: dict[str, Data], agreement: float, kind: str, seed: int) -> None:
+    """Put a marker on all parts, and add the test images with it removed, flipped, and another, unseen one."""
+    parts["removed"] = parts["flipped"] = parts["unseen"] = parts["test"]
     for i, (part, data) in enumerate(parts.items()):
-        chance = torch.from_numpy(np.random.default_rng([seed, min(i, 2)]).random(len(data.names)))
-        present = (data.labels[:, 0] == 1) == (chance < agreement)  # the same for every kind of test image
+        stream = np.random.default_rng([seed, min(i, 2)])  # the same for every kind of test image
+        chance = torch.from_numpy(stream.random(len(data.names)))
+        present = ((data.labels[:, 0] == 1) == (chance < agreement)) ^ (part in ("flipped", "unseen"))
+        this = "disc" if part == "unseen" else kind
         if part != "removed":
-            parts[part] = data._replace(images=bodies.stamp(data.images, present ^ (part == "flipped")))
+            images = bodies.stamp(data.images, present, this, data.masks, int(stream.integers(2**31)))
+            parts[part] = data._replace(images=images)
 
 
 def normalise(images: Tensor) -> Tensor:

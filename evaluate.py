@@ -6,9 +6,9 @@
                 prior, as it is and registered to each test image, on the attention's grid of patches and, for
                 honesty, at every pixel.
     bias        A classifier's AUC and accuracy on test images as they were in training and, if a hospital's
-                marker was drawn on them, with the marker removed and flipped: only these show what it relies
-                on. The share of relevance in the foreground is printed beside them, since a heatmap can look
-                right and be wrong.
+                marker was drawn on them, with the marker removed, flipped, and flipped as another one, unseen
+                in training: only these show what it relies on. The share of relevance in the foreground is
+                printed beside them, since a heatmap can look right and be wrong.
     knn, linear, heads, finetune
                 What the encoder is good for, with all labels and with few: see `probe.py`.
 
@@ -87,14 +87,14 @@ def measure_classifier(
 ) -> dict[str, dict[str, float]]:
     """AUC, accuracy and the foreground's share of relevance: {set: {what: value}}.
 
-    The sets are the test images as the training images are (same) and, if there is a marker, with it removed
-    and flipped. Thresholds are those that are best on validation images, where these have labels; of three
+    The sets are the test images as the training images are (same) and, if there is a marker, with it removed,
+    flipped, and flipped as one unseen. Thresholds are those that are best on validation images, where these have labels; of three
     classes or more the likeliest counts. What can't be said is NaN. Raises CannotMeasure without labels.
     """
     test, val = parts["test"], parts["val"]
     if test.labels is None or test.labels.isnan().all():
         raise CannotMeasure(f"no test image of {config.data} has a label: AUC can't be measured")
-    sets = {"same": test, **{name: parts[name] for name in ("removed", "flipped") if name in parts}}
+    sets = {"same": test, **{name: parts[name] for name in ("removed", "flipped", "unseen") if name in parts}}
     one_class, table = exclusive(parts["train"].labels), {}
     findings = dict(enumerate(test.findings))
     if first_finding(parts):
@@ -312,13 +312,13 @@ def load_all(runs: list[Path]) -> tuple[dict, dict[str, Data], str | None]:
             wanted |= {"seed": config.seed, "train_images": config.train_images}
         if source is None:
             source = wanted
-            markers = {other.marker for other, _ in loaded.values()} - {None}
+            configs = [other for other, _ in loaded.values() if other.marker is not None]
+            markers = {(other.marker, other.marker_kind) for other in configs}
             if len(markers) > 1:
-                raise ValueError(
-                    f"the runs have markers of {sorted(markers)}: compare runs on the same images"
-                )
-            marker = markers.pop() if markers else None
-            parts, sample, _ = load(**{k: v for k, v in wanted.items() if k != "task"}, marker=marker)
+                found = " and ".join(f"{kind} {share:g}" for share, kind in sorted(markers))
+                raise ValueError(f"the runs have markers of {found}: compare runs on the same images")
+            marker = dict(zip(("marker", "marker_kind"), markers.pop())) if markers else {}
+            parts, sample, _ = load(**{k: v for k, v in wanted.items() if k != "task"}, **marker)
         differ = [name for name in source | wanted if source.get(name) != wanted.get(name)]
         if differ:
             raise ValueError(

@@ -13,7 +13,7 @@ from torch import Generator
 from baselines import BASELINES, PENALTIES
 from checkpoint import load_run
 from crops import random_crops
-from phantom import FINDINGS
+from phantom import FINDINGS, MARKERS
 from relvit import TASKS as RELATIONS
 
 TASKS = ["pretrain", "classify"]
@@ -58,6 +58,8 @@ def parse(argv: list[str], doc: str = "\n\n") -> tuple[argparse.Namespace, set[s
     add("--img-size", type=int, default=64, help="pixels a side that images are resized to")
     add("--findings", type=str, nargs="+", help="to classify, or all (default: phantom one, else all)")
     add("--marker", type=float, help="share of phantoms whose marker agrees with the first finding")
+    what = "an L in a corner or anywhere, a tint, or a frame"
+    add("--marker-kind", type=str, choices=MARKERS[:-1], default="corner", help=what)
     add("--sample", type=str, help="name of the labelled image (default: the first that has all masks)")
     add_task_flags(parser)
     add = parser.add_argument_group("model").add_argument
@@ -230,6 +232,7 @@ def check_idle(args: argparse.Namespace, typed: set[str]) -> None:
     masked = args.baseline not in (None, "gated")
     missing = {  # flags, and what they need if it isn't there
         "explain isnet_layers isnet_decay isnet_e": None if args.isnet else "--isnet; add --isnet 1",
+        "marker_kind": "--marker; add --marker 1" if args.marker is None else None,
         "masks": None if args.isnet or masked else "--isnet or a --baseline that needs masks",
         "baseline_weight": None if args.baseline in PENALTIES else f"--baseline {', '.join(PENALTIES)}",
         "relations": None if upstream or args.task == "classify" else "--ssl relvit or --task classify",

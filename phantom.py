@@ -9,7 +9,8 @@ exposure and noise vary as well.
   image's right, and the heart leans to it. A lung's mask ends where the heart covers it.
 - labels, each present or not by itself: `enlarged heart`, `effusion`, `nodule`, `opacity`.
 
-`stamp` puts a hospital's marker beside the body: a shortcut to a finding with which it happens to agree.
+`stamp` adds a shortcut to a finding with which it happens to agree: a hospital's marker beside the body (in
+one corner or anywhere), a tint of all that is no region, or a frame.
 
 Image i of a seed is the same whatever the number of images: each has its own random stream. Everything is
 batched tensor work, thousands of images a second. Next to read: `vit.py`.
@@ -17,10 +18,12 @@ batched tensor work, thousands of images a second. Next to read: `vit.py`.
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Generator, Tensor
 
 REGIONS = ["left lung", "right lung", "heart"]
 FINDINGS = ["enlarged heart", "effusion", "nodule", "opacity"]
+MARKERS = ["corner", "anywhere", "tint", "border", "disc"]  # the last is for tests alone
 PREVALENCE = 0.3  # of each finding
 NUMBERS = 64  # random numbers an image may use for pose, shape, contrast and findings
 BATCH = 256
@@ -48,19 +51,40 @@ def phantom(n: int, seed: int, img_size: int = 64, device: str = "cpu") -> tuple
     return images, masks, labels
 
 
-def stamp(images: Tensor, present: Tensor) -> Tensor:
-    """Copies of images (n, C, S, S) uint8 with a bright L in the upper right corner, where present (n,) bool.
+def stamp(
+    images: Tensor, present: Tensor, kind: str = "corner", masks: Tensor | None = None, seed: int = 0
+) -> Tensor:
+    """Copies of images (n, C, S, S) uint8 with a shortcut of one kind, where present (n,) bool.
 
-    The L is a tenth of the width, at the same place in all images; few lungs or hearts reach it.
+    corner: a bright L in the upper right corner, a tenth of the width (few regions reach it); anywhere: the
+    same L where it touches no region, for each image elsewhere (by the seed); tint: all that is no region 10 %
+    of the range brighter; border: a bright frame; disc: in the lower left corner. masks (n, R, S, S) bool are
+    needed by anywhere and tint. Raises ValueError for another kind.
     """
-    size = round(images.shape[-1] * 6 / 64)
-    stroke, margin = max(1, size // 3), max(1, size // 3)
-    letter = torch.zeros(size, size, dtype=torch.bool)
-    letter[:, :stroke] = letter[-stroke:] = True
-    stamped = images.clone()
-    corner = stamped[..., margin : margin + size, -margin - size : -margin]
-    corner[letter & present[:, None, None, None]] = 255
-    return stamped
+    n, S = len(images), images.shape[-1]
+    if kind == "tint":
+        outside = ~masks.any(dim=1, keepdim=True) & present[:, None, None, None]
+        return (images + 25 * outside.int()).clamp(max=255).to(torch.uint8)
+    if kind not in MARKERS:
+        raise ValueError(f"marker {kind} is none of {', '.join(MARKERS)}")
+    size, frame = round(S * 6 / 64), max(1, S // 32)
+    stroke = margin = max(1, size // 3)
+    letter, border = torch.zeros(size, size), torch.ones(S, S)
+    letter[:, :stroke] = letter[-stroke:] = 1
+    border[frame:-frame, frame:-frame] = 0
+    across = torch.linspace(-1, 1, size).square()
+    disc = (across + across[:, None] <= 1.1).float()
+    stencil = {"border": border, "disc": disc}.get(kind, letter)
+    room = S - len(stencil) + 1  # places (n, 1, room, room) of the stencil's upper left pixel
+    places = torch.zeros(n, 1, room, room)
+    if kind == "anywhere":
+        free = F.max_pool2d(masks.any(dim=1, keepdim=True).float(), size, stride=1) == 0
+        chosen = torch.multinomial(free.flatten(1).float(), 1, generator=Generator().manual_seed(seed))
+        places.flatten(1).scatter_(1, chosen, 1.0)
+    else:
+        places[:, 0, *{"border": (0, 0), "disc": (-1 - margin, margin)}.get(kind, (margin, -1 - margin))] = 1
+    ink = F.conv_transpose2d(places, stencil[None, None]) > 0.5  # (n, 1, S, S)
+    return torch.where(ink & present[:, None, None, None], 255, images)
 
 
 def _draw(numbers: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -58,8 +58,8 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, Data], str | None, nn.M
     if args.task == "classify" and args.device == "cpu":
         torch.set_flush_denormal(True)  # relevance fades into numbers that make a CPU crawl
     findings = (args.findings or ["all"]) if args.task == "classify" else None
-    given = args.data, args.img_size, args.seed, args.train_images, args.sample, args.marker, findings
-    parts, sample, notes = load(*given)
+    given = args.data, args.img_size, args.seed, args.train_images, args.sample
+    parts, sample, notes = load(*given, args.marker, args.marker_kind, findings)
     for note in notes:
         print(f"note: {note}")
     train = parts["train"]

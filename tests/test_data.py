@@ -523,6 +523,19 @@ def test_the_marker_agrees_as_often_as_asked_and_is_removed_and_flipped_in_test_
         assert not present["removed"].any() and torch.equal(present["flipped"], ~present["test"])
         assert torch.equal(parts["removed"].images, bare["test"].images)
         assert torch.equal(parts["flipped"].images[..., 8:, :], parts["test"].images[..., 8:, :])
+        new = (parts["unseen"].images != bare["test"].images).any(dim=3)[:, 0]  # a disc in the lower corner
+        assert torch.equal(new[:, 54:].any(dim=1), ~present["test"]) and not new[:, :54].any()
+
+
+@pytest.mark.parametrize("kind", ["anywhere", "tint", "border"])
+def test_a_marker_of_any_kind_lies_at_the_same_place_in_test_images_and_in_flipped_ones(kind):
+    bare, _, _ = load("phantom", 64, seed=1, train_images=2)
+    parts, _, _ = load("phantom", 64, 1, 2, marker=1.0, marker_kind=kind)
+    test, flipped, without = parts["test"].images, parts["flipped"].images, bare["test"].images
+    label = parts["test"].labels[:, 0] == 1
+    assert torch.equal(torch.where(label[:, None, None, None], flipped, test), without)
+    again, _, _ = load("phantom", 64, 1, 2, marker=0.0, marker_kind=kind)
+    assert torch.equal(again["test"].images, flipped)
 
 
 def test_a_single_finding_becomes_two_classes():

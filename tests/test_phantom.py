@@ -85,3 +85,32 @@ def test_the_marker_is_a_bright_l_beside_lungs_and_heart_where_it_is_asked_for(d
     assert (changed > 0.9).sum() == 20 and ((changed > 0) & (changed <= 0.9)).sum() == 0
     assert (stamped[present, 0][:, changed > 0] == 255).all()
     assert masks[:, :, changed > 0].float().mean() < 0.002  # hardly ever over a lung
+
+
+def test_an_l_anywhere_touches_no_region_and_lies_elsewhere_in_each_image(drawn):
+    images, masks, _ = drawn
+    here = torch.ones(300, dtype=torch.bool)
+    changed = (stamp(images, here, "anywhere", masks, seed=3) != images)[:, 0]
+    assert not (changed & masks.any(dim=1)).any()
+    centre = (changed * torch.arange(64.0)).sum(dim=(1, 2)) / changed.sum(dim=(1, 2))
+    assert centre.std() > 15 and (changed.sum(dim=(1, 2)) <= 20).all()  # fewer where it was 255 already
+    assert torch.equal(stamp(images, here, "anywhere", masks, 3), stamp(images, here, "anywhere", masks, 3))
+
+
+def test_a_tint_a_frame_and_a_disc_lie_where_they_are_said_to(drawn):
+    images, masks, _ = drawn
+    present = torch.arange(300) % 2 == 0
+    tinted, framed, with_disc = (stamp(images, present, kind, masks) for kind in ("tint", "border", "disc"))
+    outside = ~masks.any(dim=1, keepdim=True) & present[:, None, None, None]
+    assert torch.equal(tinted.int(), (images.int() + 25 * outside).clamp(max=255))
+    assert (framed[present, :, 0] == 255).all() and (framed[present, :, :, -2:] == 255).all()
+    assert torch.equal(framed[:, :, 2:-2, 2:-2], images[:, :, 2:-2, 2:-2])
+    changed = (with_disc != images).any(dim=0)[0].nonzero()
+    assert changed[:, 0].min() >= 54 and changed[:, 1].max() <= 9
+    for stamped in (tinted, framed, with_disc):
+        assert torch.equal(stamped[~present], images[~present])
+
+
+def test_a_marker_that_is_none_is_refused(drawn):
+    with pytest.raises(ValueError, match="marker moustache is none of corner, anywhere, tint, border, disc"):
+        stamp(drawn[0], drawn[2][:, 0] > 0, "moustache")

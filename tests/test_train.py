@@ -452,7 +452,7 @@ def test_a_classifier_is_measured_with_the_marker_as_in_training_removed_and_fli
     printed = capsys.readouterr().out
     assert "C1 " in printed and "C2 " in printed and "flipped" in printed
     metrics = json.loads((tmp_path / "isnet" / "metrics.json").read_text())
-    for name in ("same", "removed", "flipped"):
+    for name in ("same", "removed", "flipped", "unseen"):
         for what in ("auc", "accuracy", "relevance_share"):
             assert 0 <= metrics[f"{what}_{name}"] <= 1
         assert metrics[f"auc_{name}_enlarged_heart"] == metrics[f"auc_{name}"]
