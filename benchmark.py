@@ -12,35 +12,41 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 
-from checkpoint import build_encoder, write_whole
-from classify import Classifier, classification_loss, explained, isnet_losses
+from baselines import BASELINES
+from checkpoint import build_classifier, build_encoder, write_whole
+from classify import objective, prepared
 from crops import crop, distort, random_crops
 from flags import parse
-from isnet_lrp import foreground_loss
 from phantom import phantom
 from vit import ViT
 
-CLASSIFIERS = {  # what trains with ISNet: its flags, and the shape of its images
-    "ResNet, epsilon rule": ("--lrp-gamma 0 --isnet-layers none", (16, 1, 64, 64)),
-    "ResNet, gamma rule": ("--lrp-gamma 3 --isnet-layers none", (16, 1, 64, 64)),
-    "ResNet, gamma rule, inner layers": ("--lrp-gamma 3", (16, 1, 64, 64)),
-    "ResNet 8 times as wide, epsilon rule": (
-        "--lrp-gamma 0 --isnet-layers none --embed-dim 512",
-        (8, 3, 64, 64),
+SMALL, WIDE, LARGE = (16, 1, 64, 64), (8, 3, 64, 64), (2, 3, 224, 224)  # images (B, C, H, W)
+RESNET, VIT = "--backbone resnet", "--backbone vit"
+VIT_S = f"{VIT} --img-size 224 --patch-size 16 --embed-dim 384 --depth 12 --num-heads 6"
+CLASSIFIERS = {  # what is compared with the plain classifier of the same encoder: its flags, and what it adds
+    "ISNet / plain: ResNet, epsilon rule": (RESNET, "--isnet 1 --lrp-gamma 0 --isnet-layers none", SMALL),
+    "ISNet / plain: ResNet, gamma rule": (RESNET, "--isnet 1 --isnet-layers none", SMALL),
+    "ISNet / plain: ResNet, gamma rule, inner layers": (RESNET, "--isnet 1", SMALL),
+    "ISNet / plain: ResNet 8 times as wide, epsilon rule": (
+        f"{RESNET} --embed-dim 512",
+        "--isnet 1 --lrp-gamma 0 --isnet-layers none",
+        WIDE,
     ),
-    "ViT, epsilon rule": ("--backbone vit --isnet-layers none", (16, 1, 64, 64)),
-    "ViT, epsilon rule, inner layers and attention": ("--backbone vit", (16, 1, 64, 64)),
-    "ViT-S/16 at 224 px, epsilon rule": (
-        "--backbone vit --isnet-layers none --img-size 224 --patch-size 16"
-        " --embed-dim 384 --depth 12 --num-heads 6",
-        (2, 3, 224, 224),
-    ),
+    "ISNet / plain: ViT, epsilon rule": (VIT, "--isnet 1 --isnet-layers none", SMALL),
+    "ISNet / plain: ViT, epsilon rule, inner layers and attention": (VIT, "--isnet 1", SMALL),
+    "ISNet / plain: ViT-S/16 at 224 px, epsilon rule": (VIT_S, "--isnet 1 --isnet-layers none", LARGE),
+} | {
+    f"{baseline} / plain: {name}": (encoder, f"--baseline {baseline}", SMALL)
+    for name, encoder in {"ResNet": RESNET, "ViT": VIT}.items()
+    for baseline in BASELINES
 }
 
 
@@ -124,23 +130,24 @@ def batched_pipeline(images: Tensor) -> Callable:
     return work
 
 
-def classifier_steps(flags: str, shape: tuple[int, ...]) -> tuple[Callable, Callable]:
-    """The loss of a plain step of a classifier on images (B, C, H, W), and of one with ISNet."""
-    args = parse(f"--task classify --isnet 1 {flags}".split())[0]
-    model = Classifier(build_encoder(args, shape[1]), 2)
-    x, labels, masks = torch.rand(shape), torch.eye(2).repeat(shape[0] // 2, 1), torch.zeros(shape)[:, :1]
-    masks[:, :, 16:48, 16:48] = 1
+def classifier(flags: str, shape: tuple[int, ...]) -> tuple[Callable, Callable]:
+    """A classifier on images (B, C, H, W): its training loss, as in train.py, and its use."""
+    args = parse(f"--task classify {flags}".split())[0]
+    B, C, H, W = shape
+    torch.manual_seed(0)
+    model = build_classifier(args, build_encoder(args, C), 2, C)
+    images, labels = torch.randint(256, shape, dtype=torch.uint8), torch.eye(2).repeat(B // 2, 1)
+    masks = torch.zeros(B, 1, H, W, dtype=torch.bool)
+    masks[:, :, H // 4 : 3 * H // 4, W // 4 : 3 * W // 4] = True
+    with redirect_stdout(StringIO()):  # it says what range of relevance it found
+        losses = objective(args, model, images, masks, labels)
+    everyone, generator = torch.arange(B), torch.Generator().manual_seed(0)
 
-    def plain() -> Tensor:
-        return classification_loss(model(x), labels, one_class=True)
+    @torch.inference_mode()
+    def use() -> Tensor:
+        return model(prepared(images))
 
-    def isnet() -> Tensor:
-        target = explained(labels, True, args.explain, torch.Generator())
-        background, heatmap, logits = isnet_losses(model, x, masks, target, args)
-        foreground = foreground_loss(heatmap, masks, 0.1, 10.0)
-        return classification_loss(logits, labels, one_class=True) + (background + foreground).mean()
-
-    return plain, isnet
+    return lambda: losses(everyone, generator)[0], use
 
 
 def kept_bytes(loss: Callable) -> int:
@@ -167,13 +174,14 @@ def measure(runs: int) -> dict[str, tuple[float, float, float]]:
     ):
         steps = [training_step(vit, images, exposed) for exposed in (False, True)]
         rows[f"training step with the attention row / without: {name}"] = ratio(*steps, runs)
-    for name, setting in CLASSIFIERS.items():
-        steps = classifier_steps(*setting)
-        rows[f"training step, ISNet / plain: {name}"] = ratio(
-            *(lambda s=s: s().backward() for s in steps), runs
-        )
-        plain, isnet = map(kept_bytes, steps)
-        rows[f"memory kept for the backward pass, ISNet / plain: {name}"] = (isnet / plain,) * 3
+    for name, (encoder, added, shape) in CLASSIFIERS.items():
+        (plain, plain_use), (other, use) = classifier(encoder, shape), classifier(f"{encoder} {added}", shape)
+        steps = (lambda: plain().backward()), (lambda: other().backward())
+        rows[f"training step, {name}"] = ratio(*steps, runs)
+        if "ISNet" in name:
+            rows[f"memory kept for the backward pass, {name}"] = (kept_bytes(other) / kept_bytes(plain),) * 3
+        elif "gated" in name or "pipeline" in name:  # the others leave the plain model behind
+            rows[f"use, {name}"] = ratio(plain_use, use, runs)
     for size, channels in ((64, 1), (64, 3), (224, 3)):
         images = phantom(64, seed=0, img_size=size)[0].repeat(1, channels, 1, 1)
         pictures = [Image.fromarray(x.permute(1, 2, 0).squeeze(2).numpy()) for x in images]

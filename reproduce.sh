@@ -3,6 +3,7 @@
 #
 #   ./reproduce.sh            3 seeds; hours; fills the README's tables
 #   ./reproduce.sh --quick    1 seed of what the claims need most; prints the claims
+#   ./reproduce.sh --list     prints the runs and their flags
 set -euo pipefail
 cd "$(dirname "$0")"
 export OMP_NUM_THREADS=1
@@ -14,7 +15,8 @@ pretraining() {
     for seed in $seeds; do
         echo "span-$seed --seed $seed"
         echo "dino-$seed --seed $seed --prior none"
-        plates="--data parts --lr 5e-4 --teacher-temp 0.01 --global-scale 0.7 1 --seed $seed"  # else DINO collapses
+        plates="--data parts --lr 5e-4 --teacher-temp 0.01 --global-scale 0.7 1"  # or DINO collapses; it
+        plates="$plates --keep-going --seed $seed"                                # comes near that even so
         echo "parts_span-$seed $plates --prior statistics"
         echo "parts_dino-$seed $plates --prior none"
         echo "masks-$seed --seed $seed --prior masks"
@@ -54,6 +56,26 @@ classifiers() {
     echo "vit_unguided-0 $common --backbone vit --epochs 15 --isnet-layers relevance"
 }
 
+one_mask() {  # other ways to stay off the background; and ISNet's masks from one labelled sample
+    for seed in $seeds; do
+        echo "first span_marked-$seed --seed $seed --marker 1"
+        for backbone in resnet vit; do
+            common="--task classify --seed $seed --backbone $backbone --marker 1"
+            [ $backbone = vit ] && common="$common --epochs 15"
+            for baseline in multitask gated gain rrr pipeline swap; do
+                echo "first ${baseline}_$backbone-$seed $common --baseline $baseline"
+            done
+            echo "first isnet_prior_$backbone-$seed $common --isnet 1 --masks prior"
+            echo "then isnet_attention_$backbone-$seed $common --isnet 1 --masks runs/span_marked-$seed"
+        done
+        for kind in anywhere tint border; do
+            common="--task classify --seed $seed --marker 1 --marker-kind $kind"
+            echo "first plain_$kind-$seed $common"
+            echo "first isnet_$kind-$seed $common --isnet 1"
+        done
+    done
+}
+
 poolings() {  # with labels, beside the unmarked classifiers, and without; at half the images of the SPAN runs
     for seed in $seeds; do
         common="--task classify --seed $seed"
@@ -73,12 +95,12 @@ poolings() {  # with labels, beside the unmarked classifiers, and without; at ha
 # Few labels: every row but `half` and `relvit_long` sees as many images in all; all have the same encoder.
 few="--backbone vit --embed-dim 64 --depth 3 --num-heads 4 --batch-size 32 --lr 1e-3"
 
-few_labels() {  # first: what starts from nothing; then: what starts from that
+few_labels() {
     for seed in $seeds; do
         pretrained phantom 30 "--findings all" "--train-images 500"
         pretrained symbols50 30 "" "--data data/symbols50-$seed"
         pretrained symbols500 6 "" "--data data/symbols500-$seed"
-    done | grep "^$1 " | cut -d " " -f 2-
+    done
 }
 
 pretrained() {  # data, epochs of pretraining and as many of tuning, findings, flags of the data
@@ -92,10 +114,16 @@ pretrained() {  # data, epochs of pretraining and as many of tuning, findings, f
         echo "then tuned_${name}_$1-$seed $label --epochs $2 --init runs/pre_${name}_$1-$seed"
     done < <(
         echo "relvit $2 --ssl relvit --prior none"
-        echo "relvit_long $((5 * $2)) --ssl relvit --prior none"
+        [ "$1" = phantom ] || echo "relvit_long $((5 * $2)) --ssl relvit --prior none"
         echo "dino $2 --prior none"
         [ "$1" = phantom ] && echo "span $2" && echo "relvit_span $2 --ssl relvit"
     )
+}
+
+lists() {  # first: what starts from nothing; then: what starts from that
+    (pretraining; classifiers; poolings) | sed "s/^/first /"
+    few_labels
+    one_mask
 }
 
 transfer() {  # which runs are probed side by side
@@ -125,6 +153,10 @@ probe() {  # features of two finished runs, with all labels and with few; the qu
 }
 export -f run probe
 
+if [ "${1:-}" = --list ]; then
+    lists | cut -d " " -f 2-
+    exit
+fi
 symbols="50 500"
 chosen=cat
 export finetune=finetune
@@ -137,8 +169,9 @@ for seed in $seeds; do
         python symbols.py $folder --train $n --seed $seed
     done
 done
-(pretraining; classifiers; poolings; few_labels first) | $chosen | xargs -P 2 -L 1 bash -c 'run "$@"' _
-few_labels then | $chosen | xargs -P 2 -L 1 bash -c 'run "$@"' _
+for stage in first then; do
+    lists | grep "^$stage " | cut -d " " -f 2- | $chosen | xargs -P 2 -L 1 bash -c 'run "$@"' _
+done
 transfer | xargs -P 2 -L 1 bash -c 'probe "$@"' _
 if [ "${1:-}" = --quick ]; then
     python tables.py runs --only claims few_labels transfer

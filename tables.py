@@ -29,6 +29,20 @@ ABLATIONS = {
     "no_blur": "prior not blurred",
 }
 
+SHORTCUT = {
+    "unmarked": "no marker in training",
+    "plain": "plain",
+    "multitask": "multi-task",
+    "gated": "attention-gated",
+    "gain": "GAIN",
+    "rrr": "right for the right reasons",
+    "pipeline": "segmenter, then classifier",
+    "swap": "backgrounds swapped",
+    "isnet": "**ISNet, true masks**",
+    "isnet_prior": "**ISNet, one mask, registered**",
+    "isnet_attention": "**ISNet, one mask, SPAN's attention**",
+}
+KINDS = {"anywhere": "an L anywhere", "tint": "a tint of the background", "border": "a frame"}
 FAILURES = {
     "isnet_resnet": "ResNet, as it should be",
     "plain_resnet": "no ISNet at all",
@@ -77,9 +91,9 @@ STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365
 CLAIMS = """
 1 | SPAN's attention mAP, above DINO's best heads | +58.7 | 58.7 | span attention_mAP | dino
 1 | ... above DINO's after longer training | | 58.7 | span attention_mAP | dino_long
-1 | ... above the prior as it is | | 15 | span attention_mAP | span prior_mAP
-1 | ... above the aligned prior, on the same grid | | 0 | span attention_mAP | span aligned_prior_mAP
-1 | ... above it at every pixel | | 0 | span attention_mAP | span aligned_prior_every_pixel_mAP
+1 | ... above the prior as it is | | 15 | span attention_mAP | . prior_mAP
+1 | ... above the aligned prior, on the same grid | | 0 | span attention_mAP | . aligned_prior_mAP
+1 | ... above it at every pixel | | 0 | span attention_mAP | . aligned_prior_every_pixel_mAP
 1 | ... to that with all images' masks | | -1 | span attention_mAP | masks
 2 | SPAN transfers: linear layer's mAUC, above DINO's | +2.2 | 2.2 | span linear_mAUC | dino
 2 | ... fine-tuned | | 2.2 | span finetune_mAUC | dino
@@ -94,13 +108,13 @@ CLAIMS = """
 4 | ... each head's patches | | 0 | parts_span heads_mAUC | parts_dino
 4 | ... attention mAP | | 0 | parts_span attention_mAP | parts_dino
 5 | ISNet, ResNet: AUC with the marker flipped | | 85 | isnet_resnet flipped |
-5 | ... to the marker as in training | | -5 | isnet_resnet flipped | isnet_resnet same
+5 | ... to the marker as in training | | -5 | isnet_resnet flipped | . same
 5 | ... to training without marker | | -5 | isnet_resnet flipped | unmarked_resnet same
 5 | ISNet, ViT: AUC with the marker flipped | | 85 | isnet_vit flipped |
-5 | ... to the marker as in training | | -5 | isnet_vit flipped | isnet_vit same
+5 | ... to the marker as in training | | -5 | isnet_vit flipped | . same
 5 | ... to training without marker | | -5 | isnet_vit flipped | unmarked_vit same
 5 | ISNet, ResNet, 4 findings: AUC, flipped | | 85 | isnet_findings flipped |
-5 | ... to the marker as in training | | -5 | isnet_findings flipped | isnet_findings same
+5 | ... to the marker as in training | | -5 | isnet_findings flipped | . same
 5 | ... to training without marker | | -5 | isnet_findings flipped | unmarked_findings same
 6 | RelViT, then 50 labels a class: to alone | | 0 | tuned_relvit_symbols50 accuracy | scratch_symbols50
 6 | ... 5 times as long, same label steps | | 0 | tuned_relvit_long_symbols50 accuracy | half_symbols50
@@ -113,6 +127,14 @@ CLAIMS = """
 7 | ... without labels (DINO), ViT, to CLS | | 0 | vit_simpool_dino attention_AP_heart | vit_cls_dino
 7 | ... ResNet, to the mean | | 0 | resnet_simpool_dino attention_AP_heart | resnet_gap_dino
 7 | ... linear layer, ViT, to CLS | | 0 | vit_simpool_dino linear_mAUC | vit_cls_dino
+8 | One mask, registered, ResNet: flipped, to as in training | | -5 | isnet_prior_resnet flipped | . same
+8 | ... share of true masks' gain, % | | 80 | isnet_prior_resnet flipped | isnet_resnet from plain_resnet
+8 | ... ViT: flipped, to as in training | | -5 | isnet_prior_vit flipped | . same
+8 | ... share of true masks' gain, % | | 80 | isnet_prior_vit flipped | isnet_vit from plain_vit
+8 | One mask, attention, ResNet: flipped, to as in training | | -5 | isnet_attention_resnet flipped | . same
+8 | ... share of true masks' gain, % | | 80 | isnet_attention_resnet flipped | isnet_resnet from plain_resnet
+8 | ... ViT: flipped, to as in training | | -5 | isnet_attention_vit flipped | . same
+8 | ... share of true masks' gain, % | | 80 | isnet_attention_vit flipped | isnet_vit from plain_vit
 """
 TRANSFER = {  # title: (experiment, what to compare it with)
     "DINO": ("dino", None),
@@ -183,17 +205,31 @@ def localisation(runs: dict) -> str:
     return markdown(["pixel AP, %", *columns], rows)
 
 
+def compared(runs: dict, of: str, to: str) -> tuple[list[float], str]:
+    """A line of CLAIMS: its values, one a seed, and their sign if they are differences.
+
+    of: experiment and figure; to: nothing, or what is taken off, an experiment (. is the same) and, if it is
+    another one, its figure; or "A from B": then it is the share of the way from B to A.
+    """
+    (experiment, figure), (reference, *other) = of.split(), to.replace(".", of.split()[0]).split() or [""]
+    figure = FIGURES.get(figure, figure)
+    values = points(runs, experiment, figure)
+    if not reference:
+        return list(values.values()), ""
+    if other[:1] == ["from"]:
+        end, start = (points(runs, name, figure) for name in (reference, other[1]))
+        seeds = sorted(values.keys() & end.keys() & start.keys())
+        return [100 * (values[s] - start[s]) / (end[s] - start[s]) for s in seeds], ""
+    other = FIGURES.get(other[0], other[0]) if other else figure
+    return gaps(values, points(runs, reference, other)), "+"
+
+
 def claims(runs: dict) -> str:
     """Every claim: the paper's figure, the bar here, what was measured, and in how many seeds it holds."""
     rows = []
     for line in CLAIMS.strip().splitlines():
-        number, claim, paper, bar, *compared = (cell.strip() for cell in line.split("|"))
-        (experiment, figure), (reference, *other) = compared[0].split(), compared[1].split() or [""]
-        values = points(runs, experiment, FIGURES.get(figure, figure))
-        other = other[0] if other else figure
-        against = points(runs, reference, FIGURES.get(other, other))
-        found = gaps(values, against) if reference else list(values.values())
-        sign = "+" if reference else ""
+        number, claim, paper, bar, of, to = (cell.strip() for cell in line.split("|"))
+        found, sign = compared(runs, of, to)
         holds = f"{sum(value >= float(bar) for value in found)} of {len(found)}" if found else "not measured"
         rows.append([number, claim, paper, bar, spread(found, sign), interval(found, sign), holds])
     header = ["no.", "claim, in points", "paper", "at least", "here", "95 % interval", "holds in seeds"]
@@ -239,26 +275,31 @@ def ablation(runs: dict) -> str:
 
 
 def shortcut(runs: dict) -> str:
-    """AUC with the marker as in training, removed and flipped, for both backbones."""
+    """AUC with the marker as in training, removed, flipped, and another in its place, for both backbones."""
     rows = []
-    for title, experiment in (
-        ("ResNet, no marker in training", "unmarked_resnet"),
-        ("ResNet, plain", "plain_resnet"),
-        ("**ResNet, ISNet**", "isnet_resnet"),
-        ("ViT, no marker in training", "unmarked_vit"),
-        ("ViT, plain", "plain_vit"),
-        ("**ViT, ISNet**", "isnet_vit"),
-        ("ResNet, 4 findings, plain", "plain_findings"),
-        ("**ResNet, 4 findings, ISNet**", "isnet_findings"),
-    ):
-        sets = ["same"] if experiment.startswith("unmarked") else ["same", "removed", "flipped"]
-        found = [list(points(runs, experiment, f"auc_{name}_enlarged_heart").values()) for name in sets]
-        share = list(points(runs, experiment, "relevance_share_same").values())
-        if share:
-            cells = [*map(spread, found), "", ""][:3]
-            rows.append([title, *cells, spread(share), str(len(share))])
-    header = ["enlarged heart: AUC, %", "marker as in training", "removed", "flipped"]
-    return markdown([*header, "relevance in lungs and heart, %", "seeds"], rows)
+    for backbone, name in {"resnet": "ResNet", "vit": "ViT", "findings": "ResNet, 4 findings"}.items():
+        for how, title in SHORTCUT.items():
+            experiment = f"{how}_{backbone}"
+            sets = ["same"] if how == "unmarked" else ["same", "removed", "flipped", "unseen"]
+            names = [f"auc_{part}_enlarged_heart" for part in sets] + [""] * (4 - len(sets))
+            names += ["relevance_share_same", "mask_dice"]
+            found = [list(points(runs, experiment, name).values()) for name in names]
+            rows += [[f"{name}: {title}", *map(spread, found), str(len(found[0]))]] if found[0] else []
+    header = ["enlarged heart: AUC, %", "marker as in training", "removed", "flipped", "another one"]
+    return markdown([*header, "relevance in lungs and heart, %", "Dice of masks, %", "seeds"], rows)
+
+
+def kinds(runs: dict) -> str:
+    """AUC of a plain ResNet and with ISNet, for shortcuts of other kinds."""
+    rows = []
+    for kind, title in KINDS.items():
+        for how in ("plain", "isnet"):
+            names = [f"auc_{part}_enlarged_heart" for part in ("same", "removed", "flipped", "unseen")]
+            found = [list(points(runs, f"{how}_{kind}", name).values()) for name in names]
+            what = "**ISNet**" if how == "isnet" else "plain"
+            rows += [[f"{title}: {what}", *map(spread, found), str(len(found[0]))]] if found[0] else []
+    header = ["enlarged heart: AUC, %", "shortcut as in training", "removed", "flipped", "another one"]
+    return markdown([*header, "seeds"], rows)
 
 
 def failures(runs: dict) -> str:
@@ -325,6 +366,7 @@ def tables(runs: dict, results: Path) -> dict[str, str]:
         "parts": inspection(runs),
         "parts_transfer": transfer(runs, PLATES),
         "shortcut": shortcut(runs),
+        "kinds": kinds(runs),
         "failures": failures(runs),
         "pooling": pooling(runs),
         "few_labels": few_labels(runs),

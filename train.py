@@ -41,7 +41,7 @@ from data import Data, load
 from dino import Collapse
 from evaluate import draw, maps_of, print_tables, report, shown_images
 from flags import check, check_idle, parse
-from masks import foreground
+from masks import agreement, foreground
 from plots import curves
 from pretrain import move_teacher, priors_over, relations, self_distillation
 from relvit import TASKS
@@ -168,15 +168,17 @@ def descend(loss: Tensor, model: nn.Module, optimizer, args: argparse.Namespace,
 
 
 def finish(
-    args: argparse.Namespace, model: nn.Module, parts: dict, sample: str | None, history: list
+    args: argparse.Namespace, model: nn.Module, parts: dict, sample: str | None, history: list, guides: Any
 ) -> None:
-    """Measure on test images, print the tables, draw the pictures."""
+    """Measure on test images, print the tables, draw the pictures; guides as from `prepare`."""
     what = ["bias", "attention", "knn", "linear"]
     if args.task == "pretrain":
         model, what = model.student if isinstance(model, DINO) else model.encoder, what[1:]
     found = report(args, model, parts, sample, what, shares=(1.0,))
     print_tables({"": found})
     metrics = {name: value for name, value in history[-1].items() if name != "epoch"} | found.figures
+    if args.task == "classify" and guides is not None:  # the foreground that was used: how true was it?
+        metrics["mask_dice"] = agreement(guides.cpu(), parts["train"])
     metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}  # NaN is no JSON
     write_whole(args.out / "metrics.json", metrics)
     picture, about = {
@@ -213,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
             losses = learn(args, model, images, guides)
         history = train(args, model, images, losses)
         print(f"trained in {time.perf_counter() - started:.0f} s")
-        finish(args, model.cpu(), parts, sample, history)
+        finish(args, model.cpu(), parts, sample, history, guides)
     except (Collapse, FloatingPointError) as error:
         print(f"\ntrain.py: {error}", file=sys.stderr)
         sys.exit(1)

@@ -1,6 +1,7 @@
 """One labelled sample becomes masks for all images: of attention, of the registered prior, or of a folder."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -60,8 +61,12 @@ def test_a_wider_map_makes_a_wider_mask_of_the_same_mass():
 def test_attention_masks_train_a_classifier_of_either_kind_and_their_quality_is_said(span, tmp_path, capsys):
     for name, flags in {"cnn": [], "vit": ["--backbone", "vit", "--depth", "1", "--num-heads", "2"]}.items():
         train.main([*CLASSIFY, *flags, "--masks", str(span), "--out", str(tmp_path / name)])
-        assert "Dice" in capsys.readouterr().out
-        assert json.loads((tmp_path / name / "metrics.json").read_text())["background"] > 0
+        said = float(re.search(r"Dice ([\d.]+) %", capsys.readouterr().out)[1])
+        metrics = json.loads((tmp_path / name / "metrics.json").read_text())
+        assert metrics["background"] > 0
+        assert name == "vit" or 100 * metrics["mask_dice"] == pytest.approx(
+            said, abs=0.06
+        )  # ViT: whole patches
     started = [*CLASSIFY[:-6], "--batch-size", "16", "--epochs", "1", "--init", str(span)]
     train.main([*started, "--masks", "attention", "--out", str(tmp_path / "init")])
     assert "masks from attention: Dice" in capsys.readouterr().out
