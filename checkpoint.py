@@ -1,7 +1,7 @@
 """A run is a folder: what it was asked for, how far it came, and how it goes on.
 
     config.json      every setting, the command line, versions and machine
-    last.pt          weights, optimizer, random states and history after the last finished epoch
+    last.pt          weights, optimizer, random states and history, after an epoch or where it was interrupted
     metrics.jsonl    a line an epoch;  metrics.json  final figures, flat names to numbers
 
 Every file is written beside its place and then moved there, so that a kill leaves the old one or the new one,
@@ -11,6 +11,7 @@ settings say what to build, and `load_model` builds it.
 
 import argparse
 import json
+import os
 import platform
 import shlex
 from pathlib import Path
@@ -30,13 +31,24 @@ OF_THE_CALL = ("out", "overwrite", "resume", "keep_going", "device")  # settings
 
 
 def write_whole(path: Path, content: str | dict) -> None:
-    """Write text, or a dict as JSON if the name says so, or a checkpoint: whole or not at all."""
+    """Write text, or a dict as JSON if the name says so, or a checkpoint: whole or not at all.
+
+    On the disk, too, when it returns. Raises OSError, the old file untouched, if there is no room.
+    """
     part = path.with_name(path.name + ".part")
-    if path.suffix == ".pt":
-        torch.save(content, part)
-    else:
-        part.write_text(content if isinstance(content, str) else json.dumps(content, indent=1) + "\n")
-    part.replace(path)
+    try:
+        with part.open("wb") as file:
+            if path.suffix == ".pt":
+                torch.save(content, file)
+            else:
+                text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
+                file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
@@ -92,28 +104,36 @@ def resumed(args: argparse.Namespace, typed: set[str]) -> argparse.Namespace:
 
 
 def save(
-    out: Path, model: nn.Module, optimizer: Optimizer, generator: Generator, history: list[dict]
+    out: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    generator: Generator,
+    history: list[dict],
+    begun: tuple | None = None,
 ) -> None:
-    """Write last.pt and metrics.jsonl after an epoch."""
+    """Write last.pt and metrics.jsonl after an epoch; or in one, with what it has begun (see `train.train`)."""
     checkpoint = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "generator": generator.get_state(),
         "torch_rng": torch.get_rng_state(),
         "history": history,
+        "begun": begun,
     }
     write_whole(out / "last.pt", checkpoint)
     write_whole(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
 
 
-def restore(out: Path, model: nn.Module, optimizer: Optimizer, generator: Generator) -> list[dict]:
-    """Put everything back as `save` found it; returns the history, a row a finished epoch."""
+def restore(
+    out: Path, model: nn.Module, optimizer: Optimizer, generator: Generator
+) -> tuple[list[dict], tuple | None]:
+    """Put everything back as `save` found it; returns the history, a row a finished epoch, and what is begun."""
     _, checkpoint = load_run(out)
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     generator.set_state(checkpoint["generator"])
     torch.set_rng_state(checkpoint["torch_rng"])
-    return checkpoint["history"]
+    return checkpoint["history"], checkpoint.get("begun")
 
 
 def load_run(folder: Path) -> tuple[argparse.Namespace, dict]:

@@ -14,10 +14,13 @@ see `classify.py`. `checkpoint.py` says what is left in --out. Next to read: `ev
 
 import argparse
 import math
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -107,6 +110,13 @@ def cosine(step: int, total: int, first: float, last: float) -> float:
     return last + (first - last) * (1 + math.cos(math.pi * step / total)) / 2
 
 
+def learning_rate(args: argparse.Namespace, step: int, total: int) -> float:
+    """--lr at a step of `total`: it rises in a line at first (--warmup), and falls to a hundredth as a cosine."""
+    rising = max(1, round(args.warmup * total))
+    falling = cosine(max(0, step - rising), max(1, total - rising), args.lr, args.lr / 100)
+    return falling * min(1, (step + 1) / rising)
+
+
 def optimizer_for(model: nn.Module, args: argparse.Namespace) -> torch.optim.AdamW:
     """AdamW that decays matrices but neither biases nor norms."""
     learned = [p for p in model.parameters() if p.requires_grad]
@@ -115,42 +125,69 @@ def optimizer_for(model: nn.Module, args: argparse.Namespace) -> torch.optim.Ada
     return torch.optim.AdamW([matrices, vectors], lr=args.lr)
 
 
+@contextmanager
+def stop_requests() -> Iterator[Event]:
+    """An event that Ctrl-C, or SIGTERM, sets, so that a step is finished first; a second one stops at once."""
+    asked = Event()
+
+    def ask(number: int, frame: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def train(args: argparse.Namespace, model: nn.Module, images: Tensor, losses: Callable) -> list[dict]:
     """Train on images (N, C, S, S), with losses(index, generator) -> (loss, what to log) for indices (B,).
 
-    Returns the history, a row an epoch. Raises Collapse, or FloatingPointError before weights are spoiled.
+    Returns the history, a row an epoch. Raises Collapse, FloatingPointError before weights are spoiled, or
+    KeyboardInterrupt, the checkpoint written.
     """
     generator, optimizer = Generator().manual_seed(args.seed), optimizer_for(model, args)
-    history = restore(args.out, model, optimizer, generator) if args.resume else []
+    history, begun = restore(args.out, model, optimizer, generator) if args.resume else ([], None)
     batch = min(args.batch_size, len(images))
     steps = len(images) // batch
     total = steps * args.epochs
-    rising = max(1, round(args.warmup * total))
     constant = next((m.chance for m in model.modules() if isinstance(m, RelViT)), {})
     constant = {task: f" (chance {value:.2g})" for task, value in constant.items()}
     model.train()
-    bar = tqdm(total=total * batch, initial=len(history) * steps * batch, unit="img", smoothing=0.05)
-    for epoch in range(len(history), args.epochs):
-        sums, started = {}, time.perf_counter()
-        order = torch.randperm(len(images), generator=generator)[: steps * batch]
-        for step, index in enumerate(order.to(images.device).split(batch), start=epoch * steps):
-            lr = cosine(max(0, step - rising), max(1, total - rising), args.lr, args.lr / 100)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * min(1, (step + 1) / rising)
-            loss, logged = losses(index, generator)
-            descend(loss, model, optimizer, args, step)
-            if isinstance(model, DINO):
-                logged |= move_teacher(args, model, cosine(step, total, args.momentum, 1.0))
-            logged = {name: float(value) for name, value in logged.items()}
-            sums = {name: sums.get(name, 0.0) + value for name, value in logged.items()}
-            beside = {name: f"{value:.3g}{constant.get(name, '')}" for name, value in logged.items()}
-            bar.set_postfix(beside, refresh=False)
-            bar.update(batch)
-        means = {name: value / steps for name, value in sums.items()}
-        speed = steps * batch / (time.perf_counter() - started)
-        history.append({"epoch": epoch + 1, **means, "images_per_s": round(speed, 1)})
-        save(args.out, model, optimizer, generator, history)
-    bar.close()
+    initial = (len(history) * steps + (begun[1] if begun else 0)) * batch
+    with (
+        stop_requests() as stop,
+        tqdm(total=total * batch, initial=initial, unit="img", smoothing=0.05) as bar,
+    ):
+        for epoch in range(len(history), args.epochs):
+            order, first, sums = begun or (torch.randperm(len(images), generator=generator), 0, {})
+            begun, started = None, time.perf_counter()
+            for step in range(first, steps):
+                index, so_far = (
+                    order[step * batch : (step + 1) * batch].to(images.device),
+                    epoch * steps + step,
+                )
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(args, so_far, total)
+                loss, logged = losses(index, generator)
+                descend(loss, model, optimizer, args, so_far)
+                if isinstance(model, DINO):
+                    logged |= move_teacher(args, model, cosine(so_far, total, args.momentum, 1.0))
+                logged = {name: float(value) for name, value in logged.items()}
+                sums = {name: sums.get(name, 0.0) + value for name, value in logged.items()}
+                beside = {name: f"{value:.3g}{constant.get(name, '')}" for name, value in logged.items()}
+                bar.set_postfix(beside, refresh=False)
+                bar.update(batch)
+                if stop.is_set():
+                    save(args.out, model, optimizer, generator, history, (order, step + 1, sums))
+                    raise KeyboardInterrupt
+            means = {name: value / steps for name, value in sums.items()}
+            speed = (steps - first) * batch / (time.perf_counter() - started)
+            history.append({"epoch": epoch + 1, **means, "images_per_s": round(speed, 1)})
+            save(args.out, model, optimizer, generator, history)
     return history
 
 
@@ -216,11 +253,12 @@ def main(argv: list[str] | None = None) -> None:
         history = train(args, model, images, losses)
         print(f"trained in {time.perf_counter() - started:.0f} s")
         finish(args, model.cpu(), parts, sample, history, guides)
-    except (Collapse, FloatingPointError) as error:
+    except (Collapse, FloatingPointError, OSError) as error:  # the last: a full disk, say
         print(f"\ntrain.py: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print(f"\nstopped; --out {args.out} --resume goes on after the last whole epoch, if there was one")
+        kept = f"python train.py --out {args.out} --resume goes on from here"
+        print(f"\nstopped; {kept if (args.out / 'last.pt').exists() else 'nothing was trained yet'}")
         sys.exit(130)
 
 

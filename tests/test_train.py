@@ -1,7 +1,9 @@
 """The chain from data to table, on the command line: what it learns, how it fails, how it goes on."""
 
+import errno
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -153,21 +155,51 @@ def test_a_seed_gives_the_same_weights_again(run, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("options", ["--local-crops-number 2 --flip 0.5", "--span-loss dice --drop-path 0.2"])
-def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(options, tmp_path):
-    argv = [*TINY, *options.split(), "--epochs", "4"]
-    train.main([*argv, "--out", str(tmp_path / "whole")])
-    command = [sys.executable, "train.py", *argv, "--out", str(tmp_path / "killed")]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (tmp_path / "killed" / "last.pt").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert len(load_run(tmp_path / "killed")[1]["history"]) < 4  # it was killed in time
-    train.main(["--out", str(tmp_path / "killed"), "--resume"])
-    whole, resumed = (load_run(tmp_path / name)[1]["model"] for name in ("whole", "killed"))
+def in_a_process_of_its_own(argv):
+    """A fork, which needs not load torch again, that trains with one thread, as a forked process must."""
+    torch.set_num_threads(1)
+    process = os.fork()
+    if process == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(1, 2)
+        try:
+            train.main(argv)
+        finally:
+            os._exit(0)
+    return process
+
+
+def test_a_run_killed_20_times_ends_at_the_weights_of_an_uninterrupted_one(tmp_path, monkeypatch):
+    """By SIGKILL at any moment, also while a checkpoint is written; every other time by SIGINT, in an epoch."""
+    monkeypatch.setattr("data.DRAWN_SIZES", {"val": 8, "test": 8})
+    threads, killed = torch.get_num_threads(), tmp_path / "killed"
+    argv = "--epochs 24 --align none --local-crops-number 2 --flip 0.5 --drop-path 0.2".split()
+    os.waitpid(in_a_process_of_its_own([*TINY, *argv, "--out", str(tmp_path / "whole")]), 0)
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    epoch = 32 / rows[-1]["images_per_s"]  # seconds
+    chance, kills, in_an_epoch, last = random.Random(0), 0, 0, killed / "last.pt"
+
+    def written():
+        return last.stat().st_mtime_ns if last.exists() else 0
+
+    while not (killed / "metrics.json").exists():
+        how = ["--resume"] if last.exists() else [*TINY, *argv, "--overwrite"]
+        before, process, done = written(), in_a_process_of_its_own([*how, "--out", str(killed)]), 0
+        while not done and (kills == 20 or written() == before):  # until an epoch is over
+            done, _ = os.waitpid(process, os.WNOHANG)
+            time.sleep(0.001)
+        if not done:
+            time.sleep(chance.uniform(0, 1.2 * epoch))
+            os.kill(process, signal.SIGINT if kills % 2 else signal.SIGKILL)
+            os.waitpid(process, 0)
+            kills += 1
+            in_an_epoch += load_run(killed)[1]["begun"] is not None
+    torch.set_num_threads(threads)
+    assert kills >= 15 and in_an_epoch >= 5
+    whole, resumed = (load_run(folder)[1]["model"] for folder in (tmp_path / "whole", killed))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    again = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
+    assert [row | {"images_per_s": 0} for row in again] == [row | {"images_per_s": 0} for row in rows]
 
 
 def test_priors_may_be_every_image_s_masks_statistics_or_a_file(tmp_path):
@@ -399,6 +431,24 @@ def test_a_step_with_an_infinite_gradient_changes_no_weight():
     assert torch.equal(model.weight, before)
 
 
+def test_a_full_disk_leaves_the_last_checkpoint_usable_and_ends_in_one_line(tmp_path, monkeypatch, capsys):
+    whole, saves = torch.save, []
+
+    def full(content, file):
+        saves.append(file)
+        if len(saves) == 2:
+            file.write(b"half of it")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        whole(content, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit) as stop:
+        train.main([*TINY, "--out", str(tmp_path / "run")])
+    assert stop.value.code == 1 and "No space left on device" in capsys.readouterr().err
+    assert len(load_run(tmp_path / "run")[1]["history"]) == 1
+    assert not list((tmp_path / "run").glob("*.part"))
+
+
 def test_an_interrupted_run_says_how_to_go_on(tmp_path):
     command = [sys.executable, "train.py", *TINY, "--epochs", "500", "--out", str(tmp_path / "run")]
     process = subprocess.Popen(
@@ -408,7 +458,7 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    assert "--resume goes on" in process.communicate()[0] and process.returncode == 130
+    assert "--resume goes on from here" in process.communicate()[0] and process.returncode == 130
 
 
 class Evil:
