@@ -182,11 +182,20 @@ def build_classifier(
 
 def load_model(run: Path, config: argparse.Namespace, checkpoint: dict, train: Data) -> nn.Module:
     """The encoder (of the student) or the classifier of a run. Raises ValueError if it doesn't fit."""
-    encoder = build_encoder(config, train.images.shape[1])
-    if config.task == "pretrain":
+    try:
+        model = encoder = build_encoder(config, train.images.shape[1])
+        if config.task == "classify":
+            model = build_classifier(config, encoder, len(train.findings), train.images.shape[1])
+    except (
+        AttributeError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # settings that train.py never wrote
+        raise ValueError(f"{run}: config.json is damaged ({' '.join(str(error).split())[:120]})") from None
+    if config.task != "classify":
         load_encoder(run, config, checkpoint, encoder)
         return encoder
-    model = build_classifier(config, encoder, len(train.findings), train.images.shape[1])
     try:
         model.load_state_dict({k: v for k, v in checkpoint["model"].items() if not k.startswith("relvit.")})
     except RuntimeError:

@@ -205,6 +205,8 @@ def _find_masks(folder: Path, images: dict[str, Path], notes: list[str]) -> dict
     found = {region.name: {} for region in regions}
     for region in regions:
         files = _image_files(region)
+        for path in [region, *files]:
+            _refuse_way_out(path, folder)
         by_stem = {path.stem: [] for path in files}
         for path in files:
             by_stem[path.stem].append(path)
@@ -217,6 +219,12 @@ def _find_masks(folder: Path, images: dict[str, Path], notes: list[str]) -> dict
         stray = sorted(set(files) - set(found[region.name].values()))
         notes += [f"{path} is not used: no image has this name" for path in stray]
     return found
+
+
+def _refuse_way_out(path: Path, folder: Path) -> None:
+    """Raise DataError for a mask that is a link to somewhere else: who sent the folder may not mean well."""
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise DataError(f"{path} is a link that leads out of {folder}; put a copy in its place")
 
 
 def _decode(path: Path) -> tuple[np.ndarray | None, str]:
@@ -292,6 +300,7 @@ def read_masks(folder: Path, data: str, names: list[str], size: int) -> Tensor:
             name = path.relative_to(folder).with_suffix("").as_posix()
             i = wanted.get(name, wanted.get(name.partition("/")[2]))
             if i is not None:
+                _refuse_way_out(path, folder)
                 # A drawn image is not on disk: any size of its mask will do.
                 shape = _shape(path) if data in DRAWN else image_size(data, names[i])
                 masks[i, 0] |= _read_mask(path, Path(names[i]), shape, size)

@@ -1,11 +1,13 @@
 """Every kind of picture and table a user may bring, drawn here: what becomes of it, or how it is refused."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from data import DataError, _split, load, load_folder, select
+from data import DataError, _split, load, load_folder, read_masks, select
 
 RNG = np.random.default_rng(0)
 
@@ -375,6 +377,22 @@ def test_a_broken_mask_is_refused(folder):
     path = save(folder / "masks" / "heart" / "a.png", left_half())
     path.write_bytes(path.read_bytes()[:50])
     assert "heart/a.png: this mask cannot be read" in refusal(folder)
+
+
+@pytest.mark.parametrize("link", ["heart", "heart/a.png"])
+def test_a_mask_that_is_a_link_out_of_its_folder_is_refused_by_name(folder, link):
+    save(folder / "elsewhere" / "a.png", grey())
+    (folder / "masks" / link).parent.mkdir(parents=True, exist_ok=True)
+    (folder / "masks" / link).symlink_to(folder / "elsewhere" / Path(link).relative_to("heart"))
+    assert f"masks/{link} is a link that leads out of" in refusal(folder)
+    with pytest.raises(DataError, match="is a link that leads out of|holds no mask"):
+        read_masks(folder / "masks", str(folder), ["a.png"], 16)
+
+
+def test_a_table_that_names_a_file_outside_is_refused(folder):
+    save(folder / "secret.png", grey())
+    (folder / "labels.csv").write_text("file,label\n../secret.png,x\n")
+    assert "labels.csv, line 2: no `../secret.png` in images/" in refusal(folder)
 
 
 def test_a_mask_without_an_image_is_noted(folder):
