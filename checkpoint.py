@@ -111,7 +111,7 @@ def save(
     history: list[dict],
     begun: tuple | None = None,
 ) -> None:
-    """Write last.pt and metrics.jsonl after an epoch; or in one, with what it has begun (see `train.train`)."""
+    """Write last.pt and metrics.jsonl after an epoch; or within one, with what `train.train` has begun."""
     checkpoint = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -127,7 +127,7 @@ def save(
 def restore(
     out: Path, model: nn.Module, optimizer: Optimizer, generator: Generator
 ) -> tuple[list[dict], tuple | None]:
-    """Put everything back as `save` found it; returns the history, a row a finished epoch, and what is begun."""
+    """Put everything back as `save` found it; returns the history, a row an epoch, and what is begun."""
     _, checkpoint = load_run(out)
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])

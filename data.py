@@ -134,7 +134,7 @@ def _draw_parts(data: str, img_size: int, seed: int, train_images: int) -> dict[
 
 
 def _stamp_parts(parts: dict[str, Data], agreement: float, kind: str, seed: int) -> None:
-    """Put a marker on all parts, and add the test images with it removed, flipped, and another, unseen one."""
+    """Put a marker on all parts, and add the test images with it removed, flipped, and with an unseen one."""
     parts["removed"] = parts["flipped"] = parts["unseen"] = parts["test"]
     for i, (part, data) in enumerate(parts.items()):
         stream = np.random.default_rng([seed, min(i, 2)])  # the same for every kind of test image

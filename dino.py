@@ -27,6 +27,7 @@ import copy
 import math
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -83,7 +84,7 @@ class DINOLoss(nn.Module):
         losses = -torch.einsum("tbk,sbk->ts", pt, log_ps) / student.shape[1]  # (2, V)
         same_view = torch.eye(*losses.shape, dtype=torch.bool, device=losses.device)
         if self.training:
-            mean = teacher.detach().mean(dim=(0, 1))[None].to(self.center)  # (1, K)
+            mean = over_processes(teacher.detach().mean(dim=(0, 1))[None].to(self.center))  # (1, K)
             self.center.lerp_(mean, 1 - self.center_momentum)
         return losses.masked_fill(same_view, 0).sum() / (~same_view).sum()
 
@@ -91,6 +92,15 @@ class DINOLoss(nn.Module):
     def teacher_probabilities(self, teacher: Tensor, teacher_temp: float) -> Tensor:
         """P_t, equation (1): scores (..., K), centred and sharpened, to probabilities (..., K)."""
         return ((teacher - self.center) / teacher_temp).softmax(dim=-1)
+
+
+def over_processes(mean: Tensor) -> Tensor:
+    """The mean over all processes of a distributed training, each with as many images; alone, as it is."""
+    if not dist.is_initialized():
+        return mean
+    total = mean.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
 
 
 class Collapse(RuntimeError):
@@ -114,9 +124,10 @@ class Health(nn.Module):
     def update(self, pt: Tensor) -> None:
         """Take in one step's teacher probabilities (..., K)."""
         pt = pt.flatten(0, -2)
-        entropy, mean = torch.special.entr(pt).sum(dim=1).mean(), pt.mean(dim=0)
-        kl = torch.special.entr(mean).sum() - entropy  # mean over images of KL(P_t || mean P_t)
         wins = torch.bincount(pt.argmax(dim=1), minlength=pt.shape[1]) / len(pt)
+        entropy, mean = torch.special.entr(pt).sum(dim=1).mean(), pt.mean(dim=0)
+        entropy, mean, wins = map(over_processes, (entropy, mean, wins))
+        kl = torch.special.entr(mean).sum() - entropy  # mean over images of KL(P_t || mean P_t)
         for average, new in ((self.entropy, entropy), (self.kl, kl), (self.usage, wins)):
             average.lerp_(new, 1 - self.momentum)
         below = self.kl < self.floor * math.log(pt.shape[1])

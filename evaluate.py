@@ -88,8 +88,9 @@ def measure_classifier(
     """AUC, accuracy and the foreground's share of relevance: {set: {what: value}}.
 
     The sets are the test images as the training images are (same) and, if there is a marker, with it removed,
-    flipped, and flipped as one unseen. Thresholds are those that are best on validation images, where these have labels; of three
-    classes or more the likeliest counts. What can't be said is NaN. Raises CannotMeasure without labels.
+    flipped, and flipped as one unseen. Thresholds are those that are best on validation images, where these
+    have labels; of three classes or more the likeliest counts. What can't be said is NaN. Raises
+    CannotMeasure without labels.
     """
     test, val = parts["test"], parts["val"]
     if test.labels is None or test.labels.isnan().all():

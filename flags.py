@@ -78,6 +78,10 @@ def parse(argv: list[str], doc: str = "\n\n") -> tuple[argparse.Namespace, set[s
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=int, help=f"passes over the training images{by_task('epochs')}")
     add("--batch-size", type=int, help=f"images a step{by_task('batch_size')}")
+    what = "parts of a batch that go through the model one after the other, where memory is short"
+    add("--accumulate", type=int, default=1, help=what)
+    add("--amp", action="store_true", help="compute in bfloat16 where that is safe")
+    add("--compile", action="store_true", help="pretrain with torch.compile")
     add("--lr", type=float, help=f"highest learning rate (AdamW, cosine){by_task('lr')}")
     add("--warmup", type=float, default=0.1, help="share of all steps in which the learning rate rises")
     add("--weight-decay", type=float, default=0.04, help="of matrices; vectors have none")
@@ -166,6 +170,7 @@ def check(args: argparse.Namespace) -> None:
     """Raise ValueError, naming the value and the limits, for settings that cannot be."""
     limits = {
         (1, 10**9): "patch_size epochs batch_size embed_dim num_heads pool_heads depth train_images img_size",
+        (1, args.batch_size): "accumulate",
         (2, 10**9): "out_dim",
         (0, 2**32 - 1): "seed local_crops_number mega_patches",
         (0.1, 10): "simpool_gamma",
@@ -214,6 +219,10 @@ def check_pairs(args: argparse.Namespace) -> None:
         raise ValueError(f"--{'isnet' if args.isnet else 'baseline'} needs --task classify")
     if args.baseline and (args.isnet or args.relations):
         raise ValueError(f"--baseline {args.baseline} stands alone: leave out --isnet and --relations")
+    if args.amp and args.isnet:
+        raise ValueError("--isnet needs float32: relevance divides by small numbers; leave out --amp")
+    if args.compile and args.task == "classify":
+        raise ValueError("--compile is for pretraining: heatmaps follow each operation; leave it out")
     if args.backbone == "resnet" and args.pool == "cls":
         raise ValueError("--pool cls needs --backbone vit; a ResNet has gap or simpool")
     if args.backbone == "resnet" and relational:

@@ -57,9 +57,9 @@ def stamp(
     """Copies of images (n, C, S, S) uint8 with a shortcut of one kind, where present (n,) bool.
 
     corner: a bright L in the upper right corner, a tenth of the width (few regions reach it); anywhere: the
-    same L where it touches no region, for each image elsewhere (by the seed); tint: all that is no region 10 %
-    of the range brighter; border: a bright frame; disc: in the lower left corner. masks (n, R, S, S) bool are
-    needed by anywhere and tint. Raises ValueError for another kind.
+    same L where it touches no region, for each image elsewhere (by the seed); tint: all that is no region
+    10 % of the range brighter; border: a bright frame; disc: in the lower left corner. masks (n, R, S, S)
+    bool are needed by anywhere and tint. Raises ValueError for another kind.
     """
     n, S = len(images), images.shape[-1]
     if kind == "tint":

@@ -5,6 +5,7 @@
     python train.py --data DIR --out runs/mine      your own images; the README shows how to lay them out
     python train.py --ssl relvit --out runs/relvit  patches tell how they lie, in place of DINO
     python train.py --task classify --marker 1 --isnet 1 --out runs/isnet       blind to a hospital's marker
+    torchrun --nproc-per-node 2 train.py            the same batches, shared by two processes or GPUs
 
 Pretraining: the labelled sample's masks become priors; the sample is registered to every training image,
 once. Each step cuts views of a batch and adds to the objective's loss (DINO's or RelViT's, see `pretrain.py`)
@@ -14,6 +15,7 @@ see `classify.py`. `checkpoint.py` says what is left in --out. Next to read: `ev
 
 import argparse
 import math
+import os
 import signal
 import sys
 import time
@@ -24,7 +26,9 @@ from threading import Event
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Generator, Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from checkpoint import (
@@ -41,7 +45,7 @@ from checkpoint import (
 from checkpoint import write_whole
 from classify import exclusive, objective
 from data import Data, load
-from dino import Collapse
+from dino import Collapse, over_processes
 from evaluate import draw, maps_of, print_tables, report, shown_images
 from flags import check, check_idle, parse
 from masks import agreement, foreground
@@ -88,6 +92,9 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, Data], str | None, nn.M
         model = RelViT(encoder, args.embed_dim, grid, args.relations or TASKS)
     else:
         model = DINO(encoder, args.embed_dim, args.out_dim, center_momentum=args.center_momentum)
+    if args.compile:
+        for module in (model.student, model.teacher) if isinstance(model, DINO) else (model.encoder,):
+            module.compile()
     size = sum(p.numel() for p in encoder.parameters()) / 1e6
     counts = ", ".join(f"{len(d.names)} {part}" for part, d in parts.items())
     print(f"{args.data}: {counts} images; {size:.2f} M weights, on {args.device}")
@@ -111,7 +118,7 @@ def cosine(step: int, total: int, first: float, last: float) -> float:
 
 
 def learning_rate(args: argparse.Namespace, step: int, total: int) -> float:
-    """--lr at a step of `total`: it rises in a line at first (--warmup), and falls to a hundredth as a cosine."""
+    """--lr at a step of `total`: rising in a line at first (--warmup), then falling to 1 % as a cosine."""
     rising = max(1, round(args.warmup * total))
     falling = cosine(max(0, step - rising), max(1, total - rising), args.lr, args.lr / 100)
     return falling * min(1, (step + 1) / rising)
@@ -127,7 +134,7 @@ def optimizer_for(model: nn.Module, args: argparse.Namespace) -> torch.optim.Ada
 
 @contextmanager
 def stop_requests() -> Iterator[Event]:
-    """An event that Ctrl-C, or SIGTERM, sets, so that a step is finished first; a second one stops at once."""
+    """An event that Ctrl-C or SIGTERM sets, so that a step is finished first; the second stops at once."""
     asked = Event()
 
     def ask(number: int, frame: Any) -> None:
@@ -147,7 +154,7 @@ def train(args: argparse.Namespace, model: nn.Module, images: Tensor, losses: Ca
     """Train on images (N, C, S, S), with losses(index, generator) -> (loss, what to log) for indices (B,).
 
     Returns the history, a row an epoch. Raises Collapse, FloatingPointError before weights are spoiled, or
-    KeyboardInterrupt, the checkpoint written.
+    KeyboardInterrupt, the checkpoint written. Of several processes each takes its share of every batch.
     """
     generator, optimizer = Generator().manual_seed(args.seed), optimizer_for(model, args)
     history, begun = restore(args.out, model, optimizer, generator) if args.resume else ([], None)
@@ -157,44 +164,92 @@ def train(args: argparse.Namespace, model: nn.Module, images: Tensor, losses: Ca
     constant = next((m.chance for m in model.modules() if isinstance(m, RelViT)), {})
     constant = {task: f" (chance {value:.2g})" for task, value in constant.items()}
     model.train()
-    initial = (len(history) * steps + (begun[1] if begun else 0)) * batch
-    with (
-        stop_requests() as stop,
-        tqdm(total=total * batch, initial=initial, unit="img", smoothing=0.05) as bar,
-    ):
+    step, shares = Step(model, losses), 1
+    if dist.is_initialized():
+        step, shares = DistributedDataParallel(step, find_unused_parameters=True), dist.get_world_size()
+        if rank():  # views of its own; the order of images is the first's
+            generator.manual_seed((args.seed + 1) * 10**6 + 1000 * len(history) + rank())
+    done = (len(history) * steps + (begun[1] if begun else 0)) * batch
+    bar = tqdm(total=total * batch, initial=done, unit="img", smoothing=0.05, disable=rank() > 0)
+    with stop_requests() as stop, bar:
         for epoch in range(len(history), args.epochs):
             order, first, sums = begun or (torch.randperm(len(images), generator=generator), 0, {})
-            begun, started = None, time.perf_counter()
-            for step in range(first, steps):
-                index, so_far = (
-                    order[step * batch : (step + 1) * batch].to(images.device),
-                    epoch * steps + step,
-                )
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(args, so_far, total)
-                loss, logged = losses(index, generator)
-                descend(loss, model, optimizer, args, so_far)
-                if isinstance(model, DINO):
-                    logged |= move_teacher(args, model, cosine(so_far, total, args.momentum, 1.0))
-                logged = {name: float(value) for name, value in logged.items()}
+            begun, started, order = None, time.perf_counter(), order.to(images.device)
+            if dist.is_initialized():
+                dist.broadcast(order, src=0)
+            for i in range(first, steps):
+                index = order[i * batch : (i + 1) * batch][rank() :: shares]
+                logged = learn(args, model, step, optimizer, index, generator, epoch * steps + i, total)
                 sums = {name: sums.get(name, 0.0) + value for name, value in logged.items()}
                 beside = {name: f"{value:.3g}{constant.get(name, '')}" for name, value in logged.items()}
                 bar.set_postfix(beside, refresh=False)
                 bar.update(batch)
-                if stop.is_set():
-                    save(args.out, model, optimizer, generator, history, (order, step + 1, sums))
+                if stop.is_set() and not rank():
+                    save(args.out, model, optimizer, generator, history, (order.cpu(), i + 1, sums))
                     raise KeyboardInterrupt
             means = {name: value / steps for name, value in sums.items()}
             speed = (steps - first) * batch / (time.perf_counter() - started)
             history.append({"epoch": epoch + 1, **means, "images_per_s": round(speed, 1)})
-            save(args.out, model, optimizer, generator, history)
+            if not rank():
+                save(args.out, model, optimizer, generator, history)
     return history
+
+
+def learn(
+    args: argparse.Namespace,
+    model: nn.Module,
+    step: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    index: Tensor,
+    generator: Generator,
+    at: int,
+    total: int,
+) -> dict[str, float]:
+    """The optimizer step number `at` of `total`, on images (B,); what to log, as means over all processes."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(args, at, total)
+    optimizer.zero_grad()
+    loss, logged = accumulate(args, step, index, generator)
+    descend(loss, model, optimizer, args, at)
+    if isinstance(model, DINO):
+        logged |= move_teacher(args, model, cosine(at, total, args.momentum, 1.0))
+    values = torch.stack([torch.as_tensor(value, device=index.device).float() for value in logged.values()])
+    return dict(zip(logged, over_processes(values).tolist()))
+
+
+class Step(nn.Module):
+    """A model's losses(index, generator) as a forward pass, which is what DistributedDataParallel takes."""
+
+    def __init__(self, model: nn.Module, losses: Callable):
+        super().__init__()
+        self.model, self.losses = model, losses
+
+    def forward(self, index: Tensor, generator: Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.losses(index, generator)
+
+
+def rank() -> int:
+    """Which of the processes that torchrun started this one is; 0 if it is alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def accumulate(
+    args: argparse.Namespace, step: nn.Module, index: Tensor, generator: Generator
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The gradients of a batch's loss, in --accumulate parts; returns the loss and what to log, as means."""
+    total, logged = 0.0, {}
+    for part in index.chunk(args.accumulate):
+        share = len(part) / len(index)
+        with torch.autocast(index.device.type, torch.bfloat16, enabled=args.amp):
+            loss, found = step(part, generator)
+        (loss * share).backward()
+        total = total + loss.detach() * share
+        logged = {name: logged.get(name, 0.0) + value * share for name, value in found.items()}
+    return total, logged
 
 
 def descend(loss: Tensor, model: nn.Module, optimizer, args: argparse.Namespace, step: int) -> None:
     """One optimizer step, or FloatingPointError, the weights untouched, if loss or gradient is not finite."""
-    optimizer.zero_grad()
-    loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
     if not (loss.isfinite() and norm.isfinite()):
         raise FloatingPointError(
@@ -229,6 +284,23 @@ def finish(
     print(f"wrote {args.out}/{picture} ({about}), curves.png, metrics.json, last.pt")
 
 
+def join(args: argparse.Namespace) -> None:
+    """Become one of the processes that torchrun started, if it did: the first alone prints and writes."""
+    if "RANK" not in os.environ:
+        return
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    if args.batch_size % dist.get_world_size():
+        shares = dist.get_world_size()
+        raise ValueError(
+            f"--batch-size {args.batch_size} can't be shared by {shares} processes: make it a multiple"
+        )
+    if rank():
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command line: exit status 0 when done, 1 for a failed training, 2 for unusable input."""
     argv = sys.argv[1:] if argv is None else argv
@@ -236,10 +308,12 @@ def main(argv: list[str] | None = None) -> None:
         try:
             args, typed = parse(argv, __doc__)
             check_idle(args, typed)
-            check_folder(args.out, args.resume, args.overwrite)
+            join(args)
+            if not rank():
+                check_folder(args.out, args.resume, args.overwrite)
             args = resumed(args, typed) if args.resume else args
             parts, sample, model, images, guides = prepare(args)
-            if not args.resume:
+            if not args.resume and not rank():
                 start(args, argv)
         except (ValueError, OSError) as error:
             print(f"train.py: {error}", file=sys.stderr)
@@ -248,11 +322,14 @@ def main(argv: list[str] | None = None) -> None:
         if args.task == "classify":
             losses = objective(args, model, images, guides, parts["train"].labels.to(args.device))
         else:
-            learn = self_distillation if args.ssl == "dino" else relations
-            losses = learn(args, model, images, guides)
+            objective_of = self_distillation if args.ssl == "dino" else relations
+            losses = objective_of(args, model, images, guides)
         history = train(args, model, images, losses)
         print(f"trained in {time.perf_counter() - started:.0f} s")
-        finish(args, model.cpu(), parts, sample, history, guides)
+        if not rank():
+            finish(args, model.cpu(), parts, sample, history, guides)
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except (Collapse, FloatingPointError, OSError) as error:  # the last: a full disk, say
         print(f"\ntrain.py: {error}", file=sys.stderr)
         sys.exit(1)

@@ -1,11 +1,13 @@
 """DINO computes the published numbers, trains only the student, and says so when it collapses."""
 
 import math
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from dino import DINO, Collapse, DINOHead, DINOLoss, Health
 from resnet import ResNet
@@ -176,3 +178,32 @@ def test_a_teacher_with_batch_norm_normalises_by_its_own_batch():
     torch.testing.assert_close(mean, torch.zeros(8), rtol=0, atol=1e-3)
     torch.testing.assert_close(deviation, torch.ones(8), rtol=0, atol=1e-2)
     assert not dino.teacher.blocks[0].training and not any(m.training for m in dino.eval().teacher.modules())
+
+
+def test_centre_and_health_are_those_of_all_processes_batches_together(tmp_path):
+    """Two forks see half of the teacher's outputs each; one process sees all."""
+    torch.manual_seed(0)
+    teacher, threads = torch.randn(2, 8, 6), torch.get_num_threads()
+    torch.set_num_threads(1)  # as forked processes must
+
+    def after(scores):
+        loss, health = DINOLoss(6), Health(6)
+        loss(scores, scores, 0.04)
+        health.update(loss.teacher_probabilities(scores, 0.04))
+        return [loss.center, health.entropy, health.kl, health.usage]
+
+    processes = []
+    for rank in range(2):
+        processes.append(os.fork())
+        if processes[-1] == 0:
+            try:
+                dist.init_process_group("gloo", f"file://{tmp_path}/meet", rank=rank, world_size=2)
+                torch.save(after(teacher[:, 4 * rank : 4 * rank + 4]), tmp_path / f"{rank}.pt")
+            finally:
+                os._exit(0)
+    for process in processes:
+        os.waitpid(process, 0)
+    torch.set_num_threads(threads)
+    for rank in range(2):
+        for found, expected in zip(torch.load(tmp_path / f"{rank}.pt"), after(teacher)):
+            torch.testing.assert_close(found, expected)

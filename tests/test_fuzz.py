@@ -1,4 +1,4 @@
-"""Thousands of damaged files: each is read, skipped with a note, or refused in one line; none breaks or hangs."""
+"""Thousands of damaged files: each is read, skipped with a note, or refused in one line."""
 
 import io
 import json

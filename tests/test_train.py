@@ -170,7 +170,7 @@ def in_a_process_of_its_own(argv):
 
 
 def test_a_run_killed_20_times_ends_at_the_weights_of_an_uninterrupted_one(tmp_path, monkeypatch):
-    """By SIGKILL at any moment, also while a checkpoint is written; every other time by SIGINT, in an epoch."""
+    """By SIGKILL at any moment, also in a checkpoint; every other time by SIGINT, within an epoch."""
     monkeypatch.setattr("data.DRAWN_SIZES", {"val": 8, "test": 8})
     threads, killed = torch.get_num_threads(), tmp_path / "killed"
     argv = "--epochs 24 --align none --local-crops-number 2 --flip 0.5 --drop-path 0.2".split()
@@ -426,9 +426,35 @@ def test_a_step_with_an_infinite_gradient_changes_no_weight():
     before = model.weight.clone()
     with pytest.raises(FloatingPointError, match="step 7"):
         loss = (model.weight.sum() * 0).sqrt()  # finite, but its slope is not
+        loss.backward()
         optimizer = torch.optim.SGD(model.parameters(), lr=1)
         train.descend(loss, model, optimizer, train.parse([])[0], step=7)
     assert torch.equal(model.weight, before)
+
+
+def test_two_processes_train_as_one_does(tmp_path):
+    """With the same batches and no random views: losses and weights of an ISNet ViT, up to rounding."""
+    argv = ["train.py", *SMALL, "--backbone", "vit", "--isnet", "1", "--out"]
+    train.main([*argv[1:], str(tmp_path / "one")])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *argv]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [*command, str(tmp_path / "two")], cwd=ROOT, env=environment, check=True, capture_output=True
+    )
+    (_, one), (_, two) = load_run(tmp_path / "one"), load_run(tmp_path / "two")
+    for a, b in zip(one["history"], two["history"]):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+    assert all((one["model"][name] - two["model"][name]).abs().max() < 1e-3 for name in one["model"])
+
+
+def test_a_batch_in_parts_gives_the_same_step_and_in_bfloat16_nearly(tmp_path):
+    for name, flags in {"whole": "", "parts": "--accumulate 4", "amp": "--amp"}.items():
+        argv = [*SMALL, "--backbone", "vit", *flags.split(), "--epochs", "1", "--out", str(tmp_path / name)]
+        train.main(argv)
+    whole, parts, amp = (load_run(tmp_path / name)[1] for name in ("whole", "parts", "amp"))
+    assert all((whole["model"][k] - parts["model"][k]).abs().max() < 1e-4 for k in whole["model"])
+    assert whole["history"][0]["loss"] == pytest.approx(parts["history"][0]["loss"], rel=1e-4)
+    assert 0 < abs(whole["history"][0]["loss"] - amp["history"][0]["loss"]) < 0.02
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_usable_and_ends_in_one_line(tmp_path, monkeypatch, capsys):
