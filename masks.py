@@ -6,8 +6,9 @@
     RUN         the same, of another run's folder: a convnet can't start from a ViT
     DIR         masks of any other tool: DIR/<region>/<image's name>, or DIR/<image's name>
 
-Attention becomes a mask by equation (7) of `attention_priors.py`: what the prior covers, in the image that it
-belongs to, holds a share of the attention there; the fewest pixels that hold as much are the mask elsewhere.
+Attention becomes a mask by equation (7) of `attention_priors.py`: the pixels most looked at that cover the
+prior, in the image that it belongs to, hold a share of the attention; the fewest that hold as much are the
+mask elsewhere.
 No label is used but the prior. Claim 8 (one mask is enough) rests on this file. Next to read: `isnet_lrp.py`.
 """
 
