@@ -26,6 +26,7 @@ from data import Data
 from resnet import ResNet
 from simpool import GAP, SimPool
 from vit import ViT
+from weights import fit, read_weights, sizes
 
 OF_THE_CALL = ("out", "overwrite", "resume", "keep_going", "device")  # settings that --resume may change
 
@@ -38,7 +39,7 @@ def write_whole(path: Path, content: str | dict) -> None:
     part = path.with_name(path.name + ".part")
     try:
         with part.open("wb") as file:
-            if path.suffix == ".pt":
+            if path.suffix in (".pt", ".pth"):
                 torch.save(content, file)
             else:
                 text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
@@ -148,9 +149,30 @@ def load_run(folder: Path) -> tuple[argparse.Namespace, dict]:
     except Exception as error:  # a damaged or foreign file fails in the unpickler in many ways
         reason = " ".join(str(error).split())[:120]
         raise ValueError(f"{folder}: config.json or last.pt is damaged ({reason})") from None
-    if "marker_kind" not in config:
-        raise ValueError(f"{folder} is a run of an older version, without --marker-kind; train it again")
+    if "registers" not in config:
+        raise ValueError(f"{folder} is a run of an older version, without --registers; train it again")
     return argparse.Namespace(**config), checkpoint
+
+
+def settings_of(init: Path) -> dict:
+    """The settings of a run's folder, or those of the encoder in a file of weights. Raises ValueError."""
+    return sizes(read_weights(init)[0]) if init.is_file() else vars(load_run(init)[0])
+
+
+def start_from(init: Path, encoder: nn.Module) -> None:
+    """Load the encoder of a run's folder, or of a file of weights. Raises ValueError if it doesn't fit."""
+    if not init.is_file():
+        return load_encoder(init, *load_run(init), encoder)
+    weights, left = read_weights(init)
+    if not isinstance(encoder, ViT):
+        raise ValueError(f"{init} holds a ViT: leave out --backbone resnet")
+    try:
+        fit(weights, encoder)
+    except ValueError as error:
+        raise ValueError(f"{init}: {error}") from None
+    print(
+        f"{init}: a ViT of {len(encoder.blocks)} blocks" + (f"; left out: {', '.join(left)}" if left else "")
+    )
 
 
 def build_encoder(config: argparse.Namespace, in_chans: int) -> ViT | ResNet:
@@ -164,8 +186,8 @@ def build_encoder(config: argparse.Namespace, in_chans: int) -> ViT | ResNet:
         pool = GAP()
     if config.backbone == "resnet":
         return ResNet(in_chans, D, pool=pool)
-    sizes = config.img_size, config.patch_size, in_chans, D, config.depth, config.num_heads
-    return ViT(*sizes, drop_path=config.drop_path, pool=pool)
+    dimensions = config.img_size, config.patch_size, in_chans, D, config.depth, config.num_heads
+    return ViT(*dimensions, drop_path=config.drop_path, pool=pool, registers=config.registers)
 
 
 def build_classifier(

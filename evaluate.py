@@ -25,9 +25,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from checkpoint import load_model, load_run, write_whole
+from checkpoint import build_encoder, load_model, load_run, start_from, write_whole
 from classify import exclusive, log_odds, prepared, rule
 from data import BATCH, DRAWN, Data, load, select
+from flags import parse
 from isnet_lrp import relevance
 from masks import export_masks
 from metrics import CannotMeasure, auc, best_threshold, dice, known_mean, localisation_ap, relevance_share
@@ -37,6 +38,7 @@ from pretrain import attention_of, lay_over, make_priors
 from probe import PROBES, SHARES, drawn, probe
 from resnet import ResNet
 from vit import ViT
+from weights import exported
 
 MEASURES = ["attention", "bias", *PROBES]
 
@@ -297,12 +299,19 @@ def print_table(columns: dict[str, dict[str, float]], corner: str, mean: bool) -
         print(f"{name:{first}}" + "".join(f"  {c:>{max(7, len(title))}}" for c, title in zip(cells, columns)))
 
 
-def load_all(runs: list[Path]) -> tuple[dict, dict[str, Data], str | None]:
+def load_any(run: Path, data: list[str]) -> tuple[argparse.Namespace, dict | None]:
+    """A run's settings and its checkpoint; of a file of weights, those of its encoder on `data`, and None."""
+    if run.is_file():
+        return parse([*data, "--init", str(run), "--prior", "none", "--out", f"runs/{run.stem}"])[0], None
+    return load_run(run)
+
+
+def load_all(runs: list[Path], data: list[str]) -> tuple[dict, dict[str, Data], str | None]:
     """{run: (settings, model, history)}, the data that all of them share, and its labelled sample.
 
-    Raises ValueError if they don't share it.
+    data: flags of train.py for the runs that are files of weights. Raises ValueError if data are not shared.
     """
-    loaded, source, found = {run: load_run(run) for run in runs}, None, {}
+    loaded, source, found = {run: load_any(run, data) for run in runs}, None, {}
     for run, (config, checkpoint) in loaded.items():
         wanted = {"data": config.data, "img_size": config.img_size, "sample": config.sample}
         wanted |= {
@@ -325,20 +334,28 @@ def load_all(runs: list[Path]) -> tuple[dict, dict[str, Data], str | None]:
             raise ValueError(
                 f"{runs[0]} and {run} differ in {', '.join(differ)}: compare runs on the same images"
             )
-        found[run] = config, load_model(run, config, checkpoint, parts["train"]), checkpoint["history"]
+        if checkpoint is None:
+            model = build_encoder(config, parts["train"].images.shape[1])
+            start_from(run, model)
+            found[run] = config, model, []
+        else:
+            found[run] = config, load_model(run, config, checkpoint, parts["train"]), checkpoint["history"]
     return found, parts, sample
 
 
-def compare(runs: list[Path], only: list[str], n_images: int) -> None:
+def compare(runs: list[Path], data: list[str], only: list[str], n_images: int) -> None:
     """Measure runs on the same test images, print them side by side, draw them into the first's folder."""
-    loaded, parts, sample = load_all(runs)
+    loaded, parts, sample = load_all(runs, data)
+    home = {run: Path(config.out) if run.is_file() else run for run, (config, *_) in loaded.items()}
+    out = home[runs[0]]
     first, *_ = loaded[runs[0]]
     short = {run: run.name if len({r.name for r in runs}) == len(runs) else str(run) for run in runs}
     shown, reports, maps = shown_images(first, parts, n_images), {}, {}
     one_class = first.task == "classify" and exclusive(parts["train"].labels)
     for run, (config, model, _) in loaded.items():
         found = reports[short[run]] = report(config, model, parts, sample, only, SHARES)
-        path = run / "metrics.json"
+        path = home[run] / "metrics.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
         old = json.loads(path.read_text()) if path.exists() else {}
         write_whole(
             path, old | {k: v for k, v in found.figures.items() if math.isfinite(v)}
@@ -347,16 +364,16 @@ def compare(runs: list[Path], only: list[str], n_images: int) -> None:
         seen = maps_of(config, model, shown.images, found.heads, one_class)
         maps |= {f"{short[run]}\n{title}": m for title, m in seen.items()}
     print_tables(reports)
-    draw(runs[0] / "compare.png", shown, maps, first.task)
+    draw(out / "compare.png", shown, maps, first.task)
     written = ["compare.png"]
     if any(len(curve) > 1 for found in reports.values() for curve in found.curves.values()):
-        low_data(runs[0] / "low_data.png", {run: found.curves for run, found in reports.items()})
+        low_data(out / "low_data.png", {run: found.curves for run, found in reports.items()})
         written.append("low_data.png")
-    if len(runs) > 1:
-        histories = {short[run]: history for run, (_, _, history) in loaded.items()}
-        curves(runs[0] / "compare_curves.png", histories)
+    histories = {short[run]: history for run, (_, _, history) in loaded.items() if history}
+    if len(histories) > 1:
+        curves(out / "compare_curves.png", histories)
         written.append("compare_curves.png")
-    print(f"wrote {runs[0]}/{', '.join(written)}")
+    print(f"wrote {out}/{', '.join(written)}")
 
 
 def draw(path: Path, shown: Data, maps: dict[str, Tensor], task: str) -> None:
@@ -371,7 +388,13 @@ def main(argv: list[str] | None = None) -> None:
         description="Measure runs of train.py side by side, and draw where they look.",
         epilog="example: python evaluate.py runs/span runs/dino --only attention linear",
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a folder that train.py wrote")
+    what = "a folder that train.py wrote, or a file of a ViT's published weights"
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=what)
+    parser.add_argument("--data", help="what to measure published weights on: as for train.py")
+    parser.add_argument("--img-size", type=int, help="pixels a side for published weights (default: theirs)")
+    parser.add_argument(
+        "--export", type=Path, metavar="FILE", help="write the first run's ViT for timm, and stop"
+    )
     what = f"what to measure, of {', '.join(MEASURES)} (default: all that apply)"
     parser.add_argument("--only", nargs="+", choices=MEASURES, default=MEASURES, metavar="MEASURE", help=what)
     what = "write the masks that the first run's guided heads make into a new folder, and measure nothing"
@@ -381,13 +404,28 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if args.images < 1:
             raise ValueError(f"--images {args.images}: draw at least 1")
-        if args.export_masks:
-            loaded, parts, sample = load_all(args.runs[:1])
+        data = ["--data", args.data] if args.data else []
+        data += ["--img-size", str(args.img_size)] if args.img_size else []
+        if data and not any(run.is_file() for run in args.runs):
+            raise ValueError("--data and --img-size are for files of weights; runs are measured on their own")
+        if args.export:
+            loaded, _, _ = load_all(args.runs[:1], data)
+            _, model, _ = loaded[args.runs[0]]
+            encoder = getattr(model, "encoder", model)
+            if args.export.exists() or not isinstance(encoder, ViT):
+                there = args.export.exists()
+                raise ValueError(
+                    f"--export: {args.export} exists already" if there else "--export needs a ViT"
+                )
+            write_whole(args.export, exported(encoder))
+            print(f"wrote {args.export}")
+        elif args.export_masks:
+            loaded, parts, sample = load_all(args.runs[:1], data)
             data = loaded[args.runs[0]][0].data
             written = export_masks(args.runs[0], parts, sample, data, args.export_masks)
             print(f"wrote {written} masks into {args.export_masks}")
         else:
-            compare(args.runs, args.only, args.images)
+            compare(args.runs, data, args.only, args.images)
     except (ValueError, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         sys.exit(2)

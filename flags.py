@@ -11,7 +11,7 @@ import torch
 from torch import Generator
 
 from baselines import BASELINES, PENALTIES
-from checkpoint import load_run
+from checkpoint import settings_of
 from crops import random_crops
 from phantom import FINDINGS, MARKERS
 from relvit import TASKS as RELATIONS
@@ -28,7 +28,7 @@ DEFAULTS = {  # by --task, by --backbone, and by both
     "classify resnet": {"lr": 2e-3, "lrp_gamma": 3.0},
 }
 OF_THE_ENCODER = (
-    "backbone img_size patch_size embed_dim depth num_heads pool pool_heads simpool_gamma".split()
+    "backbone img_size patch_size embed_dim depth num_heads registers pool pool_heads simpool_gamma".split()
 )
 
 
@@ -64,11 +64,13 @@ def parse(argv: list[str], doc: str = "\n\n") -> tuple[argparse.Namespace, set[s
     add_task_flags(parser)
     add = parser.add_argument_group("model").add_argument
     add("--backbone", type=str, choices=["vit", "resnet"], help=f"the encoder{by_task('backbone')}")
-    add("--init", type=Path, help="a finished run whose encoder to start from, in its sizes")
+    what = "a finished run, or a file of a ViT's published weights, to start from in its sizes"
+    add("--init", type=Path, help=what)
     add("--patch-size", type=int, default=8, help="pixels a side of a patch")
     add("--embed-dim", type=int, help=f"width; the ResNet's in its last stage{by_task('embed_dim')}")
     add("--depth", type=int, help=f"blocks of the ViT{by_task('depth')}")
     add("--num-heads", type=int, help=f"attention heads; each prior takes one{by_task('num_heads')}")
+    add("--registers", type=int, default=0, help="tokens of a ViT that have no place in the image")
     add("--drop-path", type=float, default=0.0, help="stochastic depth of the last block")
     what = "how patches become one vector: a CLS token, their mean, or SimPool"
     add("--pool", type=str, choices=["cls", "gap", "simpool"], help=what + by_task("pool"))
@@ -88,7 +90,7 @@ def parse(argv: list[str], doc: str = "\n\n") -> tuple[argparse.Namespace, set[s
     add("--clip-grad", type=float, default=3.0, help="largest norm of the gradient")
     parser.set_defaults(**DEFAULTS[parser.parse_args(argv).task])
     chosen = parser.parse_args(argv)
-    before = vars(load_run(chosen.init)[0]) if chosen.init else {}
+    before = settings_of(chosen.init) if chosen.init else {}
     if before:
         parser.set_defaults(**{name: before[name] for name in OF_THE_ENCODER})
     chosen = parser.parse_args(argv)
@@ -172,6 +174,7 @@ def check(args: argparse.Namespace) -> None:
         (1, 10**9): "patch_size epochs batch_size embed_dim num_heads pool_heads depth train_images img_size",
         (1, args.batch_size): "accumulate",
         (2, 10**9): "out_dim",
+        (0, 10**3): "registers",
         (0, 2**32 - 1): "seed local_crops_number mega_patches",
         (0.1, 10): "simpool_gamma",
         (1e-9, 1e9): "lr teacher_temp clip_grad",

@@ -5,7 +5,7 @@
     python train.py --data DIR --out runs/mine      your own images; the README shows how to lay them out
     python train.py --ssl relvit --out runs/relvit  patches tell how they lie, in place of DINO
     python train.py --task classify --marker 1 --isnet 1 --out runs/isnet       blind to a hospital's marker
-    torchrun --nproc-per-node 2 train.py            the same batches, shared by two processes or GPUs
+    torchrun --standalone --nproc-per-node 2 train.py   the same batches, shared by two processes or GPUs
 
 Pretraining: the labelled sample's masks become priors; the sample is registered to every training image,
 once. Each step cuts views of a batch and adds to the objective's loss (DINO's or RelViT's, see `pretrain.py`)
@@ -35,12 +35,11 @@ from checkpoint import (
     build_classifier,
     build_encoder,
     check_folder,
-    load_encoder,
-    load_run,
     restore,
     resumed,
     save,
     start,
+    start_from,
 )
 from checkpoint import write_whole
 from classify import exclusive, objective
@@ -75,7 +74,7 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, Data], str | None, nn.M
     torch.manual_seed(args.seed)
     encoder = build_encoder(args, train.images.shape[1])
     if args.init:
-        load_encoder(Path(args.init), *load_run(Path(args.init)), encoder)
+        start_from(Path(args.init), encoder)
     if args.backbone == "vit" and args.task == "classify" and (not args.init or not encoder.pos_embed.any()):
         # At 0.02 positions are lost beside the patches, and a classifier may stand still for many epochs.
         nn.init.trunc_normal_(encoder.pos_embed, std=0.2)

@@ -119,7 +119,8 @@ class ViT(nn.Module):
     img_size: side of the training images in pixels, or (height, width); it sets the size of the position
     embedding, which is resized for other images. pool: None for a CLS token, or a module that maps patches
     (B, N, D), not normalised yet, to (pooled (B, D), attention (B, N) or (B, heads, N)); then there is no
-    CLS token.
+    CLS token. registers: tokens without a place, between CLS and patches (Darcet et al. 2023, arXiv
+    2309.16588), which nothing but the attention sees.
 
     Raises ValueError if patch_size does not divide img_size, or num_heads embed_dim.
     """
@@ -135,6 +136,7 @@ class ViT(nn.Module):
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
         pool: nn.Module | None = None,
+        registers: int = 0,
     ):
         super().__init__()
         if embed_dim % num_heads:
@@ -148,6 +150,9 @@ class ViT(nn.Module):
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         if pool is None:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        if registers:
+            self.reg_token = nn.Parameter(torch.randn(1, registers, embed_dim) * 1e-6)
+        self.registers = registers
         tokens = math.prod(self.native_grid) + (pool is None)
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim))
         rates = torch.linspace(0, drop_path, depth).tolist()  # deeper blocks are dropped more often
@@ -197,7 +202,11 @@ class ViT(nn.Module):
         x = self.patch_embed(images)  # (B, N, D)
         if self.pool is None:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + N, D)
-        return x + self.positions_for(grid) if positions else x
+        x = x + self.positions_for(grid) if positions else x
+        if not self.registers:
+            return x
+        first, registers = int(self.pool is None), self.reg_token.expand(len(x), -1, -1)
+        return torch.cat([x[:, :first], registers, x[:, first:]], dim=1)  # (B, 1 + R + N, D)
 
     def forward(self, images: Tensor, layer: int | None = -1, positions: bool = True) -> Features:
         """Encode images (B, C, H, W), H and W multiples of patch_size.
@@ -210,10 +219,11 @@ class ViT(nn.Module):
         attention = None
         for i, block in enumerate(self.blocks):
             x, row = block(x, row=i == exposed)
-            attention = row[:, :, 1:] if i == exposed else attention  # (B, heads, N)
+            attention = row[:, :, 1 + self.registers :] if i == exposed else attention  # (B, heads, N)
         if self.pool is None:
             x = self.norm(x)
-            return Features(x[:, 0], x[:, 1:], attention)
+            return Features(x[:, 0], x[:, 1 + self.registers :], attention)
+        x = x[:, self.registers :]
         pooled, attention = self.pool(x)  # (4) comes after it, as in SimPool's release
         return Features(
             self.norm(pooled), self.norm(x), attention[:, None] if attention.dim() == 2 else attention

@@ -436,7 +436,7 @@ def test_two_processes_train_as_one_does(tmp_path):
     """With the same batches and no random views: losses and weights of an ISNet ViT, up to rounding."""
     argv = ["train.py", *SMALL, "--backbone", "vit", "--isnet", "1", "--out"]
     train.main([*argv[1:], str(tmp_path / "one")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *argv]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *argv]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run(
         [*command, str(tmp_path / "two")], cwd=ROOT, env=environment, check=True, capture_output=True
