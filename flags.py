@@ -18,9 +18,9 @@ from relvit import TASKS as RELATIONS
 
 TASKS = ["pretrain", "classify"]
 DEFAULTS = {  # by --task, by --backbone, and by both
-    "pretrain": {"out": Path("runs/span"), "epochs": 15, "batch_size": 64, "train_images": 1500, "lr": 2e-3}
+    "pretrain": {"out": Path("runs/span"), "batch_size": 64, "train_images": 1500, "lr": 2e-3}
     | {"backbone": "vit", "embed_dim": 96, "depth": 4, "num_heads": 6, "lrp_gamma": 0.0},
-    "classify": {"out": Path("runs/classifier"), "epochs": 10, "batch_size": 16, "train_images": 3000}
+    "classify": {"out": Path("runs/classifier"), "batch_size": 16, "train_images": 3000}
     | {"backbone": "resnet", "embed_dim": 64, "depth": 3, "num_heads": 4},
     "vit": {"pool": "cls", "simpool_gamma": 1.25},
     "resnet": {"pool": "gap", "simpool_gamma": 2.0},
@@ -78,7 +78,7 @@ def parse(argv: list[str], doc: str = "\n\n") -> tuple[argparse.Namespace, set[s
     add("--simpool-gamma", type=float, help=what + by_task("simpool_gamma"))
     add("--pool-heads", type=int, help="of SimPool (default: --num-heads if priors guide them, else 1)")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=int, help=f"passes over the training images{by_task('epochs')}")
+    add("--epochs", type=int, default=15, help="passes over the training images")
     add("--batch-size", type=int, help=f"images a step{by_task('batch_size')}")
     what = "parts of a batch that go through the model one after the other, where memory is short"
     add("--accumulate", type=int, default=1, help=what)

@@ -36,12 +36,11 @@ classifiers() {
     for seed in $seeds; do
         for backbone in resnet vit; do
             common="--task classify --seed $seed --backbone $backbone"
-            [ $backbone = vit ] && common="$common --epochs 15"
             echo "unmarked_$backbone-$seed $common"
             echo "plain_$backbone-$seed $common --marker 1"
             echo "isnet_$backbone-$seed $common --marker 1 --isnet 1"
         done
-        common="--task classify --seed $seed --findings all --epochs 12"
+        common="--task classify --seed $seed --findings all"
         echo "unmarked_findings-$seed $common"
         echo "plain_findings-$seed $common --marker 1"
         echo "isnet_findings-$seed $common --marker 1 --isnet 1"
@@ -52,8 +51,8 @@ classifiers() {
     echo "one_logit-0 $common --explain label"
     echo "mean_pooling-0 $common --isnet-decay 1"
     echo "large_e-0 $common --isnet-e 1"
-    echo "vit_pixels_only-0 $common --backbone vit --epochs 15 --isnet-layers none"
-    echo "vit_unguided-0 $common --backbone vit --epochs 15 --isnet-layers relevance"
+    echo "vit_pixels_only-0 $common --backbone vit --isnet-layers none"
+    echo "vit_unguided-0 $common --backbone vit --isnet-layers relevance"
 }
 
 one_mask() {  # other ways to stay off the background; and ISNet's masks from one labelled sample
@@ -61,7 +60,6 @@ one_mask() {  # other ways to stay off the background; and ISNet's masks from on
         echo "first span_marked-$seed --seed $seed --marker 1"
         for backbone in resnet vit; do
             common="--task classify --seed $seed --backbone $backbone --marker 1"
-            [ $backbone = vit ] && common="$common --epochs 15"
             for baseline in multitask gated gain rrr pipeline swap; do
                 echo "first ${baseline}_$backbone-$seed $common --baseline $baseline"
             done
@@ -79,8 +77,8 @@ one_mask() {  # other ways to stay off the background; and ISNet's masks from on
 poolings() {  # with labels, beside the unmarked classifiers, and without; at half the images of the SPAN runs
     for seed in $seeds; do
         common="--task classify --seed $seed"
-        echo "vit_gap_labels-$seed $common --backbone vit --epochs 15 --pool gap"
-        echo "vit_simpool_labels-$seed $common --backbone vit --epochs 15 --pool simpool"
+        echo "vit_gap_labels-$seed $common --backbone vit --pool gap"
+        echo "vit_simpool_labels-$seed $common --backbone vit --pool simpool"
         echo "resnet_simpool_labels-$seed $common --pool simpool"
         common="--seed $seed --train-images 750"
         echo "vit_cls_dino-$seed $common --prior none"
