@@ -29,7 +29,7 @@ from torch import Generator, Tensor, nn
 
 from attention_priors import span_loss
 from baselines import PENALTIES, swapped
-from data import normalise
+from data import BATCH, normalise
 from isnet_lrp import background_loss, foreground_loss, relevance
 from relvit import patch_views
 from vit import Attention, Block, PatchEmbed
@@ -256,3 +256,29 @@ def objective(
         return loss, {"loss": loss.detach(), **{name: part.detach() for name, part in parts.items()}}
 
     return losses
+
+
+@torch.no_grad()
+def scores_of(model: nn.Module, images: Tensor, one_class: bool) -> Tensor:
+    """Log-odds (M, K) of classes, or logits of findings, of images (M, C, S, S) uint8, in evaluation mode."""
+    model.eval()
+    logits = torch.cat([model(prepared(x)) for x in images.split(BATCH)])
+    if not one_class:
+        return logits
+    return torch.stack(
+        [log_odds(logits, torch.full((len(logits),), k)) for k in range(logits.shape[1])], dim=1
+    )
+
+
+def relevance_of(config: argparse.Namespace, model: nn.Module, images: Tensor, one_class: bool) -> Tensor:
+    """LRP heatmaps (M, C, S, S) of the first finding, the second of two classes, the likeliest of more."""
+
+    def target(logits: Tensor) -> Tensor:
+        if not one_class:
+            return logits[:, 0]
+        likeliest = logits.argmax(dim=1)
+        return log_odds(logits, likeliest if logits.shape[1] > 2 else torch.ones_like(likeliest))
+
+    model.eval()
+    heatmaps = (relevance(model, prepared(x), target, **rule(config))[0] for x in images.split(BATCH))
+    return torch.cat([R.detach() for R in heatmaps])

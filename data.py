@@ -247,17 +247,31 @@ def _decode(path: Path) -> tuple[np.ndarray | None, str]:
     return (pixels, "") if np.isfinite(pixels).all() else (None, "it has NaN or infinite pixels")
 
 
-def _resize(pixels: np.ndarray, size: int) -> np.ndarray:
-    return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR))  # antialiased
+def _resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    size = width, height
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))  # antialiased
 
 
-def _read_image(pixels: np.ndarray, size: int) -> Tensor:
-    """(H, W) or (H, W, 3) to (1 or 3, S, S) uint8."""
+def _read_image(pixels: np.ndarray, height: int, width: int) -> Tensor:
+    """(H, W) or (H, W, 3) to (1 or 3, height, width) uint8."""
     if pixels.dtype != np.uint8:  # all precision is kept until after the stretch
         span = np.ptp(pixels) or 1.0  # a constant image is black
         pixels = ((pixels - pixels.min()) / span * 255).astype(np.float32)
-    image = torch.from_numpy(np.atleast_3d(np.rint(_resize(pixels, size)).astype(np.uint8))).permute(2, 0, 1)
+    resized = np.rint(_resize(pixels, height, width)).astype(np.uint8)
+    image = torch.from_numpy(np.atleast_3d(resized)).permute(2, 0, 1)
     return image[:1].clone() if (image == image[:1]).all() else image
+
+
+def read_picture(path: Path, side: int, multiple: int, channels: int) -> Tensor:
+    """One image (1, channels, H, W) uint8, its shorter side about `side` px, both multiples of `multiple`.
+
+    Raises DataError if it can't be read.
+    """
+    height, width = _shape(path)
+    near = [max(1, round(edge * side / min(height, width) / multiple)) * multiple for edge in (height, width)]
+    image = _read_image(_decode(path)[0], *near).float()  # (1 or 3, H, W)
+    image = image if len(image) == channels else image.mean(dim=0, keepdim=True).expand(channels, -1, -1)
+    return image[None].round().to(torch.uint8)
 
 
 def _read_mask(path: Path, image_path: Path, shape: tuple[int, ...], size: int) -> Tensor:
@@ -271,7 +285,7 @@ def _read_mask(path: Path, image_path: Path, shape: tuple[int, ...], size: int) 
         raise DataError(f"{sizes}; draw the mask on the image as it is, or resize it to the image's size")
     pixels = np.atleast_3d(pixels).max(axis=2)  # (H, W); not the luminance: blue counts like white
     inside = (pixels > 0) & (pixels >= pixels.max() / 2)
-    return torch.from_numpy(_resize(inside.astype(np.float32), size) >= 0.5)
+    return torch.from_numpy(_resize(inside.astype(np.float32), size, size) >= 0.5)
 
 
 def image_size(data: str, name: str) -> tuple[int, int]:
@@ -321,7 +335,7 @@ def _read_images(paths: dict[str, Path], masks: dict[str, dict], size: int, note
             continue
         own = [_read_mask(m[name], path, pixels.shape, size) if name in m else empty for m in masks.values()]
         names.append(name)
-        images.append(_read_image(pixels, size))
+        images.append(_read_image(pixels, size, size))
         layers.append(torch.stack(own) if masks else None)  # (R, S, S)
     if not names:
         raise DataError(f"none of {len(paths)} images can be read; replace them. The last: {notes[-1]}")

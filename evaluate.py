@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint import build_encoder, load_model, load_run, start_from, write_whole
-from classify import exclusive, log_odds, prepared, rule
+from classify import exclusive, relevance_of, scores_of
 from data import BATCH, DRAWN, Data, load, select
 from flags import parse
-from isnet_lrp import relevance
+from look import look
 from masks import export_masks
 from metrics import CannotMeasure, auc, best_threshold, dice, known_mean, localisation_ap, relevance_share
 from plots import curves, low_data, map_grid
@@ -103,10 +103,10 @@ def measure_classifier(
     if first_finding(parts):
         del findings[0]
     known = (k for k in findings if val.labels is not None and not val.labels[:, k].isnan().all())
-    chosen = scores_of(model, val, one_class)
+    chosen = scores_of(model, val.images, one_class)
     thresholds = {k: best_threshold(chosen[:, k], val.labels[:, k]) for k in known}
     for name, data in sets.items():
-        scores, labels = scores_of(model, data, one_class), data.labels
+        scores, labels = scores_of(model, data.images, one_class), data.labels
         each = {f"AUC {finding}": auc(scores[:, k], labels[:, k]) for k, finding in findings.items()}
         if len(findings) > 1 and one_class:
             right = (scores.argmax(dim=1) == labels.argmax(dim=1))[~labels.isnan().any(dim=1)]
@@ -129,32 +129,6 @@ def first_finding(parts: dict[str, Data]) -> int:
     """The column of labels that is asked for first: of two classes the second, "X" and not "no X"."""
     labels = parts["train"].labels
     return int(labels.shape[1] == 2 and exclusive(labels))
-
-
-@torch.no_grad()
-def scores_of(model: nn.Module, data: Data, one_class: bool) -> Tensor:
-    """Log-odds (M, K) of classes, or the logits of findings, in evaluation mode."""
-    model.eval()
-    logits = torch.cat([model(prepared(images)) for images in data.images.split(BATCH)])
-    if not one_class:
-        return logits
-    return torch.stack(
-        [log_odds(logits, torch.full((len(logits),), k)) for k in range(logits.shape[1])], dim=1
-    )
-
-
-def relevance_of(config: argparse.Namespace, model: nn.Module, images: Tensor, one_class: bool) -> Tensor:
-    """LRP heatmaps (M, C, S, S) of the first finding, the second of two classes, the likeliest of more."""
-
-    def target(logits: Tensor) -> Tensor:
-        if not one_class:
-            return logits[:, 0]
-        likeliest = logits.argmax(dim=1)
-        return log_odds(logits, likeliest if logits.shape[1] > 2 else torch.ones_like(likeliest))
-
-    model.eval()
-    heatmaps = (relevance(model, prepared(x), target, **rule(config))[0] for x in images.split(BATCH))
-    return torch.cat([R.detach() for R in heatmaps])
 
 
 class Report(NamedTuple):
@@ -399,6 +373,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=MEASURES, default=MEASURES, metavar="MEASURE", help=what)
     what = "write the masks that the first run's guided heads make into a new folder, and measure nothing"
     parser.add_argument("--export-masks", type=Path, metavar="DIR", help=what)
+    what = "draw what the first run sees in these pictures, of any size, into its folder, and stop"
+    parser.add_argument("--image", nargs="+", type=Path, metavar="FILE", default=[], help=what)
     parser.add_argument("--images", type=int, default=6, help="test images in the picture (default: 6)")
     args = parser.parse_args(argv)
     try:
@@ -424,6 +400,18 @@ def main(argv: list[str] | None = None) -> None:
             data = loaded[args.runs[0]][0].data
             written = export_masks(args.runs[0], parts, sample, data, args.export_masks)
             print(f"wrote {written} masks into {args.export_masks}")
+        elif args.image:
+            run, parts, sample = args.runs[0], {}, None
+            if run.is_file():  # needs no data
+                config, _ = load_any(run, data)
+                model, out = build_encoder(config, in_chans=3), Path(config.out) / "looks"
+                start_from(run, model)
+            else:
+                loaded, parts, sample = load_all([run], data)
+                (config, model, _), out = loaded[run], run / "looks"
+            for path in args.image:
+                written = look(run, config, model, parts, sample, path, out)
+                print(f"{path}: wrote {', '.join(map(str, written))}")
         else:
             compare(args.runs, data, args.only, args.images)
     except (ValueError, OSError) as error:

@@ -30,7 +30,7 @@ from pretrain import attention_of, lay_over, make_priors
 def attention_masks(
     run: Path, parts: dict[str, Data], sample: str | None, images: Tensor
 ) -> tuple[Tensor, list[str]]:
-    """Masks (M, R, S, S) bool of images (M, C, S, S) uint8 from a run's guided heads, and the regions' names.
+    """Masks (M, R, H, W) bool of images (M, C, H, W) uint8 from a run's guided heads, and the regions' names.
 
     Raises ValueError for a folder that is no run, or a run that no prior guided.
     """
@@ -45,7 +45,8 @@ def attention_masks(
         true_of = train.images[train.names.index(sample)][None]
     R, size = len(names), tuple(images.shape[2:])
     regions = priors >= priors.amax(dim=(1, 2), keepdim=True) / 2
-    mass = mass_held(attention_of(encoder, true_of, config.span_layer)[:, :R], grid, regions)
+    attention = attention_of(encoder, true_of, config.span_layer)[:, :R]
+    mass = mass_held(attention, encoder.grid(true_of), regions)
     attention = attention_of(encoder, images, config.span_layer)[:, :R].split(BATCH)
     return torch.cat([masks_held(part, grid, size, mass) for part in attention]), names
 

@@ -29,14 +29,15 @@ def map_grid(
     regions: list[str],
     columns: dict[str, Tensor],
     signed: bool = False,
+    outlined: str = "true regions",
 ) -> None:
-    """Rows: images. Columns: the image, its true regions (if there are masks), each map over the image.
+    """Rows: images. Columns: the image, its masks (if there are any), titled `outlined`, each map over it.
 
     images (B, C, H, W) in [0, 1], masks (B, R, H, W), columns {title: (B, h, w)}: attention over patches, or,
     if signed, relevance in units of its mean size, red where it speaks for the decision and blue where
     against.
     """
-    titles = ["image"] + ["true regions"] * (masks is not None) + list(columns)
+    titles = ["image"] + [outlined] * (masks is not None) + list(columns)
     B, (H, W) = len(images), images.shape[-2:]
     size = (1.15 * len(titles) + 0.7, 1.15 * B + 0.6)
     figure, axes = plt.subplots(B, len(titles), figsize=size, squeeze=False, layout="constrained")

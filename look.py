@@ -1,0 +1,74 @@
+"""Any picture, of any size: where a model's heads look in it, and what a classifier's decision rests on.
+
+    python evaluate.py runs/span --image a.jpg b.png
+    python evaluate.py dino_deitsmall16_pretrain.pth --image a.jpg
+
+Beside the attention of each head stands what it outlines by equation (7) of `attention_priors.py`: of guided
+heads as much as covers their prior, of others the pixels that hold 60 % of the attention, as DINO's authors
+show it. Next to read: `plots.py`.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from attention_priors import masks_held
+from classify import exclusive, relevance_of, scores_of
+from data import Data, read_picture
+from masks import attention_masks
+from plots import map_grid
+from pretrain import attention_of
+from resnet import ResNet
+from simpool import GAP
+
+MASS = 0.6
+
+
+def look(
+    run: Path,
+    config: argparse.Namespace,
+    model: nn.Module,
+    parts: dict[str, Data],
+    sample: str | None,
+    path: Path,
+    out: Path,
+) -> list[Path]:
+    """Draw what a run sees in the picture at `path`; returns the files written: out/<name>.png, unless
+    patches are just averaged, and, of a classifier, out/<name>_relevance.png.
+
+    The picture keeps its aspect; its shorter side becomes the run's --img-size. Raises DataError.
+    """
+    classifies = config.task == "classify"
+    encoder = model.encoder if classifies else model
+    channels = next(p for p in encoder.parameters() if p.dim() == 4).shape[1]  # of the first convolution
+    multiple = encoder.stride if isinstance(encoder, ResNet) else config.patch_size
+    image = read_picture(path, config.img_size, multiple, channels)  # (1, C, H, W)
+    shown, written = image.float() / 255, []
+    out.mkdir(parents=True, exist_ok=True)
+    with torch.no_grad():
+        attention = attention_of(encoder, image, config.span_layer)  # (1, heads, N)
+    heads, grid = attention.shape[1], encoder.grid(image)
+    if not classifies and run.is_dir() and config.prior not in ("none", "masks"):
+        with torch.no_grad():
+            masks, names = attention_masks(run, parts, sample, image)  # (1, R, H, W)
+    else:
+        masks = masks_held(attention, grid, tuple(image.shape[2:]), torch.full((heads,), MASS))
+        names = [f"head {h}" for h in range(heads)]
+    maps = {f"head {h}": attention[:, h].unflatten(1, grid) for h in range(heads)}
+    averaged = encoder.pool is None if isinstance(encoder, ResNet) else isinstance(encoder.pool, GAP)
+    if not averaged:
+        written.append(out / f"{path.stem}.png")
+        map_grid(written[-1], shown, masks, names, maps, outlined="outlined")
+    if classifies:
+        train = parts["train"]
+        one_class = exclusive(train.labels)
+        R = relevance_of(config, model, image, one_class).sum(dim=1)
+        title = "\n".join(
+            f"{name} {100 * p:.0f} %"
+            for name, p in zip(train.findings, scores_of(model, image, one_class)[0].sigmoid().tolist())
+        )
+        written.append(out / f"{path.stem}_relevance.png")
+        map_grid(written[-1], shown, None, [], {title: R / R.abs().mean().clamp_min(1e-30)}, signed=True)
+    return written

@@ -1,0 +1,79 @@
+"""Any picture of any size and aspect: attention, what it outlines, and what a decision rests on."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import look
+import train
+from data import read_picture
+from vit import ViT
+
+TINY = (
+    "--train-images 16 --embed-dim 24 --depth 1 --num-heads 3 --batch-size 8 --epochs 1 --align none".split()
+)
+
+
+@pytest.fixture(autouse=True)
+def few_test_images(monkeypatch):
+    monkeypatch.setattr("data.DRAWN_SIZES", {"val": 4, "test": 4})
+
+
+@pytest.fixture
+def wide(tmp_path):
+    pixels = np.random.default_rng(0).integers(256, size=(90, 200, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "wide.jpg")
+    return tmp_path / "wide.jpg"
+
+
+def test_a_picture_keeps_its_aspect_in_whole_patches_and_takes_the_channels_asked_for(wide):
+    assert read_picture(wide, 64, 8, 3).shape == (1, 3, 64, 144)  # 142.2 is nearest to 144
+    grey, colour = read_picture(wide, 90, 10, 1), read_picture(wide, 90, 10, 3)
+    assert grey.shape == (1, 1, 90, 200)
+    assert (grey.float() - colour.float().mean(dim=1, keepdim=True)).abs().max() <= 0.5
+
+
+def test_guided_heads_outline_their_regions_and_every_head_is_shown(wide, tmp_path, monkeypatch, capsys):
+    train.main([*TINY, "--out", str(tmp_path / "run")])
+    seen = []
+    monkeypatch.setattr(look, "map_grid", lambda *a, **k: seen.append(a))
+    evaluate.main([str(tmp_path / "run"), "--image", str(wide)])
+    path, image, masks, names, maps = seen[0]
+    assert path == tmp_path / "run" / "looks" / "wide.png" and str(path) in capsys.readouterr().out
+    assert image.shape == (1, 1, 64, 144) and masks.shape == (1, 3, 64, 144)
+    assert names == ["left lung", "right lung", "heart"]
+    assert {name: m.shape for name, m in maps.items()} == {f"head {h}": (1, 8, 18) for h in range(3)}
+
+
+def test_a_classifier_s_decision_gets_a_heatmap_and_its_probability(wide, tmp_path, monkeypatch):
+    argv = "--task classify --train-images 16 --embed-dim 16 --batch-size 8 --epochs 1 --findings all --out"
+    train.main([*argv.split(), str(tmp_path / "run")])
+    seen = []
+    monkeypatch.setattr(look, "map_grid", lambda *a, **k: seen.append((a, k)))
+    evaluate.main([str(tmp_path / "run"), "--image", str(wide)])
+    (path, _, _, _, maps), how = seen[0]  # and no other: a mean looks nowhere
+    assert len(seen) == 1
+    assert path.name == "wide_relevance.png" and how["signed"]
+    ((title, heatmap),) = maps.items()
+    assert heatmap.shape == (1, 64, 144) and "enlarged heart " in title and title.count("%") == 4
+
+
+def test_heads_of_published_weights_outline_what_holds_most_of_their_attention(wide, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    torch.save(ViT(32, 8, 3, 64, 1, 1).state_dict(), tmp_path / "vit.pth")
+    seen = []
+    monkeypatch.setattr(look, "map_grid", lambda *a, **k: seen.append(a))
+    monkeypatch.chdir(tmp_path)
+    evaluate.main(["vit.pth", "--image", str(wide), "--img-size", "48"])
+    _, image, masks, names, maps = seen[0]
+    assert image.shape == (1, 3, 48, 104) and names == ["head 0"] and 0.3 < masks.float().mean() < 0.7
+
+
+def test_a_picture_that_cannot_be_read_is_named(tmp_path, capsys):
+    torch.save(ViT(32, 8, 3, 64, 1, 1).state_dict(), tmp_path / "vit.pth")
+    (tmp_path / "no.png").write_text("no image")
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([str(tmp_path / "vit.pth"), "--image", str(tmp_path / "no.png")])
+    assert stop.value.code == 2 and "no.png: this image cannot be read" in capsys.readouterr().err
