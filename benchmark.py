@@ -1,9 +1,11 @@
 """What exposure, augmentation and ISNet cost, measured side by side on this machine.
 
-    python benchmark.py [--json FILE]
+    python benchmark.py [--json FILE] [--device cuda]
 
 Machines are noisy and drift, so two things are timed in turn, A B A B ..., and the median of the ratios B / A
-is what is reported, with the quartiles.
+is what is reported, with the quartiles. A training step's floor is a product of large matrices with as many
+multiplications as the step has (convolutions and matrix products, counted): what is above 1 goes into moving
+numbers, elementwise work and Python.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from baselines import BASELINES
 from checkpoint import build_classifier, build_encoder, write_whole
@@ -26,8 +29,18 @@ from classify import objective, prepared
 from crops import crop, distort, random_crops
 from flags import parse
 from phantom import phantom
-from vit import ViT
+from pretrain import relations, self_distillation
+from relvit import TASKS
+from ssl import DINO, RelViT
+from train import Step, learn, optimizer_for
+from vit import Attention, ViT
 
+PRETRAINING = {
+    "SPAN, 64 images of 64 px": "",
+    "DINO": "--prior none",
+    "RelViT": "--ssl relvit --prior none",
+    "RelViT guided by SPAN": "--ssl relvit",
+}
 SMALL, WIDE, LARGE = (16, 1, 64, 64), (8, 3, 64, 64), (2, 3, 224, 224)  # images (B, C, H, W)
 RESNET, VIT = "--backbone resnet", "--backbone vit"
 VIT_S = f"{VIT} --img-size 224 --patch-size 16 --embed-dim 384 --depth 12 --num-heads 6"
@@ -52,15 +65,70 @@ CLASSIFIERS = {  # what is compared with the plain classifier of the same encode
 
 def ratio(a: Callable, b: Callable, runs: int) -> tuple[float, float, float]:
     """Lower quartile, median and upper quartile of time(b) / time(a) over paired runs, after one pair."""
-    ratios = []
+    ratios, wait = [], torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     for _ in range(runs + 1):
         times = []
         for work in (a, b):
+            wait()
             started = time.perf_counter()
             work()
+            wait()
             times.append(time.perf_counter() - started)
         ratios.append(times[1] / times[0])
     return tuple(statistics.quantiles(ratios[1:], n=4))
+
+
+def product_of(work: Callable, device: str) -> Callable:
+    """Products of large matrices with as many operations as matrix products and convolutions in `work`."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    side, total = (4096 if device != "cpu" else 512), counter.get_total_flops()
+    a, b = torch.randn(2, side, side, device=device).unbind()
+    times = max(1, round(total / (2 * side**3)))
+
+    def product() -> None:
+        for _ in range(times):
+            a @ b
+
+    return product
+
+
+def pretraining_step(flags: str, images: Tensor) -> Callable:
+    """A whole step of train.py's pretraining on images (B, C, S, S) uint8: views, losses, update, teacher."""
+    args = parse(f"{flags} --img-size {images.shape[-1]}".split())[0]
+    torch.manual_seed(0)
+    encoder = build_encoder(args, images.shape[1])
+    if args.ssl == "relvit":
+        model = RelViT(encoder, args.embed_dim, encoder.grid(images), TASKS)
+    else:
+        model = DINO(encoder, args.embed_dim, args.out_dim)
+    model = model.to(images.device).train()
+    everyone, generator, optimizer = torch.arange(len(images)), torch.Generator(), optimizer_for(model, args)
+    priors = torch.rand(len(images), 3, *images.shape[2:], device=images.device)
+    guided = None if args.prior == "none" else lambda index: priors[index]
+    losses = (relations if args.ssl == "relvit" else self_distillation)(args, model, images, guided)
+    step = Step(model, losses)
+    return lambda: learn(args, model, step, optimizer, everyone.to(images.device), generator, 1, 100)
+
+
+def attention_of_size(tokens: int, how: str, device: str) -> Callable:
+    """Forward and backward of an attention layer over (B, tokens, 64), its row exposed, or all, or none."""
+    torch.manual_seed(0)
+    attention = Attention(64, 4).to(device)
+    x = torch.randn(max(1, 4096 // tokens), tokens, 64, device=device, requires_grad=True)
+
+    def work() -> None:
+        if how == "all":
+            q, k, v = attention.split(x)
+            A = Attention.weights(q, k)
+            y = attention.proj((A @ v).transpose(1, 2).flatten(2))
+            loss = y.square().mean() + A[:, :, 0].square().mean()
+        else:
+            y, row = attention(x, row=how == "row")
+            loss = y.square().mean() + (row.square().mean() if how == "row" else 0)
+        loss.backward()
+
+    return work
 
 
 def training_step(vit: ViT, images: Tensor, exposed: bool) -> Callable:
@@ -163,17 +231,30 @@ def kept_bytes(loss: Callable) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-def measure(runs: int) -> dict[str, tuple[float, float, float]]:
-    """{what: quartiles of the ratio}."""
+def step_costs(runs: int, device: str) -> dict[str, tuple[float, float, float]]:
+    """Pretraining steps over their floors; and what exposing attention costs."""
     rows = {}
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)  # as train.py does for classifiers
-    for name, vit, images in (
-        ("the ViT of train.py, 128 images of 64 px", ViT(64, 8, 1, 96, 4, 6), torch.rand(128, 1, 64, 64)),
-        ("ViT-S/16, 8 images of 224 px", ViT(224, 16, 3, 384, 12, 6), torch.rand(8, 3, 224, 224)),
+    images = phantom(64, seed=0)[0].to(device)
+    for name, flags in PRETRAINING.items():
+        step = pretraining_step(flags + (" --device cuda" if device != "cpu" else ""), images)
+        rows[f"training step / its floor: {name}"] = ratio(product_of(step, device), step, runs)
+    for name, size, images in (
+        ("the ViT of train.py, 128 images of 64 px", (64, 8, 1, 96, 4, 6), (128, 1, 64, 64)),
+        ("ViT-S/16, 8 images of 224 px", (224, 16, 3, 384, 12, 6), (8, 3, 224, 224)),
     ):
-        steps = [training_step(vit, images, exposed) for exposed in (False, True)]
+        vit, x = ViT(*size).to(device), torch.rand(images, device=device)
+        steps = [training_step(vit, x, exposed) for exposed in (False, True)]
         rows[f"training step with the attention row / without: {name}"] = ratio(*steps, runs)
+    for tokens in (64, 256, 1024, 4096):
+        none, row, whole = (attention_of_size(tokens, how, device) for how in ("none", "row", "all"))
+        rows[f"attention layer with its row / without: {tokens} tokens"] = ratio(none, row, runs)
+        rows[f"attention layer written out / without its row: {tokens} tokens"] = ratio(none, whole, runs)
+    return rows
+
+
+def classifier_costs(runs: int) -> dict[str, tuple[float, float, float]]:
+    """Steps, memory and use of classifiers over those of the plain one; and a heatmap over a prediction."""
+    rows = {}
     for name, (encoder, added, shape) in CLASSIFIERS.items():
         (plain, plain_use), (other, use) = classifier(encoder, shape), classifier(f"{encoder} {added}", shape)
         steps = (lambda: plain().backward()), (lambda: other().backward())
@@ -182,6 +263,12 @@ def measure(runs: int) -> dict[str, tuple[float, float, float]]:
             rows[f"memory kept for the backward pass, {name}"] = (kept_bytes(other) / kept_bytes(plain),) * 3
         elif "gated" in name or "pipeline" in name:  # the others leave the plain model behind
             rows[f"use, {name}"] = ratio(plain_use, use, runs)
+    return rows
+
+
+def view_costs(runs: int) -> dict[str, tuple[float, float, float]]:
+    """Views cut by Pillow, one by one, over views cut a batch at a time."""
+    rows = {}
     for size, channels in ((64, 1), (64, 3), (224, 3)):
         images = phantom(64, seed=0, img_size=size)[0].repeat(1, channels, 1, 1)
         pictures = [Image.fromarray(x.permute(1, 2, 0).squeeze(2).numpy()) for x in images]
@@ -197,10 +284,13 @@ def main() -> None:
     """Print the table; --json also writes it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--runs", type=int, default=20, help="paired runs of each (default: 20)")
+    parser.add_argument("--device", default="cpu", help="for pretraining steps and attention (default: cpu)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, too")
     args = parser.parse_args()
     torch.manual_seed(0)
-    rows = measure(args.runs)
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # as train.py does for classifiers
+    rows = step_costs(args.runs, args.device) | classifier_costs(args.runs) | view_costs(args.runs)
     for name, (low, median, high) in rows.items():
         print(f"{name:90} {median:7.3f}   ({low:.3f} to {high:.3f})")
     if args.json:
