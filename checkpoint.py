@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 from pathlib import Path
 
 import torch
@@ -32,18 +33,19 @@ OF_THE_CALL = ("out", "overwrite", "resume", "keep_going", "device")  # settings
 
 
 def write_whole(path: Path, content: str | dict) -> None:
-    """Write text, or a dict as JSON if the name says so, or a checkpoint: whole or not at all.
+    """Write text, or a dict as JSON if the name says so, else as torch does: whole or not at all.
 
-    On the disk, too, when it returns. Raises OSError, the old file untouched, if there is no room.
+    Raises OSError, the old file untouched, if there is no room.
     """
     part = path.with_name(path.name + ".part")
     try:
         with part.open("wb") as file:
-            if path.suffix in (".pt", ".pth"):
-                torch.save(content, file)
+            if isinstance(content, str):
+                file.write(content.encode())
+            elif path.suffix == ".json":
+                file.write((json.dumps(content, indent=1) + "\n").encode())
             else:
-                text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
-                file.write(text.encode())
+                torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
@@ -84,6 +86,7 @@ def start(args: argparse.Namespace, argv: list[str]) -> None:
         "low_data.png",
     ):
         (args.out / stale).unlink(missing_ok=True)
+    shutil.rmtree(args.out / "looks", ignore_errors=True)
     paths = {name: str(value) for name, value in vars(args).items() if isinstance(value, Path)}
     config = {**vars(args), **paths, "command": shlex.join(["python", "train.py", *argv])}
     config["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
@@ -164,8 +167,6 @@ def start_from(init: Path, encoder: nn.Module) -> None:
     if not init.is_file():
         return load_encoder(init, *load_run(init), encoder)
     weights, left = read_weights(init)
-    if not isinstance(encoder, ViT):
-        raise ValueError(f"{init} holds a ViT: leave out --backbone resnet")
     try:
         fit(weights, encoder)
     except ValueError as error:

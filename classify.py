@@ -94,9 +94,10 @@ def supervised_layers(encoder: nn.Module, which: str) -> list[nn.Module]:
 
     All normalisations, so that the units within a block are among them, and the patches and blocks of a ViT.
     """
-    layers = [
-        m for m in encoder.modules() if isinstance(m, (nn.BatchNorm2d, nn.LayerNorm, PatchEmbed, Block))
-    ]
+    kinds = nn.BatchNorm2d, nn.LayerNorm, PatchEmbed, Block
+    layers = [m for m in encoder.modules() if isinstance(m, kinds)]
+    if encoder.pool is not None:  # the last norm runs twice then, on the patches for nothing
+        layers = [m for m in layers if m is not getattr(encoder, "norm", None)]
     return [] if which == "none" else layers
 
 
@@ -231,7 +232,9 @@ def objective(
         if args.baseline == "swap":
             x = swapped(x, inside, generator)
         if not args.isnet and args.baseline not in PENALTIES:
-            loss = classification_loss(model(x), known, one_class)
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
+                logits = model(x)
+            loss = classification_loss(logits.float(), known, one_class)
             return loss, {"loss": loss.detach()}
         has_mask = inside.flatten(1).any(dim=1)  # the others have no loss but that of classification
         share = has_mask / has_mask.sum().clamp(min=1)

@@ -140,7 +140,7 @@ def _stamp_parts(parts: dict[str, Data], agreement: float, kind: str, seed: int)
         stream = np.random.default_rng([seed, min(i, 2)])  # the same for every kind of test image
         chance = torch.from_numpy(stream.random(len(data.names)))
         present = ((data.labels[:, 0] == 1) == (chance < agreement)) ^ (part in ("flipped", "unseen"))
-        this = "disc" if part == "unseen" else kind
+        this = bodies.UNSEEN if part == "unseen" else kind
         if part != "removed":
             images = bodies.stamp(data.images, present, this, data.masks, int(stream.integers(2**31)))
             parts[part] = data._replace(images=images)

@@ -189,8 +189,9 @@ class DINO(nn.Module):
         student = student.unflatten(0, (-1, B))  # (V, B, K)
         with torch.no_grad():
             teacher = self.teacher_head(self.teacher(views[0], layer=None).pooled).unflatten(0, (2, B))
-        self.health.update(self.loss.teacher_probabilities(teacher, teacher_temp))
-        return self.loss(student, teacher, teacher_temp), features
+        with torch.autocast(student.device.type, enabled=False):  # sums over images are for float32
+            self.health.update(self.loss.teacher_probabilities(teacher.float(), teacher_temp))
+            return self.loss(student.float(), teacher.float(), teacher_temp), features
 
     def train(self, mode: bool = True) -> "DINO":
         """As ever, but the teacher stays in evaluation mode: its targets have no noise of their own.

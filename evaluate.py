@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from attention_priors import follow
 from checkpoint import build_encoder, load_model, load_run, start_from, write_whole
 from classify import exclusive, relevance_of, scores_of
 from data import BATCH, DRAWN, Data, load, select
@@ -33,7 +34,6 @@ from look import look
 from masks import export_masks
 from metrics import CannotMeasure, auc, best_threshold, dice, known_mean, localisation_ap, relevance_share
 from plots import curves, low_data, map_grid
-from attention_priors import follow
 from pretrain import attention_of, lay_over, make_priors
 from probe import PROBES, SHARES, drawn, probe
 from resnet import ResNet
@@ -275,9 +275,12 @@ def print_table(columns: dict[str, dict[str, float]], corner: str, mean: bool) -
 
 def load_any(run: Path, data: list[str]) -> tuple[argparse.Namespace, dict | None]:
     """A run's settings and its checkpoint; of a file of weights, those of its encoder on `data`, and None."""
-    if run.is_file():
-        return parse([*data, "--init", str(run), "--prior", "none", "--out", f"runs/{run.stem}"])[0], None
-    return load_run(run)
+    if not run.is_file():
+        return load_run(run)
+    out = run.with_suffix("")
+    if (out / "config.json").exists():
+        raise ValueError(f"what is found of {run} would go into {out}, which holds a run: move the file")
+    return parse([*data, "--init", str(run), "--prior", "none", "--out", str(out)])[0], None
 
 
 def load_all(runs: list[Path], data: list[str]) -> tuple[dict, dict[str, Data], str | None]:
@@ -320,7 +323,7 @@ def load_all(runs: list[Path], data: list[str]) -> tuple[dict, dict[str, Data], 
 def compare(runs: list[Path], data: list[str], only: list[str], n_images: int) -> None:
     """Measure runs on the same test images, print them side by side, draw them into the first's folder."""
     loaded, parts, sample = load_all(runs, data)
-    home = {run: Path(config.out) if run.is_file() else run for run, (config, *_) in loaded.items()}
+    home = {run: config.out if run.is_file() else run for run, (config, *_) in loaded.items()}
     out = home[runs[0]]
     first, *_ = loaded[runs[0]]
     short = {run: run.name if len({r.name for r in runs}) == len(runs) else str(run) for run in runs}
@@ -331,9 +334,10 @@ def compare(runs: list[Path], data: list[str], only: list[str], n_images: int) -
         path = home[run] / "metrics.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         old = json.loads(path.read_text()) if path.exists() else {}
-        write_whole(
-            path, old | {k: v for k, v in found.figures.items() if math.isfinite(v)}
-        )  # NaN is no JSON
+        if config.marker is None and "removed" in parts:
+            found.notes.append("its figures are not kept: it was trained without the marker that others have")
+        else:  # NaN is no JSON
+            write_whole(path, old | {k: v for k, v in found.figures.items() if math.isfinite(v)})
         config.lrp_epsilon, config.lrp_gamma = first.lrp_epsilon, first.lrp_gamma  # heatmaps by one rule
         seen = maps_of(config, model, shown.images, found.heads, one_class)
         maps |= {f"{short[run]}\n{title}": m for title, m in seen.items()}
@@ -356,64 +360,74 @@ def draw(path: Path, shown: Data, maps: dict[str, Tensor], task: str) -> None:
     map_grid(path, shown.images.float() / 255, masks, shown.regions, maps, signed=task == "classify")
 
 
+def write_weights(run: Path, data: list[str], path: Path) -> None:
+    """Write the ViT of a run for timm and DINO's code. Raises ValueError rather than overwrite something."""
+    if path.exists() or path.suffix not in (".pth", ".pt"):
+        raise ValueError(f"--export {path}: {'it exists already' if path.exists() else 'name a .pth file'}")
+    loaded, _, _ = load_all([run], data)
+    _, model, _ = loaded[run]
+    encoder = getattr(model, "encoder", model)
+    if not isinstance(encoder, ViT) or hasattr(model, "segmenter"):
+        raise ValueError(f"--export: {run} holds no ViT that stands alone")
+    write_whole(path, exported(encoder))
+    print(f"wrote {path}")
+
+
+def draw_pictures(run: Path, data: list[str], paths: list[Path]) -> None:
+    """Draw what a run, or a file of weights, sees in pictures. Raises ValueError if one can't be read."""
+    parts, sample = {}, None
+    if run.is_file():  # needs no data
+        config, _ = load_any(run, data)
+        model, out = build_encoder(config, in_chans=3), config.out / "looks"
+        start_from(run, model)
+    else:
+        loaded, parts, sample = load_all([run], data)
+        (config, model, _), out = loaded[run], run / "looks"
+    for path in paths:
+        written = look(run, config, model, parts, sample, path, out)
+        nothing = "nothing to draw: it averages all patches alike"
+        print(f"{path}: {'wrote ' + ', '.join(map(str, written)) if written else nothing}")
+
+
 def main(argv: list[str] | None = None) -> None:
-    """The command line: exit status 0 when done, 2 for a folder that is no run."""
+    """The command line: exit status 0 when done, 2 for what can't be read or measured."""
     parser = argparse.ArgumentParser(
         description="Measure runs of train.py side by side, and draw where they look.",
         epilog="example: python evaluate.py runs/span runs/dino --only attention linear",
     )
     what = "a folder that train.py wrote, or a file of a ViT's published weights"
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=what)
-    parser.add_argument("--data", help="what to measure published weights on: as for train.py")
-    parser.add_argument("--img-size", type=int, help="pixels a side for published weights (default: theirs)")
+    what = f"what to measure, of {', '.join(MEASURES)} (default: all that apply)"
+    parser.add_argument("--only", nargs="+", choices=MEASURES, default=MEASURES, metavar="MEASURE", help=what)
+    parser.add_argument("--rows", type=int, default=6, help="test images in compare.png (default: 6)")
+    what = "draw what the first run sees in these pictures, of any size, into its folder, and stop"
+    parser.add_argument("--image", nargs="+", type=Path, metavar="FILE", help=what)
+    what = "write the masks that the first run's guided heads make into a new folder, and stop"
+    parser.add_argument("--export-masks", type=Path, metavar="DIR", help=what)
     parser.add_argument(
         "--export", type=Path, metavar="FILE", help="write the first run's ViT for timm, and stop"
     )
-    what = f"what to measure, of {', '.join(MEASURES)} (default: all that apply)"
-    parser.add_argument("--only", nargs="+", choices=MEASURES, default=MEASURES, metavar="MEASURE", help=what)
-    what = "write the masks that the first run's guided heads make into a new folder, and measure nothing"
-    parser.add_argument("--export-masks", type=Path, metavar="DIR", help=what)
-    what = "draw what the first run sees in these pictures, of any size, into its folder, and stop"
-    parser.add_argument("--image", nargs="+", type=Path, metavar="FILE", default=[], help=what)
-    parser.add_argument("--images", type=int, default=6, help="test images in the picture (default: 6)")
+    parser.add_argument("--data", help="what to measure published weights on: as for train.py")
+    parser.add_argument("--img-size", help="pixels a side for published weights (default: theirs)")
+    parser.add_argument("--num-heads", help="of published weights, where their width does not tell")
     args = parser.parse_args(argv)
+    first, typed = args.runs[0], {k: getattr(args, k) for k in ("data", "img_size", "num_heads")}
+    data = [word for k, v in typed.items() if v is not None for word in (f"--{k.replace('_', '-')}", v)]
     try:
-        if args.images < 1:
-            raise ValueError(f"--images {args.images}: draw at least 1")
-        data = ["--data", args.data] if args.data else []
-        data += ["--img-size", str(args.img_size)] if args.img_size else []
+        if args.rows < 1:
+            raise ValueError(f"--rows {args.rows}: draw at least 1")
         if data and not any(run.is_file() for run in args.runs):
-            raise ValueError("--data and --img-size are for files of weights; runs are measured on their own")
+            raise ValueError(f"{data[0]} is for files of weights; runs are measured on their own data")
         if args.export:
-            loaded, _, _ = load_all(args.runs[:1], data)
-            _, model, _ = loaded[args.runs[0]]
-            encoder = getattr(model, "encoder", model)
-            if args.export.exists() or not isinstance(encoder, ViT):
-                there = args.export.exists()
-                raise ValueError(
-                    f"--export: {args.export} exists already" if there else "--export needs a ViT"
-                )
-            write_whole(args.export, exported(encoder))
-            print(f"wrote {args.export}")
+            write_weights(first, data, args.export)
         elif args.export_masks:
-            loaded, parts, sample = load_all(args.runs[:1], data)
-            data = loaded[args.runs[0]][0].data
-            written = export_masks(args.runs[0], parts, sample, data, args.export_masks)
+            loaded, parts, sample = load_all([first], data)
+            written = export_masks(first, parts, sample, loaded[first][0].data, args.export_masks)
             print(f"wrote {written} masks into {args.export_masks}")
         elif args.image:
-            run, parts, sample = args.runs[0], {}, None
-            if run.is_file():  # needs no data
-                config, _ = load_any(run, data)
-                model, out = build_encoder(config, in_chans=3), Path(config.out) / "looks"
-                start_from(run, model)
-            else:
-                loaded, parts, sample = load_all([run], data)
-                (config, model, _), out = loaded[run], run / "looks"
-            for path in args.image:
-                written = look(run, config, model, parts, sample, path, out)
-                print(f"{path}: wrote {', '.join(map(str, written))}")
+            draw_pictures(first, data, args.image)
         else:
-            compare(args.runs, data, args.only, args.images)
+            compare(args.runs, data, args.only, args.rows)
     except (ValueError, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         sys.exit(2)

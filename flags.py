@@ -19,13 +19,13 @@ from relvit import TASKS as RELATIONS
 TASKS = ["pretrain", "classify"]
 DEFAULTS = {  # by --task, by --backbone, and by both
     "pretrain": {"out": Path("runs/span"), "batch_size": 64, "train_images": 1500, "lr": 2e-3}
-    | {"backbone": "vit", "embed_dim": 96, "depth": 4, "num_heads": 6, "lrp_gamma": 0.0},
+    | {"backbone": "vit", "embed_dim": 96, "depth": 4, "num_heads": 6, "lrp_gamma": 0.0, "clip_grad": 3.0},
     "classify": {"out": Path("runs/classifier"), "batch_size": 16, "train_images": 3000}
     | {"backbone": "resnet", "embed_dim": 64, "depth": 3, "num_heads": 4},
     "vit": {"pool": "cls", "simpool_gamma": 1.25},
     "resnet": {"pool": "gap", "simpool_gamma": 2.0},
-    "classify vit": {"lr": 5e-4, "lrp_gamma": 0.0},
-    "classify resnet": {"lr": 2e-3, "lrp_gamma": 3.0},
+    "classify vit": {"lr": 5e-4, "lrp_gamma": 0.0, "clip_grad": 3.0},
+    "classify resnet": {"lr": 2e-3, "lrp_gamma": 3.0, "clip_grad": 0.1},  # else ISNet may stand still
 }
 OF_THE_ENCODER = (
     "backbone img_size patch_size embed_dim depth num_heads registers pool pool_heads simpool_gamma".split()
@@ -43,7 +43,7 @@ def parse(argv: list[str], doc: str = "\n\n") -> tuple[argparse.Namespace, set[s
     add("--task", type=str, choices=TASKS, default="pretrain", help="which other flags apply")
     add("--out", type=Path, help=f"folder for all that the run writes{by_task('out')}")
     add("--overwrite", action="store_true", help="start again in a folder that holds a run")
-    add("--resume", action="store_true", help="go on with the run in --out after its last whole epoch")
+    add("--resume", action="store_true", help="go on with the run in --out where it stopped")
     add("--keep-going", action="store_true", help="train on after a collapse")
     add("--seed", type=int, default=0, help="of drawn data, weights and views")
     add("--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
@@ -59,7 +59,7 @@ def parse(argv: list[str], doc: str = "\n\n") -> tuple[argparse.Namespace, set[s
     add("--findings", type=str, nargs="+", help="to classify, or all (default: phantom one, else all)")
     add("--marker", type=float, help="share of phantoms whose marker agrees with the first finding")
     what = "an L in a corner or anywhere, a tint, or a frame"
-    add("--marker-kind", type=str, choices=MARKERS[:-1], default="corner", help=what)
+    add("--marker-kind", type=str, choices=MARKERS, default="corner", help=what)
     add("--sample", type=str, help="name of the labelled image (default: the first that has all masks)")
     add_task_flags(parser)
     add = parser.add_argument_group("model").add_argument
@@ -80,19 +80,24 @@ def parse(argv: list[str], doc: str = "\n\n") -> tuple[argparse.Namespace, set[s
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=int, default=15, help="passes over the training images")
     add("--batch-size", type=int, help=f"images a step{by_task('batch_size')}")
-    what = "parts of a batch that go through the model one after the other, where memory is short"
+    what = "parts of a batch, one after the other, where memory is short; norms and DINO's centre see a part"
     add("--accumulate", type=int, default=1, help=what)
     add("--amp", action="store_true", help="compute in bfloat16 where that is safe")
     add("--compile", action="store_true", help="pretrain with torch.compile")
     add("--lr", type=float, help=f"highest learning rate (AdamW, cosine){by_task('lr')}")
     add("--warmup", type=float, default=0.1, help="share of all steps in which the learning rate rises")
     add("--weight-decay", type=float, default=0.04, help="of matrices; vectors have none")
-    add("--clip-grad", type=float, default=3.0, help="largest norm of the gradient")
+    add("--clip-grad", type=float, help=f"largest norm of the gradient{by_task('clip_grad')}")
     parser.set_defaults(**DEFAULTS[parser.parse_args(argv).task])
     chosen = parser.parse_args(argv)
     before = settings_of(chosen.init) if chosen.init else {}
     if before:
         parser.set_defaults(**{name: before[name] for name in OF_THE_ENCODER})
+        asked = parser.parse_args(argv)
+        if asked.num_heads is None:
+            raise ValueError(f"{chosen.init} doesn't say how many heads it has: add --num-heads")
+        if chosen.init.is_file() and asked.backbone == "resnet":
+            raise ValueError(f"{chosen.init} holds a ViT: leave out --backbone resnet")
     chosen = parser.parse_args(argv)
     guided = chosen.task == "pretrain" and chosen.prior != "none"
     by_kind = DEFAULTS[chosen.backbone] | DEFAULTS.get(f"{chosen.task} {chosen.backbone}", {})
@@ -172,7 +177,6 @@ def check(args: argparse.Namespace) -> None:
     """Raise ValueError, naming the value and the limits, for settings that cannot be."""
     limits = {
         (1, 10**9): "patch_size epochs batch_size embed_dim num_heads pool_heads depth train_images img_size",
-        (1, args.batch_size): "accumulate",
         (2, 10**9): "out_dim",
         (0, 10**3): "registers",
         (0, 2**32 - 1): "seed local_crops_number mega_patches",
@@ -191,6 +195,8 @@ def check(args: argparse.Namespace) -> None:
             if value is not None and not least <= value <= most:  # NaN is not, either
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} {value}: it must lie between {least:g} and {most:g}")
+    if not 1 <= args.accumulate <= args.batch_size:
+        raise ValueError(f"--accumulate {args.accumulate}: it must lie between 1 and --batch-size")
     check_pairs(args)
     for scale in (args.global_scale, args.local_scale):
         random_crops(1, scale, Generator())  # it knows which scales can be
@@ -222,8 +228,8 @@ def check_pairs(args: argparse.Namespace) -> None:
         raise ValueError(f"--{'isnet' if args.isnet else 'baseline'} needs --task classify")
     if args.baseline and (args.isnet or args.relations):
         raise ValueError(f"--baseline {args.baseline} stands alone: leave out --isnet and --relations")
-    if args.amp and args.isnet:
-        raise ValueError("--isnet needs float32: relevance divides by small numbers; leave out --amp")
+    if args.amp and (args.isnet or args.baseline in PENALTIES or args.task == "classify" and args.relations):
+        raise ValueError("--amp is for pretraining and plain classifiers; leave it out")
     if args.compile and args.task == "classify":
         raise ValueError("--compile is for pretraining: heatmaps follow each operation; leave it out")
     if args.backbone == "resnet" and args.pool == "cls":
@@ -254,6 +260,7 @@ def check_idle(args: argparse.Namespace, typed: set[str]) -> None:
         ),
         "follow": "--ssl dino; RelViT's priors are cut with the patches" if upstream else None,
         "span_layer": "--pool cls" if args.pool != "cls" and args.task == "pretrain" else None,
+        "registers": "--backbone vit" if args.backbone == "resnet" else None,
         "simpool_gamma pool_heads": None if args.pool == "simpool" else "--pool simpool",
         "ssl": None if args.task == "pretrain" else "--task pretrain; to classify, see --relations",
     }

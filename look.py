@@ -26,6 +26,7 @@ from simpool import GAP
 MASS = 0.6
 
 
+@torch.no_grad()
 def look(
     run: Path,
     config: argparse.Namespace,
@@ -47,28 +48,26 @@ def look(
     image = read_picture(path, config.img_size, multiple, channels)  # (1, C, H, W)
     shown, written = image.float() / 255, []
     out.mkdir(parents=True, exist_ok=True)
-    with torch.no_grad():
-        attention = attention_of(encoder, image, config.span_layer)  # (1, heads, N)
-    heads, grid = attention.shape[1], encoder.grid(image)
-    if not classifies and run.is_dir() and config.prior not in ("none", "masks"):
-        with torch.no_grad():
-            masks, names = attention_masks(run, parts, sample, image)  # (1, R, H, W)
-    else:
-        masks = masks_held(attention, grid, tuple(image.shape[2:]), torch.full((heads,), MASS))
-        names = [f"head {h}" for h in range(heads)]
-    maps = {f"head {h}": attention[:, h].unflatten(1, grid) for h in range(heads)}
     averaged = encoder.pool is None if isinstance(encoder, ResNet) else isinstance(encoder.pool, GAP)
     if not averaged:
+        attention, grid = attention_of(encoder, image, config.span_layer), encoder.grid(
+            image
+        )  # (1, heads, N)
+        heads = {f"head {h}": attention[:, h].unflatten(1, grid) for h in range(attention.shape[1])}
+        if not classifies and run.is_dir() and config.prior not in ("none", "masks"):
+            masks, names = attention_masks(config, encoder, parts, sample, image)  # (1, R, H, W)
+        else:
+            masks = masks_held(attention, grid, tuple(image.shape[2:]), torch.full((len(heads),), MASS))
+            names = list(heads)
         written.append(out / f"{path.stem}.png")
-        map_grid(written[-1], shown, masks, names, maps, outlined="outlined")
+        map_grid(written[-1], shown, masks, names, heads, outlined="outlined")
     if classifies:
-        train = parts["train"]
-        one_class = exclusive(train.labels)
-        R = relevance_of(config, model, image, one_class).sum(dim=1)
-        title = "\n".join(
-            f"{name} {100 * p:.0f} %"
-            for name, p in zip(train.findings, scores_of(model, image, one_class)[0].sigmoid().tolist())
-        )
+        findings, one_class = parts["train"].findings, exclusive(parts["train"].labels)
+        R = relevance_of(config, model, image, one_class).sum(dim=1)  # (1, H, W)
+        chances = scores_of(model, image, one_class)[0].sigmoid().tolist()
+        said = [f"{name} {100 * chance:.0f} %" for name, chance in zip(findings, chances)]
+        k = (chances.index(max(chances)) if len(said) > 2 else 1) if one_class else 0  # as in relevance_of
+        title = "\n".join([f"relevance for {findings[k]}", *said])
         written.append(out / f"{path.stem}_relevance.png")
         map_grid(written[-1], shown, None, [], {title: R / R.abs().mean().clamp_min(1e-30)}, signed=True)
     return written

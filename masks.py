@@ -8,8 +8,8 @@
 
 Attention becomes a mask by equation (7) of `attention_priors.py`: the pixels most looked at that cover the
 prior, in the image that it belongs to, hold a share of the attention; the fewest that hold as much are the
-mask elsewhere.
-No label is used but the prior. Claim 8 (one mask is enough) rests on this file. Next to read: `isnet_lrp.py`.
+mask elsewhere. No label is used but the prior. Claim 8 (one mask is enough) rests on this file. Next to read:
+`isnet_lrp.py`.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from attention_priors import mass_held, masks_held
 from checkpoint import load_model, load_run
@@ -27,26 +27,27 @@ from data import BATCH, DRAWN, Data, image_size, read_masks
 from pretrain import attention_of, lay_over, make_priors
 
 
-def attention_masks(
+def guided_masks(
     run: Path, parts: dict[str, Data], sample: str | None, images: Tensor
 ) -> tuple[Tensor, list[str]]:
-    """Masks (M, R, H, W) bool of images (M, C, H, W) uint8 from a run's guided heads, and the regions' names.
-
-    Raises ValueError for a folder that is no run, or a run that no prior guided.
-    """
+    """`attention_masks` of a run's folder. Raises ValueError if it is none."""
     config, checkpoint = load_run(run)
     if config.task != "pretrain" or config.prior in ("none", "masks"):
         raise ValueError(f"{run} has no heads that one prior guided: train one with --prior sample")
-    encoder = load_model(run, config, checkpoint, parts["train"])
+    return attention_masks(config, load_model(run, config, checkpoint, parts["train"]), parts, sample, images)
+
+
+def attention_masks(
+    config: argparse.Namespace, encoder: nn.Module, parts: dict[str, Data], sample: str | None, images: Tensor
+) -> tuple[Tensor, list[str]]:
+    """Masks (M, R, H, W) bool of images (M, C, H, W) uint8 from guided heads, and the regions' names."""
     priors, names = make_priors(config, parts, sample)
-    grid, train = encoder.grid(images), parts["train"]
-    true_of = train.images
-    if config.prior == "sample":
-        true_of = train.images[train.names.index(sample)][None]
-    R, size = len(names), tuple(images.shape[2:])
+    train, R = parts["train"], len(names)
+    true_of = train.images[train.names.index(sample)][None] if config.prior == "sample" else train.images
     regions = priors >= priors.amax(dim=(1, 2), keepdim=True) / 2
     attention = attention_of(encoder, true_of, config.span_layer)[:, :R]
     mass = mass_held(attention, encoder.grid(true_of), regions)
+    grid, size = encoder.grid(images), tuple(images.shape[2:])
     attention = attention_of(encoder, images, config.span_layer)[:, :R].split(BATCH)
     return torch.cat([masks_held(part, grid, size, mass) for part in attention]), names
 
@@ -70,7 +71,7 @@ def foreground(args: argparse.Namespace, parts: dict[str, Data], sample: str | N
         everyone = torch.arange(len(train.names)).split(BATCH)
         masks = torch.cat([(laid(index) > 0.5).any(dim=1, keepdim=True) for index in everyone])
     elif (where / "config.json").is_file():
-        masks = attention_masks(where, parts, sample, train.images)[0].any(dim=1, keepdim=True)
+        masks = guided_masks(where, parts, sample, train.images)[0].any(dim=1, keepdim=True)
     else:
         masks = read_masks(where, args.data, train.names, args.img_size)
     if args.masks != "data" and train.has_masks.any():
@@ -103,7 +104,7 @@ def export_masks(run: Path, parts: dict[str, Data], sample: str | None, data: st
     for part in ["train"] if data in DRAWN else ["train", "val", "test"]:
         if not parts[part].names:
             continue
-        masks, regions = attention_masks(run, parts, sample, parts[part].images)
+        masks, regions = guided_masks(run, parts, sample, parts[part].images)
         for name, of_image in zip(parts[part].names, masks):
             size = of_image.shape[1:] if data in DRAWN else image_size(data, name)
             for region, mask in zip(regions, of_image):

@@ -23,7 +23,7 @@ from torch import Generator, Tensor
 
 REGIONS = ["left lung", "right lung", "heart"]
 FINDINGS = ["enlarged heart", "effusion", "nodule", "opacity"]
-MARKERS = ["corner", "anywhere", "tint", "border", "disc"]  # the last is for tests alone
+MARKERS, UNSEEN = ["corner", "anywhere", "tint", "border"], "disc"  # the last is for test images alone
 PREVALENCE = 0.3  # of each finding
 NUMBERS = 64  # random numbers an image may use for pose, shape, contrast and findings
 BATCH = 256
@@ -59,14 +59,16 @@ def stamp(
     corner: a bright L in the upper right corner, a tenth of the width (few regions reach it); anywhere: the
     same L where it touches no region, for each image elsewhere (by the seed); tint: all that is no region
     10 % of the range brighter; border: a bright frame; disc: in the lower left corner. masks (n, R, S, S)
-    bool are needed by anywhere and tint. Raises ValueError for another kind.
+    bool are needed by anywhere and tint. Raises ValueError for another kind, or without them.
     """
     n, S = len(images), images.shape[-1]
+    if kind not in [*MARKERS, UNSEEN]:
+        raise ValueError(f"marker {kind} is none of {', '.join(MARKERS)}, {UNSEEN}")
+    if kind in ("anywhere", "tint") and masks is None:
+        raise ValueError(f"marker {kind} lies beside the regions: give masks")
     if kind == "tint":
         outside = ~masks.any(dim=1, keepdim=True) & present[:, None, None, None]
         return (images + 25 * outside.int()).clamp(max=255).to(torch.uint8)
-    if kind not in MARKERS:
-        raise ValueError(f"marker {kind} is none of {', '.join(MARKERS)}")
     size, frame = round(S * 6 / 64), max(1, S // 32)
     stroke = margin = max(1, size // 3)
     letter, border = torch.zeros(size, size), torch.ones(S, S)

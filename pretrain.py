@@ -175,7 +175,8 @@ def self_distillation(
 
     def losses(index: Tensor, generator: Generator) -> tuple[Tensor, dict[str, Tensor]]:
         views, thetas = views_of(images[index].float() / 255, args, generator)
-        loss, features = dino(views, args.teacher_temp, args.span_layer)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=args.amp):
+            loss, features = dino(views, args.teacher_temp, args.span_layer)
         logged = {"loss": loss.detach()}
         if laid is not None:
             span = guide(views, features, thetas, laid(index), dino, args)
@@ -193,7 +194,8 @@ def relations(args: argparse.Namespace, relvit: RelViT, images: Tensor, laid: Ca
         views, boxes, _ = patch_views(
             images[index].float() / 255, grid, p, generator, mega=args.mega_patches > 0
         )
-        loss, shown, features = relvit(normalise(views), layer=args.span_layer)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=args.amp):
+            loss, shown, features = relvit(normalise(views), layer=args.span_layer)
         logged = {"loss": loss.detach(), **shown}
         if laid is not None:
             prior = F.avg_pool2d(cut(laid(index), boxes, grid, p), p).flatten(2)  # (B, R, N)

@@ -144,7 +144,7 @@ run() {  # a line of the lists above, unless it is finished
 }
 
 probe() {  # features of two finished runs, with all labels and with few; the quick way leaves out fine-tuning
-    grep -qs "heads_mAUC_1_percent" "runs/$2/metrics.json" && return
+    grep -qs "${finetune:-heads}_mAUC_1_percent" "runs/$2/metrics.json" && return
     echo "$1 and $2, with few labels"
     python evaluate.py "runs/$1" "runs/$2" --only linear heads $finetune >"runs/$1.probe.log" 2>&1 ||
         echo "$1 and $2 failed, see runs/$1.probe.log"

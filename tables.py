@@ -147,6 +147,8 @@ def collect(runs: Path) -> dict[str, dict]:
     """{run name: command, versions, machine and figures} of all finished runs in a folder."""
     found = {}
     for path in sorted(runs.glob("*/metrics.json")):
+        if not (path.parent / "config.json").exists():
+            continue  # what evaluate.py found of published weights
         config = json.loads((path.parent / "config.json").read_text())
         about = {key: config[key] for key in ("command", "seed", "versions", "machine")}
         figures = {name: round(value, 5) for name, value in json.loads(path.read_text()).items()}

@@ -71,6 +71,10 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, Data], str | None, nn.M
     train = parts["train"]
     if not train.names:
         raise ValueError(f"{args.data}: no image is left to train on; look at the column split in labels.csv")
+    if len(train.names) < int(os.environ.get("WORLD_SIZE", 1)):
+        raise ValueError(
+            f"{args.data}: {len(train.names)} images can't be shared by more processes than that"
+        )
     torch.manual_seed(args.seed)
     encoder = build_encoder(args, train.images.shape[1])
     if args.init:
@@ -157,15 +161,17 @@ def train(args: argparse.Namespace, model: nn.Module, images: Tensor, losses: Ca
     """
     generator, optimizer = Generator().manual_seed(args.seed), optimizer_for(model, args)
     history, begun = restore(args.out, model, optimizer, generator) if args.resume else ([], None)
-    batch = min(args.batch_size, len(images))
+    shares = dist.get_world_size() if dist.is_initialized() else 1
+    batch = min(args.batch_size, len(images)) // shares * shares
     steps = len(images) // batch
     total = steps * args.epochs
     constant = next((m.chance for m in model.modules() if isinstance(m, RelViT)), {})
     constant = {task: f" (chance {value:.2g})" for task, value in constant.items()}
     model.train()
-    step, shares = Step(model, losses), 1
+    step = Step(model, losses)
     if dist.is_initialized():
-        step, shares = DistributedDataParallel(step, find_unused_parameters=True), dist.get_world_size()
+        unused = isinstance(model, RelViT)  # its position embedding
+        step = DistributedDataParallel(step, find_unused_parameters=unused)
         if rank():  # views of its own; the order of images is the first's
             generator.manual_seed((args.seed + 1) * 10**6 + 1000 * len(history) + rank())
     done = (len(history) * steps + (begun[1] if begun else 0)) * batch
@@ -229,7 +235,7 @@ class Step(nn.Module):
 
 def rank() -> int:
     """Which of the processes that torchrun started this one is; 0 if it is alone."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return int(os.environ.get("RANK", 0))
 
 
 def accumulate(
@@ -239,8 +245,7 @@ def accumulate(
     total, logged = 0.0, {}
     for part in index.chunk(args.accumulate):
         share = len(part) / len(index)
-        with torch.autocast(index.device.type, torch.bfloat16, enabled=args.amp):
-            loss, found = step(part, generator)
+        loss, found = step(part, generator)
         (loss * share).backward()
         total = total + loss.detach() * share
         logged = {name: logged.get(name, 0.0) + value * share for name, value in found.items()}
@@ -287,17 +292,17 @@ def join(args: argparse.Namespace) -> None:
     """Become one of the processes that torchrun started, if it did: the first alone prints and writes."""
     if "RANK" not in os.environ:
         return
+    shares = int(os.environ["WORLD_SIZE"])
+    if args.batch_size % shares:
+        raise ValueError(
+            f"--batch-size {args.batch_size} can't be shared by {shares} processes: a multiple can"
+        )
     if args.device == "cuda":
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
     dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-    if args.batch_size % dist.get_world_size():
-        shares = dist.get_world_size()
-        raise ValueError(
-            f"--batch-size {args.batch_size} can't be shared by {shares} processes: make it a multiple"
-        )
     if rank():
-        sys.stdout = sys.stderr = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -307,15 +312,16 @@ def main(argv: list[str] | None = None) -> None:
         try:
             args, typed = parse(argv, __doc__)
             check_idle(args, typed)
-            join(args)
             if not rank():
                 check_folder(args.out, args.resume, args.overwrite)
             args = resumed(args, typed) if args.resume else args
+            join(args)
             parts, sample, model, images, guides = prepare(args)
             if not args.resume and not rank():
                 start(args, argv)
         except (ValueError, OSError) as error:
-            print(f"train.py: {error}", file=sys.stderr)
+            if not rank():
+                print(f"train.py: {error}", file=sys.stderr)
             sys.exit(2)
         started = time.perf_counter()
         if args.task == "classify":

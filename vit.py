@@ -205,8 +205,9 @@ class ViT(nn.Module):
         x = x + self.positions_for(grid) if positions else x
         if not self.registers:
             return x
-        first, registers = int(self.pool is None), self.reg_token.expand(len(x), -1, -1)
-        return torch.cat([x[:, :first], registers, x[:, first:]], dim=1)  # (B, 1 + R + N, D)
+        registers = self.reg_token.expand(len(x), -1, -1)
+        parts = [x[:, :1], registers, x[:, 1:]] if self.pool is None else [registers, x]
+        return torch.cat(parts, dim=1)  # (B, 1 + R + N, D)
 
     def forward(self, images: Tensor, layer: int | None = -1, positions: bool = True) -> Features:
         """Encode images (B, C, H, W), H and W multiples of patch_size.

@@ -4,7 +4,8 @@ A state dict is known by its keys, whatever holds it (teacher, student, model, s
 them (module., backbone. ...). What differs from `vit.py` is worked in, so that the features stay the same:
 
     LayerScale (timm, DINOv2)      x + gamma f(x)        gamma goes into the last matrix of f
-    ImageNet's mean and deviation  (x - m) / s           into the patch embedding, from (x - 1/2) / (1/4)
+    ImageNet's mean and deviation  (x - m) / s           into the patch embedding, from (x - 1/2) / (1/4);
+                                                         assumed of all colour weights
     grey images                    three equal channels  their kernels are summed
     registers, distillation token  tokens without place  `registers`, the token with its position added
     no position for CLS            pos_embed of N        a zero before it
@@ -22,10 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from simpool import SimPool
 from vit import ViT
 
 HOLDERS = ["teacher", "student", "model", "state_dict", "model_state_dict"]
 FIRST, BIAS = "patch_embed.proj.weight", "patch_embed.proj.bias"
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # of attention, by width, in all releases named here
+DROPPED = "head head_dist heads fc classifier pre_logits mask_token projector predictor pool".split()
 LAYERS = ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"]  # of a block
 MEAN, DEVIATION = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 
@@ -53,13 +57,14 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     if "history" in found:
         raise ValueError(f"{path} belongs to a run of train.py: name its folder, {path.parent}")
     found = next((found[holder] for holder in HOLDERS if isinstance(found.get(holder), dict)), found)
-    before = [k.removesuffix(FIRST) for k in found if str(k).endswith(FIRST)]
+    found = {str(k): v for k, v in found.items()}
+    before = [k.removesuffix(FIRST) for k in found if k.endswith(FIRST)]
     if not before:
         raise ValueError(f"{path} holds no ViT that is known here: no name in it ends in {FIRST}")
     weights = {k.removeprefix(before[0]): v for k, v in found.items() if k.startswith(before[0])}
     try:
         return translated({k: v.float() for k, v in weights.items() if isinstance(v, Tensor)})
-    except (KeyError, IndexError, RuntimeError) as error:
+    except (KeyError, ValueError, IndexError, AttributeError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} holds no ViT that is known here: {' '.join(str(error).split())}") from None
 
 
@@ -93,10 +98,13 @@ def translated(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]
         w.setdefault(f"blocks.{i}.attn.qkv.bias", torch.zeros(len(w[f"blocks.{i}.attn.qkv.weight"])))
         known += [f"blocks.{i}.{layer}.{kind}" for layer in LAYERS for kind in ("weight", "bias")]
     left = [k for k in w if k not in known]
-    inside = [k for k in left if k.startswith("blocks.")]
+    strange = [k for k in left if k.split(".")[0] not in DROPPED]
     missing = [k for k in known if k not in w]
-    if inside or missing:
-        raise KeyError(f"it {'has' if inside else 'lacks'} {', '.join((inside or missing)[:4])}")
+    if strange or missing:
+        raise KeyError(f"it {'has' if strange else 'lacks'} {', '.join((strange or missing)[:4])}")
+    places = w["pos_embed"].shape[1] - ("cls_token" in w)
+    if w[FIRST].dim() != 4 or w["pos_embed"].dim() != 3 or math.isqrt(places) ** 2 != places:
+        raise ValueError(f"its patches or its {places} places are no square")
     return {k: w[k] for k in known}, sorted({k.split(".")[0] for k in left})
 
 
@@ -106,7 +114,7 @@ def depth_of(weights: dict[str, Tensor]) -> int:
 
 
 def sizes(weights: dict[str, Tensor]) -> dict[str, int | str]:
-    """The settings of train.py that build a ViT for such weights; heads of 64 dimensions, as all have."""
+    """The settings of train.py that build a ViT for such weights; num_heads None for a width of nobody's."""
     D, _, patch_size, _ = weights[FIRST].shape
     pool = "cls" if "cls_token" in weights else "simpool" if "pool.wq.weight" in weights else "gap"
     side = math.isqrt(weights["pos_embed"].shape[1] - (pool == "cls"))
@@ -116,7 +124,7 @@ def sizes(weights: dict[str, Tensor]) -> dict[str, int | str]:
         "patch_size": patch_size,
         "embed_dim": D,
         "depth": depth_of(weights),
-        "num_heads": max(1, D // 64),
+        "num_heads": HEADS.get(D),
         "pool": pool,
         "pool_heads": 1,
         "simpool_gamma": 1.25,
@@ -152,10 +160,13 @@ def fit(weights: dict[str, Tensor], vit: ViT) -> None:
 
 
 def exported(vit: ViT) -> dict[str, Tensor]:
-    """A ViT as a plain state dict, which timm and DINO's code load with strict=True.
+    """A ViT as a plain state dict, which timm, DINO's code, or SimPool's load with strict=True.
 
-    Of colour images it expects ImageNet's mean and deviation then, of grey ones (x - 1/2) / (1/4).
+    Of colour images it expects ImageNet's mean and deviation then, of grey ones (x - 1/2) / (1/4). Raises
+    ValueError for another pooling than CLS or SimPool, and for registers.
     """
+    if vit.registers or not (vit.pool is None or isinstance(vit.pool, SimPool)):
+        raise ValueError("--export writes ViTs with a CLS token or SimPool, without registers")
     w = {k.replace("pool.", "simpool."): v.detach().cpu().clone() for k, v in vit.state_dict().items()}
     if w[FIRST].shape[1] == 3:
         w[FIRST] = w[FIRST] / (0.25 / DEVIATION)[:, None, None]

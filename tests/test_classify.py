@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, nan
 
+from checkpoint import build_classifier, build_encoder
 from classify import Classifier, classification_loss, exclusive, explained, isnet_losses, log_odds
 from classify import attention_seen, natural_range, objective, supervised_layers
+from flags import parse
 from resnet import ResNet
 from simpool import GAP, SimPool
 from vit import ViT
@@ -184,3 +186,18 @@ def test_attention_to_the_background_costs_even_if_it_carries_no_relevance():
             isnet_losses(model, torch.zeros(2, 1, 16, 16), mask, torch.ones(2, 1), SETTINGS)[0].sum()
         )
     assert losses[1] > losses[0] + 0.5
+
+
+@pytest.mark.parametrize(
+    "flags", ["--pool gap", "--pool simpool", "--registers 2", "--pool gap --registers 2"]
+)
+def test_isnet_trains_vits_of_every_pooling_and_with_registers(flags):
+    args, _ = parse(f"--task classify --isnet 1 --backbone vit --depth 1 {flags}".split())
+    torch.manual_seed(0)
+    model = build_classifier(args, build_encoder(args, 1), 2, 1)
+    images, masks, labels = torch.rand(2, 1, 64, 64), torch.zeros(2, 1, 64, 64), torch.eye(2)
+    masks[..., 16:40, 16:40] = 1
+    target = explained(labels, True, args.explain, torch.Generator())
+    loss, heatmap, _ = isnet_losses(model, images, masks, target, args)
+    loss.sum().backward()
+    assert heatmap.shape == images.shape and model.encoder.patch_embed.proj.weight.grad.abs().sum() > 0

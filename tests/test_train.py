@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 import evaluate
@@ -84,7 +85,7 @@ def test_guided_heads_learn_to_look_where_the_sample_s_masks_say(tmp_path):
 def test_runs_are_compared_side_by_side_on_the_same_images(run, tmp_path, capsys):
     train.main([*TINY, "--prior", "none", "--out", str(tmp_path / "dino")])
     capsys.readouterr()
-    evaluate.main([str(run), str(tmp_path / "dino"), "--images", "2", "--only", "attention"])
+    evaluate.main([str(run), str(tmp_path / "dino"), "--rows", "2", "--only", "attention"])
     table = capsys.readouterr().out
     assert "span: aligned prior" in table and "dino: attention" in table and "mean" in table
     assert (run / "compare.png").exists()
@@ -158,14 +159,15 @@ def test_a_seed_gives_the_same_weights_again(run, tmp_path):
 def in_a_process_of_its_own(argv):
     """A fork, which needs not load torch again, that trains with one thread, as a forked process must."""
     torch.set_num_threads(1)
-    process = os.fork()
+    process, status = os.fork(), 1
     if process == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(1, 2)
         try:
             train.main(argv)
+            status = 0
         finally:
-            os._exit(0)
+            os._exit(status)
     return process
 
 
@@ -186,8 +188,9 @@ def test_a_run_killed_20_times_ends_at_the_weights_of_an_uninterrupted_one(tmp_p
         how = ["--resume"] if last.exists() else [*TINY, *argv, "--overwrite"]
         before, process, done = written(), in_a_process_of_its_own([*how, "--out", str(killed)]), 0
         while not done and (kills == 20 or written() == before):  # until an epoch is over
-            done, _ = os.waitpid(process, os.WNOHANG)
+            done, status = os.waitpid(process, os.WNOHANG)
             time.sleep(0.001)
+        assert not done or status == 0
         if not done:
             time.sleep(chance.uniform(0, 1.2 * epoch))
             os.kill(process, signal.SIGINT if kills % 2 else signal.SIGKILL)
@@ -447,6 +450,44 @@ def test_two_processes_train_as_one_does(tmp_path):
     assert all((one["model"][name] - two["model"][name]).abs().max() < 1e-3 for name in one["model"])
 
 
+def test_each_process_trains_on_its_share_of_every_batch(tmp_path):
+    """10 images in batches of 4, by two forks: 2 steps an epoch, and never an image twice in it."""
+    args, threads = (
+        train.parse(f"--epochs 2 --batch-size 4 --out {tmp_path}".split())[0],
+        torch.get_num_threads(),
+    )
+    torch.set_num_threads(1)
+    processes, images = [], torch.zeros(10, 1, 2, 2)
+    for rank in range(2):
+        processes.append(os.fork())
+        if processes[-1] == 0:
+            try:
+                os.environ["RANK"], seen = str(rank), []
+                dist.init_process_group("gloo", f"file://{tmp_path}/meet", rank=rank, world_size=2)
+                model = torch.nn.Linear(1, 1)
+
+                def losses(index, generator):
+                    seen.append(index)
+                    loss = model(index[:, None].float()).mean()
+                    return loss, {"loss": loss.detach()}
+
+                history = train.train(args, model, images, losses)
+                torch.save((seen, history[-1]["loss"], model.state_dict()), tmp_path / f"{rank}.pt")
+            finally:
+                os._exit(0)
+    for process in processes:
+        os.waitpid(process, 0)
+    torch.set_num_threads(threads)
+    (one, loss, weights), (two, other_loss, other_weights) = (
+        torch.load(tmp_path / f"{r}.pt") for r in range(2)
+    )
+    assert [len(index) for index in one] == [len(index) for index in two] == [2, 2, 2, 2]
+    for epoch in range(2):
+        steps = slice(2 * epoch, 2 * epoch + 2)
+        assert len(set(torch.cat(one[steps] + two[steps]).tolist())) == 8
+    assert loss == other_loss and torch.equal(weights["weight"], other_weights["weight"])
+
+
 def test_a_batch_in_parts_gives_the_same_step_and_in_bfloat16_nearly(tmp_path):
     for name, flags in {"whole": "", "parts": "--accumulate 4", "amp": "--amp"}.items():
         argv = [*SMALL, "--backbone", "vit", *flags.split(), "--epochs", "1", "--out", str(tmp_path / name)]
@@ -455,6 +496,16 @@ def test_a_batch_in_parts_gives_the_same_step_and_in_bfloat16_nearly(tmp_path):
     assert all((whole["model"][k] - parts["model"][k]).abs().max() < 1e-4 for k in whole["model"])
     assert whole["history"][0]["loss"] == pytest.approx(parts["history"][0]["loss"], rel=1e-4)
     assert 0 < abs(whole["history"][0]["loss"] - amp["history"][0]["loss"]) < 0.02
+
+
+@pytest.mark.parametrize("flags", ["", "--ssl relvit", "--local-crops-number 2"])
+def test_pretraining_in_bfloat16_learns_nearly_the_same(flags, tmp_path):
+    for name, precision in {"whole": [], "amp": ["--amp"]}.items():
+        argv = [*TINY, *flags.split(), *precision, "--epochs", "1", "--align", "none", "--keep-going"]
+        train.main([*argv, "--out", str(tmp_path / name)])
+    whole, amp = (load_run(tmp_path / name)[1]["history"][0] for name in ("whole", "amp"))
+    assert 0 < abs(whole["loss"] - amp["loss"]) < 0.1 * whole["loss"]
+    assert whole["span_loss"] == pytest.approx(amp["span_loss"], rel=0.05)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_usable_and_ends_in_one_line(tmp_path, monkeypatch, capsys):
@@ -536,7 +587,7 @@ def test_a_classifier_is_measured_with_the_marker_as_in_training_removed_and_fli
     assert min(Image.open(tmp_path / "isnet" / "heatmaps.png").size) > 100
     train.main([*argv[:-1], str(tmp_path / "plain")])
     assert "C1 " not in capsys.readouterr().out
-    evaluate.main([str(tmp_path / "isnet"), str(tmp_path / "plain"), "--images", "3", "--only", "bias"])
+    evaluate.main([str(tmp_path / "isnet"), str(tmp_path / "plain"), "--rows", "3", "--only", "bias"])
     table = capsys.readouterr().out
     assert "isnet: flipped" in table and "plain: flipped" in table and "relevance share" in table
     assert f"{100 * metrics['auc_flipped']:.1f}" in table  # what train.py measured

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import random
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 
 import evaluate
 import train
-from simpool import SimPool
+from simpool import GAP, SimPool
 from vit import ViT
 from weights import BIAS, DEVIATION, FIRST, MEAN, exported, fit, read_weights, sizes
 
@@ -164,6 +165,10 @@ class Evil:
         (lambda s: s | {"blocks.0.mlp.w12.weight": torch.ones(1)}, "it has blocks.0.mlp.w12.weight"),
         (lambda s: {k: v for k, v in s.items() if k != "norm.weight"}, "it lacks norm.weight"),
         (lambda s: {"model": s, "history": []}, "name its folder"),
+        (lambda s: s | {"norm_pre.weight": torch.ones(1)}, "it has norm_pre.weight"),
+        (lambda s: s | {"pos_embed": torch.ones(1, 141, 384)}, "its 140 places are no square"),
+        (lambda s: s | {"pos_embed": torch.ones(197, 384)}, "holds no ViT that is known here"),
+        (lambda s: {k: v for k, v in s.items() if "blocks" not in k}, "holds no ViT that is known here"),
     ],
 )
 def test_what_is_no_such_vit_is_refused_in_one_line(content, line, tmp_path, capfd):
@@ -203,19 +208,46 @@ def test_published_weights_are_measured_trained_on_and_exported_again(tmp_path, 
             Image.fromarray(pixels).save(tmp_path / "data" / name / f"{i}.png")
     torch.save({"teacher": published_names(depth=1, embed_dim=64, num_heads=1)}, tmp_path / "vit.pth")
     monkeypatch.chdir(tmp_path)
-    evaluate.main("vit.pth --data data --img-size 32 --only attention knn".split())
+    evaluate.main("vit.pth --data data --img-size 32 --num-heads 1 --only attention knn".split())
     said = capsys.readouterr().out
-    assert "a ViT of 1 blocks" in said and "knn accuracy" in said and Path("runs/vit/compare.png").exists()
-    assert "knn_accuracy" in json.loads(Path("runs/vit/metrics.json").read_text())
+    assert "a ViT of 1 blocks" in said and "knn accuracy" in said and Path("vit/compare.png").exists()
+    assert "knn_accuracy" in json.loads(Path("vit/metrics.json").read_text())
     train.main(
-        "--init vit.pth --task classify --data data --img-size 32 --epochs 1 --batch-size 8 --out run".split()
+        "--init vit.pth --num-heads 1 --task classify --data data --img-size 32 --epochs 1 --out run".split()
     )
     evaluate.main("run --export out.pth".split())
     assert set(torch.load("out.pth")) == set(published_names(depth=1, embed_dim=64, num_heads=1))
     for wrong, line in {
         "run --export out.pth": "exists already",
+        "run --export vit.bin": "name a .pth file",
         "run --data data": "files of weights",
+        "vit.pth --data data": "add --num-heads",
     }.items():
         with pytest.raises(SystemExit):
             evaluate.main(wrong.split())
         assert line in capsys.readouterr().err
+
+
+def test_only_what_others_can_load_is_exported():
+    for options in ({"registers": 2}, {"pool": GAP()}):
+        with pytest.raises(ValueError, match="CLS token or SimPool, without registers"):
+            exported(ViT(32, 8, 3, 24, 1, 3, **options))
+
+
+def test_damaged_weights_are_refused_by_name_or_read(tmp_path):
+    chance, refused, path = random.Random(0), 0, tmp_path / "w.pth"
+    whole = published_names(depth=1, embed_dim=192, num_heads=3, patch_size=32)
+    for _ in range(150):
+        state = dict(whole)
+        for name in chance.sample(list(state), 2):
+            tensor = state.pop(name)
+            shapes = (tensor[:1], tensor[..., :-1], tensor[None], tensor.flatten(), tensor.sum(), None)
+            state[chance.choice((name, name + "x", "blocks.x", 3))] = chance.choice(shapes)
+        torch.save(state, path)
+        try:
+            weights, _ = read_weights(path)
+            fit(weights, ViT(64, 32, 3, 192, 1, 3))
+        except ValueError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > 100
