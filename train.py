@@ -4,7 +4,7 @@
     python train.py --prior none --out runs/dino    the same without guidance: plain DINO
     python train.py --data DIR --out runs/mine      your own images; the README shows how to lay them out
     python train.py --ssl relvit --out runs/relvit  patches tell how they lie, in place of DINO
-    python train.py --task classify --marker 1 --isnet 1 --out runs/isnet       blind to a hospital's marker
+    python train.py --task classify --marker 1 --isnet 3 --out runs/isnet       blind to a hospital's marker
     torchrun --standalone --nproc-per-node 2 train.py   the same batches, shared by two processes or GPUs
 
 Pretraining: the labelled sample's masks become priors; the sample is registered to every training image,
