@@ -66,7 +66,7 @@ def shenzhen(source: Path) -> Iterator[Example]:
 
 
 def jsrt(source: Path) -> Iterator[Example]:
-    """JPCLN*.IMG and JPCNN*.IMG (raw, with and without a nodule), <region>/<name>.gif of 1024x1024, anywhere."""
+    """JPCLN*.IMG, JPCNN*.IMG (raw, with and without a nodule), <region>/<name>.gif of 1024x1024, anywhere."""
     for path in sorted(source.rglob("*.IMG")):
         pixels = np.fromfile(path, dtype=">u2").reshape(2048, 2048)  # 12 bits, dark where there is nothing
         small = pixels.reshape(1024, 2, 1024, 2).mean(axis=(1, 3)).astype(np.uint16)  # as large as the masks
