@@ -18,8 +18,8 @@ tests to refer to (theta: a view as a matrix, see `crops.py`):
 (1) The same theta samples image and prior: a prior follows its crop. (2) keeps a view that shows a tenth of a
 lung from being trained as if it showed all of it. (5) and (6) are ours, not the paper's: they register the
 sample to each training image, once, without labels. A prior carried along fits image i, and not only the
-average image. (7), ours too, makes masks of attention, for those who need some: for ISNet, which is misled
-more by a border left out than by one too wide. So it covers, and does not keep the area.
+average image. (7), ours too, makes masks of attention, for those who need some, such as ISNet. Much of what
+tells lies at a region's border: so it covers the prior, and does not keep its area.
 
 Always report the prior's own score beside the attention's: attention that only repeats its prior has learned
 nothing. Claim 1 is measured with this file. Next to read: `crops.py`.

@@ -136,12 +136,13 @@ def _draw(numbers: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
 
     # Lungs: eggs cut off by a domed diaphragm; the heart lies over them.
-    lungs = []
+    lungs, bases = [], []
     for direction in (1, -1):  # the patient's left lung is on the image's right
         u0, v0, a, b = draw(0.42, 0.5) * direction, draw(-0.2, -0.08), draw(0.28, 0.36), draw(0.54, 0.68)
         taper = 1 + 0.22 * ((v - v0) / b).clamp(-1, 1)
         egg = (1 - torch.sqrt(((u - u0) / (a * taper)) ** 2 + ((v - v0) / b) ** 2 + 1e-6)) * a
-        dome = v0 + b * draw(0.55, 0.85) + 0.9 * (u - u0 + 0.06 * direction) ** 2 - v
+        bases.append(v0 + b * draw(0.55, 0.85))  # how far down the dome of the diaphragm lets it reach
+        dome = bases[-1] + 0.9 * (u - u0 + 0.06 * direction) ** 2 - v
         lungs.append(torch.minimum(egg, dome))
     size = draw(0.22, 0.29) * (1 + big_heart * draw(0.28, 0.5))
     heart = ellipse(
@@ -158,7 +159,8 @@ def _draw(numbers: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     image = image + heart * air * depth + heart * draw(0.07, 0.16)
     field = {+1: left, -1: right}
     where = {name: torch.where(at > 0, field[1], field[-1]) for name, at in side.items()}
-    level = draw(0.18, 0.42) - 0.35 * (u.abs() - 0.45)  # the meniscus climbs toward the chest wall
+    base = torch.where(side["effusion"] > 0, *bases)
+    level = base - draw(0.04, 0.28) - 0.35 * (u.abs() - 0.45)  # the meniscus climbs toward the chest wall
     image = image + effusion * where["effusion"] * inside(v - level) * depth * draw(0.5, 0.9)
     spot = ellipse(draw(0.36, 0.55) * side["nodule"], draw(-0.45, 0.15), *(draw(0.06, 0.1),) * 2, draw(0, 1))
     image = image + nodule * where["nodule"] * inside(spot) * draw(0.12, 0.26)

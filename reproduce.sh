@@ -189,6 +189,5 @@ picture() {  # name, what to measure, and the runs to show side by side
 }
 cp runs/span-0/low_data.png results/
 picture compare attention runs/{span,dino}-0
-picture parts attention runs/parts_{span,dino}-0
-picture isnet bias runs/{isnet_resnet,plain_resnet,pixels_only,one_logit}-0
+picture isnet bias runs/{isnet_resnet,plain_resnet,pixels_only}-0
 picture pooling attention runs/vit_{cls_dino,simpool_dino,simpool_span}-0

@@ -338,6 +338,7 @@ def few_labels(runs: dict) -> str:
         "symbols50": ("symbols, 50 a class: accuracy, %", "accuracy_same"),
         "symbols500": ("symbols, 500 a class: accuracy, %", "accuracy_same"),
     }
+    sets = {name: about for name, about in sets.items() if points(runs, f"scratch_{name}", about[1])}
     rows = []
     for how, title in FEW_LABELS.items():
         cells = []

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from metrics import auc
 from phantom import BATCH, FINDINGS, REGIONS, phantom, stamp
 
 
@@ -61,6 +62,22 @@ def test_findings_change_the_image_where_they_are_said_to_be(drawn):
     left, right = (values.sum(dim=(2, 3)) / masks[:, :2].sum(dim=(2, 3))).unbind(1)
     unlike = (left - right).abs()  # fluid and opacities lie on one side
     assert unlike[labels[:, 1:].sum(dim=1) > 0].mean() > 1.5 * unlike[labels[:, 1:].sum(dim=1) == 0].mean()
+
+
+def test_an_effusion_lies_at_a_lung_s_base_in_sight(drawn):
+    """Brightness at the base tells who has one; it did not when fluid lay under the diaphragm."""
+    images, masks, labels = drawn
+    down = torch.arange(64.0)[:, None]
+    brighter = []
+    for lung in masks[:, :2].unbind(1):
+        rows = torch.where(lung.any(dim=2, keepdim=True), down, torch.nan)
+        low, high = rows.nan_to_num(-1).amax(dim=(1, 2)), rows.nan_to_num(64).amin(dim=(1, 2))
+        base = lung & (down > (low - 0.3 * (low - high))[:, None, None])
+        light = [
+            (images[:, 0] * part).sum(dim=(1, 2)) / part.sum(dim=(1, 2)) for part in (base, lung & ~base)
+        ]
+        brighter.append(light[0] / light[1])
+    assert auc(torch.maximum(*brighter), labels[:, FINDINGS.index("effusion")]) > 0.9
 
 
 def test_other_sizes_show_the_same_patient():
