@@ -137,7 +137,7 @@ def restore(
     optimizer.load_state_dict(checkpoint["optimizer"])
     generator.set_state(checkpoint["generator"])
     torch.set_rng_state(checkpoint["torch_rng"])
-    return checkpoint["history"], checkpoint.get("begun")
+    return checkpoint["history"], checkpoint["begun"]
 
 
 def load_run(folder: Path) -> tuple[argparse.Namespace, dict]:
@@ -171,9 +171,8 @@ def start_from(init: Path, encoder: nn.Module) -> None:
         fit(weights, encoder)
     except ValueError as error:
         raise ValueError(f"{init}: {error}") from None
-    print(
-        f"{init}: a ViT of {len(encoder.blocks)} blocks" + (f"; left out: {', '.join(left)}" if left else "")
-    )
+    without = f"; left out: {', '.join(left)}" if left else ""
+    print(f"{init}: a ViT of {len(encoder.blocks)} blocks{without}")
 
 
 def build_encoder(config: argparse.Namespace, in_chans: int) -> ViT | ResNet:
@@ -209,12 +208,7 @@ def load_model(run: Path, config: argparse.Namespace, checkpoint: dict, train: D
         model = encoder = build_encoder(config, train.images.shape[1])
         if config.task == "classify":
             model = build_classifier(config, encoder, len(train.findings), train.images.shape[1])
-    except (
-        AttributeError,
-        TypeError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # settings that train.py never wrote
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:  # not settings of train.py's
         raise ValueError(f"{run}: config.json is damaged ({' '.join(str(error).split())[:120]})") from None
     if config.task != "classify":
         load_encoder(run, config, checkpoint, encoder)

@@ -50,9 +50,8 @@ def look(
     out.mkdir(parents=True, exist_ok=True)
     averaged = encoder.pool is None if isinstance(encoder, ResNet) else isinstance(encoder.pool, GAP)
     if not averaged:
-        attention, grid = attention_of(encoder, image, config.span_layer), encoder.grid(
-            image
-        )  # (1, heads, N)
+        attention = attention_of(encoder, image, config.span_layer)  # (1, heads, N)
+        grid = encoder.grid(image)
         heads = {f"head {h}": attention[:, h].unflatten(1, grid) for h in range(attention.shape[1])}
         if not classifies and run.is_dir() and config.prior not in ("none", "masks"):
             masks, names = attention_masks(config, encoder, parts, sample, image)  # (1, R, H, W)
