@@ -38,9 +38,8 @@ weight() {  # of the ISNet loss, chosen on seeds that no table has
 
 classifiers() {
     for seed in $seeds; do
-        for backbone in resnet vit findings; do
+        for backbone in resnet vit; do
             common="--task classify --seed $seed --backbone $backbone"
-            [ $backbone = findings ] && common="--task classify --seed $seed --findings all"
             echo "unmarked_$backbone-$seed $common"
             echo "plain_$backbone-$seed $common --marker 1"
             echo "isnet_$backbone-$seed $common --marker 1 --isnet $(weight $backbone)"
@@ -98,26 +97,24 @@ few="--backbone vit --embed-dim 64 --depth 3 --num-heads 4 --batch-size 32 --lr 
 
 few_labels() {
     for seed in $seeds; do
-        pretrained phantom 30 "--findings all" "--train-images 500"
-        pretrained symbols50 30 "" "--data data/symbols50-$seed"
-        pretrained symbols500 6 "" "--data data/symbols500-$seed"
+        pretrained symbols50 30
+        pretrained symbols500 6
     done
 }
 
-pretrained() {  # data, epochs of pretraining and as many of tuning, findings, flags of the data
-    common="$few --seed $seed $4"
-    label="--task classify $3 $common"
+pretrained() {  # data, epochs of pretraining and as many of tuning
+    common="$few --seed $seed --data data/$1-$seed"
+    label="--task classify $common"
     echo "first scratch_$1-$seed $label --epochs $((2 * $2))"
     echo "first half_$1-$seed $label --epochs $2"
     echo "first joint_$1-$seed $label --epochs $((2 * $2)) --relations relations distances angles positions"
     while read -r name epochs how; do
-        echo "first pre_${name}_$1-$seed $common --epochs $epochs --keep-going${how:+ $how}"  # a blank at the end would join the next line
+        echo "first pre_${name}_$1-$seed $common --epochs $epochs --keep-going $how"
         echo "then tuned_${name}_$1-$seed $label --epochs $2 --init runs/pre_${name}_$1-$seed"
     done < <(
         echo "relvit $2 --ssl relvit --prior none"
-        [ "$1" = phantom ] || echo "relvit_long $((5 * $2)) --ssl relvit --prior none"
+        echo "relvit_long $((5 * $2)) --ssl relvit --prior none"
         echo "dino $2 --prior none"
-        [ "$1" = phantom ] && echo "span $2" && echo "relvit_span $2 --ssl relvit"
     )
 }
 
