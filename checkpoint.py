@@ -84,6 +84,7 @@ def start(args: argparse.Namespace, argv: list[str]) -> None:
         "compare.png",
         "compare_curves.png",
         "low_data.png",
+        "report.html",
     ):
         (args.out / stale).unlink(missing_ok=True)
     shutil.rmtree(args.out / "looks", ignore_errors=True)

@@ -20,7 +20,6 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +32,7 @@ from flags import parse
 from look import look
 from masks import export_masks
 from metrics import CannotMeasure, auc, best_threshold, dice, known_mean, localisation_ap, relevance_share
+from page import Looks, Report, page, print_tables
 from plots import curves, low_data, map_grid
 from pretrain import attention_of, lay_over, make_priors
 from probe import PROBES, SHARES, drawn, probe
@@ -41,6 +41,11 @@ from vit import ViT
 from weights import exported
 
 MEASURES = ["attention", "bias", *PROBES]
+IN_PAGE = 60  # images in --html's page
+EXAMPLES = """examples:
+  python evaluate.py runs/span runs/dino --only attention linear --html
+  python evaluate.py runs/span --image a.jpg b.png
+  python evaluate.py dino_deitsmall16_pretrain.pth --data my_folder --img-size 224"""
 
 
 def measure(
@@ -131,16 +136,6 @@ def first_finding(parts: dict[str, Data]) -> int:
     return int(labels.shape[1] == 2 and exclusive(labels))
 
 
-class Report(NamedTuple):
-    """What was found of one run."""
-
-    figures: dict[str, float]  # flat names to numbers, as in metrics.json
-    tables: dict[str, dict[str, dict[str, float]]]  # {title: {column: {row: value}}}
-    curves: dict[str, dict[float, list[float]]]  # {probe: {share of the labels: a value a draw}}
-    heads: dict[str, int]  # {region: the head that looks at it}
-    notes: list[str]  # what can't be measured
-
-
 def report(
     config: argparse.Namespace,
     model: nn.Module,
@@ -215,6 +210,26 @@ def maps_of(
     return {title: attention[:, h] for title, h in titles.items()}
 
 
+def scores_in(
+    config: argparse.Namespace, model: nn.Module, shown: Data, heads: dict[str, int], one_class: bool
+) -> tuple[str, list[float]]:
+    """How well a run does on each image (M,), and what is meant by that: a classifier's probability of what
+    is true, or the mean AP of heads {region: number} where there are masks. NaN where it can't be said.
+    """
+    if config.task == "classify" and shown.labels is not None:
+        chances = scores_of(model, shown.images, one_class).sigmoid()  # (M, K)
+        true = torch.where(shown.labels == 1, chances, 1 - chances).masked_fill(
+            shown.labels.isnan(), torch.nan
+        )
+        return "probability of what is true", true.nanmean(dim=1).tolist()
+    if config.task == "pretrain" and set(shown.regions) == set(heads) and shown.has_masks.any():
+        attention = attention_of(model, shown.images, config.span_layer)[:, list(heads.values())]
+        regions = [shown.regions.index(region) for region in heads]
+        ap = localisation_ap(attention, shown.masks[:, regions], model.grid(shown.images))  # (M, R, R)
+        return "mean AP", ap.diagonal(dim1=1, dim2=2).nanmean(dim=1).tolist()
+    return "", [math.nan] * len(shown.names)
+
+
 def flatten(table: dict[str, dict[str, float]], score: str = "AP") -> dict[str, float]:
     """{what: {region: AP}} under the flat names of metrics.json: attention_mAP, attention_AP_heart ..."""
     flat = {}
@@ -244,33 +259,6 @@ def flatten_probe(how: str, probed: dict[float, dict[str, list[float]]]) -> dict
         suffix = "" if share == 1 else f"_{100 * share:g}_percent"
         flat |= {f"{how}_{name}{suffix}": known_mean(values) for name, values in figures.items()}
     return flat
-
-
-def print_tables(reports: dict[str, Report]) -> None:
-    """Print what was found of runs {name: Report} side by side, each title's table in percent."""
-    columns: dict[str, dict] = {}
-    for run, found in reports.items():
-        before = f"{run}: " if len(reports) > 1 else ""
-        for title, table in found.tables.items():
-            columns.setdefault(title, {}).update({before + what: row for what, row in table.items()})
-    for title, table in columns.items():
-        if table:
-            print_table(table, title, mean=title in ("AP in %", "Dice in %"))
-    print()
-    for run, found in reports.items():
-        for note in found.notes:
-            print(f"{run}: {note}" if len(reports) > 1 else note)
-
-
-def print_table(columns: dict[str, dict[str, float]], corner: str, mean: bool) -> None:
-    """Print {what: {name: value}} in percent: a row a name, a column for each what, means below."""
-    names = list(dict.fromkeys(name for column in columns.values() for name in column))
-    first = max(map(len, [*names, corner]))
-    print(f"\n{corner:{first}}" + "".join(f"  {title:>7}" for title in columns))
-    for name in names + ["mean"] * mean:
-        row = [known_mean(c.values()) if name == "mean" else c.get(name, math.nan) for c in columns.values()]
-        cells = ["" if math.isnan(value) else f"{100 * value:.1f}" for value in row]
-        print(f"{name:{first}}" + "".join(f"  {c:>{max(7, len(title))}}" for c, title in zip(cells, columns)))
 
 
 def load_any(run: Path, data: list[str]) -> tuple[argparse.Namespace, dict | None]:
@@ -320,14 +308,15 @@ def load_all(runs: list[Path], data: list[str]) -> tuple[dict, dict[str, Data], 
     return found, parts, sample
 
 
-def compare(runs: list[Path], data: list[str], only: list[str], n_images: int) -> None:
+def compare(runs: list[Path], data: list[str], only: list[str], n_images: int, as_page: bool) -> None:
     """Measure runs on the same test images, print them side by side, draw them into the first's folder."""
     loaded, parts, sample = load_all(runs, data)
     home = {run: config.out if run.is_file() else run for run, (config, *_) in loaded.items()}
     out = home[runs[0]]
     first, *_ = loaded[runs[0]]
     short = {run: run.name if len({r.name for r in runs}) == len(runs) else str(run) for run in runs}
-    shown, reports, maps = shown_images(first, parts, n_images), {}, {}
+    shown, in_page = (shown_images(first, parts, n) for n in (n_images, IN_PAGE))
+    reports, maps, looks = {}, {}, {}
     one_class = first.task == "classify" and exclusive(parts["train"].labels)
     for run, (config, model, _) in loaded.items():
         found = reports[short[run]] = report(config, model, parts, sample, only, SHARES)
@@ -341,16 +330,24 @@ def compare(runs: list[Path], data: list[str], only: list[str], n_images: int) -
         config.lrp_epsilon, config.lrp_gamma = first.lrp_epsilon, first.lrp_gamma  # heatmaps by one rule
         seen = maps_of(config, model, shown.images, found.heads, one_class)
         maps |= {f"{short[run]}\n{title}": m for title, m in seen.items()}
+        if as_page:
+            seen = maps_of(config, model, in_page.images, found.heads, one_class)
+            scores = scores_in(config, model, in_page, found.heads, one_class)
+            looks[short[run]] = Looks(seen, config.task == "classify", *scores)
     print_tables(reports)
     draw(out / "compare.png", shown, maps, first.task)
-    written = ["compare.png"]
+    written, pictures = ["compare.png"], {}
     if any(len(curve) > 1 for found in reports.values() for curve in found.curves.values()):
         low_data(out / "low_data.png", {run: found.curves for run, found in reports.items()})
-        written.append("low_data.png")
+        pictures["Scores over the share of labels"] = out / "low_data.png"
     histories = {short[run]: history for run, (_, _, history) in loaded.items() if history}
-    if len(histories) > 1:
+    if len(histories) > 1 or histories and as_page:
         curves(out / "compare_curves.png", histories)
-        written.append("compare_curves.png")
+        pictures["Training curves"] = out / "compare_curves.png"
+    written += [path.name for path in pictures.values()]
+    if as_page:
+        write_whole(out / "report.html", page(reports, in_page, looks, pictures))
+        written.append("report.html")
     print(f"wrote {out}/{', '.join(written)}")
 
 
@@ -393,23 +390,29 @@ def main(argv: list[str] | None = None) -> None:
     """The command line: exit status 0 when done, 2 for what can't be read or measured."""
     parser = argparse.ArgumentParser(
         description="Measure runs of train.py side by side, and draw where they look.",
-        epilog="example: python evaluate.py runs/span runs/dino --only attention linear",
+        usage="python evaluate.py RUN [RUN ...] [flags below]",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     what = "a folder that train.py wrote, or a file of a ViT's published weights"
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=what)
-    what = f"what to measure, of {', '.join(MEASURES)} (default: all that apply)"
-    parser.add_argument("--only", nargs="+", choices=MEASURES, default=MEASURES, metavar="MEASURE", help=what)
-    parser.add_argument("--rows", type=int, default=6, help="test images in compare.png (default: 6)")
-    what = "draw what the first run sees in these pictures, of any size, into its folder, and stop"
-    parser.add_argument("--image", nargs="+", type=Path, metavar="FILE", help=what)
-    what = "write the masks that the first run's guided heads make into a new folder, and stop"
-    parser.add_argument("--export-masks", type=Path, metavar="DIR", help=what)
-    parser.add_argument(
-        "--export", type=Path, metavar="FILE", help="write the first run's ViT for timm, and stop"
-    )
-    parser.add_argument("--data", help="what to measure published weights on: as for train.py")
-    parser.add_argument("--img-size", help="pixels a side for published weights (default: theirs)")
-    parser.add_argument("--num-heads", help="of published weights, where their width does not tell")
+    add = parser.add_argument_group("what is measured and shown").add_argument
+    what = f"of {', '.join(MEASURES)} (default: all that apply)"
+    add("--only", nargs="+", choices=MEASURES, default=MEASURES, metavar="MEASURE", help=what)
+    add("--rows", type=int, default=6, help="test images in compare.png (default: 6)")
+    what = "write report.html, too: figures, and images to move through in a browser"
+    add("--html", action="store_true", help=what)
+    add = parser.add_argument_group("in place of that, of the first run").add_argument
+    what = "draw what it sees in these pictures, of any size, into its folder"
+    add("--image", nargs="+", type=Path, metavar="FILE", help=what)
+    what = "write the masks that its guided heads make into a new folder"
+    add("--export-masks", type=Path, metavar="DIR", help=what)
+    add("--export", type=Path, metavar="FILE", help="write its ViT for timm and DINO's code")
+    add = parser.add_argument_group("of files of weights").add_argument
+    add("--data", help="what to measure them on: as for train.py")
+    add("--img-size", help="pixels a side (default: theirs)")
+    add("--num-heads", help="where their width does not tell")
     args = parser.parse_args(argv)
     first, typed = args.runs[0], {k: getattr(args, k) for k in ("data", "img_size", "num_heads")}
     data = [word for k, v in typed.items() if v is not None for word in (f"--{k.replace('_', '-')}", v)]
@@ -427,7 +430,7 @@ def main(argv: list[str] | None = None) -> None:
         elif args.image:
             draw_pictures(first, data, args.image)
         else:
-            compare(args.runs, data, args.only, args.rows)
+            compare(args.runs, data, args.only, args.rows, args.html)
     except (ValueError, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -5,6 +5,8 @@ limits, or the remedy. Next to read: `train.py`.
 """
 
 import argparse
+import json
+import shlex
 from pathlib import Path
 
 import torch
@@ -32,21 +34,40 @@ OF_THE_ENCODER = (
 )
 
 
+def repeated(argv: list[str]) -> list[str]:
+    """argv with a run's own flags in place of --config FILE; what is typed beside it wins.
+
+    Raises ValueError if the file is no run's.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    known, others = parser.parse_known_args(argv)
+    if known.config is None:
+        return argv
+    try:
+        command = shlex.split(json.loads(known.config.read_text())["command"])
+    except (ValueError, TypeError, LookupError, AttributeError):
+        raise ValueError(f"--config {known.config} is not the config.json of a run") from None
+    return [word for word in command[2:] if word not in ("--overwrite", "--resume")] + others
+
+
 def parse(argv: list[str], doc: str = "\n\n") -> tuple[argparse.Namespace, set[str]]:
     """The settings, and the names of those that were typed; doc: what train.py says of itself."""
     intro, examples = doc.split("\n\n")[:2]
     usage = "python train.py [--task TASK] [--out DIR] [--data DIR] [flags below]"
     parser = argparse.ArgumentParser(
-        usage=usage, description=intro, epilog=examples, formatter_class=Formatter
+        usage=usage, description=intro, epilog=examples, formatter_class=Formatter, allow_abbrev=False
     )
     add = parser.add_argument_group("run").add_argument
     add("--task", type=str, choices=TASKS, default="pretrain", help="which other flags apply")
     add("--out", type=Path, help=f"folder for all that the run writes{by_task('out')}")
+    add("--config", type=Path, help="config.json of a run to repeat; flags beside it change it")
     add("--overwrite", action="store_true", help="start again in a folder that holds a run")
     add("--resume", action="store_true", help="go on with the run in --out where it stopped")
     add("--keep-going", action="store_true", help="train on after a collapse")
     add("--seed", type=int, default=0, help="of drawn data, weights and views")
-    add("--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
+    what = "auto (cuda if there is one, else cpu), cpu, cuda, mps: where to train"
+    add("--device", type=str, default="auto", help=what)
     add = parser.add_argument_group("data").add_argument
     add(
         "--data",
@@ -106,6 +127,8 @@ def parse(argv: list[str], doc: str = "\n\n") -> tuple[argparse.Namespace, set[s
     if chosen.task == "classify" and chosen.data == "phantom":
         parser.set_defaults(findings=FINDINGS[:1])
     args = parser.parse_args(argv)
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     untyped = argparse.Namespace(**dict.fromkeys(vars(args)))  # what is there already gets no default
     return args, {name for name, value in vars(parser.parse_args(argv, untyped)).items() if value is not None}
 

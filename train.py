@@ -45,9 +45,10 @@ from checkpoint import write_whole
 from classify import exclusive, objective
 from data import Data, load
 from dino import Collapse, over_processes
-from evaluate import draw, maps_of, print_tables, report, shown_images
-from flags import check, check_idle, parse
+from evaluate import draw, maps_of, report, shown_images
+from flags import check, check_idle, parse, repeated
 from masks import agreement, foreground
+from page import print_tables
 from plots import curves
 from pretrain import move_teacher, priors_over, relations, self_distillation
 from relvit import TASKS
@@ -310,6 +311,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     try:
         try:
+            argv = repeated(argv)
             args, typed = parse(argv, __doc__)
             check_idle(args, typed)
             if not rank():

@@ -152,8 +152,33 @@ def test_a_measure_that_is_none_is_refused_by_name(run, capsys):
 
 def test_a_seed_gives_the_same_weights_again(run, tmp_path):
     train.main([*TINY, "--out", str(tmp_path / "again")])
-    first, second = (load_run(folder)[1]["model"] for folder in (run, tmp_path / "again"))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert same_weights(run, tmp_path / "again")
+
+
+def same_weights(*runs: Path) -> bool:
+    first, second = (load_run(run)[1]["model"] for run in runs)
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_s_settings_repeat_it_and_flags_beside_them_change_it(run, tmp_path):
+    again = ["--config", str(run / "config.json")]
+    train.main([*again, "--out", str(tmp_path / "again")])
+    assert same_weights(tmp_path / "again", run)
+    train.main([*again, "--out", str(tmp_path / "other"), "--seed", "1", "--epochs", "1", "--overwrite"])
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    assert (config["seed"], config["epochs"], config["embed_dim"]) == (1, 1, 24)
+    train.main(["--config", str(tmp_path / "other" / "config.json"), "--out", str(tmp_path / "third")])
+    assert same_weights(tmp_path / "third", tmp_path / "other")
+
+
+def test_settings_that_are_no_run_s_are_refused_and_a_repeated_run_is_not_overwritten(tmp_path, capsys):
+    train.main([*TINY, "--epochs", "1", "--out", str(tmp_path / "old"), "--overwrite"])
+    capsys.readouterr()
+    (tmp_path / "config.json").write_text("{}")
+    assert "not the config.json of a run" in refused(capsys, "--config", str(tmp_path / "config.json"))
+    assert "No such file" in refused(capsys, "--config", str(tmp_path / "none.json"))
+    # its --out is the run's own; that it was once overwritten is not repeated
+    assert "holds a run" in refused(capsys, "--config", str(tmp_path / "old" / "config.json"))
 
 
 def in_a_process_of_its_own(argv):
