@@ -228,8 +228,8 @@ class lrp(TorchFunctionMode):
         """An operation without a rule keeps its gradient, with a warning if it isn't piecewise affine."""
         y = func(*args, **kwargs)
         outputs = [t for t in tree_leaves(y) if isinstance(t, Tensor) and t.is_floating_point()]
-        if name in PLAIN | self.asked.keys() or not outputs:
-            return y
+        if name in PLAIN | self.asked.keys() or not outputs or not all(t.isfinite().all() for t in outputs):
+            return y  # of NaN nothing can be told
 
         def along(n: float) -> list[Tensor]:  # the ray from 0 through the input
             stretch = lambda t: n * t if self.active(t) and t.is_floating_point() else t  # noqa: E731

@@ -2,8 +2,10 @@
 
 import errno
 import json
+import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -447,6 +449,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_name_before_the_weights_are_
         train.main([*TINY, "--out", str(tmp_path / "run")])
     assert stop.value.code == 1 and "step 6: the loss is nan" in capsys.readouterr().err
     assert all(p.isfinite().all() for p in seen[0].parameters())
+
+
+@pytest.mark.parametrize("flags", ["", "--ssl relvit", "--task classify", "--task classify --isnet 1"])
+def test_an_absurd_learning_rate_ends_in_one_line_that_says_what_to_lower(flags, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main([*TINY, *flags.split(), "--lr", "1e9", "--epochs", "9", "--out", str(tmp_path / "run")])
+    assert stop.value.code == 1
+    assert re.search(r"train.py: .*[Ll]ower --lr", capsys.readouterr().err.splitlines()[-1])
+
+
+@pytest.mark.parametrize("flags", ["--train-images 1", "--train-images 3 --batch-size 1000000000"])
+def test_a_single_image_and_a_batch_larger_than_the_data_are_trained_on(flags, tmp_path):
+    train.main([*TINY, *flags.split(), "--align", "none", "--out", str(tmp_path / "run")])
+    (row, last) = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open())
+    assert math.isfinite(row["loss"]) and row["loss"] != last["loss"]  # a step an epoch
 
 
 def test_a_step_with_an_infinite_gradient_changes_no_weight():
