@@ -16,7 +16,7 @@ and adds a penalty to the classification loss, L = L_class + weight * penalty:
 
 `multitask`, `gain`, `rrr` and `pipeline` return logits (B, K) and a penalty (B,). Ours, to keep them short:
 one gate, at the end, where the paper's network has several; A scaled to its largest value, and taken at the
-last block's input; a segmenter as coarse as the encoder's patches. Next to read: `masks.py`.
+last block's input; a segmenter as coarse as the encoder's patches. Next to read: `pretrain.py`.
 """
 
 import torch

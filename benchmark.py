@@ -5,7 +5,7 @@
 Machines are noisy and drift, so two things are timed in turn, A B A B ..., and the median of the ratios B / A
 is what is reported, with the quartiles. A training step's floor is a product of large matrices with as many
 multiplications as the step has (convolutions and matrix products, counted): what is above 1 goes into moving
-numbers, elementwise work and Python.
+numbers, elementwise work and Python. Next to read: `tables.py`.
 """
 
 import argparse

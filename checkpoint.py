@@ -6,7 +6,7 @@
 
 Every file is written beside its place and then moved there, so that a kill leaves the old one or the new one,
 never half of one. Checkpoints are read with `weights_only=True`: one that would run code is refused. The
-settings say what to build, and `load_model` builds it.
+settings say what to build, and `load_model` builds it. Next to read: `weights.py`.
 """
 
 import argparse

@@ -21,7 +21,7 @@ since scanners rarely use the full range; transparency lies on black. The set ha
 
 A damaged image is skipped with a note: one bad file should not cost a night. What would silently change the
 lesson (a broken mask, a mask of another size, a label that cannot be read) is a `DataError`. Next to read:
-`train.py`.
+`recipes.py`.
 """
 
 import csv

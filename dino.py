@@ -19,8 +19,8 @@ names the kind:
 
 `DINOHead` has the published parameter names. Where we differ from the release, for small data and short runs:
 no warm-up of the teacher's temperature, no frozen last layer, constant weight decay, and the student, not the
-teacher, is what is kept and measured, since over a few hundred steps the teacher lags behind. Next to read:
-`ssl.py`, then `train.py`.
+teacher, is what is kept and measured, since over a few hundred steps the teacher lags behind.
+Next to read: `simpool.py`.
 """
 
 import copy

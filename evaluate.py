@@ -12,7 +12,7 @@
     knn, linear, heads, finetune
                 What the encoder is good for, with all labels and with few: see `probe.py`.
 
-Figures join each run's metrics.json; pictures go to the first run's folder. Next to read: `tables.py`.
+Figures join each run's metrics.json; pictures go to the first run's folder. Next to read: `metrics.py`.
 """
 
 import argparse

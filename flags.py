@@ -1,7 +1,7 @@
 """What can be asked of `train.py`: its flags by group, their defaults by task, and what can't be.
 
 A flag's help says what it does; a setting that makes no sense is refused by one line that names it, its
-limits, or the remedy. Next to read: `train.py`.
+limits, or the remedy. Next to read: `checkpoint.py`.
 """
 
 import argparse

@@ -5,7 +5,7 @@
 
 Beside the attention of each head stands what it outlines by equation (7) of `attention_priors.py`: of guided
 heads as much as covers their prior, of others the pixels that hold 60 % of the attention, as DINO's authors
-show it. Next to read: `plots.py`.
+show it. Next to read: `benchmark.py`.
 """
 
 import argparse

@@ -9,7 +9,7 @@
 Attention becomes a mask by equation (7) of `attention_priors.py`: the pixels most looked at that cover the
 prior, in the image that it belongs to, hold a share of the attention; the fewest that hold as much are the
 mask elsewhere. No label is used but the prior. Claim 8 (one mask is enough) rests on this file. Next to read:
-`isnet_lrp.py`.
+`baselines.py`.
 """
 
 import argparse

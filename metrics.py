@@ -6,8 +6,7 @@
 
 over the distinct thresholds n, P and R being precision and recall of all that scores at least as high. Equal
 scores enter together, so a constant map scores exactly the share of positives: no luck from the order of
-pixels. `auc` asks how often a positive scores above a negative, ties counting half. Next to read:
-`evaluate.py`.
+pixels. `auc` asks how often a positive scores above a negative, ties counting half. Next to read: `plots.py`.
 """
 
 from collections.abc import Iterable

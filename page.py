@@ -2,7 +2,7 @@
 
 The page (`page.html` is its template) stands alone: pictures, maps and numbers lie in it, nothing is loaded
 from anywhere, and it can be sent as one file. One moves in it over images, heads, thresholds and models, with
-the images first that a model is worst at. Next to read: `plots.py`.
+the images first that a model is worst at. Next to read: `look.py`.
 """
 
 import base64

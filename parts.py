@@ -9,8 +9,8 @@ to look, and priors may come from them (`--prior statistics`).
 - labels, each present or not by itself: `scratch`, `missing hole`, `chip` (off the plate's edge), `stain`,
   `misplacement` (of the sticker; its mask is where it lies and where it should).
 
-Image i of a seed is the same whatever the number of images: each has its own random stream. Next to read:
-`data.py`.
+Image i of a seed is the same whatever the number of images: each has its own random stream. Claim 4 is
+measured on these plates. Next to read: `symbols.py`.
 """
 
 import numpy as np

@@ -13,7 +13,7 @@ exposure and noise vary as well.
 one corner or anywhere), a tint of all that is no region, or a frame.
 
 Image i of a seed is the same whatever the number of images: each has its own random stream. Everything is
-batched tensor work, thousands of images a second. Next to read: `vit.py`.
+batched tensor work, thousands of images a second. Next to read: `parts.py`.
 """
 
 import numpy as np

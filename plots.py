@@ -2,7 +2,7 @@
 
 Attention is shown relative to a uniform map (1 = no preference, 8 = eight times its share), from 0 to SCALE,
 in every figure; relevance in units of its mean absolute value, from -SCALE to SCALE. No panel is stretched to
-its own maximum. Colours are Okabe and Ito's, which the colour-blind can tell apart.
+its own maximum. Colours are Okabe and Ito's, which the colour-blind can tell apart. Next to read: `page.py`.
 """
 
 from itertools import cycle

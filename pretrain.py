@@ -2,7 +2,7 @@
 
 Each step of DINO cuts random views and lets student and teacher look at them; each step of RelViT cuts images
 into patches that shall be put in order. To either loss comes the SPAN loss between the guided heads'
-attention and the priors, seen through the same views. Next to read: `train.py`.
+attention and the priors, seen through the same views. Next to read: `classify.py`.
 """
 
 import argparse

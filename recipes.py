@@ -14,7 +14,7 @@
 Image files are linked where the file system allows it, else copied; masks are written anew. Where a dataset
 has test images but none to choose by, a tenth of the training images become validation images, by patient
 where there are patients. The layouts are those of the releases as they are described; the tests make small
-ones. Next to read: `data.py`.
+ones. Next to read: `resnet.py`.
 """
 
 import argparse

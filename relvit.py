@@ -22,7 +22,7 @@ and `cut` samples all of a batch's patches at once. What lies over an image, a p
 
 Where we differ from the published code: columns of mega-patches are split by themselves (published: by the
 rows' splits), at any pixel (there: between patches); grids need not be square; patches keep hue and
-saturation. Claim 6 is measured with this file. Next to read: `train.py`.
+saturation. Claim 6 is measured with this file. Next to read: `ssl.py`.
 """
 
 import math

@@ -6,7 +6,8 @@ So this file loads the standard library's ssl from the interpreter's own folder,
 `sys.modules["ssl"]` (what an import statement hands out is whatever lies there when the file has run), and
 gives it one addition, a module `__getattr__` (PEP 562): a name that ssl does not know is looked up in
 `dino.py` or `relvit.py`, on first use. So asyncio, https, pip and tqdm never notice, and importing ssl does
-not import torch. The lesson: don't name a file like a standard module; if you must, step aside.
+not import torch. The lesson: don't name a file like a standard module; if you must, step aside. Next to read:
+`phantom.py`.
 """
 
 import importlib

@@ -10,7 +10,7 @@
 Pretraining: the labelled sample's masks become priors; the sample is registered to every training image,
 once. Each step cuts views of a batch and adds to the objective's loss (DINO's or RelViT's, see `pretrain.py`)
 the SPAN loss between the guided heads' attention and the priors seen through the same views. Classification:
-see `classify.py`. `checkpoint.py` says what is left in --out. Next to read: `evaluate.py`.
+see `classify.py`. `checkpoint.py` says what is left in --out. Next to read: `flags.py`.
 """
 
 import argparse

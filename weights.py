@@ -12,7 +12,7 @@ them (module., backbone. ...). What differs from `vit.py` is worked in, so that 
     another size of images         N differs             resized bicubically, as `ViT.positions_for` does
 
 Heads are left out. What has other operations inside (SwiGLU, normalised queries, rotary positions) is refused
-by name. Next to read: `checkpoint.py`.
+by name. Next to read: `probe.py`.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The page for a browser: nothing comes from outside, nothing breaks out, and what it shows is what was found."""
+"""The page for a browser: nothing comes from outside, nothing breaks out, it shows what was found."""
 
 import base64
 import json
