@@ -27,8 +27,10 @@ lesson (a broken mask, a mask of another size, a label that cannot be read) is a
 import csv
 import io
 import math
+import os
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -36,6 +38,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from tqdm import tqdm
 
 import parts as plates
 import phantom as bodies
@@ -50,6 +53,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp", "
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP", "PPM")
 LAYOUT = "expected images/ with optional masks/<region>/ and labels.csv, or one folder of images per class"
 PARTS = ("train", "val", "test")
+warnings.filterwarnings("ignore", module="PIL")  # odd metadata do no harm
 BATCH = 250  # images at a time, where no gradient is kept
 FINDING = {"0": 0.0, "1": 1.0, "": math.nan, "0.0": 0.0, "1.0": 1.0}  # 1.0: pandas, beside blanks
 
@@ -230,11 +234,13 @@ def _refuse_way_out(path: Path, folder: Path) -> None:
 def _decode(path: Path) -> tuple[np.ndarray | None, str]:
     """Upright pixels (H, W) or (H, W, 3), uint8, or float64 for deep grey; or None and what is wrong."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd metadata do no harm, huge images would
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as file:
-                image = ImageOps.exif_transpose(file)
+        with Image.open(path, formats=FORMATS) as file:
+            if math.prod(file.size) > Image.MAX_IMAGE_PIXELS:  # of which Pillow only warns
+                return (
+                    None,
+                    f"{file.size[0]} x {file.size[1]} px, but {Image.MAX_IMAGE_PIXELS} px are the most",
+                )
+            image = ImageOps.exif_transpose(file)
         if image.mode[0] in "IF":  # I, I;16, I;16B, F
             pixels = np.asarray(image, dtype=np.float64)
         else:
@@ -325,18 +331,29 @@ def read_masks(folder: Path, data: str, names: list[str], size: int) -> Tensor:
 
 
 def _read_images(paths: dict[str, Path], masks: dict[str, dict], size: int, notes: list[str]) -> Data:
-    names, images, layers, empty = [], [], [], torch.zeros(size, size, dtype=torch.bool)
-    for name, path in paths.items():
-        pixels, problem = _decode(path)
+    blank = torch.zeros(size, size, dtype=torch.bool)
+
+    def read(name: str) -> tuple[str, Tensor | None, list[Tensor]]:
+        """What is wrong with an image, or "", it (C, S, S), and a mask (S, S) for each region."""
+        pixels, problem = _decode(paths[name])
         if pixels is not None and min(pixels.shape[:2]) < 8:
             problem = f"{pixels.shape[1]} x {pixels.shape[0]} px, but 8 x 8 is the least"
         if problem:
-            notes.append(f"{path} is skipped: {problem}; repair or remove it")
-            continue
-        own = [_read_mask(m[name], path, pixels.shape, size) if name in m else empty for m in masks.values()]
-        names.append(name)
-        images.append(_read_image(pixels, size, size))
-        layers.append(torch.stack(own) if masks else None)  # (R, S, S)
+            return problem, None, []
+        shape, files = pixels.shape, [m.get(name) for m in masks.values()]
+        own = [blank if file is None else _read_mask(file, paths[name], shape, size) for file in files]
+        return "", _read_image(pixels, size, size), own
+
+    names, images, layers = [], [], []
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes side by side
+        found = tqdm(threads.map(read, paths), total=len(paths), desc="reading", leave=False, delay=5)
+        for (name, path), (problem, image, own) in zip(paths.items(), found):
+            if problem:
+                notes.append(f"{path} is skipped: {problem}; repair or remove it")
+                continue
+            names.append(name)
+            images.append(image)
+            layers.append(torch.stack(own) if masks else None)  # (R, S, S)
     if not names:
         raise DataError(f"none of {len(paths)} images can be read; replace them. The last: {notes[-1]}")
     channels = max(len(image) for image in images)
