@@ -25,8 +25,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from baselines import BASELINES
 from checkpoint import build_classifier, build_encoder, write_whole
-from classify import objective, prepared
+from classify import objective, prepared, relevance_of, scores_of
 from crops import crop, distort, random_crops
+from data import BATCH
 from flags import parse
 from phantom import phantom
 from pretrain import relations, self_distillation
@@ -252,6 +253,14 @@ def step_costs(runs: int, device: str) -> dict[str, tuple[float, float, float]]:
     return rows
 
 
+def heatmaps(flags: str) -> tuple[Callable, Callable]:
+    """Predictions and LRP heatmaps of 250 phantoms, as in evaluate.py."""
+    args = parse(f"--task classify {flags}".split())[0]
+    images = phantom(BATCH, seed=0)[0]
+    model = build_classifier(args, build_encoder(args, 1), 2, 1)
+    return lambda: scores_of(model, images, True), lambda: relevance_of(args, model, images, True)
+
+
 def classifier_costs(runs: int) -> dict[str, tuple[float, float, float]]:
     """Steps, memory and use of classifiers over those of the plain one; and a heatmap over a prediction."""
     rows = {}
@@ -263,12 +272,21 @@ def classifier_costs(runs: int) -> dict[str, tuple[float, float, float]]:
             rows[f"memory kept for the backward pass, {name}"] = (kept_bytes(other) / kept_bytes(plain),) * 3
         elif "gated" in name or "pipeline" in name:  # the others leave the plain model behind
             rows[f"use, {name}"] = ratio(plain_use, use, runs)
+    for name, flags in {"ResNet, gamma rule": RESNET, "ViT, epsilon rule": VIT}.items():
+        rows[f"LRP heatmap / prediction: {name}, {BATCH} images of 64 px"] = ratio(*heatmaps(flags), runs)
     return rows
 
 
 def view_costs(runs: int) -> dict[str, tuple[float, float, float]]:
-    """Views cut by Pillow, one by one, over views cut a batch at a time."""
+    """Views cut by Pillow, one by one, over views cut a batch at a time; and phantoms drawn so."""
     rows = {}
+
+    def one_by_one() -> None:
+        for seed in range(BATCH):
+            phantom(1, seed=seed)
+
+    name = f"phantoms a second, {BATCH} in a batch / one by one: 64 px, 1 thread(s)"
+    rows[name] = ratio(lambda: phantom(BATCH, seed=0), one_by_one, runs)
     for size, channels in ((64, 1), (64, 3), (224, 3)):
         images = phantom(64, seed=0, img_size=size)[0].repeat(1, channels, 1, 1)
         pictures = [Image.fromarray(x.permute(1, 2, 0).squeeze(2).numpy()) for x in images]

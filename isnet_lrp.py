@@ -149,7 +149,7 @@ class lrp(TorchFunctionMode):
         self.epsilon, self.gamma, self.signed, self.explaining = epsilon, gamma, signed, False
         # What depends on the input, with None, or a layer that awaits its rule, or (in place) its successor.
         self.states = WeakIdKeyDictionary()
-        self.asked: dict[str, bool] = {}
+        self.warned: set[str] = set()
         self.box: list[Tensor] = []  # the input and its bounds, where rule (9) is wanted
 
     def watch(self, images: Tensor) -> Tensor:
@@ -227,23 +227,39 @@ class lrp(TorchFunctionMode):
     def plain(self, func, name: str, args, kwargs):
         """An operation without a rule keeps its gradient, with a warning if it isn't piecewise affine."""
         y = func(*args, **kwargs)
-        outputs = [t for t in tree_leaves(y) if isinstance(t, Tensor) and t.is_floating_point()]
-        if name in PLAIN | self.asked.keys() or not outputs or not all(t.isfinite().all() for t in outputs):
-            return y  # of NaN nothing can be told
-
-        def along(n: float) -> list[Tensor]:  # the ray from 0 through the input
-            stretch = lambda t: n * t if self.active(t) and t.is_floating_point() else t  # noqa: E731
-            args_, kwargs_ = tree_map(stretch, (args, kwargs))
-            return [t for t in tree_leaves(func(*args_, **kwargs_)) if isinstance(t, Tensor)]
-
-        with torch.no_grad():
-            self.asked[name] = all(
-                torch.allclose(twice + zero, 2 * once, rtol=1e-3, atol=1e-5 * float(once.abs().max()))
-                for once, twice, zero in zip(outputs, along(2), along(0))
-            )
-        if not self.asked[name]:
+        if name in PLAIN or name in self.warned:
+            return y
+        used = name, tuple(map(self.active, tree_leaves((args, kwargs))))
+        if STRAIGHT.get(used) is None:  # once, since trying it out takes as long as thrice using it
+            STRAIGHT[used] = self.straight(func, args, kwargs, y)
+        if STRAIGHT[used] is False:
+            self.warned.add(name)
             warnings.warn(f"lrp has no rule for '{name}': it keeps its plain gradient", stacklevel=4)
         return y
+
+    @torch.no_grad()
+    def straight(self, func, args, kwargs, y) -> bool | None:
+        """Whether y = func(*args, **kwargs) is straight along the ray from 0 through the input.
+
+        None if numbers that are not finite can't tell.
+        """
+
+        def along(n: float) -> list[Tensor]:
+            stretch = lambda t: n * t if self.active(t) and t.is_floating_point() else t  # noqa: E731
+            args_, kwargs_ = tree_map(stretch, (args, kwargs))
+            return floats(func(*args_, **kwargs_))
+
+        def floats(y) -> list[Tensor]:
+            return [t for t in tree_leaves(y) if isinstance(t, Tensor) and t.is_floating_point()]
+
+        if not floats(y):
+            return True
+        if not all(t.isfinite().all() for t in floats(y)):
+            return None
+        return all(
+            torch.allclose(twice + zero, 2 * once, rtol=1e-3, atol=1e-5 * float(once.abs().max()))
+            for once, twice, zero in zip(floats(y), along(2), along(0))
+        )
 
     def linear(self, y: Tensor, z: Tensor, op: Callable, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         """Rules (2) to (4), or (9) at the watched input, for the true y = z = op(x, w, b)."""
@@ -405,6 +421,7 @@ RULES = {
 PLAIN = set("softmax log_softmax logsumexp cross_entropy nll_loss mse_loss l1_loss kl_div bernoulli".split())
 PLAIN |= set("binary_cross_entropy_with_logits dropout dropout1d dropout2d dropout3d".split())
 PLAIN |= {"rand_like", "randn_like", "setitem"}
+STRAIGHT: dict[tuple, bool | None] = {}  # what was tried out: {(operation, which of its arguments): answer}
 IN_PLACE = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div"}
 COMPOSITE = {"multi_head_attention_forward", "normalize"}  # Python functions of operations that have rules
 
