@@ -210,6 +210,8 @@ picture() {  # name, what to measure, and the runs to show side by side
 }
 cp runs/span-0/low_data.png results/
 picture compare attention runs/{span,dino}-0
-picture isnet bias runs/{isnet,plain}_{resnet,vit}-0
 picture pooling attention runs/vit_{cls_dino,simpool_dino,simpool_span}-0
-[ $all = no ] || picture one_mask bias runs/{isnet_prior,isnet_attention,swap,gain,multitask}_resnet-0
+if [ $all = yes ]; then
+    picture isnet bias runs/{isnet_resnet,plain_resnet,pixels_only}-0
+    picture one_mask bias runs/{isnet_prior,isnet_attention,swap,gain,multitask}_resnet-0
+fi
