@@ -235,7 +235,7 @@ def _decode(path: Path) -> tuple[np.ndarray | None, str]:
     """Upright pixels (H, W) or (H, W, 3), uint8, or float64 for deep grey; or None and what is wrong."""
     try:
         with Image.open(path, formats=FORMATS) as file:
-            if math.prod(file.size) > Image.MAX_IMAGE_PIXELS:  # of which Pillow only warns
+            if math.prod(file.size) > (Image.MAX_IMAGE_PIXELS or math.inf):  # of which Pillow only warns
                 return (
                     None,
                     f"{file.size[0]} x {file.size[1]} px, but {Image.MAX_IMAGE_PIXELS} px are the most",
@@ -345,7 +345,7 @@ def _read_images(paths: dict[str, Path], masks: dict[str, dict], size: int, note
         return "", _read_image(pixels, size, size), own
 
     names, images, layers = [], [], []
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes side by side
+    with ThreadPoolExecutor(min(8, os.cpu_count())) as threads:  # each holds an image as it is on disk
         found = tqdm(threads.map(read, paths), total=len(paths), desc="reading", leave=False, delay=5)
         for (name, path), (problem, image, own) in zip(paths.items(), found):
             if problem:

@@ -211,23 +211,57 @@ def maps_of(
 
 
 def scores_in(
-    config: argparse.Namespace, model: nn.Module, shown: Data, heads: dict[str, int], one_class: bool
+    config: argparse.Namespace, model: nn.Module, data: Data, heads: dict[str, int], one_class: bool
 ) -> tuple[str, list[float]]:
     """How well a run does on each image (M,), and what is meant by that: a classifier's probability of what
     is true, or the mean AP of heads {region: number} where there are masks. NaN where it can't be said.
     """
-    if config.task == "classify" and shown.labels is not None:
-        chances = scores_of(model, shown.images, one_class).sigmoid()  # (M, K)
-        true = torch.where(shown.labels == 1, chances, 1 - chances).masked_fill(
-            shown.labels.isnan(), torch.nan
-        )
-        return "probability of what is true", true.nanmean(dim=1).tolist()
-    if config.task == "pretrain" and set(shown.regions) == set(heads) and shown.has_masks.any():
-        attention = attention_of(model, shown.images, config.span_layer)[:, list(heads.values())]
-        regions = [shown.regions.index(region) for region in heads]
-        ap = localisation_ap(attention, shown.masks[:, regions], model.grid(shown.images))  # (M, R, R)
+    if config.task == "classify" and data.labels is not None:
+        chances, y = scores_of(model, data.images, one_class).sigmoid(), data.labels  # (M, K)
+        if one_class:
+            true = (chances * y).sum(dim=1)  # NaN if any is unknown
+            return "probability of the true class", true.tolist()
+        true = torch.where(y == 1, chances, 1 - chances).masked_fill(y.isnan(), torch.nan).nanmean(dim=1)
+        return "probability of what is true, mean of the findings", true.tolist()
+    if config.task == "pretrain" and set(data.regions) == set(heads) and data.has_masks.any():
+        attention = attention_of(model, data.images, config.span_layer)[:, list(heads.values())]
+        regions = [data.regions.index(region) for region in heads]
+        ap = localisation_ap(attention, data.masks[:, regions], model.grid(data.images))  # (M, R, R)
         return "mean AP", ap.diagonal(dim1=1, dim2=2).nanmean(dim=1).tolist()
-    return "", [math.nan] * len(shown.names)
+    return "", [math.nan] * len(data.names)
+
+
+def looks_of(
+    loaded: dict[str, tuple[argparse.Namespace, nn.Module]],
+    parts: dict[str, Data],
+    reports: dict[str, Report],
+    one_class: bool,
+) -> tuple[Data, str, dict[str, Looks]]:
+    """What runs {name: (settings, model)} see in test images: the first, and those that each is worst at.
+
+    Returns the images, words that say which they are, and {name: Looks}.
+    """
+    part = "test" if parts["test"].names else "train"
+    data = select(parts[part], parts[part].has_masks) if parts[part].has_masks.any() else parts[part]
+    scores = {run: scores_in(*of, data, reports[run].heads, one_class) for run, of in loaded.items()}
+    each = IN_PAGE // (len(loaded) + 1)
+    index = set(range(len(data.names) if len(data.names) <= IN_PAGE else each))
+    for _, values in scores.values():
+        known = [i for i, value in enumerate(values) if not math.isnan(value)]
+        index |= set(sorted(known, key=values.__getitem__)[:each])
+    index = sorted(index)
+    which = f"{len(index)} of {len(data.names)} {part} images{' with masks' if data.has_masks.any() else ''}"
+    if len(index) < len(data.names):
+        which += f", the first {each} and those that each model is worst at"
+    shown, looks, findings = select(data, torch.tensor(index)), {}, parts["train"].findings
+    for run, (config, model) in loaded.items():
+        maps = maps_of(config, model, shown.images, reports[run].heads, one_class)
+        of, (name, values) = "", scores[run]
+        if config.task == "classify":
+            several = one_class and len(findings) > 2
+            of = "the likeliest class" if several else findings[first_finding(parts)]
+        looks[run] = Looks(maps, of, name, [values[i] for i in index])
+    return shown, which, looks
 
 
 def flatten(table: dict[str, dict[str, float]], score: str = "AP") -> dict[str, float]:
@@ -315,8 +349,7 @@ def compare(runs: list[Path], data: list[str], only: list[str], n_images: int, a
     out = home[runs[0]]
     first, *_ = loaded[runs[0]]
     short = {run: run.name if len({r.name for r in runs}) == len(runs) else str(run) for run in runs}
-    shown, in_page = (shown_images(first, parts, n) for n in (n_images, IN_PAGE))
-    reports, maps, looks = {}, {}, {}
+    shown, reports, maps = shown_images(first, parts, n_images), {}, {}
     one_class = first.task == "classify" and exclusive(parts["train"].labels)
     for run, (config, model, _) in loaded.items():
         found = reports[short[run]] = report(config, model, parts, sample, only, SHARES)
@@ -330,10 +363,6 @@ def compare(runs: list[Path], data: list[str], only: list[str], n_images: int, a
         config.lrp_epsilon, config.lrp_gamma = first.lrp_epsilon, first.lrp_gamma  # heatmaps by one rule
         seen = maps_of(config, model, shown.images, found.heads, one_class)
         maps |= {f"{short[run]}\n{title}": m for title, m in seen.items()}
-        if as_page:
-            seen = maps_of(config, model, in_page.images, found.heads, one_class)
-            scores = scores_in(config, model, in_page, found.heads, one_class)
-            looks[short[run]] = Looks(seen, config.task == "classify", *scores)
     print_tables(reports)
     draw(out / "compare.png", shown, maps, first.task)
     written, pictures = ["compare.png"], {}
@@ -346,7 +375,9 @@ def compare(runs: list[Path], data: list[str], only: list[str], n_images: int, a
         pictures["Training curves"] = out / "compare_curves.png"
     written += [path.name for path in pictures.values()]
     if as_page:
-        write_whole(out / "report.html", page(reports, in_page, looks, pictures))
+        models = {short[run]: (config, model) for run, (config, model, _) in loaded.items()}
+        seen = looks_of(models, parts, reports, one_class)
+        write_whole(out / "report.html", page(reports, *seen, pictures))
         written.append("report.html")
     print(f"wrote {out}/{', '.join(written)}")
 

@@ -35,7 +35,7 @@ OF_THE_ENCODER = (
 
 
 def repeated(argv: list[str]) -> list[str]:
-    """argv with a run's own flags in place of --config FILE; what is typed beside it wins.
+    """argv with a run's own flags in place of --config FILE; a value typed beside it wins, switches stay.
 
     Raises ValueError if the file is no run's.
     """
@@ -45,10 +45,12 @@ def repeated(argv: list[str]) -> list[str]:
     if known.config is None:
         return argv
     try:
-        command = shlex.split(json.loads(known.config.read_text())["command"])
-    except (ValueError, TypeError, LookupError, AttributeError):
-        raise ValueError(f"--config {known.config} is not the config.json of a run") from None
-    return [word for word in command[2:] if word not in ("--overwrite", "--resume")] + others
+        python, script, *words = shlex.split(str(json.loads(known.config.read_text())["command"]))
+    except (ValueError, TypeError, LookupError):
+        script = None
+    if script != "train.py":
+        raise ValueError(f"--config {known.config} is not the config.json of a run")
+    return [word for word in words if word not in ("--overwrite", "--resume")] + others
 
 
 def parse(argv: list[str], doc: str = "\n\n") -> tuple[argparse.Namespace, set[str]]:
@@ -61,7 +63,8 @@ def parse(argv: list[str], doc: str = "\n\n") -> tuple[argparse.Namespace, set[s
     add = parser.add_argument_group("run").add_argument
     add("--task", type=str, choices=TASKS, default="pretrain", help="which other flags apply")
     add("--out", type=Path, help=f"folder for all that the run writes{by_task('out')}")
-    add("--config", type=Path, help="config.json of a run to repeat; flags beside it change it")
+    what = "config.json of a run to repeat in another --out; flags beside it change it"
+    add("--config", type=Path, default=argparse.SUPPRESS, help=what)
     add("--overwrite", action="store_true", help="start again in a folder that holds a run")
     add("--resume", action="store_true", help="go on with the run in --out where it stopped")
     add("--keep-going", action="store_true", help="train on after a collapse")

@@ -229,7 +229,8 @@ class lrp(TorchFunctionMode):
         y = func(*args, **kwargs)
         if name in PLAIN or name in self.warned:
             return y
-        used = name, tuple(map(self.active, tree_leaves((args, kwargs))))
+        leaves = tree_leaves((args, kwargs))
+        used = name, tuple(self.active(t) if isinstance(t, Tensor) else repr(t) for t in leaves)
         if STRAIGHT.get(used) is None:  # once, since trying it out takes as long as thrice using it
             STRAIGHT[used] = self.straight(func, args, kwargs, y)
         if STRAIGHT[used] is False:
@@ -241,7 +242,7 @@ class lrp(TorchFunctionMode):
     def straight(self, func, args, kwargs, y) -> bool | None:
         """Whether y = func(*args, **kwargs) is straight along the ray from 0 through the input.
 
-        None if numbers that are not finite can't tell.
+        None if it can't tell, since all is 0 or something is not finite.
         """
 
         def along(n: float) -> list[Tensor]:
@@ -254,7 +255,7 @@ class lrp(TorchFunctionMode):
 
         if not floats(y):
             return True
-        if not all(t.isfinite().all() for t in floats(y)):
+        if not all(t.isfinite().all() for t in floats(y)) or not any(t.any() for t in floats(y)):
             return None
         return all(
             torch.allclose(twice + zero, 2 * once, rtol=1e-3, atol=1e-5 * float(once.abs().max()))
@@ -421,7 +422,7 @@ RULES = {
 PLAIN = set("softmax log_softmax logsumexp cross_entropy nll_loss mse_loss l1_loss kl_div bernoulli".split())
 PLAIN |= set("binary_cross_entropy_with_logits dropout dropout1d dropout2d dropout3d".split())
 PLAIN |= {"rand_like", "randn_like", "setitem"}
-STRAIGHT: dict[tuple, bool | None] = {}  # what was tried out: {(operation, which of its arguments): answer}
+STRAIGHT: dict[tuple, bool | None] = {}  # what was tried out: {(operation, its arguments): answer}
 IN_PLACE = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div"}
 COMPOSITE = {"multi_head_attention_forward", "normalize"}  # Python functions of operations that have rules
 

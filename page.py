@@ -1,8 +1,8 @@
 """What was found, for people: tables on the terminal, and one page for a browser.
 
 The page (`page.html` is its template) stands alone: pictures, maps and numbers lie in it, nothing is loaded
-from anywhere, and it can be sent as one file. One moves in it over images, heads, thresholds and models, with
-the images first that a model is worst at. Next to read: `look.py`.
+from anywhere, and it can be sent as one file. One moves in it over images, heads, thresholds and models; the
+images that a model is worst at are among them, and come first if asked for. Next to read: `look.py`.
 """
 
 import base64
@@ -74,15 +74,17 @@ class Looks(NamedTuple):
     """What one run sees in the images of the page."""
 
     maps: dict[str, Tensor]  # {title: (M, h, w)}
-    signed: bool  # relevance, not attention
+    relevance_for: str  # what the relevance is for; "" if the maps are attention
     score: str  # what the scores are, "" if there are none
     scores: list[float]  # (M,), the worst the lowest, NaN for unknown
 
 
-def page(reports: dict[str, Report], shown: Data, looks: dict[str, Looks], curves: dict[str, Path]) -> str:
+def page(
+    reports: dict[str, Report], shown: Data, which: str, looks: dict[str, Looks], curves: dict[str, Path]
+) -> str:
     """The page: figures of runs {name: Report}, what they see in images, and pictures {what they show: file}.
 
-    looks: {name: Looks}; maps finer than FINEST are averaged.
+    which: says what images are shown. looks: {name: Looks}; maps finer than FINEST are averaged.
     """
     masks = shown.masks if shown.masks is not None else torch.zeros(len(shown.names), 0)
     about = {
@@ -110,8 +112,7 @@ def page(reports: dict[str, Report], shown: Data, looks: dict[str, Looks], curve
     template = (Path(__file__).parent / "page.html").read_text("utf-8")
     filled = {
         "runs": html.escape(", ".join(looks)),
-        "count": str(len(shown.names)),
-        "chosen": " with masks" if shown.has_masks.any() else "",
+        "shown": html.escape(which),
         "tables": "\n".join(tables + notes),
         "curves": "\n".join(pictures),
         "data": json.dumps(about, allow_nan=False).replace("<", "\\u003c"),  # a name may hold </script>
@@ -121,17 +122,21 @@ def page(reports: dict[str, Report], shown: Data, looks: dict[str, Looks], curve
 
 def _looks_of(name: str, seen: Looks) -> dict:
     maps = {title.replace("\n", ", "): m for title, m in seen.maps.items()}
-    maps = {title: m if seen.signed else m * m[0].numel() for title, m in maps.items()}  # 1 = uniform
     h, w = (min(FINEST, side) for side in next(iter(maps.values())).shape[1:])
-    maps = {title: F.adaptive_avg_pool2d(m.float()[:, None], (h, w)) for title, m in maps.items()}
-    colours = matplotlib.colormaps["bwr" if seen.signed else "magma"](np.arange(256), bytes=True)[:, :3]
+    signed, laid = bool(seen.relevance_for), {}
+    for title, m in maps.items():
+        m = (m if signed else m * m[0].numel()).float()  # 1 = uniform
+        m = F.adaptive_avg_pool2d(m[:, None], (h, w))[:, 0]
+        laid[title] = m / m.abs().mean(dim=(1, 2), keepdim=True).clamp_min(1e-30) if signed else m
+    colours = matplotlib.colormaps["bwr" if signed else "magma"](np.arange(256), bytes=True)[:, :3]
+    relevance = f"relevance for (red) and against (blue) {seen.relevance_for}, over its mean size:"
     return {
         "name": name,
         "grid": [h, w],
-        "maps": {title: _text(m.numpy().astype("<f4")) for title, m in maps.items()},
+        "maps": {title: _text(m.numpy().astype("<f4")) for title, m in laid.items()},
         "colours": _text(colours),
-        "unit": "relevance / mean |relevance|" if seen.signed else "attention / uniform",
-        "least": -SCALE if seen.signed else 0,
+        "unit": relevance if signed else "attention / uniform:",
+        "least": -SCALE if signed else 0,
         "most": SCALE,
         "score": seen.score,
         "scores": [None if math.isnan(score) else score for score in seen.scores],
@@ -142,8 +147,9 @@ def _said(shown: Data, i: int) -> str:
     """What is known of an image's labels, as words."""
     if shown.labels is None or shown.labels[i].isnan().all():
         return "no label."
-    present = [finding for finding, label in zip(shown.findings, shown.labels[i].tolist()) if label == 1]
-    return f"{', '.join(present) or 'no finding'}."
+    labels = list(zip(shown.findings, shown.labels[i].tolist()))
+    present, unknown = [f for f, y in labels if y == 1], [f for f, y in labels if math.isnan(y)]
+    return (", ".join(present) or "no finding") + (f" ({', '.join(unknown)}: unknown)." if unknown else ".")
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:

@@ -339,6 +339,19 @@ def test_an_operation_without_a_rule_is_named_once():
     assert len(caught) == 1
 
 
+def test_an_operation_that_zeros_or_other_arguments_let_pass_is_still_named():
+    def shrunk(scale: float, threshold: float):
+        return lambda x: F.softshrink(scale * x, threshold).flatten(1)
+
+    images, labels = torch.rand(2, 1, 3, 3) + 1, torch.tensor([0, 1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        relevance(shrunk(0.0, 0.5), images, labels)  # all zeros tell nothing
+        relevance(shrunk(1.0, 0.0), images, labels)
+    with pytest.warns(UserWarning, match="no rule for 'softshrink'"):
+        relevance(shrunk(1.0, 0.5), images, labels)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_models_of_known_operations_give_no_warning(name):
     with warnings.catch_warnings():

@@ -1,7 +1,9 @@
 """The page for a browser: nothing comes from outside, nothing breaks out, it shows what was found."""
 
+import argparse
 import base64
 import json
+import math
 import re
 from html.parser import HTMLParser
 from io import BytesIO
@@ -14,7 +16,7 @@ from PIL import Image
 import evaluate
 import train
 from data import Data
-from page import Looks, Report, page
+from page import Looks, Report, _looks_of, _said, page
 from vit import ViT
 
 TINY = (
@@ -53,7 +55,7 @@ def made():
     )
     report = Report({}, {EVIL: {"same": {EVIL: 0.5}}}, {}, {}, [EVIL])
     text = page(
-        {EVIL: report}, shown, {EVIL: Looks({"head 0\nleft": maps}, False, "AP", [0.5, torch.nan])}, {}
+        {EVIL: report}, shown, EVIL, {EVIL: Looks({"head 0\nleft": maps}, "", "AP", [0.5, torch.nan])}, {}
     )
     return text, shown, maps
 
@@ -110,17 +112,54 @@ def test_a_classifier_s_score_is_its_probability_of_what_is_true(tmp_path):
     evaluate.main([str(tmp_path / "run"), "--only", "bias", "--html"])
     (run,) = data_in((tmp_path / "run" / "report.html").read_text())["runs"]
     assert run["least"] == -run["most"] and list(run["maps"]) == ["relevance"]
-    config, model, shown = _loaded(tmp_path / "run")
+    loaded, parts, _ = evaluate.load_all([tmp_path / "run"], [])
+    _, model, _ = loaded[tmp_path / "run"]
     with torch.no_grad():
-        chances = model((shown.images.float() / 255 - 0.5) / 0.25).softmax(dim=1)
-    true = chances.gather(1, shown.labels.argmax(dim=1)[:, None])[:, 0]
+        chances = model.eval()((parts["test"].images.float() / 255 - 0.5) / 0.25).softmax(dim=1)
+    true = chances.gather(1, parts["test"].labels.argmax(dim=1)[:, None])[:, 0]
     np.testing.assert_allclose(run["scores"], true.numpy(), rtol=1e-4)
 
 
-def _loaded(run):
-    loaded, parts, _ = evaluate.load_all([run], [])
-    config, model, _ = loaded[run]
-    return config, model.eval(), evaluate.shown_images(config, parts, 60)
+def test_of_several_classes_the_score_is_the_probability_of_the_true_one():
+    class Sure(torch.nn.Module):
+        def forward(self, images):
+            return torch.tensor([[5.0, 0.0, 0.0, 0.0]]).expand(len(images), -1)
+
+    config = argparse.Namespace(task="classify")
+    shown = Data(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), None, None, torch.eye(4)[:3], [], [], [])
+    shown.labels[2] = torch.nan
+    _, scores = evaluate.scores_in(config, Sure(), shown, {}, True)
+    right, wrong = torch.tensor([5.0, 0.0, 0.0, 0.0]).softmax(dim=0)[:2].tolist()
+    assert scores[:2] == pytest.approx([right, wrong]) and math.isnan(scores[2])
+
+
+def test_the_page_shows_the_first_images_and_those_that_each_model_is_worst_at(monkeypatch):
+    monkeypatch.setattr(evaluate, "IN_PAGE", 6)
+    data = Data(torch.zeros(9, 1, 8, 8), None, torch.zeros(9), None, [str(i) for i in range(9)], [], [])
+    parts = {"test": data, "train": data}
+    runs = {name: (argparse.Namespace(task="pretrain"), name) for name in ("a", "b")}
+    scores = {"a": [0.9] * 7 + [0.2, 0.1], "b": [0.9] * 4 + [math.nan, 0.3, 0.4, 0.9, 0.9]}
+    monkeypatch.setattr(evaluate, "scores_in", lambda config, model, *args: ("AP", scores[model]))
+    monkeypatch.setattr(evaluate, "maps_of", lambda config, model, images, *args: {"": images[:, 0]})
+    reports = {name: Report({}, {}, {}, {}, []) for name in runs}
+    shown, which, looks = evaluate.looks_of(runs, parts, reports, False)
+    assert shown.names == ["0", "1", "5", "6", "7", "8"]
+    assert which.startswith("6 of 9 test images, the first 2")
+    assert looks["a"].scores == [0.9, 0.9, 0.9, 0.9, 0.2, 0.1] and len(looks["b"].maps[""]) == 6
+
+
+def test_what_is_unknown_of_an_image_is_not_called_absent():
+    labels = torch.tensor([[0.0, torch.nan], [1.0, torch.nan], [0.0, 0.0]])
+    shown = Data(torch.zeros(3, 1, 8, 8), None, None, labels, [], [], ["nodule", "effusion"])
+    said = [_said(shown, i) for i in range(3)]
+    assert said == ["no finding (effusion: unknown).", "nodule (effusion: unknown).", "no finding."]
+
+
+def test_relevance_finer_than_the_page_keeps_its_unit():
+    R = torch.randn(2, 256, 256)
+    report = _looks_of("a", Looks({"relevance": R}, "nodule", "", [0.1, 0.2]))
+    held = numbers(report["maps"]["relevance"], "<f4").reshape(2, 64, 64)
+    np.testing.assert_allclose(abs(held).mean(axis=(1, 2)), 1, rtol=1e-5)
 
 
 def test_images_without_masks_and_labels_are_shown_without_scores(tmp_path):

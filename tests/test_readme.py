@@ -18,7 +18,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_the_readme_s_tables_are_those_that_the_results_give():
     assert tables.fill(README, ROOT / "results") == README
-    tables_in = re.findall(r"<!-- table (\w+) -->\n\|", README)
+    tables_in = re.findall(r"<!-- table (\w+) -->\n(?:\|.*\n){3}", README)
     expected = "ablation benchmark claims failures few_labels localisation parts parts_transfer pooling"
     expected += " shortcut transfer"
     assert sorted(tables_in) == expected.split()  # none empty, none lost
@@ -60,7 +60,7 @@ def test_the_lines_for_span_guide_the_first_heads_of_a_foreign_vit():
     masks[0, 30:90, 30:90] = masks[1, 140:200, 60:170] = 1
     vit, theta = Foreign(), torch.eye(2, 3).expand(2, 2, 3)
     names = dict(masks=masks, sample=torch.rand(3, 224, 224), images=torch.rand(2, 3, 224, 224), vit=vit)
-    names |= dict(views=names["images"], theta=theta, loss=torch.tensor(0.0))
+    names |= dict(views=names["images"], index=[0, 1], theta=theta, loss=torch.tensor(0.0))
     exec(lines_for("attention_priors"), names)
     torch.testing.assert_close(names["attention"], vit.row)
     (gradient,) = torch.autograd.grad(names["loss"], names["attention"])
@@ -87,6 +87,7 @@ def test_the_lines_for_relvit_teach_a_foreign_vit_without_its_positions():
     names = dict(
         torch=torch, vit=vit, images=torch.rand(2, 3, 224, 224), generator=torch.Generator(), loss=0.0
     )
+    names["normalise"] = lambda x: x - 0.5
     exec(lines_for("relvit"), names)
     names["loss"].backward()
     assert vit.patch_embed.proj.weight.grad.abs().sum() > 0
@@ -139,12 +140,29 @@ def test_a_claim_is_measured_seed_by_seed_and_one_without_runs_says_so():
     assert [line for line in others if "linear layer's mAUC" in line][0].endswith("| 0 of 3 |")
 
 
+def listed(flag: str) -> set[str]:
+    """The experiments that reproduce.sh lists."""
+    said = subprocess.run([ROOT / "reproduce.sh", flag], capture_output=True, text=True, check=True).stdout
+    return {line.split()[0].rpartition("-")[0] for line in said.splitlines()}
+
+
+def claimed(numbers: str) -> set[str]:
+    """The experiments that these claims name."""
+    lines = [line for line in tables.CLAIMS.strip().splitlines() if line[0] in numbers]
+    cells = [cell for line in lines for cell in line.split("|")[4:] if cell.strip()]
+    found = {cell.split()[0] for cell in cells} | {c.split()[2] for c in cells if " from " in c}
+    return found - {"."}
+
+
+def test_an_unknown_flag_of_reproduce_starts_nothing():
+    said = subprocess.run([ROOT / "reproduce.sh", "--help"], capture_output=True, text=True)
+    assert said.returncode == 2 and "--quick" in said.stdout
+
+
 def test_every_experiment_that_a_table_names_is_run():
-    listed = subprocess.run([ROOT / "reproduce.sh", "--list"], capture_output=True, text=True, check=True)
-    run = {line.split()[0].rpartition("-")[0] for line in listed.stdout.splitlines()}
-    claimed = [cell for line in tables.CLAIMS.strip().splitlines() for cell in line.split("|")[4:]]
-    named = {cell.split()[0] for cell in claimed if cell.strip()} - {"."}
-    named |= {cell.split()[2] for cell in claimed if " from " in cell}
+    run, always = listed("--list-all"), listed("--list")
+    assert always < run and claimed("1234567") <= always
+    named = claimed("12345678")
     named |= {*tables.ABLATIONS, *tables.FAILURES, *(name for of in tables.POOLINGS.values() for name in of)}
     named |= {f"{how}_{kind}" for how in ("plain", "isnet") for kind in tables.KINDS}
     named |= {f"{how}_{backbone}" for how in tables.SHORTCUT for backbone in ("resnet", "vit")}

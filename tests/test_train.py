@@ -462,7 +462,7 @@ def test_an_absurd_learning_rate_ends_in_one_line_that_says_what_to_lower(flags,
 @pytest.mark.parametrize("flags", ["--train-images 1", "--train-images 3 --batch-size 1000000000"])
 def test_a_single_image_and_a_batch_larger_than_the_data_are_trained_on(flags, tmp_path):
     train.main([*TINY, *flags.split(), "--align", "none", "--out", str(tmp_path / "run")])
-    (row, last) = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open())
+    row, last = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open())
     assert math.isfinite(row["loss"]) and row["loss"] != last["loss"]  # a step an epoch
 
 
