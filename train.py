@@ -340,6 +340,10 @@ def main(argv: list[str] | None = None) -> None:
     except (Collapse, FloatingPointError, OSError) as error:  # the last: a full disk, say
         print(f"\ntrain.py: {error}", file=sys.stderr)
         sys.exit(1)
+    except torch.OutOfMemoryError:
+        remedy = f"raise --accumulate {args.accumulate} or lower --img-size {args.img_size} or --batch-size"
+        print(f"\ntrain.py: {args.device} has not enough memory: {remedy}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         kept = f"python train.py --out {args.out} --resume goes on from here"
         print(f"\nstopped; {kept if (args.out / 'last.pt').exists() else 'nothing was trained yet'}")

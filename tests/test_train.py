@@ -459,6 +459,21 @@ def test_an_absurd_learning_rate_ends_in_one_line_that_says_what_to_lower(flags,
     assert re.search(r"train.py: .*[Ll]ower --lr", capsys.readouterr().err.splitlines()[-1])
 
 
+def test_a_device_without_enough_memory_is_named_with_a_remedy(tmp_path, capsys, monkeypatch):
+    def too_large(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB ...")
+
+    monkeypatch.setattr(train, "learn", too_large)
+    with pytest.raises(SystemExit) as stop:
+        train.main([*TINY, "--align", "none", "--out", str(tmp_path / "run")])
+    assert stop.value.code == 1
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith("cpu has not enough memory: raise --accumulate 1 or lower --img-size 64 or --batch-size")
+    )
+
+
 @pytest.mark.parametrize("flags", ["--train-images 1", "--train-images 3 --batch-size 1000000000"])
 def test_a_single_image_and_a_batch_larger_than_the_data_are_trained_on(flags, tmp_path):
     train.main([*TINY, *flags.split(), "--align", "none", "--out", str(tmp_path / "run")])
