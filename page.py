@@ -22,20 +22,11 @@ from PIL import Image
 from torch import Tensor
 
 from data import Data
+from measure import Report
 from metrics import known_mean
 from plots import COLOURS, SCALE
 
 FINEST = 64  # cells a side of a map in the page, so that it stays small enough to send
-
-
-class Report(NamedTuple):
-    """What was found of one run."""
-
-    figures: dict[str, float]  # flat names to numbers, as in metrics.json
-    tables: dict[str, dict[str, dict[str, float]]]  # {title: {column: {row: value}}}
-    curves: dict[str, dict[float, list[float]]]  # {probe: {share of the labels: a value a draw}}
-    heads: dict[str, int]  # {region: the head that looks at it}
-    notes: list[str]  # what can't be measured
 
 
 def side_by_side(reports: dict[str, Report]) -> dict[str, tuple[list[str], list[list[str]]]]:

@@ -11,7 +11,7 @@ The encoder is frozen but for fine-tuning; all but `heads` see its `Features.poo
 multi-hot with NaN for unknown: findings, measured by the mean of their AUCs, or classes, of which each image
 has one, measured by accuracy as well. With a share of the labels, each is measured over several draws of
 training images, which are the same for every encoder. Claims 2 and 3 rest on this file. Next to read:
-`evaluate.py`.
+`measure.py`.
 """
 
 import copy

@@ -45,9 +45,10 @@ from checkpoint import write_whole
 from classify import exclusive, objective
 from data import Data, load
 from dino import Collapse, over_processes
-from evaluate import draw, maps_of, report, shown_images
+from evaluate import draw, maps_of, shown_images
 from flags import check, check_idle, parse, repeated
 from masks import agreement, foreground
+from measure import report
 from page import print_tables
 from plots import curves
 from pretrain import move_teacher, priors_over, relations, self_distillation

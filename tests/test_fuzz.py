@@ -1,16 +1,13 @@
 """Thousands of damaged files: each is read, skipped with a note, or refused in one line."""
 
 import io
-import json
 import random
 import signal
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-import evaluate
 import train
 from checkpoint import load_model, load_run
 from data import DataError, load, load_folder

@@ -14,9 +14,11 @@ import torch
 from PIL import Image
 
 import evaluate
+import measure
 import train
 from data import Data
-from page import Looks, Report, _looks_of, _said, page
+from measure import Report
+from page import Looks, _looks_of, _said, page
 from vit import ViT
 
 TINY = (
@@ -128,7 +130,7 @@ def test_of_several_classes_the_score_is_the_probability_of_the_true_one():
     config = argparse.Namespace(task="classify")
     shown = Data(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), None, None, torch.eye(4)[:3], [], [], [])
     shown.labels[2] = torch.nan
-    _, scores = evaluate.scores_in(config, Sure(), shown, {}, True)
+    _, scores = measure.scores_in(config, Sure(), shown, {}, True)
     right, wrong = torch.tensor([5.0, 0.0, 0.0, 0.0]).softmax(dim=0)[:2].tolist()
     assert scores[:2] == pytest.approx([right, wrong]) and math.isnan(scores[2])
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from PIL import Image
 
 import evaluate
+import measure
 import pretrain
 import train
 from checkpoint import build_encoder, load_run
@@ -250,10 +251,10 @@ def test_the_heads_of_an_unguided_run_are_chosen_on_validation_images_not_on_tes
         images, masks[:, :1], torch.ones(8, dtype=torch.bool), None, list("abcdefgh"), ["lung"], []
     )
     shown = iter([maps, maps.flip(1)])  # validation comes first
-    monkeypatch.setattr(evaluate, "attention_of", lambda *args: next(shown))
+    monkeypatch.setattr(measure, "attention_of", lambda *args: next(shown))
     args, _ = train.parse(["--prior", "none"])
     encoder = build_encoder(args, 1)
-    table, overlap, heads = evaluate.measure(args, encoder, {"train": data, "val": data, "test": data}, None)
+    table, overlap, heads = measure.measure(args, encoder, {"train": data, "val": data, "test": data}, None)
     assert heads == {"lung": 1} and table["attention"]["lung"] < 0.5
 
 
@@ -267,11 +268,11 @@ def test_the_dice_threshold_is_chosen_on_validation_images_not_on_test_images(mo
     measured = []
     for shown in ([exact, flat], [flat, flat]):
         maps = iter(shown)
-        monkeypatch.setattr(evaluate, "attention_of", lambda *args: next(maps))
+        monkeypatch.setattr(measure, "attention_of", lambda *args: next(maps))
         args, _ = train.parse(["--prior", "none"])
         encoder = build_encoder(args, 1)
         parts = {"train": data, "val": data, "test": data}
-        measured.append(evaluate.measure(args, encoder, parts, None)[1]["lung"])
+        measured.append(measure.measure(args, encoder, parts, None)[1]["lung"])
     assert measured[0] < measured[1] - 0.2  # a threshold for other maps serves worse than their own
 
 
@@ -693,7 +694,7 @@ def test_a_vit_s_foreground_is_made_of_whole_patches():
 def test_an_isnet_run_resumes_to_the_same_weights(tmp_path, monkeypatch):
     argv = [*SMALL, "--isnet", "1", "--marker", "1"]
     train.main([*argv, "--out", str(tmp_path / "whole")])
-    real, epochs = train.save, []
+    real = train.save
 
     def stop(*args):
         real(*args)
