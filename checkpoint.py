@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from baselines import AttentionGate, Pipeline, Segmenter
 from classify import Classifier
-from data import Data
+from folder import Data
 from resnet import ResNet
 from simpool import GAP, SimPool
 from vit import ViT

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from checkpoint import build_encoder, load_model, load_run, start_from, write_whole
 from classify import exclusive, relevance_of
-from data import DRAWN, Data, load, select
+from data import DRAWN, load
 from flags import parse
+from folder import Data, select
 from look import look
 from masks import export_masks
 from measure import MEASURES, Report, first_finding, report, scores_in

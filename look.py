@@ -16,7 +16,7 @@ from torch import nn
 
 from attention_priors import masks_held
 from classify import exclusive, relevance_of, scores_of
-from data import Data, read_picture
+from folder import Data, read_picture
 from masks import attention_masks
 from plots import map_grid
 from pretrain import attention_of

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from attention_priors import mass_held, masks_held
 from checkpoint import load_model, load_run
-from data import BATCH, DRAWN, Data, image_size, read_masks
+from data import BATCH, DRAWN
+from folder import Data, image_size, read_masks
 from pretrain import attention_of, lay_over, make_priors
 
 
@@ -73,7 +74,7 @@ def foreground(args: argparse.Namespace, parts: dict[str, Data], sample: str | N
     elif (where / "config.json").is_file():
         masks = guided_masks(where, parts, sample, train.images)[0].any(dim=1, keepdim=True)
     else:
-        masks = read_masks(where, args.data, train.names, args.img_size)
+        masks = read_masks(where, None if args.data in DRAWN else args.data, train.names, args.img_size)
     if args.masks != "data" and train.has_masks.any():
         share = 100 * agreement(masks, train)
         print(

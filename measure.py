@@ -24,7 +24,7 @@ from torch import nn
 
 from attention_priors import follow
 from classify import exclusive, relevance_of, scores_of
-from data import Data, select
+from folder import Data, select
 from metrics import CannotMeasure, auc, best_threshold, dice, known_mean, localisation_ap, relevance_share
 from pretrain import attention_of, lay_over, make_priors
 from probe import PROBES, drawn, probe

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from data import Data
+from folder import Data
 from measure import Report
 from metrics import known_mean
 from plots import COLOURS, SCALE

@@ -26,7 +26,8 @@ from attention_priors import (
     span_loss,
 )
 from crops import crop, distort, random_crops
-from data import BATCH, Data, normalise
+from data import BATCH, normalise
+from folder import Data
 from relvit import RelViT, cut, patch_views
 
 

@@ -25,7 +25,8 @@ from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 from classify import Classifier, classification_loss, exclusive, prepared
-from data import BATCH, Data
+from data import BATCH
+from folder import Data
 from metrics import CannotMeasure, auc, known_mean
 
 DECAYS = [10.0**n for n in range(-5, 1)]

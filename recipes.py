@@ -1,4 +1,4 @@
-"""Public datasets as the folders that `data.py` reads: images/, masks/<region>/, labels.csv.
+"""Public datasets as the folders that `folder.py` reads: images/, masks/<region>/, labels.csv.
 
     python recipes.py mvtec mvtec_anomaly_detection/bottle data/bottle
     python train.py --data data/bottle --prior statistics --out runs/bottle

@@ -3,7 +3,7 @@
     python symbols.py data/symbols --train 50       a class: 50 images to train, 20 to validate, 100 to test
 
 Each picture has a symbol of random size, place and colour on a background of another colour, with a gradient
-and noise; shapes are turned, textures fill a square. The folder has the layout of `data.py`, so that
+and noise; shapes are turned, textures fill a square. The folder has the layout of `folder.py`, so that
 `train.py --data` takes it. It serves to measure what pretraining is worth with few labels. Next to read:
 `data.py`.
 """

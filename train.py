@@ -43,10 +43,11 @@ from checkpoint import (
 )
 from checkpoint import write_whole
 from classify import exclusive, objective
-from data import Data, load
+from data import load
 from dino import Collapse, over_processes
 from evaluate import draw, maps_of, shown_images
 from flags import check, check_idle, parse, repeated
+from folder import Data
 from masks import agreement, foreground
 from measure import report
 from page import print_tables

@@ -176,7 +176,7 @@ def test_attention_to_the_background_costs_even_if_it_carries_no_relevance():
     losses = []
     for strength in (0.0, 30.0):  # of the first head's attention to the patch in the upper left
         with torch.no_grad():
-            q, k = model.encoder.blocks[0].attn.qkv.bias[:4], model.encoder.blocks[0].attn.qkv.bias[12:16]
+            q = model.encoder.blocks[0].attn.qkv.bias[:4]
             q.fill_(strength)
             model.encoder.pos_embed.zero_()
             model.encoder.pos_embed[0, 1] = (

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data import DataError, _split, load, load_folder, read_masks, select
+from data import load
+from folder import DataError, _split, load_folder, read_masks, select
 
 RNG = np.random.default_rng(0)
 

@@ -10,7 +10,8 @@ from PIL import Image
 
 import train
 from checkpoint import load_model, load_run
-from data import DataError, load, load_folder
+from data import load
+from folder import DataError, load_folder
 
 ROWS = "file,split,heart,note\na.png,train,1,0\nb.png,val,0,1\nc.png,test,,0\n"
 

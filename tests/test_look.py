@@ -10,7 +10,7 @@ from PIL import Image
 import evaluate
 import look
 import train
-from data import read_picture
+from folder import read_picture
 from vit import ViT
 
 TINY = (

@@ -12,7 +12,7 @@ from PIL import Image
 import evaluate
 import train
 from attention_priors import masks_held, mass_held
-from data import DataError, read_masks
+from folder import DataError, read_masks
 from flags import parse
 from masks import agreement, foreground
 
@@ -98,7 +98,7 @@ def test_exported_masks_line_up_with_the_files_and_come_back_as_they_went(span, 
     parts, sample, _ = train.load("phantom", 64, 0, 32)
     args, _ = parse([*CLASSIFY, "--masks", str(span)])
     direct = foreground(args, parts, sample)
-    assert torch.equal(read_masks(tmp_path / "masks", "phantom", parts["train"].names, 64), direct)
+    assert torch.equal(read_masks(tmp_path / "masks", None, parts["train"].names, 64), direct)
     with pytest.raises(SystemExit):
         evaluate.main([str(span), "--export-masks", str(tmp_path / "masks")])
     assert "holds something; name a new folder" in capsys.readouterr().err
@@ -129,11 +129,11 @@ def test_a_folder_s_masks_are_united_over_regions_and_found_by_name_alone(tmp_pa
         mask = np.zeros((4, 4), np.uint8)
         mask[:, column] = 255
         Image.fromarray(mask).save(tmp_path / path)
-    found = read_masks(tmp_path, "phantom", ["one", "two", "three"], 4)
+    found = read_masks(tmp_path, None, ["one", "two", "three"], 4)
     assert found[0, 0, 0].tolist() == [True, False, False, True]
     assert found[1, 0, 0].tolist() == [False, True, False, False] and not found[2].any()
     with pytest.raises(DataError, match="holds no mask of any training image; name them like `x`"):
-        read_masks(tmp_path, "phantom", ["x"], 4)
+        read_masks(tmp_path, None, ["x"], 4)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from PIL import Image
 import evaluate
 import measure
 import train
-from data import Data
+from folder import Data
 from measure import Report
 from page import Looks, _looks_of, _said, page
 from vit import ViT

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 import probe
-from data import Data, load
+from data import load
+from folder import Data
 from metrics import CannotMeasure
 from vit import ViT
 

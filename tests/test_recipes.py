@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import recipes
-from data import load_folder
+from folder import load_folder
 
 RNG = np.random.default_rng(0)
 MASK = np.zeros((16, 12), dtype=np.uint8)
