@@ -153,8 +153,8 @@ def load_run(folder: Path) -> tuple[argparse.Namespace, dict]:
     except Exception as error:  # a damaged or foreign file fails in the unpickler in many ways
         reason = " ".join(str(error).split())[:120]
         raise ValueError(f"{folder}: config.json or last.pt is damaged ({reason})") from None
-    if "relu_slope" not in config:
-        raise ValueError(f"{folder} is a run of an older version, without --relu-slope; train it again")
+    if "registers" not in config:
+        raise ValueError(f"{folder} is a run of an older version, without --registers; train it again")
     return argparse.Namespace(**config), checkpoint
 
 
@@ -186,7 +186,7 @@ def build_encoder(config: argparse.Namespace, in_chans: int) -> ViT | ResNet:
     elif config.pool == "gap" and config.backbone == "vit":
         pool = GAP()
     if config.backbone == "resnet":
-        return ResNet(in_chans, D, pool=pool, slope=config.relu_slope)
+        return ResNet(in_chans, D, pool=pool)
     dimensions = config.img_size, config.patch_size, in_chans, D, config.depth, config.num_heads
     return ViT(*dimensions, drop_path=config.drop_path, pool=pool, registers=config.registers)
 

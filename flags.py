@@ -29,8 +29,9 @@ DEFAULTS = {  # by --task, by --backbone, and by both
     "classify vit": {"lr": 5e-4, "lrp_gamma": 0.0, "clip_grad": 3.0},
     "classify resnet": {"lr": 2e-3, "lrp_gamma": 3.0, "clip_grad": 0.1},  # else ISNet may stand still
 }
-OF_THE_ENCODER = "backbone img_size patch_size embed_dim depth num_heads registers relu_slope pool pool_heads"
-OF_THE_ENCODER = [*OF_THE_ENCODER.split(), "simpool_gamma"]
+OF_THE_ENCODER = (
+    "backbone img_size patch_size embed_dim depth num_heads registers pool pool_heads simpool_gamma".split()
+)
 
 
 def repeated(argv: list[str]) -> list[str]:
@@ -94,8 +95,6 @@ def parse(argv: list[str], doc: str = "\n\n") -> tuple[argparse.Namespace, set[s
     add("--depth", type=int, help=f"blocks of the ViT{by_task('depth')}")
     add("--num-heads", type=int, help=f"attention heads; each prior takes one{by_task('num_heads')}")
     add("--registers", type=int, default=0, help="tokens of a ViT that have no place in the image")
-    what = "of the ResNet's leaky ReLU below 0; with 0 its units die under ISNet"
-    add("--relu-slope", type=float, default=0.1, help=what)
     add("--drop-path", type=float, default=0.0, help="stochastic depth of the last block")
     what = "how patches become one vector: a CLS token, their mean, or SimPool"
     add("--pool", type=str, choices=["cls", "gap", "simpool"], help=what + by_task("pool"))
@@ -117,7 +116,7 @@ def parse(argv: list[str], doc: str = "\n\n") -> tuple[argparse.Namespace, set[s
     chosen = parser.parse_args(argv)
     before = settings_of(chosen.init) if chosen.init else {}
     if before:
-        parser.set_defaults(**{name: before[name] for name in OF_THE_ENCODER if name in before})
+        parser.set_defaults(**{name: before[name] for name in OF_THE_ENCODER})
         asked = parser.parse_args(argv)
         if asked.num_heads is None:
             raise ValueError(f"{chosen.init} doesn't say how many heads it has: add --num-heads")
@@ -211,7 +210,7 @@ def check(args: argparse.Namespace) -> None:
         (1e-9, 1e9): "lr teacher_temp clip_grad",
         (0, 1e9): "prior_blur span_weight weight_decay isnet lrp_gamma baseline_weight",
         (1e-12, 1e9): "lrp_epsilon isnet_e",
-        (0, 1): "momentum center_momentum flip warmup marker relu_slope",
+        (0, 1): "momentum center_momentum flip warmup marker",
         (1e-3, 1): "isnet_decay",
         (0, 0.99): "drop_path",
         (-args.depth, args.depth - 1): "span_layer",
@@ -288,7 +287,6 @@ def check_idle(args: argparse.Namespace, typed: set[str]) -> None:
         "follow": "--ssl dino; RelViT's priors are cut with the patches" if upstream else None,
         "span_layer": "--pool cls" if args.pool != "cls" and args.task == "pretrain" else None,
         "registers": "--backbone vit" if args.backbone == "resnet" else None,
-        "relu_slope": "--backbone resnet" if args.backbone == "vit" else None,
         "simpool_gamma pool_heads": None if args.pool == "simpool" else "--pool simpool",
         "ssl": None if args.task == "pretrain" else "--task pretrain; to classify, see --relations",
     }

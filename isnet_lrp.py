@@ -37,11 +37,10 @@ measures what happens without it:
     z' passes through 0                    (4) instead of (3), with residual sums and signed inputs
     both logits rise together              explain log-odds, not a logit
     the marker's absence is coded          supervise inner layers (`layers`)
-    units die, and have no relevance       leaky ReLU in place of ReLU (`resnet.py`), GELU
 
-The last but one needs a word: a unit that its bias feeds and the marker silences has no relevance where the
-marker is, and where it isn't, hands it to the bias, never to a pixel. On its own layer it shows. None of this
-is proof: relevance shares out what a unit hands on, so evidence that takes a unit to nearly 0 leaves hardly a
+The last needs a word: a unit that its bias feeds and the marker silences has no relevance where the marker
+is, and where it isn't, hands it to the bias, never to a pixel. On its own layer it shows. None of this is
+proof: relevance shares out what a unit hands on, so evidence that takes a unit to nearly 0 leaves hardly a
 trace. Whether a shortcut is gone, only images tell in which it lies.
 
 The floor of a training step's cost, a plain one being 3 forward passes' worth (forward 1, backward 2): (2)

@@ -3,15 +3,12 @@
 A stem halves the image, then stages of basic blocks follow; each stage but the first halves the map again and
 doubles the width:
 
-    y = f(F(x) + x),   F = BN(conv(f(BN(conv(x)))))                                (1), identity shortcut
-    y = f(F(x) + BN(W x))                                                          (2), if the shape changes
-
-f is ReLU in the paper, and leaky here: f(x) = max(x, slope x). A unit that never exceeds 0 has no relevance,
-so that ISNet with ReLU drives units to death, and with them what the classifier could learn.
+    y = relu(F(x) + x),   F = BN(conv(relu(BN(conv(x)))))                          (1), identity shortcut
+    y = relu(F(x) + BN(W x))                                                       (2), if the shape changes
 
 Every forward returns `Features(pooled, patches, attention)`, as `vit.py`'s does: the positions of the last
 map are the patches, row by row, and `attention` holds the weights with which they were pooled, 1/N each for
-the mean. BatchNorm, ReLUs and the residual sums are what relevance propagation has to cope with in
+the mean. BatchNorm, ReLU and the residual sums are what relevance propagation has to cope with in
 convolutional networks, so this is the second model on which `isnet_lrp.py` is shown. Next to read:
 `isnet_lrp.py`.
 """
@@ -34,9 +31,8 @@ class Features(NamedTuple):
 class Block(nn.Module):
     """Two 3x3 convolutions and a shortcut, (1) and (2); a stride of 2 halves (B, C, H, W)."""
 
-    def __init__(self, in_chans: int, width: int, stride: int, slope: float):
+    def __init__(self, in_chans: int, width: int, stride: int):
         super().__init__()
-        self.slope = slope
         self.conv1 = nn.Conv2d(in_chans, width, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
@@ -48,8 +44,8 @@ class Block(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.leaky_relu(self.bn1(self.conv1(x)), self.slope)
-        return F.leaky_relu(self.bn2(self.conv2(y)) + self.shortcut(x), self.slope)
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
 
 
 class ResNet(nn.Module):
@@ -57,7 +53,7 @@ class ResNet(nn.Module):
 
     embed_dim: width of the last stage, halved for each one before; depths: blocks in each stage. pool: None
     for the mean over positions, or a module that maps patches (B, N, D) to (pooled (B, D), attention (B, N)
-    or (B, heads, N)). slope: of f below 0. Raises ValueError if embed_dim can't be halved so often.
+    or (B, heads, N)). Raises ValueError if embed_dim can't be halved that often.
     """
 
     def __init__(
@@ -66,21 +62,20 @@ class ResNet(nn.Module):
         embed_dim: int = 64,
         depths: tuple[int, ...] = (1, 1, 1),
         pool: nn.Module | None = None,
-        slope: float = 0.1,
     ):
         super().__init__()
         if embed_dim % 2 ** (len(depths) - 1):
             least = 2 ** (len(depths) - 1)
             raise ValueError(f"embed_dim {embed_dim} must be a multiple of {least}, for {len(depths)} stages")
         width = embed_dim // 2 ** (len(depths) - 1)
-        self.pool, self.embed_dim, self.stride, self.slope = pool, embed_dim, 2 ** len(depths), slope
+        self.pool, self.embed_dim, self.stride = pool, embed_dim, 2 ** len(depths)
         self.conv1 = nn.Conv2d(in_chans, width, 3, 2, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         blocks, before = [], width
         for stage, depth in enumerate(depths):
             for i in range(depth):
                 after = width * 2**stage
-                blocks.append(Block(before, after, 2 if stage and i == 0 else 1, slope))
+                blocks.append(Block(before, after, stride=2 if stage and i == 0 else 1))
                 before = after
         self.blocks = nn.ModuleList(blocks)
 
@@ -91,7 +86,7 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor, layer: int | None = -1) -> Features:
         """Encode images (B, C, H, W) of any size; layer is the ViT's, there is but one attention here."""
-        x = F.leaky_relu(self.bn1(self.conv1(images)), self.slope)
+        x = F.relu(self.bn1(self.conv1(images)))
         for block in self.blocks:
             x = block(x)
         patches = x.flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, N, D)

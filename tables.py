@@ -51,7 +51,6 @@ FAILURES = {
     "one_logit": "the label's logit explained, not log-odds",
     "mean_pooling": "mean over the background, not ranked",
     "large_e": "E = 1, as published, in place of 0.1",
-    "relu": "ReLU, as published, in place of leaky ReLU",
     "isnet_vit": "ViT, as it should be",
     "vit_unguided": "relevance alone, attention unguided",
     "vit_pixels_only": "relevance of the image alone",

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from isnet_lrp import relevance
 from resnet import ResNet
 
 
@@ -37,33 +36,6 @@ def test_the_shortcut_is_the_identity_unless_the_shape_changes():
     nn.init.zeros_(block.bn2.weight)
     x = torch.rand(1, 8, 4, 4)
     assert torch.equal(block(x), x)  # equation (1) with F = 0
-
-
-@pytest.mark.parametrize("slope", [0.0, 0.1])
-def test_what_is_below_zero_goes_on_by_the_slope(slope):
-    encoder = ResNet(1, 16, slope=slope).eval()
-    maps = []
-    encoder.blocks[0].register_forward_pre_hook(lambda module, inputs: maps.append(inputs[0]))
-    images = torch.randn(2, 1, 32, 32)
-    encoder(images)
-    z = encoder.bn1(encoder.conv1(images))
-    torch.testing.assert_close(maps[0], torch.where(z > 0, z, slope * z))
-    encoder.blocks[0].bn2.weight.data.zero_()
-    assert torch.equal(encoder.blocks[0](-torch.ones(1, 4, 4, 4)), -slope * torch.ones(1, 4, 4, 4))
-
-
-def test_a_unit_that_never_exceeds_zero_has_relevance_only_where_it_leaks():
-    for slope in (0.0, 0.1):
-        torch.manual_seed(0)
-        encoder = ResNet(1, 16, slope=slope).eval()
-        nn.init.constant_(encoder.blocks[-1].bn1.bias, -100.0)  # all units of a layer
-
-        def logits(images, encoder=encoder):
-            return encoder(images).pooled
-
-        layers = [encoder.blocks[-1].bn1]
-        (_, dead), _ = relevance(logits, torch.rand(2, 1, 32, 32), torch.tensor([0, 1]), layers=layers)
-        assert bool(dead.abs().sum() > 0) == (slope > 0)
 
 
 def test_a_width_that_cannot_be_halved_is_refused():
