@@ -160,6 +160,8 @@ def load_run(folder: Path) -> tuple[argparse.Namespace, dict]:
 
 def settings_of(init: Path) -> dict:
     """The settings of a run's folder, or those of the encoder in a file of weights. Raises ValueError."""
+    if not init.exists():
+        raise ValueError(f"--init {init}: no such file or folder")
     return sizes(read_weights(init)[0]) if init.is_file() else vars(load_run(init)[0])
 
 

@@ -101,6 +101,8 @@ def looks_of(
 
 def load_any(run: Path, data: list[str]) -> tuple[argparse.Namespace, dict | None]:
     """A run's settings and its checkpoint; of a file of weights, those of its encoder on `data`, and None."""
+    if not run.exists():
+        raise ValueError(f"{run}: no such file or folder")
     if not run.is_file():
         return load_run(run)
     out = run.with_suffix("")
@@ -152,6 +154,7 @@ def compare(runs: list[Path], data: list[str], only: list[str], n_images: int, a
     home = {run: config.out if run.is_file() else run for run, (config, *_) in loaded.items()}
     out = home[runs[0]]
     first, *_ = loaded[runs[0]]
+    print(f"{first.data}: {len(parts['test'].names)} test images of {first.img_size} px")
     short = {run: run.name if len({r.name for r in runs}) == len(runs) else str(run) for run in runs}
     shown, reports, maps = shown_images(first, parts, n_images), {}, {}
     one_class = first.task == "classify" and exclusive(parts["train"].labels)
@@ -215,8 +218,10 @@ def draw_pictures(run: Path, data: list[str], paths: list[Path]) -> None:
     else:
         loaded, parts, sample = load_all([run], data)
         (config, model, _), out = loaded[run], run / "looks"
-    for path in paths:
-        written = look(run, config, model, parts, sample, path, out)
+    for path in paths:  # a/1.png and b/1.png both get a picture
+        alone = [other.stem for other in paths].count(path.stem) == 1
+        name = path.stem if alone else str(path).replace("/", "_")
+        written = look(run, config, model, parts, sample, path, out / name)
         nothing = "nothing to draw: it averages all patches alike"
         print(f"{path}: {'wrote ' + ', '.join(map(str, written)) if written else nothing}")
 

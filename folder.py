@@ -188,10 +188,13 @@ def _read_image(pixels: np.ndarray, height: int, width: int) -> Tensor:
 def read_picture(path: Path, side: int, multiple: int, channels: int) -> Tensor:
     """One image (1, channels, H, W) uint8, its shorter side about `side` px, both multiples of `multiple`.
 
-    Raises DataError if it can't be read.
+    If it is more than 16 times as long as wide, its longer side is 16 times `side`. Raises DataError if it
+    can't be read.
     """
     height, width = _shape(path)
-    near = [max(1, round(edge * side / min(height, width) / multiple)) * multiple for edge in (height, width)]
+    scale = side / min(height, width)
+    scale = min(scale, 16 * side / max(height, width))  # a thin strip would become endless
+    near = [max(1, round(edge * scale / multiple)) * multiple for edge in (height, width)]
     image = _read_image(_decode(path)[0], *near).float()  # (1 or 3, H, W)
     image = image if len(image) == channels else image.mean(dim=0, keepdim=True).expand(channels, -1, -1)
     return image[None].round().to(torch.uint8)

@@ -36,8 +36,8 @@ def look(
     path: Path,
     out: Path,
 ) -> list[Path]:
-    """Draw what a run sees in the picture at `path`; returns the files written: out/<name>.png, unless
-    patches are just averaged, and, of a classifier, out/<name>_relevance.png.
+    """Draw what a run sees in the picture at `path`; returns the files written: <out>.png, unless
+    patches are just averaged, and, of a classifier, <out>_relevance.png.
 
     The picture keeps its aspect; its shorter side becomes the run's --img-size. Raises DataError.
     """
@@ -47,7 +47,7 @@ def look(
     multiple = encoder.stride if isinstance(encoder, ResNet) else config.patch_size
     image = read_picture(path, config.img_size, multiple, channels)  # (1, C, H, W)
     shown, written = image.float() / 255, []
-    out.mkdir(parents=True, exist_ok=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
     averaged = encoder.pool is None if isinstance(encoder, ResNet) else isinstance(encoder.pool, GAP)
     if not averaged:
         attention = attention_of(encoder, image, config.span_layer)  # (1, heads, N)
@@ -58,7 +58,7 @@ def look(
         else:
             masks = masks_held(attention, grid, tuple(image.shape[2:]), torch.full((len(heads),), MASS))
             names = list(heads)
-        written.append(out / f"{path.stem}.png")
+        written.append(out.with_name(f"{out.name}.png"))
         map_grid(written[-1], shown, masks, names, heads, outlined="outlined")
     if classifies:
         findings, one_class = parts["train"].findings, exclusive(parts["train"].labels)
@@ -67,6 +67,6 @@ def look(
         said = [f"{name} {100 * chance:.0f} %" for name, chance in zip(findings, chances)]
         k = (chances.index(max(chances)) if len(said) > 2 else 1) if one_class else 0  # as in relevance_of
         title = "\n".join([f"relevance for {findings[k]}", *said])
-        written.append(out / f"{path.stem}_relevance.png")
+        written.append(out.with_name(f"{out.name}_relevance.png"))
         map_grid(written[-1], shown, None, [], {title: R / R.abs().mean().clamp_min(1e-30)}, signed=True)
     return written

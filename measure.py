@@ -147,7 +147,7 @@ def report(
     for what in only:
         try:
             if what == "bias" and classifies:
-                table = found.tables["in %"] = measure_classifier(config, model, parts)
+                table = found.tables["test images, in %"] = measure_classifier(config, model, parts)
                 found.figures.update(flatten_classifier(table))
             elif what == "attention":
                 table, overlap, heads = measure(config, encoder, parts, sample)

@@ -77,7 +77,8 @@ def curves(path: Path, histories: dict[str, list[dict]]) -> None:
     for ax, name in zip(axes[0], names):
         for (run, history), colour in zip(histories.items(), cycle(LINES)):
             values = [row.get(name, np.nan) for row in history]
-            ax.plot([row["epoch"] for row in history], values, color=colour, label=run)
+            dot = "o" if len(values) == 1 else None  # a line of one point can't be seen
+            ax.plot([row["epoch"] for row in history], values, color=colour, label=run, marker=dot)
         ax.set_xlabel("epoch", fontsize=8)
         ax.set_ylabel(name.replace("_", " "), fontsize=8)
         ax.tick_params(labelsize=7)

@@ -13,8 +13,8 @@
 
 Image files are linked where the file system allows it, else copied; masks are written anew. Where a dataset
 has test images but none to choose by, a tenth of the training images become validation images, by patient
-where there are patients. The layouts are those of the releases as they are described; the tests make small
-ones. Next to read: `resnet.py`.
+where there are patients (of mvtec a third of the test images, since only these show defects). The layouts are
+those of the releases as they are described; the tests make small ones. Next to read: `resnet.py`.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def shenzhen(source: Path) -> Iterator[Example]:
 def jsrt(source: Path) -> Iterator[Example]:
     """JPCLN*.IMG, JPCNN*.IMG (raw, with and without a nodule), <region>/<name>.gif of 1024x1024, anywhere."""
     for path in sorted(source.rglob("*.IMG")):
-        pixels = np.fromfile(path, dtype=">u2").reshape(2048, 2048)  # 12 bits, dark where there is nothing
+        pixels = 4095 - np.fromfile(path, dtype=">u2").reshape(2048, 2048)  # 12 bits, stored as a negative
         small = pixels.reshape(1024, 2, 1024, 2).mean(axis=(1, 3)).astype(np.uint16)  # as large as the masks
         found = {mask.parent.name: mask_in(mask) for mask in sorted(source.rglob(f"{path.stem}.gif"))}
         yield Example(
@@ -116,7 +116,10 @@ def mvtec(source: Path) -> Iterator[Example]:
             defect = np.zeros(image.size[::-1], dtype=bool)
         if kind != "good":
             defect = mask_in(source / "ground_truth" / kind / f"{path.stem}_mask.png")
-        yield Example(f"{part}_{kind}_{path.name}", path, {"defect": defect}, {"label": kind, "split": part})
+        name = f"{part}_{kind}_{path.name}"
+        chosen = part == "test" and zlib.crc32(name.encode()) % 3 == 0  # to choose by: train has no defect
+        row = {"label": kind, "split": "val" if chosen else part}
+        yield Example(name, path, {"defect": defect}, row)
 
 
 def pets(source: Path) -> Iterator[Example]:
@@ -176,7 +179,7 @@ def write(examples: Iterator[Example], out: Path) -> int:
         rows.append({"file": example.name, **example.row})
         held_out[example.name] = zlib.crc32((example.patient or example.name).encode()) % 10 == 0
     if not rows:
-        raise ValueError("no image was found: is the source the folder that the recipe expects?")
+        raise ValueError("no image was found where the recipe expects them")
     if "split" in rows[0] and "val" not in {row["split"] for row in rows}:
         for row in rows:  # a tenth of the training images, whole patients, to choose by
             row["split"] = "val" if row["split"] == "train" and held_out[row["file"]] else row["split"]
@@ -197,12 +200,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("out", type=Path, help="a new folder, for --data")
     args = parser.parse_args(argv)
     try:
+        recipe = next(recipe for recipe in RECIPES if recipe.__name__ == args.dataset)
         if args.out.exists():
             raise ValueError(f"{args.out} exists already: name a new folder")
-        recipe = next(recipe for recipe in RECIPES if recipe.__name__ == args.dataset)
-        print(f"wrote {write(recipe(args.source), args.out)} images into {args.out}")
+        part = args.out.with_name(args.out.name + ".part")  # what is half done must not pass for a dataset
+        shutil.rmtree(part, ignore_errors=True)
+        written = write(recipe(args.source), part)
+        part.rename(args.out)
+        print(f"wrote {written} images into {args.out}")
     except (ValueError, OSError, LookupError) as error:
-        print(f"recipes.py {args.dataset}: {error}", file=sys.stderr)
+        print(f"recipes.py {args.dataset}: {error}; expected: {recipe.__doc__}", file=sys.stderr)
         sys.exit(2)
 
 

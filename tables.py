@@ -148,6 +148,8 @@ def collect(runs: Path) -> dict[str, dict]:
         about = {key: config[key] for key in ("command", "seed", "versions", "machine")}
         figures = {name: round(value, 5) for name, value in json.loads(path.read_text()).items()}
         found[path.parent.name] = about | figures
+    if not found:
+        raise SystemExit(f"tables.py: {runs} holds no finished run; results/ and README.md stay as they are")
     return found
 
 
@@ -376,7 +378,7 @@ def fill(readme: str, results: Path) -> str:
 def main() -> None:
     """Collect if asked to, and fill, or print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    what = "the folder of runs to collect into results/runs.json"
+    what = "the folder of runs to collect into results/runs.json, in place of what it holds"
     parser.add_argument("runs", nargs="?", type=Path, help=what)
     what = "print these tables of the runs, and leave results/ and README.md as they are"
     parser.add_argument("--only", nargs="+", metavar="TABLE", default=[], help=what)

@@ -167,6 +167,9 @@ def exported(vit: ViT) -> dict[str, Tensor]:
     """
     if vit.registers or not (vit.pool is None or isinstance(vit.pool, SimPool)):
         raise ValueError("--export writes ViTs with a CLS token or SimPool, without registers")
+    if isinstance(vit.pool, SimPool) and (vit.pool.num_heads, vit.pool.gamma) != (1, 1.25):
+        how = f"{vit.pool.num_heads} heads and gamma {vit.pool.gamma}"
+        raise ValueError(f"--export: SimPool with {how} can't be told from one head and gamma 1.25 in a file")
     w = {k.replace("pool.", "simpool."): v.detach().cpu().clone() for k, v in vit.state_dict().items()}
     if w[FIRST].shape[1] == 3:
         w[FIRST] = w[FIRST] / (0.25 / DEVIATION)[:, None, None]

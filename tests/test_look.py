@@ -37,6 +37,23 @@ def test_a_picture_keeps_its_aspect_in_whole_patches_and_takes_the_channels_aske
     assert (grey.float() - colour.float().mean(dim=1, keepdim=True)).abs().max() <= 0.5
 
 
+def test_a_thin_strip_does_not_become_endless(tmp_path):
+    Image.new("L", (1500, 2)).save(tmp_path / "strip.png")
+    assert read_picture(tmp_path / "strip.png", 64, 8, 1).shape == (1, 1, 8, 1024)
+
+
+def test_pictures_of_one_name_each_get_their_own(tmp_path, monkeypatch):
+    torch.save(ViT(16, 8, 3, 32, 1, 2).state_dict(), tmp_path / "vit.pth")
+    drawn = []
+    monkeypatch.setattr(look, "map_grid", lambda path, *a, **k: drawn.append(path.name))
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        Image.new("L", (16, 16)).save(tmp_path / folder / "1.png")
+    evaluate.main(["vit.pth", "--num-heads", "2", "--image", "a/1.png", "b/1.png"])
+    assert drawn == ["a_1.png.png", "b_1.png.png"]
+
+
 def test_guided_heads_outline_their_regions_and_every_head_is_shown(wide, tmp_path, monkeypatch, capsys):
     train.main([*TINY, "--out", str(tmp_path / "run")])
     seen = []

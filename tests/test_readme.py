@@ -40,7 +40,7 @@ def lines_for(file: str) -> str:
 class Foreign(ViT):
     """A ViT with timm's face."""
 
-    num_features = 32
+    num_features, num_prefix_tokens = 32, 1
 
     def __init__(self):
         super().__init__(224, 16, 3, self.num_features, 2, 4)
@@ -174,6 +174,11 @@ def test_a_claim_may_be_the_share_of_the_way_from_one_experiment_to_another():
     runs = {f"{name}-0": {"seed": 0, "auc_flipped_enlarged_heart": x} for name, x in flipped.items()}
     found, sign = tables.compared(runs, "isnet_prior_resnet flipped", "isnet_resnet from plain_resnet")
     assert found == [pytest.approx(80)] and sign == ""
+
+
+def test_a_folder_without_runs_leaves_the_results_alone(tmp_path):
+    with pytest.raises(SystemExit, match="no finished run"):
+        tables.collect(tmp_path / "nowhere")
 
 
 def test_the_interval_is_student_s():

@@ -62,7 +62,7 @@ def test_jsrt_is_read_from_its_raw_images_as_large_as_its_masks(source):
     for name in ("JPCLN001", "JPCNN002"):
         (source / "images").mkdir(parents=True, exist_ok=True)
         pixels = np.zeros((2048, 2048), dtype=">u2")
-        pixels[:1024] = 4095
+        pixels[1024:] = 4095  # black
         (source / "images" / f"{name}.IMG").write_bytes(pixels.tobytes())
         mask = np.zeros((1024, 1024), dtype=np.uint8)
         mask[:512] = 255
@@ -129,17 +129,20 @@ def test_covid_qu_ex_has_three_parts_and_lungs(source):
     assert parts["train"].findings == ["COVID-19", "Normal"] and parts["test"].has_masks.all()
 
 
-def test_mvtec_s_good_parts_have_empty_masks(source):
-    for i in range(3):
+def test_mvtec_s_good_parts_have_empty_masks_and_some_defects_are_there_to_choose_by(source):
+    for i in range(9):
         grey(source / "train" / "good" / f"00{i}.png")
-    grey(source / "test" / "crack" / "000.png")
-    grey(source / "test" / "good" / "000.png")
-    grey(source / "ground_truth" / "crack" / "000_mask.png", MASK)
+        grey(source / "test" / "crack" / f"00{i}.png")
+        grey(source / "test" / "good" / f"00{i}.png")
+        grey(source / "ground_truth" / "crack" / f"00{i}_mask.png", MASK)
     parts, _, where, _ = made("mvtec", source)
-    test = parts["test"]
-    assert test.has_masks.all() and where["test_crack_000.png"] == "test"
-    area = {name: int(mask.sum()) for name, mask in zip(test.names, test.masks)}
-    assert area["test_good_000.png"] == 0 < area["test_crack_000.png"]
+    for part in ("val", "test"):
+        assert parts[part].has_masks.all() and any("crack" in name for name in parts[part].names)
+        for name, mask in zip(parts[part].names, parts[part].masks):
+            assert bool(mask.any()) == ("crack" in name)
+    assert {name for name, part in where.items() if part == "train"} == {
+        f"train_good_00{i}.png" for i in range(9)
+    }
 
 
 def test_pets_take_the_border_of_the_animal_for_animal(source):

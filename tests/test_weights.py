@@ -251,3 +251,10 @@ def test_damaged_weights_are_refused_by_name_or_read(tmp_path):
             assert "\n" not in str(error)
             refused += 1
     assert refused > 100
+
+
+def test_a_simpool_that_a_file_can_not_tell_is_not_exported():
+    for heads, gamma in ((2, 1.25), (1, 3.0)):
+        with pytest.raises(ValueError, match="one head and gamma 1.25"):
+            exported(ViT(16, 8, 3, 32, 1, 2, pool=SimPool(32, gamma, heads)))
+    assert "simpool.wq.weight" in exported(ViT(16, 8, 3, 32, 1, 2, pool=SimPool(32, 1.25)))
