@@ -250,7 +250,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--export-masks", type=Path, metavar="DIR", help=what)
     add("--export", type=Path, metavar="FILE", help="write its ViT for timm and DINO's code")
     add = parser.add_argument_group("of files of weights").add_argument
-    add("--data", help="what to measure them on: as for train.py")
+    add("--data", help="what to measure them on: as for train.py (default: phantom)")
     add("--img-size", help="pixels a side (default: theirs)")
     add("--num-heads", help="where their width does not tell")
     args = parser.parse_args(argv)

@@ -209,7 +209,8 @@ def main(argv: list[str] | None = None) -> None:
         part.rename(args.out)
         print(f"wrote {written} images into {args.out}")
     except (ValueError, OSError, LookupError) as error:
-        print(f"recipes.py {args.dataset}: {error}; expected: {recipe.__doc__}", file=sys.stderr)
+        expected = "" if args.out.exists() else f"; expected: {recipe.__doc__}"
+        print(f"recipes.py {args.dataset}: {error}{expected}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every experiment behind the README's tables, two at a time on one core each; what is finished is skipped.
+# All experiments, two at a time on one core each; what is finished is skipped.
 #
 #   ./reproduce.sh            3 seeds of what claims 1 to 7 need; fills the README's tables with it
 #   ./reproduce.sh --all      and claim 8, baselines, other shortcuts, what each part is worth, costs

@@ -11,8 +11,8 @@ them (module., backbone. ...). What differs from `vit.py` is worked in, so that 
     no position for CLS            pos_embed of N        a zero before it
     another size of images         N differs             resized bicubically, as `ViT.positions_for` does
 
-Heads are left out. What has other operations inside (SwiGLU, normalised queries, rotary positions) is refused
-by name. Next to read: `probe.py`.
+Heads are left out. What has other operations inside (SwiGLU, normalised queries, rotary positions) is refused,
+and the key that tells is named. Next to read: `probe.py`.
 """
 
 import argparse
@@ -160,10 +160,11 @@ def fit(weights: dict[str, Tensor], vit: ViT) -> None:
 
 
 def exported(vit: ViT) -> dict[str, Tensor]:
-    """A ViT as a plain state dict, which timm, DINO's code, or SimPool's load with strict=True.
+    """A ViT as a plain state dict, which timm or DINO's code load with strict=True.
 
-    Of colour images it expects ImageNet's mean and deviation then, of grey ones (x - 1/2) / (1/4). Raises
-    ValueError for another pooling than CLS or SimPool, and for registers.
+    SimPool's code wants its constant `simpool.beta` besides. Of colour images it expects ImageNet's mean and
+    deviation then, of grey ones (x - 1/2) / (1/4). Raises ValueError for another pooling than CLS or SimPool,
+    for a SimPool whose heads or gamma a file can't tell, and for registers.
     """
     if vit.registers or not (vit.pool is None or isinstance(vit.pool, SimPool)):
         raise ValueError("--export writes ViTs with a CLS token or SimPool, without registers")
