@@ -11,8 +11,8 @@ them (module., backbone. ...). What differs from `vit.py` is worked in, so that 
     no position for CLS            pos_embed of N        a zero before it
     another size of images         N differs             resized bicubically, as `ViT.positions_for` does
 
-Heads are left out. What has other operations inside (SwiGLU, normalised queries, rotary positions) is refused,
-and the key that tells is named. Next to read: `probe.py`.
+Heads are left out. What has other operations inside (SwiGLU, normalised queries, rotary positions) is
+refused, and the key that tells is named. Next to read: `probe.py`.
 """
 
 import argparse
