@@ -3,6 +3,7 @@
     config.json      every setting, the command line, versions and machine
     last.pt          weights, optimizer, random states and history, after an epoch or where it was interrupted
     metrics.jsonl    a line an epoch;  metrics.json  final figures, flat names to numbers
+    outlines.json    of heads that one prior guided: {region: share of attention that outlines it}
 
 Every file is written beside its place and then moved there, so that a kill leaves the old one or the new one,
 never half of one. Checkpoints are read with `weights_only=True`: one that would run code is refused. The
@@ -23,7 +24,6 @@ from torch.optim import Optimizer
 
 from baselines import AttentionGate, Pipeline, Segmenter
 from classify import Classifier
-from folder import Data
 from resnet import ResNet
 from simpool import GAP, SimPool
 from vit import ViT
@@ -78,6 +78,7 @@ def start(args: argparse.Namespace, argv: list[str]) -> None:
         "last.pt",
         "metrics.jsonl",
         "metrics.json",
+        "outlines.json",
         "attention.png",
         "heatmaps.png",
         "curves.png",
@@ -153,8 +154,8 @@ def load_run(folder: Path) -> tuple[argparse.Namespace, dict]:
     except Exception as error:  # a damaged or foreign file fails in the unpickler in many ways
         reason = " ".join(str(error).split())[:120]
         raise ValueError(f"{folder}: config.json or last.pt is damaged ({reason})") from None
-    if "registers" not in config:
-        raise ValueError(f"{folder} is a run of an older version, without --registers; train it again")
+    if "channels" not in config:
+        raise ValueError(f"{folder} is a run of an older version, without its channels; train it again")
     return argparse.Namespace(**config), checkpoint
 
 
@@ -205,12 +206,12 @@ def build_classifier(
     return model
 
 
-def load_model(run: Path, config: argparse.Namespace, checkpoint: dict, train: Data) -> nn.Module:
+def load_model(run: Path, config: argparse.Namespace, checkpoint: dict) -> nn.Module:
     """The encoder (of the student) or the classifier of a run. Raises ValueError if it doesn't fit."""
     try:
-        model = encoder = build_encoder(config, train.images.shape[1])
+        model = encoder = build_encoder(config, config.channels)
         if config.task == "classify":
-            model = build_classifier(config, encoder, len(train.findings), train.images.shape[1])
+            model = build_classifier(config, encoder, len(config.classes), config.channels)
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:  # not settings of train.py's
         raise ValueError(f"{run}: config.json is damaged ({' '.join(str(error).split())[:120]})") from None
     if config.task != "classify":
@@ -219,7 +220,7 @@ def load_model(run: Path, config: argparse.Namespace, checkpoint: dict, train: D
     try:
         model.load_state_dict({k: v for k, v in checkpoint["model"].items() if not k.startswith("relvit.")})
     except RuntimeError:
-        raise ValueError(f"{run}: last.pt holds a model of other sizes or classes than asked for") from None
+        raise ValueError(f"{run}: last.pt holds a model of other sizes than config.json says") from None
     return model
 
 

@@ -29,7 +29,7 @@ from torch import Generator, Tensor, nn
 
 from attention_priors import span_loss
 from baselines import PENALTIES, swapped
-from data import BATCH, normalise
+from data import batches, normalise
 from isnet_lrp import background_loss, foreground_loss, relevance
 from relvit import patch_views
 from vit import Attention, Block, PatchEmbed
@@ -265,7 +265,7 @@ def objective(
 def scores_of(model: nn.Module, images: Tensor, one_class: bool) -> Tensor:
     """Log-odds (M, K) of classes, or logits of findings, of images (M, C, S, S) uint8, in evaluation mode."""
     model.eval()
-    logits = torch.cat([model(prepared(x)) for x in images.split(BATCH)])
+    logits = torch.cat([model(x).cpu() for x in batches(images, model)])
     if not one_class:
         return logits
     return torch.stack(
@@ -273,15 +273,24 @@ def scores_of(model: nn.Module, images: Tensor, one_class: bool) -> Tensor:
     )
 
 
-def relevance_of(config: argparse.Namespace, model: nn.Module, images: Tensor, one_class: bool) -> Tensor:
+def relevance_of(config: argparse.Namespace, model: nn.Module, images: Tensor) -> Tensor:
     """LRP heatmaps (M, C, S, S) of the first finding, the second of two classes, the likeliest of more."""
 
     def target(logits: Tensor) -> Tensor:
-        if not one_class:
+        if not config.one_class:
             return logits[:, 0]
         likeliest = logits.argmax(dim=1)
         return log_odds(logits, likeliest if logits.shape[1] > 2 else torch.ones_like(likeliest))
 
     model.eval()
-    heatmaps = (relevance(model, prepared(x), target, **rule(config))[0] for x in images.split(BATCH))
-    return torch.cat([R.detach() for R in heatmaps])
+    heatmaps = (relevance(model, x, target, **rule(config))[0] for x in batches(images, model))
+    return torch.cat([R.detach().cpu() for R in heatmaps])
+
+
+def explained_by(config: argparse.Namespace) -> str:
+    """What `relevance_of` explains, in words."""
+    return (
+        "the likeliest class"
+        if config.one_class and len(config.classes) > 2
+        else config.classes[config.one_class]
+    )

@@ -5,9 +5,11 @@ with the first finding; then there are test images with it removed, flipped, and
 Next to read: `folder.py`.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import parts as plates
 import phantom as bodies
@@ -88,6 +90,13 @@ def _stamp_parts(parts: dict[str, Data], agreement: float, kind: str, seed: int)
         if part != "removed":
             images = bodies.stamp(data.images, present, this, data.masks, int(stream.integers(2**31)))
             parts[part] = data._replace(images=images)
+
+
+def batches(images: Tensor, model: nn.Module) -> Iterator[Tensor]:
+    """Images (M, C, S, S) uint8 in parts (BATCH, C, S, S), as encoders expect them, on the model's device."""
+    device = next(model.parameters()).device
+    for part in images.split(BATCH):
+        yield normalise(part.to(device).float() / 255)
 
 
 def normalise(images: Tensor) -> Tensor:

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint import build_encoder, load_model, load_run, start_from, write_whole
-from classify import exclusive, relevance_of
+from classify import explained_by, relevance_of
 from data import DRAWN, load
-from flags import parse
+from flags import parse, usable
 from folder import Data, select
 from look import look
 from masks import export_masks
-from measure import MEASURES, Report, first_finding, report, scores_in
+from measure import MEASURES, Report, decisions, first_finding, report, scores_in
 from page import Looks, page, print_tables
 from plots import curves, low_data, map_grid
 from pretrain import attention_of
@@ -52,17 +52,18 @@ def maps_of(
     model: nn.Module,
     images: Tensor,
     heads: dict[str, int],
-    one_class: bool,
+    every: bool = False,
 ) -> dict[str, Tensor]:
     """What a run looks at in images (M, C, S, S) uint8, {title: (M, h, w)}: a classifier's heatmaps in units
-    of their mean size, or the attention of heads {region: number}, of all if there are none.
+    of their mean size, or the attention of heads {region: number}; of every one if asked or none is named.
     """
     if config.task == "classify":
-        R = relevance_of(config, model, images, one_class).sum(dim=1)
+        R = relevance_of(config, model, images).sum(dim=1)
         return {"relevance": R / R.abs().mean(dim=(1, 2), keepdim=True).clamp_min(1e-30)}
     attention = attention_of(model, images, config.span_layer).unflatten(2, model.grid(images))
     titles = {f"head {h}\n{region}": h for region, h in heads.items()}
-    titles = titles or {f"head {h}": h for h in range(attention.shape[1])}
+    if every or not titles:
+        titles |= {f"head {h}": h for h in range(attention.shape[1]) if h not in heads.values()}
     return {title: attention[:, h] for title, h in titles.items()}
 
 
@@ -70,7 +71,6 @@ def looks_of(
     loaded: dict[str, tuple[argparse.Namespace, nn.Module]],
     parts: dict[str, Data],
     reports: dict[str, Report],
-    one_class: bool,
 ) -> tuple[Data, str, dict[str, Looks]]:
     """What runs {name: (settings, model)} see in test images: the first, and those that each is worst at.
 
@@ -78,7 +78,7 @@ def looks_of(
     """
     part = "test" if parts["test"].names else "train"
     data = select(parts[part], parts[part].has_masks) if parts[part].has_masks.any() else parts[part]
-    scores = {run: scores_in(*of, data, reports[run].heads, one_class) for run, of in loaded.items()}
+    scores = {run: scores_in(*of, data, reports[run].heads) for run, of in loaded.items()}
     each = IN_PAGE // (len(loaded) + 1)
     index = set(range(len(data.names) if len(data.names) <= IN_PAGE else each))
     for _, values in scores.values():
@@ -88,78 +88,100 @@ def looks_of(
     which = f"{len(index)} of {len(data.names)} {part} images{' with masks' if data.has_masks.any() else ''}"
     if len(index) < len(data.names):
         which += f", the first {each} and those that each model is worst at"
-    shown, looks, findings = select(data, torch.tensor(index)), {}, parts["train"].findings
+    shown, looks = select(data, torch.tensor(index)), {}
     for run, (config, model) in loaded.items():
-        maps = maps_of(config, model, shown.images, reports[run].heads, one_class)
-        of, (name, values) = "", scores[run]
+        maps = maps_of(config, model, shown.images, reports[run].heads, every=True)
+        of, said, (name, values) = "", [], scores[run]
         if config.task == "classify":
-            several = one_class and len(findings) > 2
-            of = "the likeliest class" if several else findings[first_finding(parts)]
-        looks[run] = Looks(maps, of, name, [values[i] for i in index])
+            of, said = explained_by(config), decisions(config, model, shown.images)
+        looks[run] = Looks(maps, of, said, name, [values[i] for i in index])
     return shown, which, looks
 
 
-def load_any(run: Path, data: list[str]) -> tuple[argparse.Namespace, dict | None]:
-    """A run's settings and its checkpoint; of a file of weights, those of its encoder on `data`, and None."""
-    if not run.exists():
-        raise ValueError(f"{run}: no such file or folder")
-    if not run.is_file():
-        return load_run(run)
-    out = run.with_suffix("")
-    if (out / "config.json").exists():
-        raise ValueError(f"what is found of {run} would go into {out}, which holds a run: move the file")
-    return parse([*data, "--init", str(run), "--prior", "none", "--out", str(out)])[0], None
+def settings_for(weights: Path, data: list[str]) -> argparse.Namespace:
+    """Those of the encoder in a file of weights, to be measured on `data`, flags of train.py."""
+    config = parse([*data, "--init", str(weights), "--prior", "none"])[0]
+    config.out = weights.with_name(f"{weights.name}-{Path(config.data).name}")  # figures of one data set
+    return config
 
 
-def load_all(runs: list[Path], data: list[str]) -> tuple[dict, dict[str, Data], str | None]:
+def wanted_by(config: argparse.Namespace) -> dict:
+    """The data that a run is measured on, as arguments of `load`."""
+    findings = config.findings or ["all"] if config.task == "classify" else None
+    wanted = {"data": config.data, "img_size": config.img_size, "sample": config.sample, "findings": findings}
+    drawn = {"seed": config.seed, "train_images": config.train_images} if config.data in DRAWN else {}
+    return wanted | drawn
+
+
+def load_all(
+    runs: list[Path], data: list[str], device: str = "cpu"
+) -> tuple[dict, dict[str, Data], str | None]:
     """{run: (settings, model, history)}, the data that all of them share, and its labelled sample.
 
-    data: flags of train.py for the runs that are files of weights. Raises ValueError if data are not shared.
+    data: flags of train.py for the runs that are files of weights, beside those of the first that is none.
+    Raises ValueError if data are not shared.
     """
-    loaded, source, found = {run: load_any(run, data) for run in runs}, None, {}
-    for run, (config, checkpoint) in loaded.items():
-        wanted = {"data": config.data, "img_size": config.img_size, "sample": config.sample}
-        wanted |= {
-            "findings": config.findings or ["all"] if config.task == "classify" else None,
-            "task": config.task,
-        }
-        if config.data in DRAWN:
-            wanted |= {"seed": config.seed, "train_images": config.train_images}
-        if source is None:
-            source = wanted
-            configs = [other for other, _ in loaded.values() if other.marker is not None]
-            markers = {(other.marker, other.marker_kind) for other in configs}
-            if len(markers) > 1:
-                found = " and ".join(f"{kind} {share:g}" for share, kind in sorted(markers))
-                raise ValueError(f"the runs have markers of {found}: compare runs on the same images")
-            marker = dict(zip(("marker", "marker_kind"), markers.pop())) if markers else {}
-            parts, sample, _ = load(**{k: v for k, v in wanted.items() if k != "task"}, **marker)
-        differ = [name for name in source | wanted if source.get(name) != wanted.get(name)]
+    for run in runs:
+        if not run.exists():
+            raise ValueError(f"{run}: no such file or folder")
+    loaded = {run: load_run(run) for run in runs if not run.is_file()}
+    configs = {run: config for run, (config, _) in loaded.items()}
+    for config in list(configs.values())[:1]:
+        first = wanted_by(config) | {"findings": None}
+        pairs = ((f"--{k.replace('_', '-')}", str(v)) for k, v in first.items() if v is not None)
+        data = [word for pair in pairs for word in pair] + data
+    configs = {run: configs[run] if run in configs else settings_for(run, data) for run in runs}
+    markers = {
+        (config.marker, config.marker_kind) for config in configs.values() if config.marker is not None
+    }
+    if len(markers) > 1:
+        both = " and ".join(f"{kind} {share:g}" for share, kind in sorted(markers))
+        raise ValueError(f"the runs have markers of {both}: compare runs on the same images")
+    first, *others = configs.values()
+    for run, config in configs.items():
+        here, there = ({"task": c.task, **wanted_by(c)} for c in (first, config))
+        differ = [name for name in here | there if here.get(name) != there.get(name)]
         if differ:
             raise ValueError(
                 f"{runs[0]} and {run} differ in {', '.join(differ)}: compare runs on the same images"
             )
-        if checkpoint is None:
-            model = build_encoder(config, parts["train"].images.shape[1])
-            start_from(run, model)
-            found[run] = config, model, []
+    marker = dict(zip(("marker", "marker_kind"), markers.pop())) if markers else {}
+    parts, sample, _ = load(**wanted_by(first), **marker)
+    train, found = parts["train"], {}
+    for run, config in configs.items():
+        if run in loaded:
+            check_data(run, config, train)
+            found[run] = config, load_model(run, *loaded[run]).to(device), loaded[run][1]["history"]
         else:
-            found[run] = config, load_model(run, config, checkpoint, parts["train"]), checkpoint["history"]
+            model = build_encoder(config, train.images.shape[1])
+            start_from(run, model)
+            found[run] = config, model.to(device), []
     return found, parts, sample
 
 
-def compare(runs: list[Path], data: list[str], only: list[str], n_images: int, as_page: bool) -> None:
+def check_data(run: Path, config: argparse.Namespace, train: Data) -> None:
+    """Raise ValueError if a run learned other channels or classes than its data have by now."""
+    channels, classes = train.images.shape[1], train.findings if config.task == "classify" else []
+    if (channels, classes) != (config.channels, config.classes):
+        learned = f"{config.channels} channels{', '.join(['', *config.classes])}"
+        there = f"{channels}{', '.join(['', *classes])}"
+        raise ValueError(
+            f"{run} learned {learned}, but {config.data} has {there}: restore it, or train again"
+        )
+
+
+def compare(args: argparse.Namespace, data: list[str]) -> None:
     """Measure runs on the same test images, print them side by side, draw them into the first's folder."""
-    loaded, parts, sample = load_all(runs, data)
+    runs = args.runs
+    loaded, parts, sample = load_all(runs, data, args.device)
     home = {run: config.out if run.is_file() else run for run, (config, *_) in loaded.items()}
     out = home[runs[0]]
     first, *_ = loaded[runs[0]]
     print(f"{first.data}: {len(parts['test'].names)} test images of {first.img_size} px")
     short = {run: run.name if len({r.name for r in runs}) == len(runs) else str(run) for run in runs}
-    shown, reports, maps = shown_images(first, parts, n_images), {}, {}
-    one_class = first.task == "classify" and exclusive(parts["train"].labels)
+    shown, reports, maps = shown_images(first, parts, args.rows), {}, {}
     for run, (config, model, _) in loaded.items():
-        found = reports[short[run]] = report(config, model, parts, sample, only, SHARES)
+        found = reports[short[run]] = report(config, model, parts, sample, args.only, SHARES)
         path = home[run] / "metrics.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         old = json.loads(path.read_text()) if path.exists() else {}
@@ -168,7 +190,7 @@ def compare(runs: list[Path], data: list[str], only: list[str], n_images: int, a
         else:  # NaN is no JSON
             write_whole(path, old | {k: v for k, v in found.figures.items() if math.isfinite(v)})
         config.lrp_epsilon, config.lrp_gamma = first.lrp_epsilon, first.lrp_gamma  # heatmaps by one rule
-        seen = maps_of(config, model, shown.images, found.heads, one_class)
+        seen = maps_of(config, model, shown.images, found.heads)
         maps |= {f"{short[run]}\n{title}": m for title, m in seen.items()}
     print_tables(reports)
     draw(out / "compare.png", shown, maps, first.task)
@@ -177,13 +199,13 @@ def compare(runs: list[Path], data: list[str], only: list[str], n_images: int, a
         low_data(out / "low_data.png", {run: found.curves for run, found in reports.items()})
         pictures["Scores over the share of labels"] = out / "low_data.png"
     histories = {short[run]: history for run, (_, _, history) in loaded.items() if history}
-    if len(histories) > 1 or histories and as_page:
+    if len(histories) > 1 or histories and args.html:
         curves(out / "compare_curves.png", histories)
         pictures["Training curves"] = out / "compare_curves.png"
     written += [path.name for path in pictures.values()]
-    if as_page:
+    if args.html:
         models = {short[run]: (config, model) for run, (config, model, _) in loaded.items()}
-        seen = looks_of(models, parts, reports, one_class)
+        seen = looks_of(models, parts, reports)
         write_whole(out / "report.html", page(reports, *seen, pictures))
         written.append("report.html")
     print(f"wrote {out}/{', '.join(written)}")
@@ -195,12 +217,13 @@ def draw(path: Path, shown: Data, maps: dict[str, Tensor], task: str) -> None:
     map_grid(path, shown.images.float() / 255, masks, shown.regions, maps, signed=task == "classify")
 
 
-def write_weights(run: Path, data: list[str], path: Path) -> None:
+def write_weights(run: Path, path: Path) -> None:
     """Write the ViT of a run for timm and DINO's code. Raises ValueError rather than overwrite something."""
     if path.exists() or path.suffix not in (".pth", ".pt"):
         raise ValueError(f"--export {path}: {'it exists already' if path.exists() else 'name a .pth file'}")
-    loaded, _, _ = load_all([run], data)
-    _, model, _ = loaded[run]
+    if run.is_file():
+        raise ValueError(f"--export: {run} is a file of weights already; name a run of train.py")
+    model = load_model(run, *load_run(run))
     encoder = getattr(model, "encoder", model)
     if not isinstance(encoder, ViT) or hasattr(model, "segmenter"):
         raise ValueError(f"--export: {run} holds no ViT that stands alone")
@@ -208,20 +231,19 @@ def write_weights(run: Path, data: list[str], path: Path) -> None:
     print(f"wrote {path}")
 
 
-def draw_pictures(run: Path, data: list[str], paths: list[Path]) -> None:
+def draw_pictures(run: Path, flags: list[str], paths: list[Path], device: str) -> None:
     """Draw what a run, or a file of weights, sees in pictures. Raises ValueError if one can't be read."""
-    parts, sample = {}, None
-    if run.is_file():  # needs no data
-        config, _ = load_any(run, data)
-        model, out = build_encoder(config, in_chans=3), config.out / "looks"
+    if run.is_file():
+        config, out = settings_for(run, flags), run.with_name(f"{run.name}-looks")
+        model = build_encoder(config, in_chans=3)
         start_from(run, model)
     else:
-        loaded, parts, sample = load_all([run], data)
-        (config, model, _), out = loaded[run], run / "looks"
-    for path in paths:  # a/1.png and b/1.png both get a picture
+        config, checkpoint = load_run(run)
+        model, out = load_model(run, config, checkpoint), run / "looks"
+    for path in paths:  # a/1.png and b/1.png both get a folder
         alone = [other.stem for other in paths].count(path.stem) == 1
         name = path.stem if alone else str(path).replace("/", "_")
-        written = look(run, config, model, parts, sample, path, out / name)
+        written = look(run, config, model.to(device), path, out / name)
         nothing = "nothing to draw: it averages all patches alike"
         print(f"{path}: {'wrote ' + ', '.join(map(str, written)) if written else nothing}")
 
@@ -249,28 +271,33 @@ def main(argv: list[str] | None = None) -> None:
     what = "write the masks that its guided heads make into a new folder"
     add("--export-masks", type=Path, metavar="DIR", help=what)
     add("--export", type=Path, metavar="FILE", help="write its ViT for timm and DINO's code")
+    parser.add_argument(
+        "--device", default="auto", help="auto (cuda if there is one, else cpu), cpu, cuda, mps"
+    )
     add = parser.add_argument_group("of files of weights").add_argument
-    add("--data", help="what to measure them on: as for train.py (default: phantom)")
-    add("--img-size", help="pixels a side (default: theirs)")
-    add("--num-heads", help="where their width does not tell")
+    what = "what to measure them on: as for train.py (default: phantom, or that of the runs beside them)"
+    add("--data", help=what)
+    add("--img-size", type=int, help="pixels a side (default: theirs, or that of the runs beside them)")
+    add("--num-heads", type=int, help="where their width does not tell")
     args = parser.parse_args(argv)
     first, typed = args.runs[0], {k: getattr(args, k) for k in ("data", "img_size", "num_heads")}
-    data = [word for k, v in typed.items() if v is not None for word in (f"--{k.replace('_', '-')}", v)]
+    data = [word for k, v in typed.items() if v is not None for word in (f"--{k.replace('_', '-')}", str(v))]
     try:
         if args.rows < 1:
             raise ValueError(f"--rows {args.rows}: draw at least 1")
         if data and not any(run.is_file() for run in args.runs):
             raise ValueError(f"{data[0]} is for files of weights; runs are measured on their own data")
+        args.device = usable(args.device)
         if args.export:
-            write_weights(first, data, args.export)
+            write_weights(first, args.export)
         elif args.export_masks:
-            loaded, parts, sample = load_all([first], data)
-            written = export_masks(first, parts, sample, loaded[first][0].data, args.export_masks)
+            loaded, parts, _ = load_all([first], data)
+            written = export_masks(first, parts, loaded[first][0].data, args.export_masks)
             print(f"wrote {written} masks into {args.export_masks}")
         elif args.image:
-            draw_pictures(first, data, args.image)
+            draw_pictures(first, data, args.image, args.device)
         else:
-            compare(args.runs, data, args.only, args.rows, args.html)
+            compare(args, data)
     except (ValueError, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -13,7 +13,7 @@ import torch
 from torch import Generator
 
 from baselines import BASELINES, PENALTIES
-from checkpoint import settings_of
+from checkpoint import OF_THE_CALL, settings_of
 from crops import random_crops
 from phantom import FINDINGS, MARKERS
 from relvit import TASKS as RELATIONS
@@ -37,7 +37,7 @@ OF_THE_ENCODER = (
 def repeated(argv: list[str]) -> list[str]:
     """argv with a run's own flags in place of --config FILE; a value typed beside it wins, switches stay.
 
-    Raises ValueError if the file is no run's.
+    What was edited in the file counts, too. Raises ValueError if the file is no run's.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
@@ -45,16 +45,28 @@ def repeated(argv: list[str]) -> list[str]:
     if known.config is None:
         return argv
     try:
-        python, script, *words = shlex.split(str(json.loads(known.config.read_text())["command"]))
+        config = json.loads(known.config.read_text())
+        python, script, *words = shlex.split(str(config["command"]))
     except (ValueError, TypeError, LookupError):
         script = None
     if script != "train.py":
         raise ValueError(f"--config {known.config} is not the config.json of a run")
-    return [word for word in words if word not in ("--overwrite", "--resume")] + others
+    words = [word for word in words if word not in ("--overwrite", "--resume")]
+    for name, now in vars(parse(words)[0]).items():
+        asked = config.get(name, now)
+        if str(asked) == str(now) or name in OF_THE_CALL:
+            continue
+        if asked is None or isinstance(asked, bool):
+            raise ValueError(
+                f"--config {known.config}: {name} became {asked}; change the flags typed instead"
+            )
+        words += [f"--{name.replace('_', '-')}", *map(str, asked if isinstance(asked, list) else [asked])]
+    return words + others
 
 
 def parse(argv: list[str], doc: str = "\n\n") -> tuple[argparse.Namespace, set[str]]:
     """The settings, and the names of those that were typed; doc: what train.py says of itself."""
+    argv = [dashed(word) for word in argv]
     intro, examples = doc.split("\n\n")[:2]
     usage = "python train.py [--task TASK] [--out DIR] [--data DIR] [flags below]"
     parser = argparse.ArgumentParser(
@@ -130,10 +142,15 @@ def parse(argv: list[str], doc: str = "\n\n") -> tuple[argparse.Namespace, set[s
     if chosen.task == "classify" and chosen.data == "phantom":
         parser.set_defaults(findings=FINDINGS[:1])
     args = parser.parse_args(argv)
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.device = usable(args.device)
     untyped = argparse.Namespace(**dict.fromkeys(vars(args)))  # what is there already gets no default
     return args, {name for name, value in vars(parser.parse_args(argv, untyped)).items() if value is not None}
+
+
+def dashed(word: str) -> str:
+    """A flag as it is spelled here: --patch_size, as DINO's scripts write it, is --patch-size."""
+    flag, equals, value = word.partition("=")
+    return (flag.replace("_", "-") if flag.startswith("--") else flag) + equals + value
 
 
 def add_task_flags(parser: argparse.ArgumentParser) -> None:
@@ -226,10 +243,17 @@ def check(args: argparse.Namespace) -> None:
     check_pairs(args)
     for scale in (args.global_scale, args.local_scale):
         random_crops(1, scale, Generator())  # it knows which scales can be
+
+
+def usable(device: str) -> str:
+    """A device as torch calls it; of auto, the one there is. Raises ValueError if it can't be used."""
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device} can't be used: {str(error).splitlines()[0]}") from None
+        torch.zeros(1, device=device).item()  # which a device without memory can't
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0][:200]
+        raise ValueError(f"--device {device} can't be used: {reason}") from None
+    return device
 
 
 def check_pairs(args: argparse.Namespace) -> None:

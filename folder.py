@@ -191,7 +191,7 @@ def read_picture(path: Path, side: int, multiple: int, channels: int) -> Tensor:
     If it is more than 16 times as long as wide, its longer side is 16 times `side`. Raises DataError if it
     can't be read.
     """
-    height, width = _shape(path)
+    height, width = picture_size(path)
     scale = side / min(height, width)
     scale = min(scale, 16 * side / max(height, width))  # a thin strip would become endless
     near = [max(1, round(edge * scale / multiple)) * multiple for edge in (height, width)]
@@ -217,10 +217,11 @@ def _read_mask(path: Path, image_path: Path, shape: tuple[int, ...], size: int) 
 def image_size(data: str, name: str) -> tuple[int, int]:
     """Height and width of an image of the folder `data`, upright, as it is on disk."""
     folder = Path(data) / "images" if (Path(data) / "images").is_dir() else Path(data)
-    return _shape(folder / name)
+    return picture_size(folder / name)
 
 
-def _shape(path: Path) -> tuple[int, int]:
+def picture_size(path: Path) -> tuple[int, int]:
+    """Height and width of an image file, upright. Raises DataError if it can't be read."""
     pixels, problem = _decode(path)
     if pixels is None:
         raise DataError(f"{path}: this image cannot be read ({problem}); repair or remove it")
@@ -242,7 +243,7 @@ def read_masks(folder: Path, data: str | None, names: list[str], size: int) -> T
             i = wanted.get(name, wanted.get(name.partition("/")[2]))
             if i is not None:
                 _refuse_way_out(path, folder)
-                shape = _shape(path) if data is None else image_size(data, names[i])
+                shape = picture_size(path) if data is None else image_size(data, names[i])
                 masks[i, 0] |= _read_mask(path, Path(names[i]), shape, size)
                 found.add(i)
     if not found:

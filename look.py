@@ -3,9 +3,10 @@
     python evaluate.py runs/span --image a.jpg b.png
     python evaluate.py dino_deitsmall16_pretrain.pth --image a.jpg
 
-Beside the attention of each head stands what it outlines by equation (7) of `attention_priors.py`: of guided
-heads as much as covers their prior, of others the pixels that hold 60 % of the attention, as DINO's authors
-show it. Next to read: `benchmark.py`.
+Each picture gets a folder. attention.png shows every head's attention and what it outlines by equation (7) of
+`attention_priors.py`, and masks/ holds these outlines, as large as the picture; relevance.png shows a
+classifier's heatmap. Guided heads outline as much as covers their prior, others the pixels that hold 60 % of
+the attention, as DINO's authors show it. Next to read: `benchmark.py`.
 """
 
 import argparse
@@ -14,32 +15,25 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from attention_priors import masks_held
-from classify import exclusive, relevance_of, scores_of
-from folder import Data, read_picture
-from masks import attention_masks
+from classify import explained_by, relevance_of
+from folder import picture_size, read_picture
+from masks import masks_of, one_prior, read_outlines, write_mask
+from measure import decisions
 from plots import map_grid
 from pretrain import attention_of
 from resnet import ResNet
 from simpool import GAP
 
 MASS = 0.6
+PANEL = 2.4  # inches
 
 
 @torch.no_grad()
-def look(
-    run: Path,
-    config: argparse.Namespace,
-    model: nn.Module,
-    parts: dict[str, Data],
-    sample: str | None,
-    path: Path,
-    out: Path,
-) -> list[Path]:
-    """Draw what a run sees in the picture at `path`; returns the files written: <out>.png, unless
-    patches are just averaged, and, of a classifier, <out>_relevance.png.
+def look(run: Path, config: argparse.Namespace, model: nn.Module, path: Path, out: Path) -> list[Path]:
+    """Draw what a run sees in the picture at `path`; returns the files written into the folder `out`.
 
-    The picture keeps its aspect; its shorter side becomes the run's --img-size. Raises DataError.
+    The picture keeps its aspect; its shorter side becomes the run's --img-size. No data but it is needed.
+    Raises DataError.
     """
     classifies = config.task == "classify"
     encoder = model.encoder if classifies else model
@@ -47,26 +41,24 @@ def look(
     multiple = encoder.stride if isinstance(encoder, ResNet) else config.patch_size
     image = read_picture(path, config.img_size, multiple, channels)  # (1, C, H, W)
     shown, written = image.float() / 255, []
-    out.parent.mkdir(parents=True, exist_ok=True)
     averaged = encoder.pool is None if isinstance(encoder, ResNet) else isinstance(encoder.pool, GAP)
     if not averaged:
         attention = attention_of(encoder, image, config.span_layer)  # (1, heads, N)
-        grid = encoder.grid(image)
-        heads = {f"head {h}": attention[:, h].unflatten(1, grid) for h in range(attention.shape[1])}
-        if not classifies and run.is_dir() and config.prior not in ("none", "masks"):
-            masks, names = attention_masks(config, encoder, parts, sample, image)  # (1, R, H, W)
-        else:
-            masks = masks_held(attention, grid, tuple(image.shape[2:]), torch.full((len(heads),), MASS))
-            names = list(heads)
-        written.append(out.with_name(f"{out.name}.png"))
-        map_grid(written[-1], shown, masks, names, heads, outlined="outlined")
+        heads = {f"head {h}": A.unflatten(1, encoder.grid(image)) for h, A in enumerate(attention.unbind(1))}
+        guided = run.is_dir() and one_prior(config)
+        shares = read_outlines(run) if guided else dict.fromkeys(heads, MASS)
+        masks = masks_of(config, encoder, shares, image)  # (1, R, H, W)
+        for name, mask in zip(shares, masks[0]):
+            written.append(out / "masks" / f"{name}.png")
+            write_mask(written[-1], mask, picture_size(path))
+        written.append(out / "attention.png")
+        map_grid(written[-1], shown, masks, list(shares), heads, outlined="outlined", side=PANEL)
     if classifies:
-        findings, one_class = parts["train"].findings, exclusive(parts["train"].labels)
-        R = relevance_of(config, model, image, one_class).sum(dim=1)  # (1, H, W)
-        chances = scores_of(model, image, one_class)[0].sigmoid().tolist()
-        said = [f"{name} {100 * chance:.0f} %" for name, chance in zip(findings, chances)]
-        k = (chances.index(max(chances)) if len(said) > 2 else 1) if one_class else 0  # as in relevance_of
-        title = "\n".join([f"relevance for {findings[k]}", *said])
-        written.append(out.with_name(f"{out.name}_relevance.png"))
-        map_grid(written[-1], shown, None, [], {title: R / R.abs().mean().clamp_min(1e-30)}, signed=True)
+        out.mkdir(parents=True, exist_ok=True)
+        R = relevance_of(config, model, image).sum(dim=1)  # (1, H, W)
+        (said,) = decisions(config, model, image)
+        title = f"relevance for {explained_by(config)}\n" + said.replace(", ", "\n")
+        written.append(out / "relevance.png")
+        R = R / R.abs().mean().clamp_min(1e-30)
+        map_grid(written[-1], shown, None, [], {title: R}, signed=True, side=PANEL)
     return written

@@ -13,6 +13,7 @@ mask elsewhere. No label is used but the prior. Claim 8 (one mask is enough) res
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
@@ -28,29 +29,64 @@ from folder import Data, image_size, read_masks
 from pretrain import attention_of, lay_over, make_priors
 
 
-def guided_masks(
-    run: Path, parts: dict[str, Data], sample: str | None, images: Tensor
-) -> tuple[Tensor, list[str]]:
-    """`attention_masks` of a run's folder. Raises ValueError if it is none."""
-    config, checkpoint = load_run(run)
-    if config.task != "pretrain" or config.prior in ("none", "masks"):
-        raise ValueError(f"{run} has no heads that one prior guided: train one with --prior sample")
-    return attention_masks(config, load_model(run, config, checkpoint, parts["train"]), parts, sample, images)
+def one_prior(config: argparse.Namespace) -> bool:
+    """Whether a run's heads were guided by priors that hold for all images at once."""
+    return config.task == "pretrain" and config.prior not in ("none", "masks")
 
 
-def attention_masks(
-    config: argparse.Namespace, encoder: nn.Module, parts: dict[str, Data], sample: str | None, images: Tensor
-) -> tuple[Tensor, list[str]]:
-    """Masks (M, R, H, W) bool of images (M, C, H, W) uint8 from guided heads, and the regions' names."""
+def outlines(
+    config: argparse.Namespace, encoder: nn.Module, parts: dict[str, Data], sample: str | None
+) -> dict[str, float]:
+    """The share of attention, 0 to 1, that outlines each region, {region: share} by guided head."""
     priors, names = make_priors(config, parts, sample)
-    train, R = parts["train"], len(names)
+    train = parts["train"]
     true_of = train.images[train.names.index(sample)][None] if config.prior == "sample" else train.images
     regions = priors >= priors.amax(dim=(1, 2), keepdim=True) / 2
-    attention = attention_of(encoder, true_of, config.span_layer)[:, :R]
-    mass = mass_held(attention, encoder.grid(true_of), regions)
-    grid, size = encoder.grid(images), tuple(images.shape[2:])
-    attention = attention_of(encoder, images, config.span_layer)[:, :R].split(BATCH)
-    return torch.cat([masks_held(part, grid, size, mass) for part in attention]), names
+    attention = attention_of(encoder, true_of, config.span_layer)[:, : len(names)]
+    return dict(zip(names, mass_held(attention, encoder.grid(true_of), regions).tolist()))
+
+
+def guided_masks(run: Path, images: Tensor) -> tuple[Tensor, list[str]]:
+    """Masks (M, R, H, W) bool of images (M, C, H, W) uint8 from a run's guided heads; the regions' names.
+
+    Raises ValueError if the folder holds no such run, or none that was finished.
+    """
+    config, checkpoint = load_run(run)
+    if not one_prior(config):
+        raise ValueError(f"{run} has no heads that one prior guided: train one with --prior sample")
+    if images.shape[1] != config.channels:
+        raise ValueError(
+            f"{run} learned from {config.channels} channels, these images have {images.shape[1]}"
+        )
+    shares = read_outlines(run)
+    return masks_of(config, load_model(run, config, checkpoint), shares, images), list(shares)
+
+
+def read_outlines(run: Path) -> dict[str, float]:
+    """What `outlines` found at the end of a run. Raises ValueError if it did not come to its end."""
+    try:
+        shares = json.loads((run / "outlines.json").read_text())
+        if all(Path(name).name == name and 0 <= share <= 1 for name, share in shares.items()):
+            return shares
+    except (OSError, ValueError, AttributeError, TypeError):
+        pass
+    raise ValueError(f"{run}/outlines.json can't be used: train.py writes it at the end of a run")
+
+
+def masks_of(
+    config: argparse.Namespace, encoder: nn.Module, shares: dict[str, float], images: Tensor
+) -> Tensor:
+    """What the first R heads outline, by their shares of attention: (M, R, H, W) of images (M, C, H, W)."""
+    mass, grid = torch.tensor(list(shares.values())), encoder.grid(images)
+    attention = attention_of(encoder, images, config.span_layer)[:, : len(mass)].split(BATCH)
+    return torch.cat([masks_held(part, grid, tuple(images.shape[2:]), mass) for part in attention])
+
+
+def write_mask(path: Path, mask: Tensor, size: tuple[int, int]) -> None:
+    """Write a mask (H, W) bool as a PNG of another size (height, width), 0 and 255."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.fromarray(mask.numpy().astype(np.uint8) * 255)
+    picture.resize(size[::-1], Image.Resampling.NEAREST).save(path)
 
 
 def foreground(args: argparse.Namespace, parts: dict[str, Data], sample: str | None) -> Tensor:
@@ -72,7 +108,7 @@ def foreground(args: argparse.Namespace, parts: dict[str, Data], sample: str | N
         everyone = torch.arange(len(train.names)).split(BATCH)
         masks = torch.cat([(laid(index) > 0.5).any(dim=1, keepdim=True) for index in everyone])
     elif (where / "config.json").is_file():
-        masks = guided_masks(where, parts, sample, train.images)[0].any(dim=1, keepdim=True)
+        masks = guided_masks(where, train.images)[0].any(dim=1, keepdim=True)
     else:
         masks = read_masks(where, None if args.data in DRAWN else args.data, train.names, args.img_size)
     if args.masks != "data" and train.has_masks.any():
@@ -93,7 +129,7 @@ def agreement(masks: Tensor, data: Data) -> float:
     return float((2 * both / size).nanmean())
 
 
-def export_masks(run: Path, parts: dict[str, Data], sample: str | None, data: str, out: Path) -> int:
+def export_masks(run: Path, parts: dict[str, Data], data: str, out: Path) -> int:
     """Write a run's attention masks as PNGs, out/<region>/<image's name>.png; returns how many.
 
     As large as the images on disk, so that they line up; of drawn data, the training images'. Raises
@@ -105,13 +141,10 @@ def export_masks(run: Path, parts: dict[str, Data], sample: str | None, data: st
     for part in ["train"] if data in DRAWN else ["train", "val", "test"]:
         if not parts[part].names:
             continue
-        masks, regions = guided_masks(run, parts, sample, parts[part].images)
+        masks, regions = guided_masks(run, parts[part].images)
         for name, of_image in zip(parts[part].names, masks):
             size = of_image.shape[1:] if data in DRAWN else image_size(data, name)
             for region, mask in zip(regions, of_image):
-                path = (out / region / name).with_suffix(".png")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                picture = Image.fromarray((mask.numpy() * 255).astype(np.uint8))
-                picture.resize((size[1], size[0]), Image.Resampling.NEAREST).save(path)
+                write_mask((out / region / name).with_suffix(".png"), mask, size)
                 written += 1
     return written

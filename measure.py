@@ -20,7 +20,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from attention_priors import follow
 from classify import exclusive, relevance_of, scores_of
@@ -99,7 +99,7 @@ def measure_classifier(
     if test.labels is None or test.labels.isnan().all():
         raise CannotMeasure(f"no test image of {config.data} has a label: AUC can't be measured")
     sets = {"same": test, **{name: parts[name] for name in ("removed", "flipped", "unseen") if name in parts}}
-    one_class, table = exclusive(parts["train"].labels), {}
+    one_class, table = config.one_class, {}
     findings = dict(enumerate(test.findings))
     if first_finding(parts):
         del findings[0]
@@ -120,7 +120,7 @@ def measure_classifier(
         table[name]["accuracy"] = float(right.double().mean())
         if data.has_masks.any():
             seen = select(data, data.has_masks)
-            R = relevance_of(config, model, seen.images, one_class)
+            R = relevance_of(config, model, seen.images)
             share = relevance_share(R, seen.masks.any(dim=1)[:, None])
             table[name]["relevance share"] = float(share.nanmean())
     return table
@@ -176,14 +176,14 @@ def report(
 
 
 def scores_in(
-    config: argparse.Namespace, model: nn.Module, data: Data, heads: dict[str, int], one_class: bool
+    config: argparse.Namespace, model: nn.Module, data: Data, heads: dict[str, int]
 ) -> tuple[str, list[float]]:
     """How well a run does on each image (M,), and what is meant by that: a classifier's probability of what
     is true, or the mean AP of heads {region: number} where there are masks. NaN where it can't be said.
     """
     if config.task == "classify" and data.labels is not None:
-        chances, y = scores_of(model, data.images, one_class).sigmoid(), data.labels  # (M, K)
-        if one_class:
+        chances, y = scores_of(model, data.images, config.one_class).sigmoid(), data.labels  # (M, K)
+        if config.one_class:
             true = (chances * y).sum(dim=1)  # NaN if any is unknown
             return "probability of the true class", true.tolist()
         true = torch.where(y == 1, chances, 1 - chances).masked_fill(y.isnan(), torch.nan).nanmean(dim=1)
@@ -194,6 +194,15 @@ def scores_in(
         ap = localisation_ap(attention, data.masks[:, regions], model.grid(data.images))  # (M, R, R)
         return "mean AP", ap.diagonal(dim1=1, dim2=2).nanmean(dim=1).tolist()
     return "", [math.nan] * len(data.names)
+
+
+def decisions(config: argparse.Namespace, model: nn.Module, images: Tensor) -> list[str]:
+    """What a classifier says of images (M, C, S, S) uint8, in words: the four likeliest, in order."""
+    said = []
+    for chances in scores_of(model, images, config.one_class).sigmoid().tolist():
+        ranked = sorted(zip(chances, config.classes), key=lambda pair: -pair[0])[:4]
+        said.append(", ".join(f"{name} {100 * chance:.0f} %" for chance, name in ranked))
+    return said
 
 
 def flatten(table: dict[str, dict[str, float]], score: str = "AP") -> dict[str, float]:

@@ -30,16 +30,17 @@ def map_grid(
     columns: dict[str, Tensor],
     signed: bool = False,
     outlined: str = "true regions",
+    side: float = 1.15,
 ) -> None:
     """Rows: images. Columns: the image, its masks (if there are any), titled `outlined`, each map over it.
 
     images (B, C, H, W) in [0, 1], masks (B, R, H, W), columns {title: (B, h, w)}: attention over patches, or,
     if signed, relevance in units of its mean size, red where it speaks for the decision and blue where
-    against.
+    against. side: of a panel, in inches.
     """
     titles = ["image"] + [outlined] * (masks is not None) + list(columns)
     B, (H, W) = len(images), images.shape[-2:]
-    size = (1.15 * len(titles) + 0.7, 1.15 * B + 0.6)
+    size = (side * len(titles) + 0.7, side * B + 0.6)
     figure, axes = plt.subplots(B, len(titles), figsize=size, squeeze=False, layout="constrained")
     how = {"cmap": "bwr" if signed else "magma", "vmin": -SCALE if signed else 0, "vmax": SCALE}
     for b, row in enumerate(axes):

@@ -26,7 +26,7 @@ from attention_priors import (
     span_loss,
 )
 from crops import crop, distort, random_crops
-from data import BATCH, normalise
+from data import BATCH, batches, normalise
 from folder import Data
 from relvit import RelViT, cut, patch_views
 
@@ -35,8 +35,7 @@ from relvit import RelViT, cut, patch_views
 def attention_of(encoder: nn.Module, images: Tensor, layer: int) -> Tensor:
     """One block's attention (M, heads, N) over images (M, C, S, S) uint8, in evaluation mode."""
     encoder.eval()
-    batches = (normalise(x.float() / 255) for x in images.split(BATCH))
-    return torch.cat([encoder(x, layer=layer).attention for x in batches])
+    return torch.cat([encoder(x, layer=layer).attention.cpu() for x in batches(images, encoder)])
 
 
 def make_priors(

@@ -25,7 +25,7 @@ from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 from classify import Classifier, classification_loss, exclusive, prepared
-from data import BATCH
+from data import batches
 from folder import Data
 from metrics import CannotMeasure, auc, known_mean
 
@@ -42,13 +42,13 @@ def features_of(encoder: nn.Module, images: Tensor, heads: bool = False) -> Tens
     """
     encoder.eval()
     found = []
-    for part in images.split(BATCH):
-        features = encoder(prepared(part))
+    for part in batches(images, encoder):
+        features = encoder(part)
         if heads:
             weights = features.attention / features.attention.sum(dim=2, keepdim=True).clamp_min(1e-12)
-            found.append((weights @ features.patches).flatten(1))  # (B, heads, D) -> (B, heads * D)
+            found.append((weights @ features.patches).flatten(1).cpu())  # (B, heads, D) -> (B, heads * D)
         else:
-            found.append(features.pooled)
+            found.append(features.pooled.cpu())
     return torch.cat(found).double()
 
 
@@ -162,11 +162,11 @@ def by_finetuning(
     2202.10054). AdamW without decay; at least `steps` steps and at least 5 epochs, in which lr falls to 0.
     """
     images, labels, test = parts["train"].images, parts["train"].labels, parts["test"]
-    x, one_class = of_all(encoder, parts), exclusive(labels)
+    x, one_class, device = of_all(encoder, parts), exclusive(labels), next(encoder.parameters()).device
 
     def measured(index: Tensor, draw: int) -> dict[str, float]:
         generator = Generator().manual_seed(draw)
-        model = Classifier(copy.deepcopy(encoder), labels.shape[1])
+        model = Classifier(copy.deepcopy(encoder), labels.shape[1]).to(device)
         layer = best_layer(x, parts, index)
         nowhere = layer.bias.isnan()  # a finding that no image knows
         model.head.load_state_dict({"weight": layer.weight, "bias": layer.bias.nan_to_num()})
@@ -177,14 +177,15 @@ def by_finetuning(
         model.train()
         for _ in range(total):
             batch = index[torch.randperm(len(index), generator=generator)[:size]]
-            loss = classification_loss(model(prepared(images[batch])), labels[batch], one_class)
+            logits = model(prepared(images[batch].to(device)))
+            loss = classification_loss(logits, labels[batch].to(device), one_class)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             falling.step()
         model.eval()
         with torch.no_grad():
-            logits = torch.cat([model(prepared(part)) for part in test.images.split(BATCH)])
+            logits = torch.cat([model(part).cpu() for part in batches(test.images, model)])
         return score(logits.masked_fill(nowhere, torch.nan), test.labels, one_class)
 
     return measured

@@ -2,7 +2,7 @@
 # All experiments, two at a time on one core each; what is finished is skipped.
 #
 #   ./reproduce.sh            3 seeds of what claims 1 to 7 need; fills the README's tables with it
-#   ./reproduce.sh --all      and claim 8, baselines, other shortcuts, what each part is worth, costs
+#   ./reproduce.sh --all      and claim 8, longer DINO, baselines, other shortcuts, each part's worth, costs
 #   ./reproduce.sh --quick    1 seed of some runs of claims 1, 2, 3, 5, 6 and 7; prints the claims
 #   ./reproduce.sh --list, --list-all     prints the runs of the first two and their flags
 set -euo pipefail
@@ -27,7 +27,6 @@ pretraining() {
         echo "parts_dino-$seed $plates --prior none"
         echo "masks-$seed --seed $seed --prior masks"
     done
-    echo "dino_long-0 --seed 0 --prior none --epochs 60"
 }
 
 parts_of_span() {
@@ -147,6 +146,7 @@ lists() {  # first: what starts from nothing; then: what starts from that
     (pretraining; classifiers; poolings) | sed "s/^/first /"
     few_labels
     [ $all = yes ] || return 0
+    echo "first dino_long-0 --seed 0 --prior none --epochs 60"
     (parts_of_span; parts_of_isnet; baselines; shortcuts) | sed "s/^/first /"
     one_mask
 }

@@ -48,7 +48,7 @@ from dino import Collapse, over_processes
 from evaluate import draw, maps_of, shown_images
 from flags import check, check_idle, parse, repeated
 from folder import Data
-from masks import agreement, foreground
+from masks import agreement, foreground, one_prior, outlines
 from measure import report
 from page import print_tables
 from plots import curves
@@ -78,18 +78,22 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, Data], str | None, nn.M
         raise ValueError(
             f"{args.data}: {len(train.names)} images can't be shared by more processes than that"
         )
+    classifies = args.task == "classify"
+    if classifies:
+        check_labels(args, train)
+    args.channels, args.classes = train.images.shape[1], train.findings if classifies else []
+    args.one_class = classifies and exclusive(train.labels)
     torch.manual_seed(args.seed)
-    encoder = build_encoder(args, train.images.shape[1])
+    encoder = build_encoder(args, args.channels)
     if args.init:
         start_from(Path(args.init), encoder)
-    if args.backbone == "vit" and args.task == "classify" and (not args.init or not encoder.pos_embed.any()):
+    if args.backbone == "vit" and classifies and (not args.init or not encoder.pos_embed.any()):
         # At 0.02 positions are lost beside the patches, and a classifier may stand still for many epochs.
         nn.init.trunc_normal_(encoder.pos_embed, std=0.2)
-    if args.task == "classify":
-        check_labels(args, train)
+    if classifies:
         masked = args.isnet or args.baseline not in (None, "gated")
         guides = foreground(args, parts, sample).to(args.device) if masked else None
-        model = build_classifier(args, encoder, len(train.findings), train.images.shape[1])
+        model = build_classifier(args, encoder, len(args.classes), args.channels)
         if args.relations:
             model.relvit = RelViT(encoder, args.embed_dim, encoder.grid(train.images), args.relations)
     elif args.ssl == "relvit":
@@ -278,6 +282,8 @@ def finish(
     metrics = {name: value for name, value in history[-1].items() if name != "epoch"} | found.figures
     if args.task == "classify" and guides is not None:  # the foreground that was used: how true was it?
         metrics["mask_dice"] = agreement(guides.cpu(), parts["train"])
+    if one_prior(args):
+        write_whole(args.out / "outlines.json", outlines(args, model, parts, sample))
     metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}  # NaN is no JSON
     write_whole(args.out / "metrics.json", metrics)
     picture, about = {
@@ -285,8 +291,7 @@ def finish(
         "classify": ("heatmaps.png", "what the decision rests on"),
     }[args.task]
     shown = shown_images(args, parts, 6)
-    one_class = args.task == "classify" and exclusive(parts["train"].labels)
-    draw(args.out / picture, shown, maps_of(args, model, shown.images, found.heads, one_class), args.task)
+    draw(args.out / picture, shown, maps_of(args, model, shown.images, found.heads), args.task)
     curves(args.out / "curves.png", {args.out.name: history})
     print(f"wrote {args.out}/{picture} ({about}), curves.png, metrics.json, last.pt")
 
@@ -336,7 +341,7 @@ def main(argv: list[str] | None = None) -> None:
         history = train(args, model, images, losses)
         print(f"trained in {time.perf_counter() - started:.0f} s")
         if not rank():
-            finish(args, model.cpu(), parts, sample, history, guides)
+            finish(args, model, parts, sample, history, guides)
         if dist.is_initialized():
             dist.destroy_process_group()
     except (Collapse, FloatingPointError, OSError) as error:  # the last: a full disk, say

@@ -62,8 +62,10 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     if not before:
         raise ValueError(f"{path} holds no ViT that is known here: no name in it ends in {FIRST}")
     weights = {k.removeprefix(before[0]): v for k, v in found.items() if k.startswith(before[0])}
+    beside = {k.removeprefix("module.").split(".")[0] for k in found if not k.startswith(before[0])}
     try:
-        return translated({k: v.float() for k, v in weights.items() if isinstance(v, Tensor)})
+        known, left = translated({k: v.float() for k, v in weights.items() if isinstance(v, Tensor)})
+        return known, sorted({*left, *beside})
     except (KeyError, ValueError, IndexError, AttributeError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} holds no ViT that is known here: {' '.join(str(error).split())}") from None
 
@@ -105,7 +107,7 @@ def translated(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]
     places = w["pos_embed"].shape[1] - ("cls_token" in w)
     if w[FIRST].dim() != 4 or w["pos_embed"].dim() != 3 or math.isqrt(places) ** 2 != places:
         raise ValueError(f"its patches or its {places} places are no square")
-    return {k: w[k] for k in known}, sorted({k.split(".")[0] for k in left})
+    return {k: w[k] for k in known}, [k.split(".")[0] for k in left]
 
 
 def depth_of(weights: dict[str, Tensor]) -> int:
@@ -162,12 +164,13 @@ def fit(weights: dict[str, Tensor], vit: ViT) -> None:
 def exported(vit: ViT) -> dict[str, Tensor]:
     """A ViT as a plain state dict, which timm or DINO's code load with strict=True.
 
-    SimPool's code wants its constant `simpool.beta` besides. Of colour images it expects ImageNet's mean and
-    deviation then, of grey ones (x - 1/2) / (1/4). Raises ValueError for another pooling than CLS or SimPool,
-    for a SimPool whose heads or gamma a file can't tell, and for registers.
+    With registers as timm's `VisionTransformer(reg_tokens=R, no_embed_class=True)` has them; SimPool's code
+    wants its constant `simpool.beta` besides. Of colour images it expects ImageNet's mean and deviation then,
+    of grey ones (x - 1/2) / (1/4). Raises ValueError for another pooling than CLS or SimPool, for a SimPool
+    whose heads or gamma a file can't tell, or with registers.
     """
-    if vit.registers or not (vit.pool is None or isinstance(vit.pool, SimPool)):
-        raise ValueError("--export writes ViTs with a CLS token or SimPool, without registers")
+    if not (vit.pool is None or isinstance(vit.pool, SimPool) and not vit.registers):
+        raise ValueError("--export writes ViTs with a CLS token, or with SimPool and no registers")
     if isinstance(vit.pool, SimPool) and (vit.pool.num_heads, vit.pool.gamma) != (1, 1.25):
         how = f"{vit.pool.num_heads} heads and gamma {vit.pool.gamma}"
         raise ValueError(f"--export: SimPool with {how} can't be told from one head and gamma 1.25 in a file")
@@ -176,4 +179,6 @@ def exported(vit: ViT) -> dict[str, Tensor]:
         w[FIRST] = w[FIRST] / (0.25 / DEVIATION)[:, None, None]
         inner = ((0.5 - MEAN) / DEVIATION)[:, None, None] * w[FIRST]
         w[BIAS] = w[BIAS] - inner.sum(dim=(1, 2, 3))
+    if vit.registers:  # the CLS token has no position of its own there
+        w["cls_token"], w["pos_embed"] = w["cls_token"] + w["pos_embed"][:, :1], w["pos_embed"][:, 1:]
     return w

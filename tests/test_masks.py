@@ -149,6 +149,18 @@ def test_masks_that_cannot_be_are_refused(flags, line, tmp_path, capsys):
     assert line in capsys.readouterr().err
 
 
+def test_a_run_that_did_not_come_to_its_end_makes_no_masks(span, tmp_path, capsys):
+    for file in ("config.json", "last.pt"):
+        (tmp_path / file).write_bytes((span / file).read_bytes())
+    for content in (None, '{"../heart": 0.5}', '{"heart": 7}', "[1]"):
+        if content:
+            (tmp_path / "outlines.json").write_text(content)
+        with pytest.raises(SystemExit):
+            evaluate.main([str(tmp_path), "--export-masks", str(tmp_path / "masks")])
+        assert "outlines.json can't be used" in capsys.readouterr().err
+    assert not (tmp_path / "masks").exists()
+
+
 def test_a_run_that_no_prior_guided_makes_no_masks(tmp_path, capsys):
     train.main([*TINY, "--prior", "none", "--out", str(tmp_path / "dino")])
     with pytest.raises(SystemExit):

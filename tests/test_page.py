@@ -57,7 +57,7 @@ def made():
     )
     report = Report({}, {EVIL: {"same": {EVIL: 0.5}}}, {}, {}, [EVIL])
     text = page(
-        {EVIL: report}, shown, EVIL, {EVIL: Looks({"head 0\nleft": maps}, "", "AP", [0.5, torch.nan])}, {}
+        {EVIL: report}, shown, EVIL, {EVIL: Looks({"head 0\nleft": maps}, "", [], "AP", [0.5, torch.nan])}, {}
     )
     return text, shown, maps
 
@@ -102,7 +102,10 @@ def test_runs_write_a_page_with_each_image_s_own_score(tmp_path):
     evaluate.main([*runs, "--only", "attention", "--html"])
     held = data_in((tmp_path / "span" / "report.html").read_text())
     assert [run["name"] for run in held["runs"]] == ["span", "dino"]
-    assert all(len(run["maps"]) == 3 and len(run["scores"]) == 4 for run in held["runs"])
+    assert all(len(run["scores"]) == 4 and run["said"] == [] for run in held["runs"])
+    assert list(held["runs"][0]["maps"]) == ["head 0, left lung", "head 1, right lung", "head 2, heart"]
+    of_dino = {title.split(",")[0] for title in held["runs"][1]["maps"]}
+    assert of_dino == {"head 0", "head 1", "head 2"}  # every head, those chosen for no region, too
     found = json.loads((tmp_path / "span" / "metrics.json").read_text())
     # of the same four images, each with all its regions: a mean of means
     assert np.mean(held["runs"][0]["scores"]) == pytest.approx(found["attention_mAP"], abs=1e-5)
@@ -120,17 +123,20 @@ def test_a_classifier_s_score_is_its_probability_of_what_is_true(tmp_path):
         chances = model.eval()((parts["test"].images.float() / 255 - 0.5) / 0.25).softmax(dim=1)
     true = chances.gather(1, parts["test"].labels.argmax(dim=1)[:, None])[:, 0]
     np.testing.assert_allclose(run["scores"], true.numpy(), rtol=1e-4)
+    likeliest = {name: 100 * p for name, p in zip(parts["test"].findings, chances[0].tolist())}
+    (first, p), (second, q) = sorted(likeliest.items(), key=lambda pair: -pair[1])
+    assert run["said"][0] == f"{first} {p:.0f} %, {second} {q:.0f} %"
 
 
 def test_of_several_classes_the_score_is_the_probability_of_the_true_one():
-    class Sure(torch.nn.Module):
+    class Sure(torch.nn.Linear):
         def forward(self, images):
             return torch.tensor([[5.0, 0.0, 0.0, 0.0]]).expand(len(images), -1)
 
-    config = argparse.Namespace(task="classify")
+    config = argparse.Namespace(task="classify", one_class=True)
     shown = Data(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), None, None, torch.eye(4)[:3], [], [], [])
     shown.labels[2] = torch.nan
-    _, scores = measure.scores_in(config, Sure(), shown, {}, True)
+    _, scores = measure.scores_in(config, Sure(1, 1), shown, {})
     right, wrong = torch.tensor([5.0, 0.0, 0.0, 0.0]).softmax(dim=0)[:2].tolist()
     assert scores[:2] == pytest.approx([right, wrong]) and math.isnan(scores[2])
 
@@ -142,9 +148,9 @@ def test_the_page_shows_the_first_images_and_those_that_each_model_is_worst_at(m
     runs = {name: (argparse.Namespace(task="pretrain"), name) for name in ("a", "b")}
     scores = {"a": [0.9] * 7 + [0.2, 0.1], "b": [0.9] * 4 + [math.nan, 0.3, 0.4, 0.9, 0.9]}
     monkeypatch.setattr(evaluate, "scores_in", lambda config, model, *args: ("AP", scores[model]))
-    monkeypatch.setattr(evaluate, "maps_of", lambda config, model, images, *args: {"": images[:, 0]})
+    monkeypatch.setattr(evaluate, "maps_of", lambda config, model, images, *args, **kw: {"": images[:, 0]})
     reports = {name: Report({}, {}, {}, {}, []) for name in runs}
-    shown, which, looks = evaluate.looks_of(runs, parts, reports, False)
+    shown, which, looks = evaluate.looks_of(runs, parts, reports)
     assert shown.names == ["0", "1", "5", "6", "7", "8"]
     assert which.startswith("6 of 9 test images, the first 2")
     assert looks["a"].scores == [0.9, 0.9, 0.9, 0.9, 0.2, 0.1] and len(looks["b"].maps[""]) == 6
@@ -159,7 +165,7 @@ def test_what_is_unknown_of_an_image_is_not_called_absent():
 
 def test_relevance_finer_than_the_page_keeps_its_unit():
     R = torch.randn(2, 256, 256)
-    report = _looks_of("a", Looks({"relevance": R}, "nodule", "", [0.1, 0.2]))
+    report = _looks_of("a", Looks({"relevance": R}, "nodule", [], "", [0.1, 0.2]))
     held = numbers(report["maps"]["relevance"], "<f4").reshape(2, 64, 64)
     np.testing.assert_allclose(abs(held).mean(axis=(1, 2)), 1, rtol=1e-5)
 
@@ -173,6 +179,6 @@ def test_images_without_masks_and_labels_are_shown_without_scores(tmp_path):
     torch.save(ViT(16, 8, 3, 32, 1, 2).state_dict(), weights)
     argv = [str(weights), "--data", str(tmp_path / "data"), "--num-heads", "2", "--html"]
     evaluate.main(argv)
-    held = data_in((tmp_path / "vit" / "report.html").read_text())
+    held = data_in((tmp_path / "vit.pth-data" / "report.html").read_text())
     assert held["runs"][0]["scores"] == [None] and held["images"][0]["masks"] is None
     assert list(held["runs"][0]["maps"]) == ["head 0", "head 1"]

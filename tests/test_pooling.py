@@ -114,8 +114,7 @@ def test_a_classifier_that_learns_relations_beside_its_labels_is_used_without_th
     metrics = json.loads((out / "metrics.json").read_text())
     assert {"classification", "relations", "positions", "auc_same"} <= set(metrics)
     config, checkpoint = load_run(out)
-    parts, _, _ = train.load("phantom", 64, 0, 16, findings=config.findings)
-    model = load_model(out, config, checkpoint, parts["train"])
+    model = load_model(out, config, checkpoint)
     assert not any("relvit" in name for name in model.state_dict())
     assert any(name.startswith("relvit.heads") for name in checkpoint["model"])
 

@@ -1,6 +1,8 @@
 """Each public dataset's layout, in small, becomes a folder that loads, with its masks, labels and parts."""
 
 import csv
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 from PIL import Image
 
 import recipes
+import train
 from folder import load_folder
 
 RNG = np.random.default_rng(0)
@@ -26,9 +29,22 @@ def table(path, rows):
         csv.writer(file).writerows(rows)
 
 
+def then(name):
+    """What the README says that SOURCE holds, and the flags to train with after it."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    return re.search(rf"\| `{name}` \| `(.*)` \| `(--.*)` \|", readme).groups()
+
+
 def made(name, source):
-    """The parts of a dataset as they load after its recipe, joined: names, masks, labels; and which part."""
+    """The parts of a dataset as they load after its recipe, joined: names, masks, labels; and which part.
+
+    The README's line for it trains on them, too.
+    """
     recipes.main([name, str(source), str(source.parent / "out")])
+    holds, flags = then(name)
+    assert getattr(recipes, name).__doc__ == f"{holds}."
+    tiny = "--epochs 1 --embed-dim 24 --depth 1 --num-heads 4 --batch-size 4 --out".split()
+    train.main([*flags.split(), "--data", str(source.parent / "out"), *tiny, str(source.parent / "run")])
     parts, sample, _ = load_folder(source.parent / "out", 16)
     where = {n: part for part, data in parts.items() for n in data.names}
     rows = {n: data.labels[i] for data in parts.values() for i, n in enumerate(data.names)}
@@ -41,8 +57,8 @@ def source(tmp_path):
 
 
 def test_montgomery_and_shenzhen(source):
-    for i in range(4):
-        name = f"MCUCXR_000{i}_{i % 2}.png"
+    for i in range(12):
+        name = f"MCUCXR_{i:04d}_{i % 2}.png"
         grey(source / "CXR_png" / name)
         for side in ("left", "right"):
             grey(source / "ManualMask" / f"{side}Mask" / name, MASK)
@@ -51,11 +67,12 @@ def test_montgomery_and_shenzhen(source):
     parts, sample, _, rows = made("montgomery", source)
     assert parts["train"].regions == ["left lung", "right lung"] and sample is not None
     assert {name: float(row[0]) for name, row in rows.items()} == {
-        f"MCUCXR_000{i}_{i % 2}.png": i % 2 for i in range(4)
+        f"MCUCXR_{i:04d}_{i % 2}.png": i % 2 for i in range(12)
     }
-    recipes.main(["shenzhen", str(source), str(source.parent / "two")])
-    parts, sample, _ = load_folder(source.parent / "two", 16)
-    assert parts["train"].regions == ["lungs"] and sum(int(p.has_masks.sum()) for p in parts.values()) == 3
+    (source.parent / "out").rename(source.parent / "one")
+    (source.parent / "run").rename(source.parent / "done")
+    parts, sample, _, _ = made("shenzhen", source)
+    assert parts["train"].regions == ["lungs"] and sum(int(p.has_masks.sum()) for p in parts.values()) == 11
 
 
 def test_jsrt_is_read_from_its_raw_images_as_large_as_its_masks(source):
@@ -79,9 +96,8 @@ def test_chexpert_s_blanks_and_minus_ones_are_unknown_and_patients_stay_together
     for patient in range(30):
         for view in range(2):
             path = f"train/patient{patient:05d}/study1/view{view}_frontal.jpg"
-            train.append(
-                [f"CheXpert-v1.0-small/{path}", "F", "40", "Frontal", "AP", "-1.0", "1.0" if view else ""]
-            )
+            of = ["-1.0", "1.0"] if view else ["", "0.0"]
+            train.append([f"CheXpert-v1.0-small/{path}", "F", "40", "Frontal", "AP", *of])
             grey(source / path)
     valid.append(
         [
@@ -98,7 +114,9 @@ def test_chexpert_s_blanks_and_minus_ones_are_unknown_and_patients_stay_together
     table(source / "train.csv", train), table(source / "valid.csv", valid)
     parts, _, where, rows = made("chexpert", source)
     assert parts["train"].findings == ["Edema", "Cardiomegaly"]
-    assert rows["train_patient00000_study1_view1_frontal.jpg"].isnan().tolist() == [True, False]
+    for view in range(2):
+        known = ~rows[f"train_patient00000_study1_view{view}_frontal.jpg"].isnan()
+        assert known.tolist() == [False, True]
     assert rows["valid_patient9_study1_view1_frontal.jpg"].tolist() == [0, 1]
     assert where["valid_patient9_study1_view1_frontal.jpg"] == "test"
     for patient in range(30):
@@ -109,11 +127,11 @@ def test_chexpert_s_blanks_and_minus_ones_are_unknown_and_patients_stay_together
 
 def test_nih_14_has_its_own_test_images(source):
     rows = [["Image Index", "Finding Labels", "Patient ID"]]
-    for i, found in enumerate(["Cardiomegaly|Effusion", "No Finding", "Hernia"]):
+    for i, found in enumerate(["Mass|Effusion", "No Finding", "Nodule"] * 3):
         rows.append([f"0000000{i}_000.png", found, str(i)])
         grey(source / "images_001" / "images" / f"0000000{i}_000.png")
     table(source / "Data_Entry_2017.csv", rows)
-    (source / "test_list.txt").write_text("00000002_000.png\n")
+    (source / "test_list.txt").write_text("00000002_000.png\n00000003_000.png\n")
     parts, _, where, rows = made("nih14", source)
     assert where["00000002_000.png"] == "test" and len(parts["train"].findings) == 14
     assert rows["00000000_000.png"].sum() == 2 and rows["00000001_000.png"].sum() == 0
@@ -168,13 +186,13 @@ def test_cifar_is_read_from_its_binary_version(name, labels, source):
     )
     (source / ("batches.meta.txt" if labels == 1 else "fine_label_names.txt")).write_text("cat\ndog\n")
     for file in files:
-        rows = np.zeros((2, labels + 3072), dtype=np.uint8)
-        rows[1, labels - 1], rows[:, labels : labels + 1024] = 1, 200  # a dog; red
+        rows = np.zeros((8, labels + 3072), dtype=np.uint8)
+        rows[1::2, labels - 1], rows[:, labels : labels + 1024] = 1, 200  # dogs; red
         (source / file).write_bytes(rows.tobytes())
     parts, _, _, rows = made(name, source)
-    assert parts["test"].findings == ["cat", "dog"] and len(parts["test"].names) == 2
+    assert parts["test"].findings == ["cat", "dog"] and len(parts["test"].names) == 8
     assert parts["test"].images[0].float().mean(dim=(1, 2)).tolist() == [200, 0, 0]
-    assert len(rows) == 2 * len(files)
+    assert len(rows) == 8 * len(files)
 
 
 def test_a_source_that_is_none_is_refused_in_one_line(source, capsys):

@@ -23,6 +23,7 @@ import measure
 import pretrain
 import train
 from checkpoint import build_encoder, load_run
+from flags import parse, repeated
 from phantom import REGIONS, phantom
 
 ROOT = Path(__file__).parents[1]
@@ -172,6 +173,23 @@ def test_a_run_s_settings_repeat_it_and_flags_beside_them_change_it(run, tmp_pat
     assert (config["seed"], config["epochs"], config["embed_dim"]) == (1, 1, 24)
     train.main(["--config", str(tmp_path / "other" / "config.json"), "--out", str(tmp_path / "third")])
     assert same_weights(tmp_path / "third", tmp_path / "other")
+
+
+def test_settings_edited_in_the_file_count(run, tmp_path, capsys):
+    config = json.loads((run / "config.json").read_text())
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config | {"seed": 3, "global_scale": [0.5, 0.9]}))
+    args, _ = parse(repeated(["--config", str(file), "--epochs", "7"]))
+    assert (args.seed, args.global_scale, args.epochs) == (3, [0.5, 0.9], 7)
+    assert args.embed_dim == config["embed_dim"]
+    file.write_text(json.dumps(config | {"follow": False}))
+    assert "follow became False" in refused(capsys, "--config", str(file))
+
+
+def test_underscores_as_in_dino_s_scripts_are_understood_in_flags_but_not_in_values():
+    args, typed = parse(["--patch_size", "4", "--out_dim=64", "--data", "my_data"])
+    assert (args.patch_size, args.out_dim, args.data) == (4, 64, "my_data")
+    assert typed == {"patch_size", "out_dim", "data"}
 
 
 def test_settings_that_are_no_run_s_are_refused_and_a_repeated_run_is_not_overwritten(tmp_path, capsys):

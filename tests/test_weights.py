@@ -210,8 +210,9 @@ def test_published_weights_are_measured_trained_on_and_exported_again(tmp_path, 
     monkeypatch.chdir(tmp_path)
     evaluate.main("vit.pth --data data --img-size 32 --num-heads 1 --only attention knn".split())
     said = capsys.readouterr().out
-    assert "a ViT of 1 blocks" in said and "knn accuracy" in said and Path("vit/compare.png").exists()
-    assert "knn_accuracy" in json.loads(Path("vit/metrics.json").read_text())
+    out = Path("vit.pth-data")  # of one data set, lest figures of another join them
+    assert "a ViT of 1 blocks" in said and "knn accuracy" in said and (out / "compare.png").exists()
+    assert "knn_accuracy" in json.loads((out / "metrics.json").read_text())
     train.main(
         "--init vit.pth --num-heads 1 --task classify --data data --img-size 32 --epochs 1 --out run".split()
     )
@@ -229,9 +230,28 @@ def test_published_weights_are_measured_trained_on_and_exported_again(tmp_path, 
 
 
 def test_only_what_others_can_load_is_exported():
-    for options in ({"registers": 2}, {"pool": GAP()}):
-        with pytest.raises(ValueError, match="CLS token or SimPool, without registers"):
+    for options in ({"registers": 2, "pool": SimPool(24, 1.25)}, {"pool": GAP()}):
+        with pytest.raises(ValueError, match="a CLS token, or with SimPool and no registers"):
             exported(ViT(32, 8, 3, 24, 1, 3, **options))
+
+
+def test_registers_go_out_as_timm_has_them_and_come_back_the_same(tmp_path):
+    torch.manual_seed(0)
+    vit = ViT(32, 8, 3, 192, 2, 3, registers=4).eval()
+    out = exported(vit)
+    assert out["pos_embed"].shape == (1, 16, 192) and out["reg_token"].shape == (1, 4, 192)
+    again, found, left = loaded(tmp_path, out)
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(again(x).pooled, vit(x).pooled, rtol=1e-3, atol=1e-4)
+    assert found["registers"] == 4 and left == []
+
+
+def test_what_lies_beside_the_encoder_in_a_whole_training_is_named(tmp_path):
+    state = {
+        f"module.backbone.{k}": v for k, v in published_names(depth=1, embed_dim=192, num_heads=3).items()
+    }
+    _, _, left = loaded(tmp_path, {"student": state | {"module.head.mlp.0.weight": torch.zeros(2, 192)}})
+    assert left == ["head"]
 
 
 def test_damaged_weights_are_refused_by_name_or_read(tmp_path):
