@@ -57,6 +57,8 @@ CLASSIFIERS = {  # what is compared with the plain classifier of the same encode
     "ISNet / plain: ViT, epsilon rule": (VIT, "--isnet 1 --isnet-layers none", SMALL),
     "ISNet / plain: ViT, epsilon rule, inner layers and attention": (VIT, "--isnet 1", SMALL),
     "ISNet / plain: ViT-S/16 at 224 px, epsilon rule": (VIT_S, "--isnet 1 --isnet-layers none", LARGE),
+    "channels last / as usual: ResNet": (RESNET, "--channels-last", SMALL),
+    "channels last / as usual: ResNet, ISNet": (f"{RESNET} --isnet 1", "--channels-last", SMALL),
 } | {
     f"{baseline} / plain: {name}": (encoder, f"--baseline {baseline}", SMALL)
     for name, encoder in {"ResNet": RESNET, "ViT": VIT}.items()
@@ -256,9 +258,10 @@ def step_costs(runs: int, device: str) -> dict[str, tuple[float, float, float]]:
 def heatmaps(flags: str) -> tuple[Callable, Callable]:
     """Predictions and LRP heatmaps of 250 phantoms, as in evaluate.py."""
     args = parse(f"--task classify {flags}".split())[0]
+    args.one_class = True
     images = phantom(BATCH, seed=0)[0]
     model = build_classifier(args, build_encoder(args, 1), 2, 1)
-    return lambda: scores_of(model, images, True), lambda: relevance_of(args, model, images, True)
+    return lambda: scores_of(model, images, True), lambda: relevance_of(args, model, images)
 
 
 def classifier_costs(runs: int) -> dict[str, tuple[float, float, float]]:
@@ -268,7 +271,7 @@ def classifier_costs(runs: int) -> dict[str, tuple[float, float, float]]:
         (plain, plain_use), (other, use) = classifier(encoder, shape), classifier(f"{encoder} {added}", shape)
         steps = (lambda: plain().backward()), (lambda: other().backward())
         rows[f"training step, {name}"] = ratio(*steps, runs)
-        if "ISNet" in name:
+        if "ISNet /" in name:
             rows[f"memory kept for the backward pass, {name}"] = (kept_bytes(other) / kept_bytes(plain),) * 3
         elif "gated" in name or "pipeline" in name:  # the others leave the plain model behind
             rows[f"use, {name}"] = ratio(plain_use, use, runs)

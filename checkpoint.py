@@ -189,7 +189,8 @@ def build_encoder(config: argparse.Namespace, in_chans: int) -> ViT | ResNet:
     elif config.pool == "gap" and config.backbone == "vit":
         pool = GAP()
     if config.backbone == "resnet":
-        return ResNet(in_chans, D, pool=pool)
+        resnet = ResNet(in_chans, D, pool=pool)
+        return resnet.to(memory_format=torch.channels_last) if config.channels_last else resnet
     dimensions = config.img_size, config.patch_size, in_chans, D, config.depth, config.num_heads
     return ViT(*dimensions, drop_path=config.drop_path, pool=pool, registers=config.registers)
 

@@ -5,13 +5,16 @@ trains it with a heatmap beside each prediction and punishes relevance outside a
 
     L = L_class + weight (L_bg(image) + mean of L_bg(inner layers) + mean of L_span(attention) + L_fg(image)),
 
-and needs the masks no more once it is trained. What hides a shortcut from these losses, and what finds it, is
-told in `isnet_lrp.py`. A ViT can hide it in its attention: the marker's token draws a head's attention off
-all others and adds nothing itself, so that what is missing tells the label. The softmax is saturated there
-and the token's value zero: no relevance, by the rules here. And where relevance alone is punished, or
-attention outside the mask by L_bg, that is met by attention saturated on one or two patches, from which
-little can be learned. So attention is guided as in SPAN (`attention_priors.py`), toward all of the foreground
-alike.
+and needs the masks no more once it is trained. A convnet's weight falls along half a cosine: L_bg pulls with
+its full strength as long as any relevance is left there, and the label is learned against that pull; once a
+way past the shortcut is found, a tenth of the weight keeps to it.
+
+What hides a shortcut from these losses, and what finds it, is told in `isnet_lrp.py`. A ViT can hide it in
+its attention: the marker's token draws a head's attention off all others and adds nothing itself, so that
+what is missing tells the label. The softmax is saturated there and the token's value zero: no relevance, by
+the rules here. And where relevance alone is punished, or attention outside the mask by L_bg, that is met by
+attention saturated on one or two patches, from which little can be learned. So attention is guided as in SPAN
+(`attention_priors.py`), toward all of the foreground alike.
 
 Labels are multi-hot: findings, each present or not by itself (a sigmoid each), or classes, of which each
 image has one (a softmax). Next to read: `train.py`.
@@ -207,7 +210,7 @@ def prepared(images: Tensor) -> Tensor:
 def objective(
     args: argparse.Namespace, model: Classifier, images: Tensor, masks: Tensor | None, labels: Tensor
 ) -> Callable[[Tensor, Generator], tuple[Tensor, dict[str, Tensor]]]:
-    """The training loss as a function of indices (B,) and a generator: (loss, what to log).
+    """The training loss as losses(index (B,), generator, share of the training done): (loss, what to log).
 
     images (N, C, S, S) uint8, masks (N, 1, S, S) bool, needed with --isnet and most baselines, labels (N, K)
     multi-hot, NaN for unknown. With --isnet, C1 and C2 are found first, and printed. With --relations, the
@@ -218,7 +221,7 @@ def objective(
         c1, c2 = natural_range(model, images, masks, labels, args)
         print(f"C1 {c1:.4g}, C2 {c2:.4g}: total relevance of a plain classifier after {WARM_UP} epochs")
 
-    def losses(index: Tensor, generator: Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(index: Tensor, generator: Generator, done: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
         known = labels[index]
         if args.relations:
             views = images[index].float() / 255, model.relvit.grid, args.patch_size, generator
@@ -254,7 +257,8 @@ def objective(
             "foreground": (foreground * share).sum(),
         }
         explained_share = 1 if one_class else 1 / known.shape[1]  # one finding of K, as in the mean of all
-        weight = args.isnet * explained_share
+        left = args.isnet_end + (1 - args.isnet_end) * (1 + math.cos(math.pi * done)) / 2
+        weight = args.isnet * left * explained_share
         loss = parts["classification"] + weight * (parts["background"] + parts["foreground"])
         return loss, {"loss": loss.detach(), **{name: part.detach() for name, part in parts.items()}}
 

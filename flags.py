@@ -26,8 +26,9 @@ DEFAULTS = {  # by --task, by --backbone, and by both
     | {"backbone": "resnet", "embed_dim": 64, "depth": 3, "num_heads": 4},
     "vit": {"pool": "cls", "simpool_gamma": 1.25},
     "resnet": {"pool": "gap", "simpool_gamma": 2.0},
-    "classify vit": {"lr": 5e-4, "lrp_gamma": 0.0, "clip_grad": 3.0},
-    "classify resnet": {"lr": 2e-3, "lrp_gamma": 3.0, "clip_grad": 0.1},  # else ISNet may stand still
+    "classify vit": {"lr": 5e-4, "lrp_gamma": 0.0, "clip_grad": 3.0, "isnet_end": 1.0},
+    # With larger gradients ISNet may stand still; and at a constant weight the label is learned less well.
+    "classify resnet": {"lr": 2e-3, "lrp_gamma": 3.0, "clip_grad": 0.1, "isnet_end": 0.1},
 }
 OF_THE_ENCODER = (
     "backbone img_size patch_size embed_dim depth num_heads registers pool pool_heads simpool_gamma".split()
@@ -120,6 +121,7 @@ def parse(argv: list[str], doc: str = "\n\n") -> tuple[argparse.Namespace, set[s
     add("--accumulate", type=int, default=1, help=what)
     add("--amp", action="store_true", help="compute in bfloat16 where that is safe")
     add("--compile", action="store_true", help="pretrain with torch.compile")
+    add("--channels-last", action="store_true", help="a ResNet's weights channels last, often faster")
     add("--lr", type=float, help=f"highest learning rate (AdamW, cosine){by_task('lr')}")
     add("--warmup", type=float, default=0.1, help="share of all steps in which the learning rate rises")
     add("--weight-decay", type=float, default=0.04, help="of matrices; vectors have none")
@@ -179,6 +181,8 @@ def add_task_flags(parser: argparse.ArgumentParser) -> None:
     add("--flip", type=float, default=0.0, help="share of mirrored views; 0 where left and right differ")
     add = parser.add_argument_group("classification (ISNet)").add_argument
     add("--isnet", type=float, default=0.0, help="weight of the ISNet loss; 0 for a plain classifier")
+    what = "share of --isnet that is left at the end, 0 to 1; the weight falls as half a cosine"
+    add("--isnet-end", type=float, help=what + by_task("isnet_end"))
     what = "what to train in place of ISNet, to compare it with: see baselines.py"
     add("--baseline", type=str, choices=BASELINES, help=what)
     add("--baseline-weight", type=float, default=1.0, help="of the baseline's penalty")
@@ -227,7 +231,7 @@ def check(args: argparse.Namespace) -> None:
         (1e-9, 1e9): "lr teacher_temp clip_grad",
         (0, 1e9): "prior_blur span_weight weight_decay isnet lrp_gamma baseline_weight",
         (1e-12, 1e9): "lrp_epsilon isnet_e",
-        (0, 1): "momentum center_momentum flip warmup marker",
+        (0, 1): "momentum center_momentum flip warmup marker isnet_end",
         (1e-3, 1): "isnet_decay",
         (0, 0.99): "drop_path",
         (-args.depth, args.depth - 1): "span_layer",
@@ -299,7 +303,9 @@ def check_idle(args: argparse.Namespace, typed: set[str]) -> None:
     upstream = args.task == "pretrain" and args.ssl == "relvit"
     masked = args.baseline not in (None, "gated")
     missing = {  # flags, and what they need if it isn't there
-        "explain isnet_layers isnet_decay isnet_e": None if args.isnet else "--isnet; add --isnet 1",
+        "explain isnet_layers isnet_decay isnet_e isnet_end": (
+            None if args.isnet else "--isnet; add --isnet 1"
+        ),
         "marker_kind": "--marker; add --marker 1" if args.marker is None else None,
         "masks": None if args.isnet or masked else "--isnet or a --baseline that needs masks",
         "baseline_weight": None if args.baseline in PENALTIES else f"--baseline {', '.join(PENALTIES)}",
@@ -311,6 +317,7 @@ def check_idle(args: argparse.Namespace, typed: set[str]) -> None:
         "follow": "--ssl dino; RelViT's priors are cut with the patches" if upstream else None,
         "span_layer": "--pool cls" if args.pool != "cls" and args.task == "pretrain" else None,
         "registers": "--backbone vit" if args.backbone == "resnet" else None,
+        "channels_last": "--backbone resnet" if args.backbone == "vit" else None,
         "simpool_gamma pool_heads": None if args.pool == "simpool" else "--pool simpool",
         "ssl": None if args.task == "pretrain" else "--task pretrain; to classify, see --relations",
     }

@@ -173,7 +173,7 @@ def self_distillation(
 ) -> Callable:
     """DINO's loss as losses(index, generator), guided by laid(index) (B, R, S, S) unless laid is None."""
 
-    def losses(index: Tensor, generator: Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(index: Tensor, generator: Generator, done: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
         views, thetas = views_of(images[index].float() / 255, args, generator)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=args.amp):
             loss, features = dino(views, args.teacher_temp, args.span_layer)
@@ -190,7 +190,7 @@ def relations(args: argparse.Namespace, relvit: RelViT, images: Tensor, laid: Ca
     """RelViT's loss as losses(index, generator), guided by laid(index) (B, R, S, S) unless laid is None."""
     grid, p = relvit.grid, args.patch_size
 
-    def losses(index: Tensor, generator: Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(index: Tensor, generator: Generator, done: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
         views, boxes, _ = patch_views(
             images[index].float() / 255, grid, p, generator, mega=args.mega_patches > 0
         )

@@ -62,6 +62,7 @@ parts_of_isnet() {
     echo "one_logit-0 $common --explain label"
     echo "mean_pooling-0 $common --isnet-decay 1"
     echo "large_e-0 $common --isnet-e 1"
+    echo "constant_weight-0 $common --isnet-end 1"
     common="--task classify --seed 0 --backbone vit --marker 1 --isnet $(weight vit)"
     echo "vit_pixels_only-0 $common --isnet-layers none"
     echo "vit_unguided-0 $common --isnet-layers relevance"

@@ -51,6 +51,7 @@ FAILURES = {
     "one_logit": "the label's logit explained, not log-odds",
     "mean_pooling": "mean over the background, not ranked",
     "large_e": "E = 1, as published, in place of 0.1",
+    "constant_weight": "weight of 3 to the end",
     "isnet_vit": "ViT, as it should be",
     "vit_unguided": "relevance alone, attention unguided",
     "vit_pixels_only": "relevance of the image alone",
@@ -273,19 +274,27 @@ def ablation(runs: dict) -> str:
     return markdown(["changed", "attention mAP, %", "to the default, same seeds", "seeds"], rows)
 
 
-def shortcut(runs: dict) -> str:
-    """AUC with the marker as in training, removed, flipped, and another in its place, for both backbones."""
+def shortcut(runs: dict, costs: dict[str, list[float]]) -> str:
+    """AUC with the marker as in training, removed, flipped, and another in its place, for both backbones.
+
+    costs: what benchmark.py measured; what it has no row for is the plain model, and costs as much.
+    """
     rows = []
+    isnet = {"ResNet": "gamma rule, inner layers", "ViT": "epsilon rule, inner layers and attention"}
     for backbone, name in {"resnet": "ResNet", "vit": "ViT"}.items():
         for how, title in SHORTCUT.items():
             experiment = f"{how}_{backbone}"
             sets = ["same"] if how == "unmarked" else ["same", "removed", "flipped", "unseen"]
             names = [f"auc_{part}_enlarged_heart" for part in sets] + [""] * (4 - len(sets))
             names += ["relevance_share_same", "mask_dice"]
-            found = [list(points(runs, experiment, name).values()) for name in names]
+            found = [list(points(runs, experiment, figure).values()) for figure in names]
+            step = f"ISNet / plain: {name}, {isnet[name]}" if "isnet" in how else f"{how} / plain: {name}"
+            for cost in (f"training step, {step}", f"use, {how} / plain: {name}"):
+                found.append([costs[cost][1]] if cost in costs else [1.0])
             rows += [[f"{name}: {title}", *map(spread, found), str(len(found[0]))]] if found[0] else []
     header = ["enlarged heart: AUC, %", "marker as in training", "removed", "flipped", "another one"]
-    return markdown([*header, "relevance in lungs and heart, %", "Dice of masks, %", "seeds"], rows)
+    header += ["relevance in lungs and heart, %", "Dice of masks, %", "training step / plain", "use / plain"]
+    return markdown([*header, "seeds"], rows)
 
 
 def kinds(runs: dict) -> str:
@@ -342,16 +351,22 @@ def few_labels(runs: dict) -> str:
     return markdown(["symbols: accuracy, %", "50 labels a class", "500 labels a class"], rows)
 
 
-def benchmark(rows: dict[str, list[float]]) -> str:
-    """Medians and quartiles of benchmark.py."""
+def benchmark(costs: dict[str, list[float]]) -> str:
+    """Medians and quartiles of benchmark.py; what `shortcut` shows is left out."""
+    shown = [f", {how} / plain:" for how in SHORTCUT]
     return markdown(
         ["measured", "median", "quartiles"],
-        [[name, f"{median:g}", f"{low:g} to {high:g}"] for name, (low, median, high) in rows.items()],
+        [
+            [name, f"{median:g}", f"{low:g} to {high:g}"]
+            for name, (low, median, high) in costs.items()
+            if not any(beside in name for beside in shown)
+        ],
     )
 
 
 def tables(runs: dict, results: Path) -> dict[str, str]:
     """All tables, by name."""
+    costs = json.loads((results / "benchmark.json").read_text())
     return {
         "claims": claims(runs),
         "localisation": localisation(runs),
@@ -359,12 +374,12 @@ def tables(runs: dict, results: Path) -> dict[str, str]:
         "transfer": transfer(runs, TRANSFER),
         "parts": inspection(runs),
         "parts_transfer": transfer(runs, PLATES),
-        "shortcut": shortcut(runs),
+        "shortcut": shortcut(runs, costs),
         "kinds": kinds(runs),
         "failures": failures(runs),
         "pooling": pooling(runs),
         "few_labels": few_labels(runs),
-        "benchmark": benchmark(json.loads((results / "benchmark.json").read_text())),
+        "benchmark": benchmark(costs),
     }
 
 

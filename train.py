@@ -161,8 +161,9 @@ def stop_requests() -> Iterator[Event]:
 
 
 def train(args: argparse.Namespace, model: nn.Module, images: Tensor, losses: Callable) -> list[dict]:
-    """Train on images (N, C, S, S), with losses(index, generator) -> (loss, what to log) for indices (B,).
+    """Train on images (N, C, S, S), with losses(index, generator, done) -> (loss, what to log), index (B,).
 
+    done: the share of the training that is done, 0 to 1.
     Returns the history, a row an epoch. Raises Collapse, FloatingPointError before weights are spoiled, or
     KeyboardInterrupt, the checkpoint written. Of several processes each takes its share of every batch.
     """
@@ -221,7 +222,7 @@ def learn(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(args, at, total)
     optimizer.zero_grad()
-    loss, logged = accumulate(args, step, index, generator)
+    loss, logged = accumulate(args, step, index, generator, at / total)
     descend(loss, model, optimizer, args, at)
     if isinstance(model, DINO):
         logged |= move_teacher(args, model, cosine(at, total, args.momentum, 1.0))
@@ -230,14 +231,14 @@ def learn(
 
 
 class Step(nn.Module):
-    """A model's losses(index, generator) as a forward pass, which is what DistributedDataParallel takes."""
+    """A model's losses as a forward pass, which is what DistributedDataParallel takes."""
 
     def __init__(self, model: nn.Module, losses: Callable):
         super().__init__()
         self.model, self.losses = model, losses
 
-    def forward(self, index: Tensor, generator: Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.losses(index, generator)
+    def forward(self, index: Tensor, generator: Generator, done: float) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.losses(index, generator, done)
 
 
 def rank() -> int:
@@ -246,13 +247,13 @@ def rank() -> int:
 
 
 def accumulate(
-    args: argparse.Namespace, step: nn.Module, index: Tensor, generator: Generator
+    args: argparse.Namespace, step: nn.Module, index: Tensor, generator: Generator, done: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The gradients of a batch's loss, in --accumulate parts; returns the loss and what to log, as means."""
     total, logged = 0.0, {}
     for part in index.chunk(args.accumulate):
         share = len(part) / len(index)
-        loss, found = step(part, generator)
+        loss, found = step(part, generator, done)
         (loss * share).backward()
         total = total + loss.detach() * share
         logged = {name: logged.get(name, 0.0) + value * share for name, value in found.items()}

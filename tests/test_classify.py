@@ -17,8 +17,8 @@ from simpool import GAP, SimPool
 from vit import ViT
 
 SETTINGS = Namespace(
-    isnet=1.0, isnet_layers="all", isnet_decay=0.9, isnet_e=0.1, lrp_epsilon=0.01, lrp_gamma=3.0,
-    explain="selective", lr=1e-3, batch_size=4, seed=0, relations=None, baseline=None,
+    isnet=1.0, isnet_end=1.0, isnet_layers="all", isnet_decay=0.9, isnet_e=0.1, lrp_epsilon=0.01,
+    lrp_gamma=3.0, explain="selective", lr=1e-3, batch_size=4, seed=0, relations=None, baseline=None,
 )  # fmt: skip
 ENCODERS = {"resnet": lambda: ResNet(1, 16), "vit": lambda: ViT(16, 4, 1, 12, 2, 3)}
 
@@ -106,6 +106,20 @@ def test_inner_layers_count_as_background_where_they_cover_no_foreground(name):
     both = isnet_losses(model, images, corner, target, SETTINGS)
     torch.testing.assert_close(both[1], alone[1])
     assert (both[0] > alone[0]).all()
+
+
+def test_the_weight_of_isnet_falls_as_half_a_cosine_to_its_share():
+    torch.manual_seed(0)
+    model = Classifier(ENCODERS["resnet"](), 1)
+    images, labels = torch.randint(256, (4, 1, 16, 16), dtype=torch.uint8), torch.tensor([[0.0], [1]] * 2)
+    masks = torch.zeros(4, 1, 16, 16, dtype=torch.bool)
+    masks[:, :, 4:12, 4:12] = True
+    settings = Namespace(**vars(SETTINGS) | {"isnet": 3.0, "isnet_end": 0.2})
+    losses = objective(settings, model, images, masks, labels)
+    for done, weight in ((0.0, 3.0), (0.25, 0.6 + 2.4 * (2 + 2**0.5) / 4), (0.5, 1.8), (1.0, 0.6)):
+        _, found = losses(torch.arange(4), Generator().manual_seed(0), done)
+        punished = found["background"] + found["foreground"]
+        torch.testing.assert_close(found["loss"], found["classification"] + weight * punished)
 
 
 def test_training_with_isnet_leaves_a_plain_model_behind():

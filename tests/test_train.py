@@ -542,7 +542,7 @@ def test_each_process_trains_on_its_share_of_every_batch(tmp_path):
                 dist.init_process_group("gloo", f"file://{tmp_path}/meet", rank=rank, world_size=2)
                 model = torch.nn.Linear(1, 1)
 
-                def losses(index, generator):
+                def losses(index, generator, done):
                     seen.append(index)
                     loss = model(index[:, None].float()).mean()
                     return loss, {"loss": loss.detach()}
@@ -572,6 +572,17 @@ def test_a_batch_in_parts_gives_the_same_step_and_in_bfloat16_nearly(tmp_path):
     assert all((whole["model"][k] - parts["model"][k]).abs().max() < 1e-4 for k in whole["model"])
     assert whole["history"][0]["loss"] == pytest.approx(parts["history"][0]["loss"], rel=1e-4)
     assert 0 < abs(whole["history"][0]["loss"] - amp["history"][0]["loss"]) < 0.02
+
+
+def test_channels_last_is_another_layout_of_the_same_step(tmp_path):
+    for name, flags in {"usual": [], "last": ["--channels-last"]}.items():
+        argv = [*SMALL, "--backbone", "resnet", "--isnet", "1", *flags, "--epochs", "1", "--batch-size", "32"]
+        train.main([*argv, "--out", str(tmp_path / name)])
+    usual, last = (load_run(tmp_path / name)[1]["history"][0] for name in ("usual", "last"))
+    assert usual["loss"] == pytest.approx(last["loss"], rel=1e-4)
+    model = build_encoder(load_run(tmp_path / "last")[0], in_chans=1)
+    convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d) and m.in_channels > 1]
+    assert all(m.weight.is_contiguous(memory_format=torch.channels_last) for m in convolutions)
 
 
 @pytest.mark.parametrize("flags", ["", "--ssl relvit", "--local-crops-number 2"])

@@ -1,0 +1,44 @@
+"""What benchmark.py compares is what it says, and every comparison can be made."""
+
+import time
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import benchmark
+
+
+def test_a_ratio_is_of_the_second_over_the_first():
+    low, median, high = benchmark.ratio(lambda: time.sleep(0.01), lambda: time.sleep(0.03), runs=5)
+    assert 1.5 < low <= median <= high < 4
+
+
+def test_the_floor_of_a_step_has_as_many_operations_as_the_step():
+    a, b = torch.randn(600, 512), torch.randn(512, 1300)
+    floor = benchmark.product_of(lambda: (a @ b, a @ b), "cpu")
+    with FlopCounterMode(display=False) as counter:
+        floor()
+    assert counter.get_total_flops() == pytest.approx(2 * 2 * 600 * 512 * 1300, rel=0.2)  # whole products
+
+
+@pytest.mark.parametrize("flags", benchmark.PRETRAINING.values())
+def test_pretraining_steps_can_be_timed(flags):
+    step = benchmark.pretraining_step(flags, benchmark.phantom(2, seed=0)[0])
+    assert all(torch.tensor(value).isfinite() for value in step().values())
+
+
+@pytest.mark.parametrize("name", [name for name in benchmark.CLASSIFIERS if "ViT-S" not in name])
+def test_classifiers_can_be_compared(name):
+    encoder, added, (_, channels, *size) = benchmark.CLASSIFIERS[name]
+    narrow = f"{encoder} --embed-dim 16"
+    for flags in (narrow, f"{narrow} {added}"):
+        loss, use = benchmark.classifier(flags, (4, channels, *size))
+        loss().backward()
+        assert use().shape == (4, 2)
+
+
+def test_heatmaps_and_predictions_are_of_the_same_images(monkeypatch):
+    monkeypatch.setattr(benchmark, "BATCH", 3)
+    predict, explain = benchmark.heatmaps(f"{benchmark.RESNET} --embed-dim 16")
+    assert predict().shape == (3, 2) and explain().shape == (3, 1, 64, 64)
