@@ -73,59 +73,9 @@ def parse(argv: list[str], doc: str = "\n\n") -> tuple[argparse.Namespace, set[s
     parser = argparse.ArgumentParser(
         usage=usage, description=intro, epilog=examples, formatter_class=Formatter, allow_abbrev=False
     )
-    add = parser.add_argument_group("run").add_argument
-    add("--task", type=str, choices=TASKS, default="pretrain", help="which other flags apply")
-    add("--out", type=Path, help=f"folder for all that the run writes{by_task('out')}")
-    what = "config.json of a run to repeat in another --out; flags beside it change it"
-    add("--config", type=Path, default=argparse.SUPPRESS, help=what)
-    add("--overwrite", action="store_true", help="start again in a folder that holds a run")
-    add("--resume", action="store_true", help="go on with the run in --out where it stopped")
-    add("--keep-going", action="store_true", help="train on after a collapse")
-    add("--seed", type=int, default=0, help="of drawn data, weights and views")
-    what = "auto (cuda if there is one, else cpu), cpu, cuda, mps: where to train"
-    add("--device", type=str, default="auto", help=what)
-    add = parser.add_argument_group("data").add_argument
-    add(
-        "--data",
-        type=str,
-        default="phantom",
-        help="phantom (drawn chest X-rays), parts (drawn plates), or a folder",
-    )
-    add("--train-images", type=int, help=f"how many to draw for training{by_task('train_images')}")
-    add("--img-size", type=int, default=64, help="pixels a side that images are resized to")
-    add("--findings", type=str, nargs="+", help="to classify, or all (default: phantom one, else all)")
-    add("--marker", type=float, help="share of phantoms whose marker agrees with the first finding")
-    what = "an L in a corner or anywhere, a tint, or a frame"
-    add("--marker-kind", type=str, choices=MARKERS, default="corner", help=what)
-    add("--sample", type=str, help="name of the labelled image (default: the first that has all masks)")
+    add_run_flags(parser)
     add_task_flags(parser)
-    add = parser.add_argument_group("model").add_argument
-    add("--backbone", type=str, choices=["vit", "resnet"], help=f"the encoder{by_task('backbone')}")
-    what = "a finished run, or a file of a ViT's published weights, to start from in its sizes"
-    add("--init", type=Path, help=what)
-    add("--patch-size", type=int, default=8, help="pixels a side of a patch")
-    add("--embed-dim", type=int, help=f"width; the ResNet's in its last stage{by_task('embed_dim')}")
-    add("--depth", type=int, help=f"blocks of the ViT{by_task('depth')}")
-    add("--num-heads", type=int, help=f"attention heads; each prior takes one{by_task('num_heads')}")
-    add("--registers", type=int, default=0, help="tokens of a ViT that have no place in the image")
-    add("--drop-path", type=float, default=0.0, help="stochastic depth of the last block")
-    what = "how patches become one vector: a CLS token, their mean, or SimPool"
-    add("--pool", type=str, choices=["cls", "gap", "simpool"], help=what + by_task("pool"))
-    what = "exponent of SimPool's mean, 0.1 to 10"
-    add("--simpool-gamma", type=float, help=what + by_task("simpool_gamma"))
-    add("--pool-heads", type=int, help="of SimPool (default: --num-heads if priors guide them, else 1)")
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=int, default=15, help="passes over the training images")
-    add("--batch-size", type=int, help=f"images a step{by_task('batch_size')}")
-    what = "parts of a batch, one after the other, where memory is short; norms and DINO's centre see a part"
-    add("--accumulate", type=int, default=1, help=what)
-    add("--amp", action="store_true", help="compute in bfloat16 where that is safe")
-    add("--compile", action="store_true", help="pretrain with torch.compile")
-    add("--channels-last", action="store_true", help="a ResNet's weights channels last, often faster")
-    add("--lr", type=float, help=f"highest learning rate (AdamW, cosine){by_task('lr')}")
-    add("--warmup", type=float, default=0.1, help="share of all steps in which the learning rate rises")
-    add("--weight-decay", type=float, default=0.04, help="of matrices; vectors have none")
-    add("--clip-grad", type=float, help=f"largest norm of the gradient{by_task('clip_grad')}")
+    add_model_flags(parser)
     parser.set_defaults(**DEFAULTS[parser.parse_args(argv).task])
     chosen = parser.parse_args(argv)
     before = settings_of(chosen.init) if chosen.init else {}
@@ -153,6 +103,35 @@ def dashed(word: str) -> str:
     """A flag as it is spelled here: --patch_size, as DINO's scripts write it, is --patch-size."""
     flag, equals, value = word.partition("=")
     return (flag.replace("_", "-") if flag.startswith("--") else flag) + equals + value
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of every run, and of its data."""
+    add = parser.add_argument_group("run").add_argument
+    add("--task", type=str, choices=TASKS, default="pretrain", help="which other flags apply")
+    add("--out", type=Path, help=f"folder for all that the run writes{by_task('out')}")
+    what = "config.json of a run to repeat in another --out; flags beside it change it"
+    add("--config", type=Path, default=argparse.SUPPRESS, help=what)
+    add("--overwrite", action="store_true", help="start again in a folder that holds a run")
+    add("--resume", action="store_true", help="go on with the run in --out where it stopped")
+    add("--keep-going", action="store_true", help="train on after a collapse")
+    add("--seed", type=int, default=0, help="of drawn data, weights and views")
+    what = "auto (cuda if there is one, else cpu), cpu, cuda, mps: where to train"
+    add("--device", type=str, default="auto", help=what)
+    add = parser.add_argument_group("data").add_argument
+    add(
+        "--data",
+        type=str,
+        default="phantom",
+        help="phantom (drawn chest X-rays), parts (drawn plates), or a folder",
+    )
+    add("--train-images", type=int, help=f"how many to draw for training{by_task('train_images')}")
+    add("--img-size", type=int, default=64, help="pixels a side that images are resized to")
+    add("--findings", type=str, nargs="+", help="to classify, or all (default: phantom one, else all)")
+    add("--marker", type=float, help="share of phantoms whose marker agrees with the first finding")
+    what = "an L in a corner or anywhere, a tint, or a frame"
+    add("--marker-kind", type=str, choices=MARKERS, default="corner", help=what)
+    add("--sample", type=str, help="name of the labelled image (default: the first that has all masks)")
 
 
 def add_task_flags(parser: argparse.ArgumentParser) -> None:
@@ -197,6 +176,37 @@ def add_task_flags(parser: argparse.ArgumentParser) -> None:
     add("--lrp-epsilon", type=float, default=1e-2, help="the stabiliser of the rule")
     what = "0: epsilon rule; larger: toward the z+ rule"
     add("--lrp-gamma", type=float, help=what + by_task("lrp_gamma"))
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of encoders and their optimisation."""
+    add = parser.add_argument_group("model").add_argument
+    add("--backbone", type=str, choices=["vit", "resnet"], help=f"the encoder{by_task('backbone')}")
+    what = "a finished run, or a file of a ViT's published weights, to start from in its sizes"
+    add("--init", type=Path, help=what)
+    add("--patch-size", type=int, default=8, help="pixels a side of a patch")
+    add("--embed-dim", type=int, help=f"width; the ResNet's in its last stage{by_task('embed_dim')}")
+    add("--depth", type=int, help=f"blocks of the ViT{by_task('depth')}")
+    add("--num-heads", type=int, help=f"attention heads; each prior takes one{by_task('num_heads')}")
+    add("--registers", type=int, default=0, help="tokens of a ViT that have no place in the image")
+    add("--drop-path", type=float, default=0.0, help="stochastic depth of the last block")
+    what = "how patches become one vector: a CLS token, their mean, or SimPool"
+    add("--pool", type=str, choices=["cls", "gap", "simpool"], help=what + by_task("pool"))
+    what = "exponent of SimPool's mean, 0.1 to 10"
+    add("--simpool-gamma", type=float, help=what + by_task("simpool_gamma"))
+    add("--pool-heads", type=int, help="of SimPool (default: --num-heads if priors guide them, else 1)")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=int, default=15, help="passes over the training images")
+    add("--batch-size", type=int, help=f"images a step{by_task('batch_size')}")
+    what = "parts of a batch, one after the other, where memory is short; norms and DINO's centre see a part"
+    add("--accumulate", type=int, default=1, help=what)
+    add("--amp", action="store_true", help="compute in bfloat16 where that is safe")
+    add("--compile", action="store_true", help="pretrain with torch.compile")
+    add("--channels-last", action="store_true", help="a ResNet's weights channels last, often faster")
+    add("--lr", type=float, help=f"highest learning rate (AdamW, cosine){by_task('lr')}")
+    add("--warmup", type=float, default=0.1, help="share of all steps in which the learning rate rises")
+    add("--weight-decay", type=float, default=0.04, help="of matrices; vectors have none")
+    add("--clip-grad", type=float, help=f"largest norm of the gradient{by_task('clip_grad')}")
 
 
 def by_task(name: str) -> str:

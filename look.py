@@ -44,15 +44,18 @@ def look(run: Path, config: argparse.Namespace, model: nn.Module, path: Path, ou
     averaged = encoder.pool is None if isinstance(encoder, ResNet) else isinstance(encoder.pool, GAP)
     if not averaged:
         attention = attention_of(encoder, image, config.span_layer)  # (1, heads, N)
-        heads = {f"head {h}": A.unflatten(1, encoder.grid(image)) for h, A in enumerate(attention.unbind(1))}
+        heads = [f"head {h}" for h in range(attention.shape[1])]
         guided = run.is_dir() and one_prior(config)
         shares = read_outlines(run) if guided else dict.fromkeys(heads, MASS)
+        if guided:
+            heads = [f"{head}\n{region}" for head, region in zip(heads, shares)] + heads[len(shares) :]
+        maps = dict(zip(heads, attention.unflatten(2, encoder.grid(image)).unbind(1)))  # each (1, h, w)
         masks = masks_of(config, encoder, shares, image)  # (1, R, H, W)
         for name, mask in zip(shares, masks[0]):
             written.append(out / "masks" / f"{name}.png")
             write_mask(written[-1], mask, picture_size(path))
         written.append(out / "attention.png")
-        map_grid(written[-1], shown, masks, list(shares), heads, outlined="outlined", side=PANEL)
+        map_grid(written[-1], shown, masks, list(shares), maps, outlined="outlined", side=PANEL)
     if classifies:
         out.mkdir(parents=True, exist_ok=True)
         R = relevance_of(config, model, image).sum(dim=1)  # (1, H, W)

@@ -36,11 +36,12 @@ def map_grid(
 
     images (B, C, H, W) in [0, 1], masks (B, R, H, W), columns {title: (B, h, w)}: attention over patches, or,
     if signed, relevance in units of its mean size, red where it speaks for the decision and blue where
-    against. side: of a panel, in inches.
+    against. side: width of a panel, in inches.
     """
     titles = ["image"] + [outlined] * (masks is not None) + list(columns)
     B, (H, W) = len(images), images.shape[-2:]
-    size = (side * len(titles) + 0.7, side * B + 0.6)
+    lines = max(title.count("\n") for title in titles)
+    size = (side * len(titles) + 0.7, side * B * min(3, H / W) + 0.6 + 0.13 * lines)
     figure, axes = plt.subplots(B, len(titles), figsize=size, squeeze=False, layout="constrained")
     how = {"cmap": "bwr" if signed else "magma", "vmin": -SCALE if signed else 0, "vmax": SCALE}
     for b, row in enumerate(axes):

@@ -67,7 +67,8 @@ def test_guided_heads_outline_their_regions_and_every_head_is_shown(wide, tmp_pa
     assert path == out / "attention.png" and str(path) in capsys.readouterr().out
     assert image.shape == (1, 1, 64, 144) and masks.shape == (1, 3, 64, 144)
     assert names == ["left lung", "right lung", "heart"]
-    assert {name: m.shape for name, m in maps.items()} == {f"head {h}": (1, 8, 18) for h in range(3)}
+    titles = ["head 0\nleft lung", "head 1\nright lung", "head 2\nheart"]
+    assert {name: m.shape for name, m in maps.items()} == dict.fromkeys(titles, (1, 8, 18))
     for name, mask in zip(names, masks[0]):
         written = Image.open(out / "masks" / f"{name}.png")
         assert written.size == (200, 90)  # the picture's own
