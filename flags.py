@@ -1,7 +1,8 @@
 """What can be asked of `train.py`: its flags by group, their defaults by task, and what can't be.
 
-A flag's help says what it does; a setting that makes no sense is refused by one line that names it, its
-limits, or the remedy. Next to read: `checkpoint.py`.
+A flag's help says what it does; what DINO's or timm's scripts have, too, answers to its name there as well. A
+setting that makes no sense is refused by one line that names it, its limits, or the remedy. Next to read:
+`checkpoint.py`.
 """
 
 import argparse
@@ -100,7 +101,7 @@ def parse(argv: list[str], doc: str = "\n\n") -> tuple[argparse.Namespace, set[s
 
 
 def dashed(word: str) -> str:
-    """A flag as it is spelled here: --patch_size, as DINO's scripts write it, is --patch-size."""
+    """A flag with dashes: --patch_size, as DINO's scripts write it, is --patch-size."""
     flag, equals, value = word.partition("=")
     return (flag.replace("_", "-") if flag.startswith("--") else flag) + equals + value
 
@@ -109,7 +110,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of every run, and of its data."""
     add = parser.add_argument_group("run").add_argument
     add("--task", type=str, choices=TASKS, default="pretrain", help="which other flags apply")
-    add("--out", type=Path, help=f"folder for all that the run writes{by_task('out')}")
+    add("--out", "--output-dir", type=Path, help=f"folder for all that the run writes{by_task('out')}")
     what = "config.json of a run to repeat in another --out; flags beside it change it"
     add("--config", type=Path, default=argparse.SUPPRESS, help=what)
     add("--overwrite", action="store_true", help="start again in a folder that holds a run")
@@ -121,6 +122,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data").add_argument
     add(
         "--data",
+        "--data-path",
         type=str,
         default="phantom",
         help="phantom (drawn chest X-rays), parts (drawn plates), or a folder",
@@ -152,12 +154,38 @@ def add_task_flags(parser: argparse.ArgumentParser) -> None:
     add("--mega-patches", type=int, default=0, help="cells a side that RelViT cuts images into; 0: patches")
     add("--out-dim", type=int, default=256, help="prototypes; hundreds for thousands of images")
     add("--teacher-temp", type=float, default=0.02, help="the teacher's temperature; lower is sharper")
-    add("--momentum", type=float, default=0.996, help="of the teacher at first; rises to 1")
+    add(
+        "--momentum",
+        "--momentum-teacher",
+        type=float,
+        default=0.996,
+        help="of the teacher at first; rises to 1",
+    )
     add("--center-momentum", type=float, default=0.9, help="of the teacher's centre")
-    add("--global-scale", type=float, nargs=2, default=[0.4, 1.0], help="area of the 2 global crops")
+    add(
+        "--global-scale",
+        "--global-crops-scale",
+        type=float,
+        nargs=2,
+        default=[0.4, 1.0],
+        help="area of the 2 global crops",
+    )
     add("--local-crops-number", type=int, default=0, help="local crops, of half the size")
-    add("--local-scale", type=float, nargs=2, default=[0.1, 0.4], help="area of the local crops")
-    add("--flip", type=float, default=0.0, help="share of mirrored views; 0 where left and right differ")
+    add(
+        "--local-scale",
+        "--local-crops-scale",
+        type=float,
+        nargs=2,
+        default=[0.1, 0.4],
+        help="area of the local crops",
+    )
+    add(
+        "--flip",
+        "--hflip",
+        type=float,
+        default=0.0,
+        help="share of mirrored views; 0 where left and right differ",
+    )
     add = parser.add_argument_group("classification (ISNet)").add_argument
     add("--isnet", type=float, default=0.0, help="weight of the ISNet loss; 0 for a plain classifier")
     what = "share of --isnet that is left at the end, 0 to 1; the weight falls as half a cosine"

@@ -192,6 +192,12 @@ def test_underscores_as_in_dino_s_scripts_are_understood_in_flags_but_not_in_val
     assert typed == {"patch_size", "out_dim", "data"}
 
 
+def test_flags_answer_to_the_names_that_they_have_in_dino_s_and_timm_s_scripts():
+    theirs = "--output_dir o --data_path d --momentum_teacher 0.9 --global_crops_scale 0.5 1 --hflip 0.5"
+    ours = "--out o --data d --momentum 0.9 --global-scale 0.5 1 --flip 0.5"
+    assert parse(theirs.split()) == parse(ours.split())
+
+
 def test_settings_that_are_no_run_s_are_refused_and_a_repeated_run_is_not_overwritten(tmp_path, capsys):
     train.main([*TINY, "--epochs", "1", "--out", str(tmp_path / "old"), "--overwrite"])
     capsys.readouterr()
