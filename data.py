@@ -92,6 +92,34 @@ def _stamp_parts(parts: dict[str, Data], agreement: float, kind: str, seed: int)
             parts[part] = data._replace(images=images)
 
 
+class Hosted:
+    """Images (N, C, S, S) that a device has no room for: they stay with the host, and come as asked for.
+
+    To train on, they are as good as a tensor there.
+    """
+
+    def __init__(self, images: Tensor, device: str):
+        self.images, self.device, self.shape = images, torch.device(device), images.shape
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        picked = self.images[index.to("cpu")]
+        picked = picked.pin_memory() if self.device.type == "cuda" else picked  # else the copy would block
+        return picked.to(self.device, non_blocking=True)
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        return (part.to(self.device) for part in self.images.split(size))
+
+
+def placed(images: Tensor, device: str) -> Tensor | Hosted:
+    """Images on the device, for indices there; or with the host if they would take half of what is free."""
+    if device.startswith("cuda") and images.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+        return Hosted(images, device)
+    return images.to(device)
+
+
 def batches(images: Tensor, model: nn.Module) -> Iterator[Tensor]:
     """Images (M, C, S, S) uint8 in parts (BATCH, C, S, S), as encoders expect them, on the model's device."""
     device = next(model.parameters()).device

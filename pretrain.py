@@ -26,7 +26,7 @@ from attention_priors import (
     span_loss,
 )
 from crops import crop, distort, random_crops
-from data import BATCH, batches, normalise
+from data import BATCH, batches, normalise, placed
 from folder import Data
 from relvit import RelViT, cut, patch_views
 
@@ -95,7 +95,9 @@ def lay_over(
     if config.prior == "masks":
         if not train.has_masks.any():
             raise ValueError(f"--prior masks: no training image of {config.data} has a mask for every region")
-        masks = train.masks.to(images.device)  # blurred as the sample's are; a missing mask stays empty
+        masks = placed(
+            train.masks, str(images.device)
+        )  # blurred like the sample's; a missing one stays empty
         return lambda index: blurred(masks[index].float(), config.prior_blur)
     priors, _ = make_priors(config, parts, sample)
     priors = priors.to(images.device)

@@ -43,7 +43,7 @@ from checkpoint import (
 )
 from checkpoint import write_whole
 from classify import exclusive, objective
-from data import load
+from data import Hosted, load, placed
 from dino import Collapse, over_processes
 from evaluate import draw, maps_of, shown_images
 from flags import check, check_idle, parse, repeated
@@ -57,7 +57,7 @@ from relvit import TASKS
 from ssl import DINO, RelViT  # the doorway ssl.py in this folder, which leaves Python's own ssl as it was
 
 
-def prepare(args: argparse.Namespace) -> tuple[dict[str, Data], str | None, nn.Module, Tensor, Any]:
+def prepare(args: argparse.Namespace) -> tuple[dict[str, Data], str | None, nn.Module, Tensor | Hosted, Any]:
     """Data by part, the sample's name, model and training images on the device, and what guides the model.
 
     That is priors as from `lay_over` or None to pretrain, foreground masks (N, 1, S, S) or None to classify.
@@ -108,7 +108,7 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, Data], str | None, nn.M
     size = sum(p.numel() for p in encoder.parameters()) / 1e6
     counts = ", ".join(f"{len(d.names)} {part}" for part, d in parts.items())
     print(f"{args.data}: {counts} images; {size:.2f} M weights, on {args.device}")
-    model, images = model.to(args.device), train.images.to(args.device)
+    model, images = model.to(args.device), placed(train.images, args.device)
     if args.task == "pretrain":
         guides = priors_over(args, parts, sample, images)
     return parts, sample, model, images, guides
@@ -160,7 +160,9 @@ def stop_requests() -> Iterator[Event]:
             signal.signal(number, handler)
 
 
-def train(args: argparse.Namespace, model: nn.Module, images: Tensor, losses: Callable) -> list[dict]:
+def train(
+    args: argparse.Namespace, model: nn.Module, images: Tensor | Hosted, losses: Callable
+) -> list[dict]:
     """Train on images (N, C, S, S), with losses(index, generator, done) -> (loss, what to log), index (B,).
 
     done: the share of the training that is done, 0 to 1.
