@@ -25,9 +25,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from baselines import BASELINES
 from checkpoint import build_classifier, build_encoder, write_whole
-from classify import objective, prepared, relevance_of, scores_of
+from classify import objective, relevance_of, scores_of
 from crops import crop, distort, random_crops
-from data import BATCH
+from data import BATCH, prepared
 from flags import parse
 from phantom import phantom
 from pretrain import relations, self_distillation

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from baselines import AttentionGate, Pipeline, Segmenter
 from classify import Classifier
+from folder import Data
 from resnet import ResNet
 from simpool import GAP, SimPool
 from vit import ViT
@@ -154,8 +155,8 @@ def load_run(folder: Path) -> tuple[argparse.Namespace, dict]:
     except Exception as error:  # a damaged or foreign file fails in the unpickler in many ways
         reason = " ".join(str(error).split())[:120]
         raise ValueError(f"{folder}: config.json or last.pt is damaged ({reason})") from None
-    if "channels" not in config:
-        raise ValueError(f"{folder} is a run of an older version, without its channels; train it again")
+    if "channels_last" not in config:
+        raise ValueError(f"{folder} is a run of an older version, without --channels-last; train it again")
     return argparse.Namespace(**config), checkpoint
 
 
@@ -223,6 +224,17 @@ def load_model(run: Path, config: argparse.Namespace, checkpoint: dict) -> nn.Mo
     except RuntimeError:
         raise ValueError(f"{run}: last.pt holds a model of other sizes than config.json says") from None
     return model
+
+
+def check_data(run: Path, config: argparse.Namespace, train: Data) -> None:
+    """Raise ValueError if a run learned other channels or classes than its data have by now."""
+    learned = config.channels, *config.classes
+    there = train.images.shape[1], *(train.findings if config.task == "classify" else ())
+    if learned != there:
+        learned, there = (f"{c} channel(s){', '.join(['', *classes])}" for c, *classes in (learned, there))
+        raise ValueError(
+            f"{run} learned {learned}; but {config.data} has {there}: restore it, or train again"
+        )
 
 
 def load_encoder(run: Path, config: argparse.Namespace, checkpoint: dict, encoder: nn.Module) -> None:

@@ -32,11 +32,12 @@ from torch import Generator, Tensor, nn
 
 from attention_priors import span_loss
 from baselines import PENALTIES, swapped
-from data import batches, normalise
+from data import BATCH, batches, normalise, prepared
 from isnet_lrp import background_loss, foreground_loss, relevance
 from relvit import patch_views
 from vit import Attention, Block, PatchEmbed
 
+EXPLAINED = 32  # images at a time whose relevance is asked for: each keeps its graph
 WARM_UP = 5  # epochs of a plain classifier, before its range of relevance is taken
 
 
@@ -188,7 +189,8 @@ def natural_range(
             optimizer.step()
     plain.eval()
     total = []
-    for index in masks.flatten(1).any(dim=1).nonzero()[:512, 0].split(64):
+    has_mask = torch.cat([part.flatten(1).any(dim=1) for part in masks.split(BATCH)])
+    for index in has_mask.nonzero()[:512, 0].split(64):
         target = explained(labels[index], one_class, args.explain, generator)
         heatmap, _ = relevance(plain, prepared(images[index]), target, **rule(args))
         total.append(heatmap.detach().abs().sum(dim=(1, 2, 3)))
@@ -202,14 +204,9 @@ def natural_range(
     return c1, c2
 
 
-def prepared(images: Tensor) -> Tensor:
-    """Images (B, C, H, W) uint8 as encoders expect them."""
-    return normalise(images.float() / 255)
-
-
 def objective(
     args: argparse.Namespace, model: Classifier, images: Tensor, masks: Tensor | None, labels: Tensor
-) -> Callable[[Tensor, Generator], tuple[Tensor, dict[str, Tensor]]]:
+) -> Callable[[Tensor, Generator, float], tuple[Tensor, dict[str, Tensor]]]:
     """The training loss as losses(index (B,), generator, share of the training done): (loss, what to log).
 
     images (N, C, S, S) uint8, masks (N, 1, S, S) bool, needed with --isnet and most baselines, labels (N, K)
@@ -287,7 +284,7 @@ def relevance_of(config: argparse.Namespace, model: nn.Module, images: Tensor) -
         return log_odds(logits, likeliest if logits.shape[1] > 2 else torch.ones_like(likeliest))
 
     model.eval()
-    heatmaps = (relevance(model, x, target, **rule(config))[0] for x in batches(images, model))
+    heatmaps = (relevance(model, x, target, **rule(config))[0] for x in batches(images, model, EXPLAINED))
     return torch.cat([R.detach().cpu() for R in heatmaps])
 
 

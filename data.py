@@ -110,7 +110,12 @@ class Hosted:
         return picked.to(self.device, non_blocking=True)
 
     def split(self, size: int) -> Iterator[Tensor]:
+        """All of them, in parts, on the device."""
         return (part.to(self.device) for part in self.images.split(size))
+
+    def cpu(self) -> Tensor:
+        """All of them, with the host."""
+        return self.images
 
 
 def placed(images: Tensor, device: str) -> Tensor | Hosted:
@@ -120,11 +125,16 @@ def placed(images: Tensor, device: str) -> Tensor | Hosted:
     return images.to(device)
 
 
-def batches(images: Tensor, model: nn.Module) -> Iterator[Tensor]:
-    """Images (M, C, S, S) uint8 in parts (BATCH, C, S, S), as encoders expect them, on the model's device."""
+def batches(images: Tensor, model: nn.Module, size: int = BATCH) -> Iterator[Tensor]:
+    """Images (M, C, S, S) uint8 in parts of a size, as encoders expect them, on the model's device."""
     device = next(model.parameters()).device
-    for part in images.split(BATCH):
-        yield normalise(part.to(device).float() / 255)
+    for part in images.split(size):
+        yield prepared(part.to(device))
+
+
+def prepared(images: Tensor) -> Tensor:
+    """Images (B, C, H, W) uint8 as encoders expect them."""
+    return normalise(images.float() / 255)
 
 
 def normalise(images: Tensor) -> Tensor:

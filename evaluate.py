@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from checkpoint import build_encoder, load_model, load_run, start_from, write_whole
+from checkpoint import build_encoder, check_data, load_model, load_run, start_from, write_whole
 from classify import explained_by, relevance_of
 from data import DRAWN, load
-from flags import parse, usable
+from flags import check_device, parse
 from folder import Data, select
 from look import look
 from masks import export_masks
@@ -118,17 +118,17 @@ def load_all(
 ) -> tuple[dict, dict[str, Data], str | None]:
     """{run: (settings, model, history)}, the data that all of them share, and its labelled sample.
 
-    data: flags of train.py for the runs that are files of weights, beside those of the first that is none.
-    Raises ValueError if data are not shared.
+    data: train.py's flags for files of weights; the data of a run beside them are added. Raises ValueError
+    if data are not shared.
     """
     for run in runs:
         if not run.exists():
             raise ValueError(f"{run}: no such file or folder")
     loaded = {run: load_run(run) for run in runs if not run.is_file()}
     configs = {run: config for run, (config, _) in loaded.items()}
-    for config in list(configs.values())[:1]:
-        first = wanted_by(config) | {"findings": None}
-        pairs = ((f"--{k.replace('_', '-')}", str(v)) for k, v in first.items() if v is not None)
+    if configs:
+        shared = wanted_by(next(iter(configs.values()))) | {"findings": None}
+        pairs = ((f"--{k.replace('_', '-')}", str(v)) for k, v in shared.items() if v is not None)
         data = [word for pair in pairs for word in pair] + data
     configs = {run: configs[run] if run in configs else settings_for(run, data) for run in runs}
     markers = {
@@ -137,7 +137,7 @@ def load_all(
     if len(markers) > 1:
         both = " and ".join(f"{kind} {share:g}" for share, kind in sorted(markers))
         raise ValueError(f"the runs have markers of {both}: compare runs on the same images")
-    first, *others = configs.values()
+    first = configs[runs[0]]
     for run, config in configs.items():
         here, there = ({"task": c.task, **wanted_by(c)} for c in (first, config))
         differ = [name for name in here | there if here.get(name) != there.get(name)]
@@ -159,17 +159,6 @@ def load_all(
     return found, parts, sample
 
 
-def check_data(run: Path, config: argparse.Namespace, train: Data) -> None:
-    """Raise ValueError if a run learned other channels or classes than its data have by now."""
-    channels, classes = train.images.shape[1], train.findings if config.task == "classify" else []
-    if (channels, classes) != (config.channels, config.classes):
-        learned = f"{config.channels} channels{', '.join(['', *config.classes])}"
-        there = f"{channels}{', '.join(['', *classes])}"
-        raise ValueError(
-            f"{run} learned {learned}, but {config.data} has {there}: restore it, or train again"
-        )
-
-
 def compare(args: argparse.Namespace, data: list[str]) -> None:
     """Measure runs on the same test images, print them side by side, draw them into the first's folder."""
     runs = args.runs
@@ -184,7 +173,7 @@ def compare(args: argparse.Namespace, data: list[str]) -> None:
         found = reports[short[run]] = report(config, model, parts, sample, args.only, SHARES)
         path = home[run] / "metrics.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        old = json.loads(path.read_text()) if path.exists() else {}
+        old = json.loads(path.read_text()) if path.exists() and run.is_dir() else {}  # of files: other data
         if config.marker is None and "removed" in parts:
             found.notes.append("its figures are not kept: it was trained without the marker that others have")
         else:  # NaN is no JSON
@@ -287,12 +276,15 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--rows {args.rows}: draw at least 1")
         if data and not any(run.is_file() for run in args.runs):
             raise ValueError(f"{data[0]} is for files of weights; runs are measured on their own data")
-        args.device = usable(args.device)
+        if args.device == "auto":
+            args.device = "cuda" if torch.cuda.is_available() else "cpu"
+        check_device(args.device)
         if args.export:
             write_weights(first, args.export)
         elif args.export_masks:
-            loaded, parts, _ = load_all([first], data)
-            written = export_masks(first, parts, loaded[first][0].data, args.export_masks)
+            loaded, parts, _ = load_all([first], data, args.device)
+            config, model, _ = loaded[first]
+            written = export_masks(first, config, model, parts, args.export_masks)
             print(f"wrote {written} masks into {args.export_masks}")
         elif args.image:
             draw_pictures(first, data, args.image, args.device)
@@ -301,6 +293,9 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError:
+        print(f"evaluate.py: {args.device} has not enough memory: add --device cpu", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("\nstopped; nothing of the run that was being measured is kept")
         sys.exit(130)

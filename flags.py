@@ -54,14 +54,16 @@ def repeated(argv: list[str]) -> list[str]:
     if script != "train.py":
         raise ValueError(f"--config {known.config} is not the config.json of a run")
     words = [word for word in words if word not in ("--overwrite", "--resume")]
-    for name, now in vars(parse(words)[0]).items():
+    typed, beside = parse(others)
+    init = ["--init", str(typed.init)] if "init" in beside else []  # the run's own may be gone
+    for name, now in vars(parse(words + init)[0]).items():
         asked = config.get(name, now)
-        if str(asked) == str(now) or name in OF_THE_CALL:
+        fixed = beside | set(OF_THE_CALL) | set(OF_THE_ENCODER if init else ())
+        if str(asked) == str(now) or name in fixed:
             continue
-        if asked is None or isinstance(asked, bool):
-            raise ValueError(
-                f"--config {known.config}: {name} became {asked}; change the flags typed instead"
-            )
+        if name in ("task", "backbone") or asked is None or isinstance(asked, bool):
+            undo = "undo that, and type its flag beside --config"  # what it brings with it stands there, too
+            raise ValueError(f"--config {known.config}: {name} became {asked}; {undo}")
         words += [f"--{name.replace('_', '-')}", *map(str, asked if isinstance(asked, list) else [asked])]
     return words + others
 
@@ -75,7 +77,8 @@ def parse(argv: list[str], doc: str = "\n\n") -> tuple[argparse.Namespace, set[s
         usage=usage, description=intro, epilog=examples, formatter_class=Formatter, allow_abbrev=False
     )
     add_run_flags(parser)
-    add_task_flags(parser)
+    add_pretrain_flags(parser)
+    add_classify_flags(parser)
     add_model_flags(parser)
     parser.set_defaults(**DEFAULTS[parser.parse_args(argv).task])
     chosen = parser.parse_args(argv)
@@ -95,7 +98,8 @@ def parse(argv: list[str], doc: str = "\n\n") -> tuple[argparse.Namespace, set[s
     if chosen.task == "classify" and chosen.data == "phantom":
         parser.set_defaults(findings=FINDINGS[:1])
     args = parser.parse_args(argv)
-    args.device = usable(args.device)
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     untyped = argparse.Namespace(**dict.fromkeys(vars(args)))  # what is there already gets no default
     return args, {name for name, value in vars(parser.parse_args(argv, untyped)).items() if value is not None}
 
@@ -120,13 +124,8 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     what = "auto (cuda if there is one, else cpu), cpu, cuda, mps: where to train"
     add("--device", type=str, default="auto", help=what)
     add = parser.add_argument_group("data").add_argument
-    add(
-        "--data",
-        "--data-path",
-        type=str,
-        default="phantom",
-        help="phantom (drawn chest X-rays), parts (drawn plates), or a folder",
-    )
+    what = "phantom (drawn chest X-rays), parts (drawn plates), or a folder"
+    add("--data", "--data-path", type=str, default="phantom", help=what)
     add("--train-images", type=int, help=f"how many to draw for training{by_task('train_images')}")
     add("--img-size", type=int, default=64, help="pixels a side that images are resized to")
     add("--findings", type=str, nargs="+", help="to classify, or all (default: phantom one, else all)")
@@ -136,8 +135,8 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--sample", type=str, help="name of the labelled image (default: the first that has all masks)")
 
 
-def add_task_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of the methods: SPAN and DINO to pretrain, ISNet to classify."""
+def add_pretrain_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of pretraining: SPAN, DINO and RelViT."""
     add = parser.add_argument_group("where to look (SPAN)").add_argument
     priors = "sample: one image's masks; masks: every image's; statistics; none; or a .npy file (R, S, S)"
     add("--prior", type=str, default="sample", help=priors)
@@ -154,38 +153,20 @@ def add_task_flags(parser: argparse.ArgumentParser) -> None:
     add("--mega-patches", type=int, default=0, help="cells a side that RelViT cuts images into; 0: patches")
     add("--out-dim", type=int, default=256, help="prototypes; hundreds for thousands of images")
     add("--teacher-temp", type=float, default=0.02, help="the teacher's temperature; lower is sharper")
-    add(
-        "--momentum",
-        "--momentum-teacher",
-        type=float,
-        default=0.996,
-        help="of the teacher at first; rises to 1",
-    )
+    what = "of the teacher at first; rises to 1"
+    add("--momentum", "--momentum-teacher", type=float, default=0.996, help=what)
     add("--center-momentum", type=float, default=0.9, help="of the teacher's centre")
-    add(
-        "--global-scale",
-        "--global-crops-scale",
-        type=float,
-        nargs=2,
-        default=[0.4, 1.0],
-        help="area of the 2 global crops",
-    )
+    what = "area of the 2 global crops"
+    add("--global-scale", "--global-crops-scale", type=float, nargs=2, default=[0.4, 1.0], help=what)
     add("--local-crops-number", type=int, default=0, help="local crops, of half the size")
-    add(
-        "--local-scale",
-        "--local-crops-scale",
-        type=float,
-        nargs=2,
-        default=[0.1, 0.4],
-        help="area of the local crops",
-    )
-    add(
-        "--flip",
-        "--hflip",
-        type=float,
-        default=0.0,
-        help="share of mirrored views; 0 where left and right differ",
-    )
+    what = "area of the local crops"
+    add("--local-scale", "--local-crops-scale", type=float, nargs=2, default=[0.1, 0.4], help=what)
+    what = "share of mirrored views; 0 where left and right differ"
+    add("--flip", "--hflip", type=float, default=0.0, help=what)
+
+
+def add_classify_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of classification: ISNet, and what it is compared with."""
     add = parser.add_argument_group("classification (ISNet)").add_argument
     add("--isnet", type=float, default=0.0, help="weight of the ISNet loss; 0 for a plain classifier")
     what = "share of --isnet that is left at the end, 0 to 1; the weight falls as half a cosine"
@@ -230,7 +211,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--accumulate", type=int, default=1, help=what)
     add("--amp", action="store_true", help="compute in bfloat16 where that is safe")
     add("--compile", action="store_true", help="pretrain with torch.compile")
-    add("--channels-last", action="store_true", help="a ResNet's weights channels last, often faster")
+    add("--channels-last", action="store_true", help="another layout of a ResNet's weights")
     add("--lr", type=float, help=f"highest learning rate (AdamW, cosine){by_task('lr')}")
     add("--warmup", type=float, default=0.1, help="share of all steps in which the learning rate rises")
     add("--weight-decay", type=float, default=0.04, help="of matrices; vectors have none")
@@ -282,20 +263,19 @@ def check(args: argparse.Namespace) -> None:
                 raise ValueError(f"--{flag} {value}: it must lie between {least:g} and {most:g}")
     if not 1 <= args.accumulate <= args.batch_size:
         raise ValueError(f"--accumulate {args.accumulate}: it must lie between 1 and --batch-size")
+    check_device(args.device)
     check_pairs(args)
     for scale in (args.global_scale, args.local_scale):
         random_crops(1, scale, Generator())  # it knows which scales can be
 
 
-def usable(device: str) -> str:
-    """A device as torch calls it; of auto, the one there is. Raises ValueError if it can't be used."""
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+def check_device(device: str) -> None:
+    """Raise ValueError if a device can't be used."""
     try:
         torch.zeros(1, device=device).item()  # which a device without memory can't
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0].split(". ")[0][:200]
         raise ValueError(f"--device {device} can't be used: {reason}") from None
-    return device
 
 
 def check_pairs(args: argparse.Namespace) -> None:

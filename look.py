@@ -33,7 +33,7 @@ def look(run: Path, config: argparse.Namespace, model: nn.Module, path: Path, ou
     """Draw what a run sees in the picture at `path`; returns the files written into the folder `out`.
 
     The picture keeps its aspect; its shorter side becomes the run's --img-size. No data but it is needed.
-    Raises DataError.
+    Raises DataError, or ValueError for a damaged outlines.json.
     """
     classifies = config.task == "classify"
     encoder = model.encoder if classifies else model
@@ -45,22 +45,23 @@ def look(run: Path, config: argparse.Namespace, model: nn.Module, path: Path, ou
     if not averaged:
         attention = attention_of(encoder, image, config.span_layer)  # (1, heads, N)
         heads = [f"head {h}" for h in range(attention.shape[1])]
-        guided = run.is_dir() and one_prior(config)
-        shares = read_outlines(run) if guided else dict.fromkeys(heads, MASS)
+        guided = one_prior(config) and (run / "outlines.json").exists()  # or it did not come to its end
+        shares = read_outlines(run, config) if guided else dict.fromkeys(heads, MASS)
         if guided:
             heads = [f"{head}\n{region}" for head, region in zip(heads, shares)] + heads[len(shares) :]
         maps = dict(zip(heads, attention.unflatten(2, encoder.grid(image)).unbind(1)))  # each (1, h, w)
         masks = masks_of(config, encoder, shares, image)  # (1, R, H, W)
+        size = picture_size(path)
         for name, mask in zip(shares, masks[0]):
             written.append(out / "masks" / f"{name}.png")
-            write_mask(written[-1], mask, picture_size(path))
+            write_mask(written[-1], mask, size)
         written.append(out / "attention.png")
         map_grid(written[-1], shown, masks, list(shares), maps, outlined="outlined", side=PANEL)
     if classifies:
         out.mkdir(parents=True, exist_ok=True)
         R = relevance_of(config, model, image).sum(dim=1)  # (1, H, W)
         (said,) = decisions(config, model, image)
-        title = f"relevance for {explained_by(config)}\n" + said.replace(", ", "\n")
+        title = "\n".join([f"relevance for {explained_by(config)}", *said])
         written.append(out / "relevance.png")
         R = R / R.abs().mean().clamp_min(1e-30)
         map_grid(written[-1], shown, None, [], {title: R}, signed=True, side=PANEL)

@@ -40,33 +40,31 @@ def outlines(
     """The share of attention, 0 to 1, that outlines each region, {region: share} by guided head."""
     priors, names = make_priors(config, parts, sample)
     train = parts["train"]
-    true_of = train.images[train.names.index(sample)][None] if config.prior == "sample" else train.images
+    only = [train.names.index(sample)] if config.prior == "sample" else slice(BATCH)
+    true_of = train.images[only]  # true on average, of the others
     regions = priors >= priors.amax(dim=(1, 2), keepdim=True) / 2
     attention = attention_of(encoder, true_of, config.span_layer)[:, : len(names)]
     return dict(zip(names, mass_held(attention, encoder.grid(true_of), regions).tolist()))
 
 
-def guided_masks(run: Path, images: Tensor) -> tuple[Tensor, list[str]]:
-    """Masks (M, R, H, W) bool of images (M, C, H, W) uint8 from a run's guided heads; the regions' names.
-
-    Raises ValueError if the folder holds no such run, or none that was finished.
-    """
+def guided_masks(run: Path, images: Tensor) -> Tensor:
+    """Masks (M, R, H, W) bool of images (M, C, H, W) uint8 from a run's guided heads. Raises ValueError."""
     config, checkpoint = load_run(run)
-    if not one_prior(config):
-        raise ValueError(f"{run} has no heads that one prior guided: train one with --prior sample")
     if images.shape[1] != config.channels:
         raise ValueError(
             f"{run} learned from {config.channels} channels, these images have {images.shape[1]}"
         )
-    shares = read_outlines(run)
-    return masks_of(config, load_model(run, config, checkpoint), shares, images), list(shares)
+    return masks_of(config, load_model(run, config, checkpoint), read_outlines(run, config), images)
 
 
-def read_outlines(run: Path) -> dict[str, float]:
-    """What `outlines` found at the end of a run. Raises ValueError if it did not come to its end."""
+def read_outlines(run: Path, config: argparse.Namespace) -> dict[str, float]:
+    """What `outlines` found at the end of a run. Raises ValueError for a run without one prior, or end."""
+    if not one_prior(config):
+        raise ValueError(f"{run} has no heads that one prior guided: train one with --prior sample")
     try:
         shares = json.loads((run / "outlines.json").read_text())
-        if all(Path(name).name == name and 0 <= share <= 1 for name, share in shares.items()):
+        plain = all(Path(name).name == name not in ("", "..") for name in shares)  # they become files' names
+        if shares and plain and all(0 <= share <= 1 for share in shares.values()):
             return shares
     except (OSError, ValueError, AttributeError, TypeError):
         pass
@@ -108,7 +106,7 @@ def foreground(args: argparse.Namespace, parts: dict[str, Data], sample: str | N
         everyone = torch.arange(len(train.names)).split(BATCH)
         masks = torch.cat([(laid(index) > 0.5).any(dim=1, keepdim=True) for index in everyone])
     elif (where / "config.json").is_file():
-        masks = guided_masks(where, train.images)[0].any(dim=1, keepdim=True)
+        masks = guided_masks(where, train.images).any(dim=1, keepdim=True)
     else:
         masks = read_masks(where, None if args.data in DRAWN else args.data, train.names, args.img_size)
     if args.masks != "data" and train.has_masks.any():
@@ -129,7 +127,9 @@ def agreement(masks: Tensor, data: Data) -> float:
     return float((2 * both / size).nanmean())
 
 
-def export_masks(run: Path, parts: dict[str, Data], data: str, out: Path) -> int:
+def export_masks(
+    run: Path, config: argparse.Namespace, encoder: nn.Module, parts: dict[str, Data], out: Path
+) -> int:
     """Write a run's attention masks as PNGs, out/<region>/<image's name>.png; returns how many.
 
     As large as the images on disk, so that they line up; of drawn data, the training images'. Raises
@@ -137,14 +137,14 @@ def export_masks(run: Path, parts: dict[str, Data], data: str, out: Path) -> int
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--export-masks {out} is there already, and holds something; name a new folder")
-    written = 0
+    data, shares, written = config.data, read_outlines(run, config), 0
     for part in ["train"] if data in DRAWN else ["train", "val", "test"]:
         if not parts[part].names:
             continue
-        masks, regions = guided_masks(run, parts[part].images)
+        masks = masks_of(config, encoder, shares, parts[part].images)
         for name, of_image in zip(parts[part].names, masks):
             size = of_image.shape[1:] if data in DRAWN else image_size(data, name)
-            for region, mask in zip(regions, of_image):
+            for region, mask in zip(shares, of_image):
                 write_mask((out / region / name).with_suffix(".png"), mask, size)
                 written += 1
     return written

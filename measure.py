@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from attention_priors import follow
-from classify import exclusive, relevance_of, scores_of
+from classify import exclusive, explained_by, relevance_of, scores_of
 from folder import Data, select
 from metrics import CannotMeasure, auc, best_threshold, dice, known_mean, localisation_ap, relevance_share
 from pretrain import attention_of, lay_over, make_priors
@@ -196,12 +196,15 @@ def scores_in(
     return "", [math.nan] * len(data.names)
 
 
-def decisions(config: argparse.Namespace, model: nn.Module, images: Tensor) -> list[str]:
-    """What a classifier says of images (M, C, S, S) uint8, in words: the four likeliest, in order."""
+def decisions(config: argparse.Namespace, model: nn.Module, images: Tensor) -> list[list[str]]:
+    """What a classifier says of each image (M, C, S, S) uint8, in words: what `relevance_of` explains, if it
+    is always the same, and then the likeliest, four in all.
+    """
     said = []
     for chances in scores_of(model, images, config.one_class).sigmoid().tolist():
-        ranked = sorted(zip(chances, config.classes), key=lambda pair: -pair[0])[:4]
-        said.append(", ".join(f"{name} {100 * chance:.0f} %" for chance, name in ranked))
+        ranked = sorted(zip(config.classes, chances), key=lambda pair: -pair[1])
+        ranked.sort(key=lambda pair: pair[0] != explained_by(config))  # the others stay in order
+        said.append([f"{name} {100 * chance:.0f} %" for name, chance in ranked[:4]])
     return said
 
 

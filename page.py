@@ -66,7 +66,7 @@ class Looks(NamedTuple):
 
     maps: dict[str, Tensor]  # {title: (M, h, w)}
     relevance_for: str  # what the relevance is for; "" if the maps are attention
-    said: list[str]  # what a classifier says of each image (M,); of an encoder, nothing
+    said: list[list[str]]  # what a classifier says of each image (M,); of an encoder, nothing
     score: str  # what the scores are, "" if there are none
     scores: list[float]  # (M,), the worst the lowest, NaN for unknown
 
@@ -130,7 +130,7 @@ def _looks_of(name: str, seen: Looks) -> dict:
         "unit": relevance if signed else "attention / uniform:",
         "least": -SCALE if signed else 0,
         "most": SCALE,
-        "said": seen.said,
+        "said": [", ".join(words) for words in seen.said],
         "score": seen.score,
         "scores": [None if math.isnan(score) else score for score in seen.scores],
     }

@@ -95,9 +95,8 @@ def lay_over(
     if config.prior == "masks":
         if not train.has_masks.any():
             raise ValueError(f"--prior masks: no training image of {config.data} has a mask for every region")
-        masks = placed(
-            train.masks, str(images.device)
-        )  # blurred like the sample's; a missing one stays empty
+        # blurred as the sample's are; a missing mask stays empty
+        masks = placed(train.masks, str(images.device))
         return lambda index: blurred(masks[index].float(), config.prior_blur)
     priors, _ = make_priors(config, parts, sample)
     priors = priors.to(images.device)
@@ -173,9 +172,9 @@ def guide(
 def self_distillation(
     args: argparse.Namespace, dino: nn.Module, images: Tensor, laid: Callable | None
 ) -> Callable:
-    """DINO's loss as losses(index, generator), guided by laid(index) (B, R, S, S) unless laid is None."""
+    """DINO's loss as `train.train` takes it, guided by laid(index) (B, R, S, S) unless laid is None."""
 
-    def losses(index: Tensor, generator: Generator, done: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(index: Tensor, generator: Generator, *_) -> tuple[Tensor, dict[str, Tensor]]:
         views, thetas = views_of(images[index].float() / 255, args, generator)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=args.amp):
             loss, features = dino(views, args.teacher_temp, args.span_layer)
@@ -189,10 +188,10 @@ def self_distillation(
 
 
 def relations(args: argparse.Namespace, relvit: RelViT, images: Tensor, laid: Callable | None) -> Callable:
-    """RelViT's loss as losses(index, generator), guided by laid(index) (B, R, S, S) unless laid is None."""
+    """RelViT's loss as `train.train` takes it, guided by laid(index) (B, R, S, S) unless laid is None."""
     grid, p = relvit.grid, args.patch_size
 
-    def losses(index: Tensor, generator: Generator, done: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(index: Tensor, generator: Generator, *_) -> tuple[Tensor, dict[str, Tensor]]:
         views, boxes, _ = patch_views(
             images[index].float() / 255, grid, p, generator, mega=args.mega_patches > 0
         )

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-from classify import Classifier, classification_loss, exclusive, prepared
-from data import batches
+from classify import Classifier, classification_loss, exclusive
+from data import batches, prepared
 from folder import Data
 from metrics import CannotMeasure, auc, known_mean
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All experiments, two at a time on one core each; what is finished is skipped.
 #
-#   ./reproduce.sh            3 seeds of what claims 1 to 7 need; fills the README's tables with it
+#   ./reproduce.sh            3 seeds of claims 1 to 7; fills the README's tables with it
 #   ./reproduce.sh --all      and claim 8, longer DINO, baselines, other shortcuts, each part's worth, costs
 #   ./reproduce.sh --quick    1 seed of some runs of claims 1, 2, 3, 5, 6 and 7; prints the claims
 #   ./reproduce.sh --list, --list-all     prints the runs of the first two and their flags

@@ -277,7 +277,7 @@ def ablation(runs: dict) -> str:
 def shortcut(runs: dict, costs: dict[str, list[float]]) -> str:
     """AUC with the marker as in training, removed, flipped, and another in its place, for both backbones.
 
-    costs: what benchmark.py measured; what it has no row for is the plain model, and costs as much.
+    costs: what benchmark.py measured.
     """
     rows = []
     isnet = {"ResNet": "gamma rule, inner layers", "ViT": "epsilon rule, inner layers and attention"}
@@ -289,8 +289,9 @@ def shortcut(runs: dict, costs: dict[str, list[float]]) -> str:
             names += ["relevance_share_same", "mask_dice"]
             found = [list(points(runs, experiment, figure).values()) for figure in names]
             step = f"ISNet / plain: {name}, {isnet[name]}" if "isnet" in how else f"{how} / plain: {name}"
-            for cost in (f"training step, {step}", f"use, {how} / plain: {name}"):
-                found.append([costs[cost][1]] if cost in costs else [1.0])
+            found.append([1.0] if how in ("unmarked", "plain") else [costs[f"training step, {step}"][1]])
+            beside = how in ("gated", "pipeline")  # all others leave the plain model behind
+            found.append([costs[f"use, {how} / plain: {name}"][1]] if beside else [1.0])
             rows += [[f"{name}: {title}", *map(spread, found), str(len(found[0]))]] if found[0] else []
     header = ["enlarged heart: AUC, %", "marker as in training", "removed", "flipped", "another one"]
     header += ["relevance in lungs and heart, %", "Dice of masks, %", "training step / plain", "use / plain"]

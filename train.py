@@ -34,6 +34,7 @@ from tqdm import tqdm
 from checkpoint import (
     build_classifier,
     build_encoder,
+    check_data,
     check_folder,
     restore,
     resumed,
@@ -81,6 +82,8 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, Data], str | None, nn.M
     classifies = args.task == "classify"
     if classifies:
         check_labels(args, train)
+    if args.resume:
+        check_data(args.out, args, train)
     args.channels, args.classes = train.images.shape[1], train.findings if classifies else []
     args.one_class = classifies and exclusive(train.labels)
     torch.manual_seed(args.seed)
@@ -90,28 +93,34 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, Data], str | None, nn.M
     if args.backbone == "vit" and classifies and (not args.init or not encoder.pos_embed.any()):
         # At 0.02 positions are lost beside the patches, and a classifier may stand still for many epochs.
         nn.init.trunc_normal_(encoder.pos_embed, std=0.2)
-    if classifies:
-        masked = args.isnet or args.baseline not in (None, "gated")
-        guides = foreground(args, parts, sample).to(args.device) if masked else None
+    masked = classifies and (args.isnet or args.baseline not in (None, "gated"))
+    guides = placed(foreground(args, parts, sample), args.device) if masked else None
+    model = learner(args, encoder, encoder.grid(train.images)).to(args.device)
+    size = sum(p.numel() for p in encoder.parameters()) / 1e6
+    counts = ", ".join(f"{len(d.names)} {part}" for part, d in parts.items())
+    print(f"{args.data}: {counts} images; {size:.2f} M weights, on {args.device}")
+    images = placed(train.images, args.device)
+    if not classifies:
+        guides = priors_over(args, parts, sample, images)
+    return parts, sample, model, images, guides
+
+
+def learner(args: argparse.Namespace, encoder: nn.Module, grid: tuple[int, int]) -> nn.Module:
+    """What is trained around an encoder: a classifier, RelViT or DINO; grid (h, w) of the images' patches."""
+    if args.task == "classify":
         model = build_classifier(args, encoder, len(args.classes), args.channels)
         if args.relations:
-            model.relvit = RelViT(encoder, args.embed_dim, encoder.grid(train.images), args.relations)
+            model.relvit = RelViT(encoder, args.embed_dim, grid, args.relations)
     elif args.ssl == "relvit":
         nn.init.zeros_(encoder.pos_embed)  # unused: who uses the encoder next sees what it was trained on
-        grid = (args.mega_patches, args.mega_patches) if args.mega_patches else encoder.grid(train.images)
+        grid = (args.mega_patches, args.mega_patches) if args.mega_patches else grid
         model = RelViT(encoder, args.embed_dim, grid, args.relations or TASKS)
     else:
         model = DINO(encoder, args.embed_dim, args.out_dim, center_momentum=args.center_momentum)
     if args.compile:
         for module in (model.student, model.teacher) if isinstance(model, DINO) else (model.encoder,):
             module.compile()
-    size = sum(p.numel() for p in encoder.parameters()) / 1e6
-    counts = ", ".join(f"{len(d.names)} {part}" for part, d in parts.items())
-    print(f"{args.data}: {counts} images; {size:.2f} M weights, on {args.device}")
-    model, images = model.to(args.device), placed(train.images, args.device)
-    if args.task == "pretrain":
-        guides = priors_over(args, parts, sample, images)
-    return parts, sample, model, images, guides
+    return model
 
 
 def check_labels(args: argparse.Namespace, train: Data) -> None:

@@ -576,10 +576,9 @@ def test_findings_and_markers_that_are_not_there_are_refused(tmp_path):
         load(str(tmp_path), 16, marker=1.0)
 
 
-def test_batches_are_as_encoders_expect_them_and_where_the_model_is(monkeypatch):
-    monkeypatch.setattr("data.BATCH", 2)
+def test_batches_are_as_encoders_expect_them_and_where_the_model_is():
     images = torch.tensor([0, 255, 51], dtype=torch.uint8)[:, None, None, None]
-    parts = list(batches(images, torch.nn.Linear(1, 1)))
+    parts = list(batches(images, torch.nn.Linear(1, 1), size=2))
     assert [len(part) for part in parts] == [2, 1]
     torch.testing.assert_close(torch.cat(parts).flatten(), torch.tensor([-2.0, 2.0, -1.2]))
     (part,) = batches(images[:1], torch.nn.Linear(1, 1, device="meta"))

@@ -1,5 +1,6 @@
 """Any picture of any size and aspect: attention, what it outlines, and what a decision rests on."""
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import train
 from checkpoint import load_run
 from folder import read_picture
 from masks import guided_masks
+from measure import decisions
 from pretrain import make_priors
 from vit import ViT
 
@@ -81,7 +83,7 @@ def test_guided_heads_outline_as_much_as_covers_the_prior_of_the_sample(tmp_path
     config, checkpoint = load_run(tmp_path / "run")
     parts, sample, _ = train.load("phantom", 64, 0, 16)
     i = parts["train"].names.index(sample)
-    masks, names = guided_masks(tmp_path / "run", parts["train"].images[i : i + 1])
+    masks = guided_masks(tmp_path / "run", parts["train"].images[i : i + 1])
     priors, _ = make_priors(config, parts, sample)
     for mask, prior in zip(masks[0], priors):
         assert 0.95 <= (mask & (prior >= prior.max() / 2)).sum() / (prior >= prior.max() / 2).sum() < 1
@@ -104,6 +106,18 @@ def test_a_classifier_s_decision_gets_a_heatmap_and_its_probability(wide, tmp_pa
     assert any(chance.startswith("enlarged heart ") for chance in chances)
 
 
+def test_what_is_explained_is_said_even_if_it_is_unlikely():
+    class Sure(torch.nn.Linear):
+        def forward(self, images):
+            return torch.arange(6.0).expand(len(images), -1)
+
+    images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+    findings = argparse.Namespace(one_class=False, classes=list("abcdef"))
+    assert [word[0] for word in decisions(findings, Sure(1, 1), images)[0]] == ["a", "f", "e", "d"]
+    classes = argparse.Namespace(one_class=True, classes=list("abcdef"))
+    assert [word[0] for word in decisions(classes, Sure(1, 1), images)[1]] == ["f", "e", "d", "c"]
+
+
 def test_heads_of_published_weights_outline_what_holds_most_of_their_attention(wide, tmp_path, monkeypatch):
     torch.manual_seed(0)
     torch.save(ViT(32, 8, 3, 64, 1, 1).state_dict(), tmp_path / "vit.pth")
@@ -122,6 +136,15 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         evaluate.main([str(tmp_path / "vit.pth"), "--num-heads", "1", "--image", str(tmp_path / "no.png")])
     assert stop.value.code == 2 and "no.png: this image cannot be read" in capsys.readouterr().err
+
+
+def test_a_run_that_was_stopped_is_shown_like_published_weights(wide, tmp_path, monkeypatch):
+    train.main([*TINY, "--out", str(tmp_path / "run")])
+    (tmp_path / "run" / "outlines.json").unlink()
+    seen = []
+    monkeypatch.setattr(look, "map_grid", lambda *a, **k: seen.append(a))
+    evaluate.main([str(tmp_path / "run"), "--image", str(wide)])
+    assert seen[0][3] == ["head 0", "head 1", "head 2"]
 
 
 def test_a_run_that_averages_patches_has_nothing_to_show(wide, tmp_path, capsys):

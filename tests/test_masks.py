@@ -152,7 +152,7 @@ def test_masks_that_cannot_be_are_refused(flags, line, tmp_path, capsys):
 def test_a_run_that_did_not_come_to_its_end_makes_no_masks(span, tmp_path, capsys):
     for file in ("config.json", "last.pt"):
         (tmp_path / file).write_bytes((span / file).read_bytes())
-    for content in (None, '{"../heart": 0.5}', '{"heart": 7}', "[1]"):
+    for content in (None, '{"../heart": 0.5}', '{"..": 0.5}', '{"": 0.5}', '{"heart": 7}', "[1]", "{}"):
         if content:
             (tmp_path / "outlines.json").write_text(content)
         with pytest.raises(SystemExit):

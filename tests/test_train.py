@@ -183,8 +183,31 @@ def test_settings_edited_in_the_file_count(run, tmp_path, capsys):
     args, _ = parse(repeated(["--config", str(file), "--epochs", "7"]))
     assert (args.seed, args.global_scale, args.epochs) == (3, [0.5, 0.9], 7)
     assert args.embed_dim == config["embed_dim"]
-    file.write_text(json.dumps(config | {"follow": False}))
-    assert "follow became False" in refused(capsys, "--config", str(file))
+    for name, asked in (("follow", False), ("task", "classify"), ("prior_blur", None)):
+        file.write_text(json.dumps(config | {name: asked}))
+        assert f"{name} became {asked}" in refused(capsys, "--config", str(file))
+
+
+def test_what_is_typed_beside_settings_need_not_suit_what_they_were(run, tmp_path):
+    config = json.loads((run / "config.json").read_text())
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config | {"command": config["command"] + " --init gone --device cuda"}))
+    args, _ = parse(repeated(["--config", str(file), "--init", str(run), "--device", "cpu"]))
+    assert (args.init, args.device, args.embed_dim) == (run, "cpu", 24)
+
+
+def test_a_run_is_not_resumed_on_data_with_other_classes_than_it_learns(tmp_path, capsys):
+    data = folder_of_phantoms(tmp_path / "mine", masked=24)
+    names = sorted(path.name for path in (data / "images").iterdir())
+    rows = [f"{name},{i % 2},{i // 2 % 2}" for i, name in enumerate(names)]
+    (data / "labels.csv").write_text("\n".join(["file,nodule,effusion", *rows]))
+    argv = ["--task", "classify", "--data", str(data), "--embed-dim", "16", "--out", str(tmp_path / "run")]
+    train.main([*argv, "--epochs", "1"])
+    (data / "labels.csv").write_text("\n".join(["file,effusion,nodule", *rows]))
+    capsys.readouterr()
+    said = refused(capsys, *argv, "--epochs", "1", "--resume")
+    assert "learned 1 channel(s), nodule, effusion; but" in said
+    assert "has 1 channel(s), effusion, nodule" in said
 
 
 def test_underscores_as_in_dino_s_scripts_are_understood_in_flags_but_not_in_values():
@@ -598,6 +621,19 @@ def test_images_lie_on_a_gpu_unless_they_would_take_half_of_its_free_memory(monk
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (images.nbytes * 2, 10**9))
     monkeypatch.setattr(torch.Tensor, "to", lambda self, device: device)  # there may be no GPU here
     assert placed(images, "cuda:0") == "cuda:0"
+
+
+def test_the_weight_of_isnet_falls_while_training_goes_on(tmp_path):
+    for end in ("0", "1"):
+        argv = [*SMALL, "--isnet", "5", "--isnet-end", end, "--out", str(tmp_path / end)]
+        train.main(argv)
+    for row, other in zip(*(load_run(tmp_path / end)[1]["history"] for end in ("0", "1"))):
+        weight = {
+            end: (r["loss"] - r["classification"]) / (r["background"] + r["foreground"])
+            for end, r in (("0", row), ("1", other))
+        }
+        assert weight["1"] == pytest.approx(5, rel=1e-3)
+        assert weight["0"] == pytest.approx({1: 4.5, 2: 1.2}[row["epoch"]], abs=0.6)
 
 
 def test_channels_last_is_another_layout_of_the_same_step(tmp_path):

@@ -229,6 +229,25 @@ def test_published_weights_are_measured_trained_on_and_exported_again(tmp_path, 
         assert line in capsys.readouterr().err
 
 
+def test_a_file_beside_a_run_is_measured_on_the_run_s_data_whichever_comes_first(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("data.DRAWN_SIZES", {"val": 8, "test": 8})
+    monkeypatch.chdir(tmp_path)
+    torch.save(published_names(depth=1, embed_dim=192, num_heads=3), "vit.pth")
+    argv = "--train-images 16 --img-size 32 --seed 3 --embed-dim 24 --depth 1 --num-heads 3 --batch-size 8"
+    train.main([*argv.split(), *"--epochs 1 --align none --prior none --keep-going --out run".split()])
+    for runs in (["run", "vit.pth"], ["vit.pth", "run"]):
+        capsys.readouterr()
+        evaluate.main([*runs, "--only", "attention"])
+        said = capsys.readouterr().out
+        assert "phantom: 8 test images of 32 px" in said and "vit.pth: attention" in said
+        assert Path(runs[0] if runs[0] == "run" else "vit.pth-phantom", "compare.png").exists()
+    with pytest.raises(SystemExit):
+        evaluate.main(["run", "--device", "abacus"])
+    assert "--device abacus can't be used" in capsys.readouterr().err
+
+
 def test_only_what_others_can_load_is_exported():
     for options in ({"registers": 2, "pool": SimPool(24, 1.25)}, {"pool": GAP()}):
         with pytest.raises(ValueError, match="a CLS token, or with SimPool and no registers"):
