@@ -69,6 +69,13 @@ def classification_loss(logits: Tensor, labels: Tensor, one_class: bool) -> Tens
     return (losses * known).sum() / known.sum().clamp(min=1)
 
 
+def constant_loss(labels: Tensor, one_class: bool) -> float:
+    """The classification loss of the best answer that is the same for all images, from labels (N, K)."""
+    shares = labels.nanmean(dim=0).clamp(1e-6, 1 - 1e-6)  # (K,)
+    logits = shares.log() if one_class else shares.logit()
+    return float(classification_loss(logits.nan_to_num().expand(labels.shape), labels, one_class))
+
+
 def explained(labels: Tensor, one_class: bool, explain: str, generator: Generator) -> Tensor | Callable:
     """What to explain of each image, as a target for `relevance`.
 

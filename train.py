@@ -43,7 +43,7 @@ from checkpoint import (
     start_from,
 )
 from checkpoint import write_whole
-from classify import exclusive, objective
+from classify import constant_loss, exclusive, objective
 from data import Hosted, load, placed
 from dino import Collapse, over_processes
 from evaluate import draw, maps_of, shown_images
@@ -292,6 +292,8 @@ def finish(
     found = report(args, model, parts, sample, what, shares=(1.0,))
     print_tables({"": found})
     metrics = {name: value for name, value in history[-1].items() if name != "epoch"} | found.figures
+    if args.task == "classify":
+        warn_if_idle(args, history[-1], parts["train"].labels)
     if args.task == "classify" and guides is not None:  # the foreground that was used: how true was it?
         metrics["mask_dice"] = agreement(guides.cpu(), parts["train"])
     if one_prior(args):
@@ -306,6 +308,19 @@ def finish(
     draw(args.out / picture, shown, maps_of(args, model, shown.images, found.heads), args.task)
     curves(args.out / "curves.png", {args.out.name: history})
     print(f"wrote {args.out}/{picture} ({about}), curves.png, metrics.json, last.pt")
+
+
+def warn_if_idle(args: argparse.Namespace, last: dict[str, float], labels: Tensor) -> None:
+    """Say so if a classifier is no better than one answer for all images: ISNet may stand still."""
+    reached, constant = last.get("classification", last["loss"]), constant_loss(labels, args.one_class)
+    if reached > 0.97 * constant:
+        remedy = "another --seed, more --epochs" + (
+            ", or less --isnet" if args.isnet else ", or another --lr"
+        )
+        print(
+            f"note: it has hardly learned: its loss is {reached:.2f}, that of one answer for all images "
+            f"{constant:.2f}. Try {remedy}"
+        )
 
 
 def join(args: argparse.Namespace) -> None:

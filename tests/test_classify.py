@@ -1,6 +1,7 @@
 """Classification, plain and with ISNet: what is explained, what is supervised, and what it costs in use."""
 
 import copy
+import math
 from argparse import Namespace
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Generator, nan
 
 from checkpoint import build_classifier, build_encoder
 from classify import Classifier, classification_loss, exclusive, explained, isnet_losses, log_odds
-from classify import attention_seen, natural_range, objective, supervised_layers
+from classify import attention_seen, constant_loss, natural_range, objective, supervised_layers
 from flags import parse
 from resnet import ResNet
 from simpool import GAP, SimPool
@@ -106,6 +107,14 @@ def test_inner_layers_count_as_background_where_they_cover_no_foreground(name):
     both = isnet_losses(model, images, corner, target, SETTINGS)
     torch.testing.assert_close(both[1], alone[1])
     assert (both[0] > alone[0]).all()
+
+
+def test_the_same_answer_for_all_images_loses_the_labels_entropy():
+    y = torch.tensor([1.0, 1, 1, 0])
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert constant_loss(torch.stack([1 - y, y], dim=1), True) == pytest.approx(entropy)
+    findings = torch.stack([y, torch.tensor([1.0, 0, nan, nan])], dim=1)  # 4 and 2 are known
+    assert constant_loss(findings, False) == pytest.approx((4 * entropy + 2 * math.log(2)) / 6)
 
 
 def test_the_weight_of_isnet_falls_as_half_a_cosine_to_its_share():

@@ -623,6 +623,14 @@ def test_images_lie_on_a_gpu_unless_they_would_take_half_of_its_free_memory(monk
     assert placed(images, "cuda:0") == "cuda:0"
 
 
+def test_a_classifier_that_stood_still_is_called_so(tmp_path, capsys):
+    argv = [*SMALL, "--epochs", "1", "--out"]
+    train.main([*argv, str(tmp_path / "still"), "--lr", "1e-9", "--isnet", "1"])
+    assert "note: it has hardly learned: its loss is 0.7" in capsys.readouterr().out
+    train.main([*argv[:-3], "--epochs", "12", "--marker", "1", "--out", str(tmp_path / "learns")])
+    assert "hardly learned" not in capsys.readouterr().out
+
+
 def test_the_weight_of_isnet_falls_while_training_goes_on(tmp_path):
     for end in ("0", "1"):
         argv = [*SMALL, "--isnet", "5", "--isnet-end", end, "--out", str(tmp_path / end)]
