@@ -30,6 +30,14 @@ from simpool import GAP, SimPool
 from vit import ViT
 from weights import fit, read_weights, sizes
 
+FOUND = (
+    "command",
+    "versions",
+    "machine",
+    "channels",
+    "classes",
+    "one_class",
+)  # in config.json, not asked for
 OF_THE_CALL = ("out", "overwrite", "resume", "keep_going", "device")  # settings that --resume may change
 
 
@@ -69,7 +77,9 @@ def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
         remedy = "start without --resume" if empty else stopped
         raise ValueError(f"--resume: there is no {out}/last.pt; {remedy}")
     if not (empty or resume or overwrite):
-        raise ValueError(f"--out {out} holds a run: --resume goes on with it, --overwrite starts again")
+        raise ValueError(
+            f"--out {out} holds a run: --resume goes on with it, --overwrite starts again; or name another"
+        )
 
 
 def start(args: argparse.Namespace, argv: list[str]) -> None:
@@ -176,8 +186,11 @@ def start_from(init: Path, encoder: nn.Module) -> None:
         fit(weights, encoder)
     except ValueError as error:
         raise ValueError(f"{init}: {error}") from None
+    found, (side, _) = sizes(weights), encoder.native_grid
+    about = f"{found['embed_dim']} wide, {found['depth']} deep, patches of {found['patch_size']} px"
+    resized = f" of {found['img_size']} px resized" if found["img_size"] != side * encoder.patch_size else ""
     without = f"; left out: {', '.join(left)}" if left else ""
-    print(f"{init}: a ViT of {len(encoder.blocks)} blocks{without}")
+    print(f"{init}: a ViT {about}, {encoder.num_heads} heads, positions{resized or ' as they are'}{without}")
 
 
 def build_encoder(config: argparse.Namespace, in_chans: int) -> ViT | ResNet:

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from checkpoint import build_encoder, check_data, load_model, load_run, start_from, write_whole
 from classify import explained_by, relevance_of
 from data import DRAWN, load
-from flags import check_device, parse
-from folder import Data, select
+from flags import check_device, dashed, parse
+from folder import Data, DataError, select
 from look import look
 from masks import export_masks
 from measure import MEASURES, Report, decisions, first_finding, report, scores_in
 from page import Looks, page, print_tables
 from plots import curves, low_data, map_grid
-from pretrain import attention_of
+from pretrain import attention_of, averages
 from probe import SHARES
 from vit import ViT
 from weights import exported
@@ -48,21 +48,24 @@ def shown_images(config: argparse.Namespace, parts: dict[str, Data], n: int) -> 
 
 
 def maps_of(
-    config: argparse.Namespace,
-    model: nn.Module,
-    images: Tensor,
-    heads: dict[str, int],
-    every: bool = False,
+    config: argparse.Namespace, model: nn.Module, images: Tensor, heads: dict[str, int]
 ) -> dict[str, Tensor]:
     """What a run looks at in images (M, C, S, S) uint8, {title: (M, h, w)}: a classifier's heatmaps in units
-    of their mean size, or the attention of heads {region: number}; of every one if asked or none is named.
+    of their mean size, or the attention of heads {region: number}, of all if none is named.
     """
-    if config.task == "classify":
-        R = relevance_of(config, model, images).sum(dim=1)
-        return {"relevance": R / R.abs().mean(dim=(1, 2), keepdim=True).clamp_min(1e-30)}
-    attention = attention_of(model, images, config.span_layer).unflatten(2, model.grid(images))
+    if config.task != "classify":
+        return heads_of(config, model, images, heads, every=not heads)
+    R = relevance_of(config, model, images).sum(dim=1)
+    return {"relevance": R / R.abs().mean(dim=(1, 2), keepdim=True).clamp_min(1e-30)}
+
+
+def heads_of(
+    config: argparse.Namespace, encoder: nn.Module, images: Tensor, heads: dict[str, int], every: bool
+) -> dict[str, Tensor]:
+    """The attention of heads {region: number}, and perhaps of every other, {title: (M, h, w)}."""
+    attention = attention_of(encoder, images, config.span_layer).unflatten(2, encoder.grid(images))
     titles = {f"head {h}\n{region}": h for region, h in heads.items()}
-    if every or not titles:
+    if every:
         titles |= {f"head {h}": h for h in range(attention.shape[1]) if h not in heads.values()}
     return {title: attention[:, h] for title, h in titles.items()}
 
@@ -85,16 +88,22 @@ def looks_of(
         known = [i for i, value in enumerate(values) if not math.isnan(value)]
         index |= set(sorted(known, key=values.__getitem__)[:each])
     index = sorted(index)
-    which = f"{len(index)} of {len(data.names)} {part} images{' with masks' if data.has_masks.any() else ''}"
+    config, _ = next(iter(loaded.values()))
+    which = f"{config.data} at {config.img_size} px: {len(index)} of {len(data.names)} {part} images"
+    which += " with masks" if data.has_masks.any() else ""
     if len(index) < len(data.names):
         which += f", the first {each} and those that each model is worst at"
     shown, looks = select(data, torch.tensor(index)), {}
     for run, (config, model) in loaded.items():
-        maps = maps_of(config, model, shown.images, reports[run].heads, every=True)
-        of, said, (name, values) = "", [], scores[run]
+        encoder, said, (name, values) = model, [], scores[run]
+        values = [values[i] for i in index]
         if config.task == "classify":
-            of, said = explained_by(config), decisions(config, model, shown.images)
-        looks[run] = Looks(maps, of, said, name, [values[i] for i in index])
+            encoder, said = model.encoder, decisions(config, model, shown.images)
+            maps = maps_of(config, model, shown.images, {})
+            looks[run] = Looks(maps, explained_by(config), said, name, values)
+        if config.task != "classify" or not averages(encoder):
+            maps = heads_of(config, encoder, shown.images, reports[run].heads, every=True)
+            looks[f"{run}, attention" if run in looks else run] = Looks(maps, "", said, name, values)
     return shown, which, looks
 
 
@@ -121,9 +130,6 @@ def load_all(
     data: train.py's flags for files of weights; the data of a run beside them are added. Raises ValueError
     if data are not shared.
     """
-    for run in runs:
-        if not run.exists():
-            raise ValueError(f"{run}: no such file or folder")
     loaded = {run: load_run(run) for run in runs if not run.is_file()}
     configs = {run: config for run, (config, _) in loaded.items()}
     if configs:
@@ -208,20 +214,28 @@ def draw(path: Path, shown: Data, maps: dict[str, Tensor], task: str) -> None:
 
 def write_weights(run: Path, path: Path) -> None:
     """Write the ViT of a run for timm and DINO's code. Raises ValueError rather than overwrite something."""
-    if path.exists() or path.suffix not in (".pth", ".pt"):
-        raise ValueError(f"--export {path}: {'it exists already' if path.exists() else 'name a .pth file'}")
+    if path.exists() or path.suffix not in (".pth", ".pt") or not path.parent.is_dir():
+        wrong = "it exists already" if path.exists() else "name a .pth file in a folder that exists"
+        raise ValueError(f"--export {path}: {wrong}")
     if run.is_file():
         raise ValueError(f"--export: {run} is a file of weights already; name a run of train.py")
-    model = load_model(run, *load_run(run))
+    config, checkpoint = load_run(run)
+    model = load_model(run, config, checkpoint)
     encoder = getattr(model, "encoder", model)
     if not isinstance(encoder, ViT) or hasattr(model, "segmenter"):
         raise ValueError(f"--export: {run} holds no ViT that stands alone")
     write_whole(path, exported(encoder))
-    print(f"wrote {path}")
+    sizes = f"img_size={config.img_size}, patch_size={config.patch_size}, in_chans={config.channels}, "
+    sizes += f"embed_dim={config.embed_dim}, depth={config.depth}, num_heads={config.num_heads}"
+    expected = "(x - 0.5) / 0.25" if config.channels == 1 else "ImageNet's mean and deviation"
+    print(f"wrote {path}: a ViT of {sizes}, for images with {expected}")
 
 
 def draw_pictures(run: Path, flags: list[str], paths: list[Path], device: str) -> None:
-    """Draw what a run, or a file of weights, sees in pictures. Raises ValueError if one can't be read."""
+    """Draw what a run, or a file of weights, sees in pictures; those that can't be read are left out.
+
+    Raises ValueError in the end if there were such.
+    """
     if run.is_file():
         config, out = settings_for(run, flags), run.with_name(f"{run.name}-looks")
         model = build_encoder(config, in_chans=3)
@@ -229,12 +243,18 @@ def draw_pictures(run: Path, flags: list[str], paths: list[Path], device: str) -
     else:
         config, checkpoint = load_run(run)
         model, out = load_model(run, config, checkpoint), run / "looks"
-    for path in paths:  # a/1.png and b/1.png both get a folder
-        alone = [other.stem for other in paths].count(path.stem) == 1
-        name = path.stem if alone else str(path).replace("/", "_")
-        written = look(run, config, model.to(device), path, out / name)
+    failed = []
+    for path in paths:
+        folder = out / str(path).replace("/", "_").lstrip("._")  # a/1.png and b/1.png both get one
+        try:
+            written = look(run, config, model.to(device), path, folder)
+        except DataError as error:
+            failed.append(str(error))
+            continue
         nothing = "nothing to draw: it averages all patches alike"
-        print(f"{path}: {'wrote ' + ', '.join(map(str, written)) if written else nothing}")
+        print(f"{path}: {f'{len(written)} pictures in {folder}' if written else nothing}")
+    if failed:
+        raise ValueError("; ".join(failed))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -249,7 +269,7 @@ def main(argv: list[str] | None = None) -> None:
     what = "a folder that train.py wrote, or a file of a ViT's published weights"
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=what)
     add = parser.add_argument_group("what is measured and shown").add_argument
-    what = f"of {', '.join(MEASURES)} (default: all that apply)"
+    what = f"of {', '.join(MEASURES)} (default: all that apply); measure.py and probe.py say what they are"
     add("--only", nargs="+", choices=MEASURES, default=MEASURES, metavar="MEASURE", help=what)
     add("--rows", type=int, default=6, help="test images in compare.png (default: 6)")
     what = "write report.html, too: figures, and images to move through in a browser"
@@ -261,14 +281,14 @@ def main(argv: list[str] | None = None) -> None:
     add("--export-masks", type=Path, metavar="DIR", help=what)
     add("--export", type=Path, metavar="FILE", help="write its ViT for timm and DINO's code")
     parser.add_argument(
-        "--device", default="auto", help="auto (cuda if there is one, else cpu), cpu, cuda, mps"
+        "--device", default="auto", help="auto (default: cuda if there is one, else cpu), cpu, cuda, mps"
     )
     add = parser.add_argument_group("of files of weights").add_argument
     what = "what to measure them on: as for train.py (default: phantom, or that of the runs beside them)"
     add("--data", help=what)
     add("--img-size", type=int, help="pixels a side (default: theirs, or that of the runs beside them)")
     add("--num-heads", type=int, help="where their width does not tell")
-    args = parser.parse_args(argv)
+    args = parser.parse_args([dashed(word) for word in (sys.argv[1:] if argv is None else argv)])
     first, typed = args.runs[0], {k: getattr(args, k) for k in ("data", "img_size", "num_heads")}
     data = [word for k, v in typed.items() if v is not None for word in (f"--{k.replace('_', '-')}", str(v))]
     try:
@@ -279,6 +299,12 @@ def main(argv: list[str] | None = None) -> None:
         if args.device == "auto":
             args.device = "cuda" if torch.cuda.is_available() else "cpu"
         check_device(args.device)
+        for run in args.runs:
+            if not run.exists():
+                raise ValueError(f"{run}: no such file or folder")
+        for flag in ("export", "export_masks", "image"):
+            if getattr(args, flag) and (len(args.runs) > 1 or args.html):
+                raise ValueError(f"--{flag.replace('_', '-')} takes one run, and no other flag of what to do")
         if args.export:
             write_weights(first, args.export)
         elif args.export_masks:

@@ -14,7 +14,7 @@ import torch
 from torch import Generator
 
 from baselines import BASELINES, PENALTIES
-from checkpoint import OF_THE_CALL, settings_of
+from checkpoint import FOUND, OF_THE_CALL, settings_of
 from crops import random_crops
 from phantom import FINDINGS, MARKERS
 from relvit import TASKS as RELATIONS
@@ -46,8 +46,11 @@ def repeated(argv: list[str]) -> list[str]:
     known, others = parser.parse_known_args(argv)
     if known.config is None:
         return argv
+    file = known.config / "config.json" if known.config.is_dir() else known.config
+    if not file.is_file():
+        raise ValueError(f"--config {known.config}: no such file")
     try:
-        config = json.loads(known.config.read_text())
+        config = json.loads(file.read_text())
         python, script, *words = shlex.split(str(config["command"]))
     except (ValueError, TypeError, LookupError):
         script = None
@@ -56,12 +59,16 @@ def repeated(argv: list[str]) -> list[str]:
     words = [word for word in words if word not in ("--overwrite", "--resume")]
     typed, beside = parse(others)
     init = ["--init", str(typed.init)] if "init" in beside else []  # the run's own may be gone
-    for name, now in vars(parse(words + init)[0]).items():
+    now = vars(parse(words + init)[0])
+    unknown = config.keys() - now.keys() - set(FOUND)
+    if unknown:
+        raise ValueError(f"--config {known.config}: {', '.join(sorted(unknown))} is no setting of train.py")
+    for name, now in now.items():
         asked = config.get(name, now)
         fixed = beside | set(OF_THE_CALL) | set(OF_THE_ENCODER if init else ())
         if str(asked) == str(now) or name in fixed:
             continue
-        if name in ("task", "backbone") or asked is None or isinstance(asked, bool):
+        if name in ("task", "backbone") or asked is None or bool in (type(asked), type(now)):
             undo = "undo that, and type its flag beside --config"  # what it brings with it stands there, too
             raise ValueError(f"--config {known.config}: {name} became {asked}; {undo}")
         words += [f"--{name.replace('_', '-')}", *map(str, asked if isinstance(asked, list) else [asked])]
@@ -74,7 +81,11 @@ def parse(argv: list[str], doc: str = "\n\n") -> tuple[argparse.Namespace, set[s
     intro, examples = doc.split("\n\n")[:2]
     usage = "python train.py [--task TASK] [--out DIR] [--data DIR] [flags below]"
     parser = argparse.ArgumentParser(
-        usage=usage, description=intro, epilog=examples, formatter_class=Formatter, allow_abbrev=False
+        usage=usage,
+        description=intro,
+        epilog=f"examples:\n{examples}",
+        formatter_class=Formatter,
+        allow_abbrev=False,
     )
     add_run_flags(parser)
     add_pretrain_flags(parser)
@@ -198,7 +209,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--depth", type=int, help=f"blocks of the ViT{by_task('depth')}")
     add("--num-heads", type=int, help=f"attention heads; each prior takes one{by_task('num_heads')}")
     add("--registers", type=int, default=0, help="tokens of a ViT that have no place in the image")
-    add("--drop-path", type=float, default=0.0, help="stochastic depth of the last block")
+    add("--drop-path", "--drop-path-rate", type=float, default=0.0, help="stochastic depth of the last block")
     what = "how patches become one vector: a CLS token, their mean, or SimPool"
     add("--pool", type=str, choices=["cls", "gap", "simpool"], help=what + by_task("pool"))
     what = "exponent of SimPool's mean, 0.1 to 10"
@@ -215,7 +226,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--lr", type=float, help=f"highest learning rate (AdamW, cosine){by_task('lr')}")
     add("--warmup", type=float, default=0.1, help="share of all steps in which the learning rate rises")
     add("--weight-decay", type=float, default=0.04, help="of matrices; vectors have none")
-    add("--clip-grad", type=float, help=f"largest norm of the gradient{by_task('clip_grad')}")
+    add("--clip-grad", type=float, help=f"largest norm of the gradient, 0 for any{by_task('clip_grad')}")
 
 
 def by_task(name: str) -> str:
@@ -224,15 +235,14 @@ def by_task(name: str) -> str:
     return " (default: " + ", ".join(f"{key} {value}" for key, value in found.items()) + ")"
 
 
-class Formatter(
-    argparse.ArgumentDefaultsHelpFormatter,
-    argparse.MetavarTypeHelpFormatter,
-    argparse.RawDescriptionHelpFormatter,
-):
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Help with types and defaults beside the flags, and the examples as they were written."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=36, width=110)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return {int: "N", float: "X", Path: "PATH", str: "NAME"}[action.type]
 
     def _get_help_string(self, action: argparse.Action) -> str:
         says = not (action.default is None or isinstance(action.default, bool))
@@ -247,8 +257,8 @@ def check(args: argparse.Namespace) -> None:
         (0, 10**3): "registers",
         (0, 2**32 - 1): "seed local_crops_number mega_patches",
         (0.1, 10): "simpool_gamma",
-        (1e-9, 1e9): "lr teacher_temp clip_grad",
-        (0, 1e9): "prior_blur span_weight weight_decay isnet lrp_gamma baseline_weight",
+        (1e-9, 1e9): "lr teacher_temp",
+        (0, 1e9): "clip_grad prior_blur span_weight weight_decay isnet lrp_gamma baseline_weight",
         (1e-12, 1e9): "lrp_epsilon isnet_e",
         (0, 1): "momentum center_momentum flip warmup marker isnet_end",
         (1e-3, 1): "isnet_decay",
@@ -271,11 +281,14 @@ def check(args: argparse.Namespace) -> None:
 
 def check_device(device: str) -> None:
     """Raise ValueError if a device can't be used."""
+    if device.split(":")[0] not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {device} is none: auto, cpu, cuda or mps")
     try:
         torch.zeros(1, device=device).item()  # which a device without memory can't
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0].split(". ")[0][:200]
-        raise ValueError(f"--device {device} can't be used: {reason}") from None
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(
+            f"--device {device} can't be used: torch finds none here; try --device cpu"
+        ) from None
 
 
 def check_pairs(args: argparse.Namespace) -> None:

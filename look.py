@@ -20,9 +20,8 @@ from folder import picture_size, read_picture
 from masks import masks_of, one_prior, read_outlines, write_mask
 from measure import decisions
 from plots import map_grid
-from pretrain import attention_of
+from pretrain import attention_of, averages
 from resnet import ResNet
-from simpool import GAP
 
 MASS = 0.6
 PANEL = 2.4  # inches
@@ -41,8 +40,7 @@ def look(run: Path, config: argparse.Namespace, model: nn.Module, path: Path, ou
     multiple = encoder.stride if isinstance(encoder, ResNet) else config.patch_size
     image = read_picture(path, config.img_size, multiple, channels)  # (1, C, H, W)
     shown, written = image.float() / 255, []
-    averaged = encoder.pool is None if isinstance(encoder, ResNet) else isinstance(encoder.pool, GAP)
-    if not averaged:
+    if not averages(encoder):
         attention = attention_of(encoder, image, config.span_layer)  # (1, heads, N)
         heads = [f"head {h}" for h in range(attention.shape[1])]
         guided = one_prior(config) and (run / "outlines.json").exists()  # or it did not come to its end

@@ -97,8 +97,8 @@ def page(
     tables = [_table(*table) for table in side_by_side(reports).values()]
     notes = [f"<p>{html.escape(run)}: {html.escape(n)}</p>" for run, r in reports.items() for n in r.notes]
     pictures = [
-        f'<h2>{html.escape(what)}</h2>\n<img class="curve" alt="{html.escape(what)}" '
-        f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
+        f'<h2>{html.escape(what)}</h2>\n<div class="wide"><img class="curve" alt="{html.escape(what)}" '
+        f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"></div>'
         for what, path in curves.items()
     ]
     template = (Path(__file__).parent / "page.html").read_text("utf-8")

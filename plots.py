@@ -41,7 +41,7 @@ def map_grid(
     titles = ["image"] + [outlined] * (masks is not None) + list(columns)
     B, (H, W) = len(images), images.shape[-2:]
     lines = max(title.count("\n") for title in titles)
-    size = (side * len(titles) + 0.7, side * B * min(3, H / W) + 0.6 + 0.13 * lines)
+    size = (side * len(titles) + 0.7, max(side * B * min(3, H / W), 1.1) + 0.6 + 0.13 * lines)
     figure, axes = plt.subplots(B, len(titles), figsize=size, squeeze=False, layout="constrained")
     how = {"cmap": "bwr" if signed else "magma", "vmin": -SCALE if signed else 0, "vmax": SCALE}
     for b, row in enumerate(axes):
@@ -65,7 +65,7 @@ def map_grid(
         colours = [COLOURS[r % len(COLOURS)] for r in range(len(regions))]
         lines = [plt.Line2D([], [], color=c, label=name) for c, name in zip(colours, regions)]
         figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), fontsize=7, frameon=False)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, bbox_inches="tight")  # the title of a narrow panel is wider than it
     plt.close(figure)
 
 

@@ -29,6 +29,8 @@ from crops import crop, distort, random_crops
 from data import BATCH, batches, normalise, placed
 from folder import Data
 from relvit import RelViT, cut, patch_views
+from resnet import ResNet
+from simpool import GAP
 
 
 @torch.no_grad()
@@ -36,6 +38,11 @@ def attention_of(encoder: nn.Module, images: Tensor, layer: int) -> Tensor:
     """One block's attention (M, heads, N) over images (M, C, S, S) uint8, in evaluation mode."""
     encoder.eval()
     return torch.cat([encoder(x, layer=layer).attention.cpu() for x in batches(images, encoder)])
+
+
+def averages(encoder: nn.Module) -> bool:
+    """Whether an encoder pools its patches by their mean, so that it looks at all alike."""
+    return encoder.pool is None if isinstance(encoder, ResNet) else isinstance(encoder.pool, GAP)
 
 
 def make_priors(

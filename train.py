@@ -273,7 +273,7 @@ def accumulate(
 
 def descend(loss: Tensor, model: nn.Module, optimizer, args: argparse.Namespace, step: int) -> None:
     """One optimizer step, or FloatingPointError, the weights untouched, if loss or gradient is not finite."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
     if not (loss.isfinite() and norm.isfinite()):
         raise FloatingPointError(
             f"step {step}: the loss is {loss.item():.3g}, its gradient's norm {norm.item():.3g}: step not "

@@ -51,8 +51,8 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     except ImportError:
         raise ValueError(f"{path}: to read it, pip install safetensors") from None
     except Exception as error:  # a damaged or foreign file fails in the unpickler in many ways
-        reason = " ".join(str(error).split())[:120]
-        raise ValueError(f"{path} can't be read as weights ({type(error).__name__}: {reason})") from None
+        wanted = "torch.save of tensors in dicts makes such files, and of nothing that runs code"
+        raise ValueError(f"{path} can't be read as weights ({type(error).__name__}): {wanted}") from None
     found = found if isinstance(found, dict) else {}
     if "history" in found:
         raise ValueError(f"{path} belongs to a run of train.py: name its folder, {path.parent}")
@@ -67,11 +67,12 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         known, left = translated({k: v.float() for k, v in weights.items() if isinstance(v, Tensor)})
         return known, sorted({*left, *beside})
     except (KeyError, ValueError, IndexError, AttributeError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path} holds no ViT that is known here: {' '.join(str(error).split())}") from None
+        reason = f"it lacks {error.args[0]}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise ValueError(f"{path} holds no ViT that is known here: {reason}") from None
 
 
 def translated(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """The published names and parts as ours; and what is left out. Raises KeyError if something lacks."""
+    """The published names and parts as ours; and what is left out. Raises ValueError, or KeyError."""
     w = {
         k.replace("simpool.", "pool.").replace("register_tokens", "reg_token"): v for k, v in weights.items()
     }
@@ -103,7 +104,9 @@ def translated(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]
     strange = [k for k in left if k.split(".")[0] not in DROPPED]
     missing = [k for k in known if k not in w]
     if strange or missing:
-        raise KeyError(f"it {'has' if strange else 'lacks'} {', '.join((strange or missing)[:4])}")
+        raise ValueError(f"it {'has' if strange else 'lacks'} {', '.join((strange or missing)[:4])}")
+    for k in (k for k in known if not w[k].isfinite().all()):
+        raise ValueError(f"{k} is not finite")
     places = w["pos_embed"].shape[1] - ("cls_token" in w)
     if w[FIRST].dim() != 4 or w["pos_embed"].dim() != 3 or math.isqrt(places) ** 2 != places:
         raise ValueError(f"its patches or its {places} places are no square")
@@ -157,8 +160,16 @@ def fit(weights: dict[str, Tensor], vit: ViT) -> None:
         w["pos_embed"] = torch.cat([w["pos_embed"][:, :first], patches], dim=1)
     try:
         vit.load_state_dict(w)
-    except RuntimeError as error:
-        raise ValueError(f"the weights don't fit: {' '.join(str(error).split())[:300]}") from None
+    except RuntimeError:
+        of = {
+            k: v
+            for k, v in sizes(weights).items()
+            if k in ("patch_size", "embed_dim", "depth", "pool", "registers")
+        }
+        of = ", ".join(f"{name} {value}" for name, value in of.items())
+        raise ValueError(
+            f"these weights are of {of}, for {kernel.shape[1]} channel(s): leave out flags that say otherwise"
+        ) from None
 
 
 def exported(vit: ViT) -> dict[str, Tensor]:

@@ -115,7 +115,7 @@ def test_a_classifier_s_score_is_its_probability_of_what_is_true(tmp_path):
     argv = "--task classify --train-images 16 --embed-dim 16 --batch-size 8 --epochs 1 --out"
     train.main([*argv.split(), str(tmp_path / "run")])
     evaluate.main([str(tmp_path / "run"), "--only", "bias", "--html"])
-    (run,) = data_in((tmp_path / "run" / "report.html").read_text())["runs"]
+    (run,) = data_in((tmp_path / "run" / "report.html").read_text())["runs"]  # a mean looks nowhere
     assert run["least"] == -run["most"] and list(run["maps"]) == ["relevance"]
     loaded, parts, _ = evaluate.load_all([tmp_path / "run"], [])
     _, model, _ = loaded[tmp_path / "run"]
@@ -125,6 +125,18 @@ def test_a_classifier_s_score_is_its_probability_of_what_is_true(tmp_path):
     np.testing.assert_allclose(run["scores"], true.numpy(), rtol=1e-4)
     no, yes = (100 * chance for chance in chances[0].tolist())
     assert run["said"][0] == f"enlarged heart {yes:.0f} %, no enlarged heart {no:.0f} %"
+
+
+def test_a_classifier_that_attends_is_shown_by_its_relevance_and_by_its_heads(tmp_path):
+    argv = (
+        "--task classify --backbone vit --train-images 16 --embed-dim 24 --depth 1 --num-heads 2 --epochs 1"
+    )
+    train.main([*argv.split(), "--out", str(tmp_path / "run")])
+    evaluate.main([str(tmp_path / "run"), "--only", "bias", "--html"])
+    held = data_in((tmp_path / "run" / "report.html").read_text())["runs"]
+    maps = {run["name"]: list(run["maps"]) for run in held}
+    assert maps == {"run": ["relevance"], "run, attention": ["head 0", "head 1"]}
+    assert held[0]["scores"] == held[1]["scores"] and held[1]["least"] == 0
 
 
 def test_of_several_classes_the_score_is_the_probability_of_the_true_one():
@@ -144,14 +156,15 @@ def test_the_page_shows_the_first_images_and_those_that_each_model_is_worst_at(m
     monkeypatch.setattr(evaluate, "IN_PAGE", 6)
     data = Data(torch.zeros(9, 1, 8, 8), None, torch.zeros(9), None, [str(i) for i in range(9)], [], [])
     parts = {"test": data, "train": data}
-    runs = {name: (argparse.Namespace(task="pretrain"), name) for name in ("a", "b")}
+    config = argparse.Namespace(task="pretrain", data="d", img_size=8)
+    runs = {name: (config, name) for name in ("a", "b")}
     scores = {"a": [0.9] * 7 + [0.2, 0.1], "b": [0.9] * 4 + [math.nan, 0.3, 0.4, 0.9, 0.9]}
     monkeypatch.setattr(evaluate, "scores_in", lambda config, model, *args: ("AP", scores[model]))
-    monkeypatch.setattr(evaluate, "maps_of", lambda config, model, images, *args, **kw: {"": images[:, 0]})
+    monkeypatch.setattr(evaluate, "heads_of", lambda config, model, images, *args, **kw: {"": images[:, 0]})
     reports = {name: Report({}, {}, {}, {}, []) for name in runs}
     shown, which, looks = evaluate.looks_of(runs, parts, reports)
     assert shown.names == ["0", "1", "5", "6", "7", "8"]
-    assert which.startswith("6 of 9 test images, the first 2")
+    assert which.startswith("d at 8 px: 6 of 9 test images, the first 2")
     assert looks["a"].scores == [0.9, 0.9, 0.9, 0.9, 0.2, 0.1] and len(looks["b"].maps[""]) == 6
 
 

@@ -183,9 +183,12 @@ def test_settings_edited_in_the_file_count(run, tmp_path, capsys):
     args, _ = parse(repeated(["--config", str(file), "--epochs", "7"]))
     assert (args.seed, args.global_scale, args.epochs) == (3, [0.5, 0.9], 7)
     assert args.embed_dim == config["embed_dim"]
-    for name, asked in (("follow", False), ("task", "classify"), ("prior_blur", None)):
+    for name, asked in (("follow", False), ("task", "classify"), ("prior_blur", None), ("amp", "yes")):
         file.write_text(json.dumps(config | {name: asked}))
         assert f"{name} became {asked}" in refused(capsys, "--config", str(file))
+    file.write_text(json.dumps(config | {"epoch": 50}))
+    assert "epoch is no setting of train.py" in refused(capsys, "--config", str(file))
+    assert parse(repeated(["--config", str(run)]))[0].seed == config["seed"]  # its folder will do
 
 
 def test_what_is_typed_beside_settings_need_not_suit_what_they_were(run, tmp_path):
@@ -227,7 +230,7 @@ def test_settings_that_are_no_run_s_are_refused_and_a_repeated_run_is_not_overwr
     capsys.readouterr()
     (tmp_path / "config.json").write_text("{}")
     assert "not the config.json of a run" in refused(capsys, "--config", str(tmp_path / "config.json"))
-    assert "No such file" in refused(capsys, "--config", str(tmp_path / "none.json"))
+    assert "none.json: no such file" in refused(capsys, "--config", str(tmp_path / "none.json"))
     # its --out is the run's own; that it was once overwritten is not repeated
     assert "holds a run" in refused(capsys, "--config", str(tmp_path / "old" / "config.json"))
 
@@ -381,7 +384,7 @@ def test_an_existing_run_is_neither_overwritten_nor_resumed_unless_asked_to(run,
         ("--seed -1", "--seed -1: it must lie between 0 and"),
         ("--span-layer 2", "--span-layer 2: it must lie between -2 and 1"),
         ("--global-scale 0.9 0.4", "0 < a <= b <= 1"),
-        ("--device abacus", "--device abacus can't be used"),
+        ("--device abacus", "--device abacus is none: auto, cpu, cuda or mps"),
         ("--sample nobody", "sample `nobody` is not drawn"),
         ("--data nowhere", "nowhere is not a folder; expected images/"),
         ("--prior nowhere.npy", "nowhere.npy is not sample, masks, statistics, none, or a .npy file"),

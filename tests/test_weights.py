@@ -211,7 +211,8 @@ def test_published_weights_are_measured_trained_on_and_exported_again(tmp_path, 
     evaluate.main("vit.pth --data data --img-size 32 --num-heads 1 --only attention knn".split())
     said = capsys.readouterr().out
     out = Path("vit.pth-data")  # of one data set, lest figures of another join them
-    assert "a ViT of 1 blocks" in said and "knn accuracy" in said and (out / "compare.png").exists()
+    assert "a ViT 64 wide, 1 deep, patches of 16 px, 1 heads, positions of 224 px resized" in said
+    assert "knn accuracy" in said and (out / "compare.png").exists()
     assert "knn_accuracy" in json.loads((out / "metrics.json").read_text())
     train.main(
         "--init vit.pth --num-heads 1 --task classify --data data --img-size 32 --epochs 1 --out run".split()
@@ -245,7 +246,21 @@ def test_a_file_beside_a_run_is_measured_on_the_run_s_data_whichever_comes_first
         assert Path(runs[0] if runs[0] == "run" else "vit.pth-phantom", "compare.png").exists()
     with pytest.raises(SystemExit):
         evaluate.main(["run", "--device", "abacus"])
-    assert "--device abacus can't be used" in capsys.readouterr().err
+    assert "--device abacus is none: auto, cpu, cuda or mps" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_finite_or_do_not_fit_are_refused_by_what_is_wrong(tmp_path):
+    state = published_names(depth=1, embed_dim=192, num_heads=3)
+    torch.save(state | {"norm.weight": torch.full((192,), torch.nan)}, tmp_path / "nan.pth")
+    with pytest.raises(ValueError, match="norm.weight is not finite"):
+        read_weights(tmp_path / "nan.pth")
+    torch.save({k: v for k, v in state.items() if "blocks.0.mlp.fc2" not in k}, tmp_path / "less.pth")
+    with pytest.raises(ValueError, match="it lacks blocks.0.mlp.fc2.weight$"):
+        read_weights(tmp_path / "less.pth")
+    torch.save(state, tmp_path / "tiny.pth")
+    weights, _ = read_weights(tmp_path / "tiny.pth")
+    with pytest.raises(ValueError, match="these weights are of patch_size 16, embed_dim 192, depth 1"):
+        fit(weights, ViT(32, 16, 3, 96, 1, 3))
 
 
 def test_only_what_others_can_load_is_exported():
