@@ -165,10 +165,10 @@ def load_all(
     return found, parts, sample
 
 
-def compare(args: argparse.Namespace, data: list[str]) -> None:
+def compare(args: argparse.Namespace) -> None:
     """Measure runs on the same test images, print them side by side, draw them into the first's folder."""
     runs = args.runs
-    loaded, parts, sample = load_all(runs, data, args.device)
+    loaded, parts, sample = load_all(runs, args.data, args.device)
     home = {run: config.out if run.is_file() else run for run, (config, *_) in loaded.items()}
     out = home[runs[0]]
     first, *_ = loaded[runs[0]]
@@ -257,8 +257,8 @@ def draw_pictures(run: Path, flags: list[str], paths: list[Path], device: str) -
         raise ValueError("; ".join(failed))
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command line: exit status 0 when done, 2 for what can't be read or measured."""
+def asked(argv: list[str] | None) -> argparse.Namespace:
+    """The command line, with `data`, flags of train.py for the runs that are files of weights."""
     parser = argparse.ArgumentParser(
         description="Measure runs of train.py side by side, and draw where they look.",
         usage="python evaluate.py RUN [RUN ...] [flags below]",
@@ -268,54 +268,64 @@ def main(argv: list[str] | None = None) -> None:
     )
     what = "a folder that train.py wrote, or a file of a ViT's published weights"
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=what)
+    what = "auto (default: cuda if there is one, else cpu), cpu, cuda, mps"
+    parser.add_argument("--device", default="auto", help=what)
     add = parser.add_argument_group("what is measured and shown").add_argument
     what = f"of {', '.join(MEASURES)} (default: all that apply); measure.py and probe.py say what they are"
     add("--only", nargs="+", choices=MEASURES, default=MEASURES, metavar="MEASURE", help=what)
     add("--rows", type=int, default=6, help="test images in compare.png (default: 6)")
     what = "write report.html, too: figures, and images to move through in a browser"
     add("--html", action="store_true", help=what)
-    add = parser.add_argument_group("in place of that, of the first run").add_argument
+    add = parser.add_argument_group("in place of that, of one run").add_argument
     what = "draw what it sees in these pictures, of any size, into its folder"
     add("--image", nargs="+", type=Path, metavar="FILE", help=what)
     what = "write the masks that its guided heads make into a new folder"
     add("--export-masks", type=Path, metavar="DIR", help=what)
     add("--export", type=Path, metavar="FILE", help="write its ViT for timm and DINO's code")
-    parser.add_argument(
-        "--device", default="auto", help="auto (default: cuda if there is one, else cpu), cpu, cuda, mps"
-    )
     add = parser.add_argument_group("of files of weights").add_argument
     what = "what to measure them on: as for train.py (default: phantom, or that of the runs beside them)"
-    add("--data", help=what)
+    add("--data", dest="of_data", metavar="DATA", help=what)
     add("--img-size", type=int, help="pixels a side (default: theirs, or that of the runs beside them)")
     add("--num-heads", type=int, help="where their width does not tell")
     args = parser.parse_args([dashed(word) for word in (sys.argv[1:] if argv is None else argv)])
-    first, typed = args.runs[0], {k: getattr(args, k) for k in ("data", "img_size", "num_heads")}
-    data = [word for k, v in typed.items() if v is not None for word in (f"--{k.replace('_', '-')}", str(v))]
+    typed = {"--data": args.of_data, "--img-size": args.img_size, "--num-heads": args.num_heads}
+    args.data = [word for flag, v in typed.items() if v is not None for word in (flag, str(v))]
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    return args
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise ValueError for what can't be done."""
+    if args.rows < 1:
+        raise ValueError(f"--rows {args.rows}: draw at least 1")
+    for run in (run for run in args.runs if not run.exists()):
+        raise ValueError(f"{run}: no such file or folder")
+    if args.data and not any(run.is_file() for run in args.runs):
+        raise ValueError(f"{args.data[0]} is for files of weights; runs are measured on their own data")
+    for flag in ("export", "export_masks", "image"):
+        if getattr(args, flag) and (len(args.runs) > 1 or args.html):
+            raise ValueError(f"--{flag.replace('_', '-')} takes one run, and no other flag of what to do")
+    check_device(args.device)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line: exit status 0 when done, 2 for what can't be read or measured."""
+    args = asked(argv)
     try:
-        if args.rows < 1:
-            raise ValueError(f"--rows {args.rows}: draw at least 1")
-        if data and not any(run.is_file() for run in args.runs):
-            raise ValueError(f"{data[0]} is for files of weights; runs are measured on their own data")
-        if args.device == "auto":
-            args.device = "cuda" if torch.cuda.is_available() else "cpu"
-        check_device(args.device)
-        for run in args.runs:
-            if not run.exists():
-                raise ValueError(f"{run}: no such file or folder")
-        for flag in ("export", "export_masks", "image"):
-            if getattr(args, flag) and (len(args.runs) > 1 or args.html):
-                raise ValueError(f"--{flag.replace('_', '-')} takes one run, and no other flag of what to do")
+        check(args)
+        first = args.runs[0]
         if args.export:
             write_weights(first, args.export)
         elif args.export_masks:
-            loaded, parts, _ = load_all([first], data, args.device)
+            loaded, parts, _ = load_all([first], args.data, args.device)
             config, model, _ = loaded[first]
             written = export_masks(first, config, model, parts, args.export_masks)
             print(f"wrote {written} masks into {args.export_masks}")
         elif args.image:
-            draw_pictures(first, data, args.image, args.device)
+            draw_pictures(first, args.data, args.image, args.device)
         else:
-            compare(args, data)
+            compare(args)
     except (ValueError, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         sys.exit(2)
