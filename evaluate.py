@@ -28,6 +28,7 @@ from probe import SHARES
 from vit import ViT
 from weights import exported
 
+ROWS = 6  # images in compare.png
 IN_PAGE = 60  # images in --html's page
 EXAMPLES = """examples:
   python evaluate.py runs/span runs/dino --only attention linear --html
@@ -101,7 +102,7 @@ def looks_of(
             encoder, said = model.encoder, decisions(config, model, shown.images)
             maps = maps_of(config, model, shown.images, {})
             looks[run] = Looks(maps, explained_by(config), said, name, values)
-        if config.task != "classify" or not averages(encoder):
+        if config.task != "classify" or not (averages(encoder) or config.baseline == "pipeline"):
             maps = heads_of(config, encoder, shown.images, reports[run].heads, every=True)
             looks[f"{run}, attention" if run in looks else run] = Looks(maps, "", said, name, values)
     return shown, which, looks
@@ -243,16 +244,17 @@ def draw_pictures(run: Path, flags: list[str], paths: list[Path], device: str) -
     else:
         config, checkpoint = load_run(run)
         model, out = load_model(run, config, checkpoint), run / "looks"
-    failed = []
+    failed, folders = [], set()
     for path in paths:
-        folder = out / str(path).replace("/", "_").lstrip("._")  # a/1.png and b/1.png both get one
+        name = path.name if path.name not in folders else f"{len(folders)}_{path.name}"  # a/1.png and b/1.png
+        folders.add(name)
         try:
-            written = look(run, config, model.to(device), path, folder)
+            written = look(run, config, model.to(device), path, out / name)
         except DataError as error:
             failed.append(str(error))
             continue
         nothing = "nothing to draw: it averages all patches alike"
-        print(f"{path}: {f'{len(written)} pictures in {folder}' if written else nothing}")
+        print(f"{path}: {f'{len(written)} file(s) in {out / name}' if written else nothing}")
     if failed:
         raise ValueError("; ".join(failed))
 
@@ -273,7 +275,7 @@ def asked(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("what is measured and shown").add_argument
     what = f"of {', '.join(MEASURES)} (default: all that apply); measure.py and probe.py say what they are"
     add("--only", nargs="+", choices=MEASURES, default=MEASURES, metavar="MEASURE", help=what)
-    add("--rows", type=int, default=6, help="test images in compare.png (default: 6)")
+    add("--rows", type=int, default=ROWS, help=f"test images in compare.png (default: {ROWS})")
     what = "write report.html, too: figures, and images to move through in a browser"
     add("--html", action="store_true", help=what)
     add = parser.add_argument_group("in place of that, of one run").add_argument
@@ -299,13 +301,18 @@ def check(args: argparse.Namespace) -> None:
     """Raise ValueError for what can't be done."""
     if args.rows < 1:
         raise ValueError(f"--rows {args.rows}: draw at least 1")
-    for run in (run for run in args.runs if not run.exists()):
-        raise ValueError(f"{run}: no such file or folder")
+    for run in args.runs:
+        if not run.exists():
+            raise ValueError(f"{run}: no such file or folder")
     if args.data and not any(run.is_file() for run in args.runs):
         raise ValueError(f"{args.data[0]} is for files of weights; runs are measured on their own data")
-    for flag in ("export", "export_masks", "image"):
-        if getattr(args, flag) and (len(args.runs) > 1 or args.html):
-            raise ValueError(f"--{flag.replace('_', '-')} takes one run, and no other flag of what to do")
+    others = {"--export": args.export, "--export-masks": args.export_masks, "--image": args.image}
+    others = [flag for flag, value in others.items() if value]
+    measuring = args.html or args.only != MEASURES or args.rows != ROWS
+    if len(others) > 1 or others and (measuring or len(args.runs) > 1):
+        raise ValueError(
+            f"{others[0]} is done alone, for one run: leave out other runs and what else is asked"
+        )
     check_device(args.device)
 
 

@@ -48,7 +48,7 @@ def repeated(argv: list[str]) -> list[str]:
         return argv
     file = known.config / "config.json" if known.config.is_dir() else known.config
     if not file.is_file():
-        raise ValueError(f"--config {known.config}: no such file")
+        raise ValueError(f"--config: there is no {file}; name a run, or its config.json")
     try:
         config = json.loads(file.read_text())
         python, script, *words = shlex.split(str(config["command"]))
@@ -59,11 +59,12 @@ def repeated(argv: list[str]) -> list[str]:
     words = [word for word in words if word not in ("--overwrite", "--resume")]
     typed, beside = parse(others)
     init = ["--init", str(typed.init)] if "init" in beside else []  # the run's own may be gone
-    now = vars(parse(words + init)[0])
-    unknown = config.keys() - now.keys() - set(FOUND)
+    settings = vars(parse(words + init)[0])
+    unknown = config.keys() - settings.keys() - set(FOUND)
     if unknown:
-        raise ValueError(f"--config {known.config}: {', '.join(sorted(unknown))} is no setting of train.py")
-    for name, now in now.items():
+        wrong = ", ".join(sorted(unknown))
+        raise ValueError(f"--config {known.config}: train.py has no setting {wrong}; remove it from the file")
+    for name, now in settings.items():
         asked = config.get(name, now)
         fixed = beside | set(OF_THE_CALL) | set(OF_THE_ENCODER if init else ())
         if str(asked) == str(now) or name in fixed:
@@ -126,7 +127,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("run").add_argument
     add("--task", type=str, choices=TASKS, default="pretrain", help="which other flags apply")
     add("--out", "--output-dir", type=Path, help=f"folder for all that the run writes{by_task('out')}")
-    what = "config.json of a run to repeat in another --out; flags beside it change it"
+    what = "a run, or its config.json, to repeat in another --out; flags beside it change it"
     add("--config", type=Path, default=argparse.SUPPRESS, help=what)
     add("--overwrite", action="store_true", help="start again in a folder that holds a run")
     add("--resume", action="store_true", help="go on with the run in --out where it stopped")
@@ -226,7 +227,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--lr", type=float, help=f"highest learning rate (AdamW, cosine){by_task('lr')}")
     add("--warmup", type=float, default=0.1, help="share of all steps in which the learning rate rises")
     add("--weight-decay", type=float, default=0.04, help="of matrices; vectors have none")
-    add("--clip-grad", type=float, help=f"largest norm of the gradient, 0 for any{by_task('clip_grad')}")
+    add("--clip-grad", type=float, help=f"largest norm of the gradient, 0: unlimited{by_task('clip_grad')}")
 
 
 def by_task(name: str) -> str:
@@ -284,11 +285,10 @@ def check_device(device: str) -> None:
     if device.split(":")[0] not in ("cpu", "cuda", "mps"):
         raise ValueError(f"--device {device} is none: auto, cpu, cuda or mps")
     try:
-        torch.zeros(1, device=device).item()  # which a device without memory can't
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(
-            f"--device {device} can't be used: torch finds none here; try --device cpu"
-        ) from None
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0][:150]
+        raise ValueError(f"--device {device} can't be used, try --device cpu ({reason})") from None
 
 
 def check_pairs(args: argparse.Namespace) -> None:

@@ -40,7 +40,7 @@ def look(run: Path, config: argparse.Namespace, model: nn.Module, path: Path, ou
     multiple = encoder.stride if isinstance(encoder, ResNet) else config.patch_size
     image = read_picture(path, config.img_size, multiple, channels)  # (1, C, H, W)
     shown, written = image.float() / 255, []
-    if not averages(encoder):
+    if not averages(encoder) and config.baseline != "pipeline":  # which sees its own segmenter's foreground
         attention = attention_of(encoder, image, config.span_layer)  # (1, heads, N)
         heads = [f"head {h}" for h in range(attention.shape[1])]
         guided = one_prior(config) and (run / "outlines.json").exists()  # or it did not come to its end

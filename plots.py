@@ -41,6 +41,7 @@ def map_grid(
     titles = ["image"] + [outlined] * (masks is not None) + list(columns)
     B, (H, W) = len(images), images.shape[-2:]
     lines = max(title.count("\n") for title in titles)
+    # at least as high as the colour bar's label is long
     size = (side * len(titles) + 0.7, max(side * B * min(3, H / W), 1.1) + 0.6 + 0.13 * lines)
     figure, axes = plt.subplots(B, len(titles), figsize=size, squeeze=False, layout="constrained")
     how = {"cmap": "bwr" if signed else "magma", "vmin": -SCALE if signed else 0, "vmax": SCALE}

@@ -51,8 +51,11 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     except ImportError:
         raise ValueError(f"{path}: to read it, pip install safetensors") from None
     except Exception as error:  # a damaged or foreign file fails in the unpickler in many ways
-        wanted = "torch.save of tensors in dicts makes such files, and of nothing that runs code"
-        raise ValueError(f"{path} can't be read as weights ({type(error).__name__}): {wanted}") from None
+        reason = " ".join(str(error).split())[:80]
+        wanted = "is it whole? it must be a dict of tensors"
+        raise ValueError(
+            f"{path} can't be read as weights: {wanted} ({type(error).__name__}: {reason})"
+        ) from None
     found = found if isinstance(found, dict) else {}
     if "history" in found:
         raise ValueError(f"{path} belongs to a run of train.py: name its folder, {path.parent}")
@@ -65,10 +68,13 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     beside = {k.removeprefix("module.").split(".")[0] for k in found if not k.startswith(before[0])}
     try:
         known, left = translated({k: v.float() for k, v in weights.items() if isinstance(v, Tensor)})
-        return known, sorted({*left, *beside})
+        damaged = [k for k, v in known.items() if not v.isfinite().all()]
     except (KeyError, ValueError, IndexError, AttributeError, TypeError, RuntimeError) as error:
         reason = f"it lacks {error.args[0]}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise ValueError(f"{path} holds no ViT that is known here: {reason}") from None
+    if damaged:
+        raise ValueError(f"{path}: {damaged[0]} is not finite; take another checkpoint")
+    return known, sorted({*left, *beside})
 
 
 def translated(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
@@ -105,8 +111,6 @@ def translated(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]
     missing = [k for k in known if k not in w]
     if strange or missing:
         raise ValueError(f"it {'has' if strange else 'lacks'} {', '.join((strange or missing)[:4])}")
-    for k in (k for k in known if not w[k].isfinite().all()):
-        raise ValueError(f"{k} is not finite")
     places = w["pos_embed"].shape[1] - ("cls_token" in w)
     if w[FIRST].dim() != 4 or w["pos_embed"].dim() != 3 or math.isqrt(places) ** 2 != places:
         raise ValueError(f"its patches or its {places} places are no square")
@@ -158,17 +162,15 @@ def fit(weights: dict[str, Tensor], vit: ViT) -> None:
         patches = patches.transpose(1, 2).unflatten(2, (side, side))
         patches = F.interpolate(patches, size=vit.native_grid, mode="bicubic").flatten(2).transpose(1, 2)
         w["pos_embed"] = torch.cat([w["pos_embed"][:, :first], patches], dim=1)
+    theirs = {**sizes(weights), "channels": weights[FIRST].shape[1]}
+    own = {name: getattr(vit, name) for name in ("patch_size", "embed_dim", "depth", "registers")}
+    own["channels"] = 3 if theirs["channels"] == 3 and ours[FIRST].shape[1] == 1 else ours[FIRST].shape[1]
+    differ = [f"{name} {theirs[name]}, not {value}" for name, value in own.items() if theirs[name] != value]
     try:
         vit.load_state_dict(w)
     except RuntimeError:
-        of = {
-            k: v
-            for k, v in sizes(weights).items()
-            if k in ("patch_size", "embed_dim", "depth", "pool", "registers")
-        }
-        of = ", ".join(f"{name} {value}" for name, value in of.items())
         raise ValueError(
-            f"these weights are of {of}, for {kernel.shape[1]} channel(s): leave out flags that say otherwise"
+            f"the weights don't fit: they have {'; '.join(differ) or 'another layout'}"
         ) from None
 
 

@@ -56,7 +56,7 @@ def test_pictures_of_one_name_each_get_their_own(tmp_path, monkeypatch, capsys):
         (tmp_path / folder).mkdir()
         Image.new("L", (16, 16)).save(tmp_path / folder / "1.png")
     evaluate.main(["vit.pth", "--num-heads", "2", "--image", "a/1.png", "b/1.png"])
-    assert drawn == [Path(f"vit.pth-looks/{name}_1.png/attention.png") for name in "ab"]
+    assert drawn == [Path(f"vit.pth-looks/{name}/attention.png") for name in ("1.png", "1_1.png")]
     with pytest.raises(SystemExit):  # what can't be read keeps nothing else from being drawn
         evaluate.main(["vit.pth", "--num-heads", "2", "--image", "none.png", "a/1.png"])
     assert len(drawn) == 3 and "none.png: this image cannot be read" in capsys.readouterr().err
@@ -65,11 +65,11 @@ def test_pictures_of_one_name_each_get_their_own(tmp_path, monkeypatch, capsys):
 def test_guided_heads_outline_their_regions_and_every_head_is_shown(wide, tmp_path, monkeypatch, capsys):
     train.main([*TINY, "--out", str(tmp_path / "run")])
     monkeypatch.setattr(evaluate, "load", None)  # the run's folder is enough: its data may be gone
-    seen, out = [], tmp_path / "run" / "looks" / str(wide).replace("/", "_").lstrip("_")
+    seen, out = [], tmp_path / "run" / "looks" / "wide.jpg"
     monkeypatch.setattr(look, "map_grid", lambda *a, **k: seen.append(a))
     evaluate.main([str(tmp_path / "run"), "--image", str(wide)])
     path, image, masks, names, maps = seen[0]
-    assert path == out / "attention.png" and f"{wide}: 4 pictures in {out}" in capsys.readouterr().out
+    assert path == out / "attention.png" and f"{wide}: 4 file(s) in {out}" in capsys.readouterr().out
     assert image.shape == (1, 1, 64, 144) and masks.shape == (1, 3, 64, 144)
     assert names == ["left lung", "right lung", "heart"]
     titles = ["head 0\nleft lung", "head 1\nright lung", "head 2\nheart"]
@@ -101,7 +101,7 @@ def test_a_classifier_s_decision_gets_a_heatmap_and_its_probability(wide, tmp_pa
     evaluate.main([str(tmp_path / "run"), "--image", str(wide)])
     (path, _, _, _, maps), how = seen[0]  # and no other: a mean looks nowhere
     assert len(seen) == 1
-    assert path.name == "relevance.png" and path.parent.name.endswith("_wide.jpg") and how["signed"]
+    assert path.name == "relevance.png" and path.parent.name == "wide.jpg" and how["signed"]
     ((title, heatmap),) = maps.items()
     assert heatmap.shape == (1, 64, 144)
     what, *chances = title.split("\n")
@@ -131,6 +131,17 @@ def test_heads_of_published_weights_outline_what_holds_most_of_their_attention(w
     path, image, masks, names, maps = seen[0]
     assert path.parent.parent == Path("vit.pth-looks") and min(Image.open(path).size) > 200
     assert image.shape == (1, 3, 48, 104) and names == ["head 0"] and 0.3 < masks.float().mean() < 0.7
+
+
+def test_what_is_asked_beside_pictures_is_not_ignored(wide, tmp_path, capsys):
+    torch.save(ViT(16, 8, 3, 32, 1, 2).state_dict(), tmp_path / "vit.pth")
+    for beside in (["--html"], ["--rows", "9"], ["--only", "knn"], ["--export", "x.pth"]):
+        with pytest.raises(SystemExit):
+            evaluate.main([str(tmp_path / "vit.pth"), "--image", str(wide), *beside])
+        assert "is done alone, for one run" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        evaluate.main([str(tmp_path / "vit.pth"), str(tmp_path), "--image", str(wide)])
+    assert "is done alone, for one run" in capsys.readouterr().err
 
 
 def test_a_picture_that_cannot_be_read_is_named(tmp_path, capsys):

@@ -187,7 +187,7 @@ def test_settings_edited_in_the_file_count(run, tmp_path, capsys):
         file.write_text(json.dumps(config | {name: asked}))
         assert f"{name} became {asked}" in refused(capsys, "--config", str(file))
     file.write_text(json.dumps(config | {"epoch": 50}))
-    assert "epoch is no setting of train.py" in refused(capsys, "--config", str(file))
+    assert "train.py has no setting epoch" in refused(capsys, "--config", str(file))
     assert parse(repeated(["--config", str(run)]))[0].seed == config["seed"]  # its folder will do
 
 
@@ -221,7 +221,9 @@ def test_underscores_as_in_dino_s_scripts_are_understood_in_flags_but_not_in_val
 
 def test_flags_answer_to_the_names_that_they_have_in_dino_s_and_timm_s_scripts():
     theirs = "--output_dir o --data_path d --momentum_teacher 0.9 --global_crops_scale 0.5 1 --hflip 0.5"
+    theirs += " --local_crops_scale 0.1 0.3 --drop_path_rate 0.1"
     ours = "--out o --data d --momentum 0.9 --global-scale 0.5 1 --flip 0.5"
+    ours += " --local-scale 0.1 0.3 --drop-path 0.1"
     assert parse(theirs.split()) == parse(ours.split())
 
 
@@ -230,7 +232,7 @@ def test_settings_that_are_no_run_s_are_refused_and_a_repeated_run_is_not_overwr
     capsys.readouterr()
     (tmp_path / "config.json").write_text("{}")
     assert "not the config.json of a run" in refused(capsys, "--config", str(tmp_path / "config.json"))
-    assert "none.json: no such file" in refused(capsys, "--config", str(tmp_path / "none.json"))
+    assert f"there is no {tmp_path / 'none.json'}" in refused(capsys, "--config", str(tmp_path / "none.json"))
     # its --out is the run's own; that it was once overwritten is not repeated
     assert "holds a run" in refused(capsys, "--config", str(tmp_path / "old" / "config.json"))
 

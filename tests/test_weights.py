@@ -259,8 +259,12 @@ def test_weights_that_are_not_finite_or_do_not_fit_are_refused_by_what_is_wrong(
         read_weights(tmp_path / "less.pth")
     torch.save(state, tmp_path / "tiny.pth")
     weights, _ = read_weights(tmp_path / "tiny.pth")
-    with pytest.raises(ValueError, match="these weights are of patch_size 16, embed_dim 192, depth 1"):
+    with pytest.raises(ValueError, match="they have embed_dim 192, not 96$"):
         fit(weights, ViT(32, 16, 3, 96, 1, 3))
+    grey, _ = read_weights(tmp_path / "tiny.pth")
+    grey["patch_embed.proj.weight"] = grey["patch_embed.proj.weight"][:, :1]
+    with pytest.raises(ValueError, match="they have channels 1, not 3$"):
+        fit(grey, ViT(224, 16, 3, 192, 1, 3))
 
 
 def test_only_what_others_can_load_is_exported():
