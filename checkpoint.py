@@ -30,14 +30,7 @@ from simpool import GAP, SimPool
 from vit import ViT
 from weights import fit, read_weights, sizes
 
-FOUND = (
-    "command",
-    "versions",
-    "machine",
-    "channels",
-    "classes",
-    "one_class",
-)  # in config.json, not asked for
+FOUND = "command versions machine channels classes one_class".split()  # in config.json, though not asked for
 OF_THE_CALL = ("out", "overwrite", "resume", "keep_going", "device")  # settings that --resume may change
 
 

@@ -297,8 +297,6 @@ def relevance_of(config: argparse.Namespace, model: nn.Module, images: Tensor) -
 
 def explained_by(config: argparse.Namespace) -> str:
     """What `relevance_of` explains, in words."""
-    return (
-        "the likeliest class"
-        if config.one_class and len(config.classes) > 2
-        else config.classes[config.one_class]
-    )
+    if config.one_class and len(config.classes) > 2:
+        return "the likeliest class"
+    return config.classes[int(config.one_class)]

@@ -41,7 +41,7 @@ def outlines(
     priors, names = make_priors(config, parts, sample)
     train = parts["train"]
     only = [train.names.index(sample)] if config.prior == "sample" else slice(BATCH)
-    true_of = train.images[only]  # true on average, of the others
+    true_of = train.images[only]  # priors that no image gave are true of images on average
     regions = priors >= priors.amax(dim=(1, 2), keepdim=True) / 2
     attention = attention_of(encoder, true_of, config.span_layer)[:, : len(names)]
     return dict(zip(names, mass_held(attention, encoder.grid(true_of), regions).tolist()))

@@ -314,12 +314,10 @@ def warn_if_idle(args: argparse.Namespace, last: dict[str, float], labels: Tenso
     """Say so if a classifier is no better than one answer for all images: ISNet may stand still."""
     reached, constant = last.get("classification", last["loss"]), constant_loss(labels, args.one_class)
     if reached > 0.97 * constant:
-        remedy = "another --seed, more --epochs" + (
-            ", or less --isnet" if args.isnet else ", or another --lr"
-        )
+        remedy = "less --isnet" if args.isnet else "another --lr"
         print(
             f"note: it has hardly learned: its loss is {reached:.2f}, that of one answer for all images "
-            f"{constant:.2f}. Try {remedy}"
+            f"{constant:.2f}. Try another --seed, more --epochs, or {remedy}"
         )
 
 

@@ -164,6 +164,7 @@ def fit(weights: dict[str, Tensor], vit: ViT) -> None:
         w["pos_embed"] = torch.cat([w["pos_embed"][:, :first], patches], dim=1)
     theirs = {**sizes(weights), "channels": weights[FIRST].shape[1]}
     own = {name: getattr(vit, name) for name in ("patch_size", "embed_dim", "depth", "registers")}
+    # a grey ViT takes colour weights, summed
     own["channels"] = 3 if theirs["channels"] == 3 and ours[FIRST].shape[1] == 1 else ours[FIRST].shape[1]
     differ = [f"{name} {theirs[name]}, not {value}" for name, value in own.items() if theirs[name] != value]
     try:
