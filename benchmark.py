@@ -1,11 +1,12 @@
 """What exposure, augmentation and ISNet cost, measured side by side on this machine.
 
-    python benchmark.py [--json FILE] [--device cuda]
+    python benchmark.py [--json FILE] [--device cpu]
 
 Machines are noisy and drift, so two things are timed in turn, A B A B ..., and the median of the ratios B / A
-is what is reported, with the quartiles. A training step's floor is a product of large matrices with as many
-multiplications as the step has (convolutions and matrix products, counted): what is above 1 goes into moving
-numbers, elementwise work and Python. Next to read: `tables.py`.
+is what is reported, with the quartiles. A training step has two floors, both counted operation by operation:
+products of large matrices with as many multiplications as its convolutions and matrix products, and copies of
+a large block with as many bytes as all its operations read and write. The second is one of main memory: what
+fits into a cache may be faster. Next to read: `tables.py`.
 """
 
 import argparse
@@ -21,6 +22,8 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from baselines import BASELINES
@@ -44,6 +47,12 @@ PRETRAINING = {
 }
 SMALL, WIDE, LARGE = (16, 1, 64, 64), (8, 3, 64, 64), (2, 3, 224, 224)  # images (B, C, H, W)
 RESNET, VIT = "--backbone resnet", "--backbone vit"
+STEPS = {  # classifiers' steps, against their floors: flags and images
+    "plain ResNet, 16 images of 64 px": (RESNET, SMALL),
+    "ISNet, ResNet": (f"{RESNET} --isnet 3", SMALL),
+    "plain ViT": (VIT, SMALL),
+    "ISNet, ViT": (f"{VIT} --isnet 3", SMALL),
+}
 VIT_S = f"{VIT} --img-size 224 --patch-size 16 --embed-dim 384 --depth 12 --num-heads 6"
 CLASSIFIERS = {  # what is compared with the plain classifier of the same encoder: its flags, and what it adds
     "ISNet / plain: ResNet, epsilon rule": (RESNET, "--isnet 1 --lrp-gamma 0 --isnet-layers none", SMALL),
@@ -94,6 +103,33 @@ def product_of(work: Callable, device: str) -> Callable:
             a @ b
 
     return product
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that operations read and write; a view moves none."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            tensors = [t for t in tree_leaves((args, kwargs, made)) if isinstance(t, Tensor)]
+            self.bytes += sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in tensors)  # if expanded
+        return made
+
+
+def copies_of(work: Callable, device: str) -> Callable:
+    """Copies of a large block that move as many bytes as the operations in `work`."""
+    with Traffic() as traffic:
+        work()
+    block = torch.zeros(2, 2**28, dtype=torch.uint8, device=device)  # 256 MiB, which no cache holds
+    whole, rest = divmod(traffic.bytes // 2, block.shape[1])  # a copied byte is read and written
+
+    def copies() -> None:
+        for size in [block.shape[1]] * whole + [rest]:
+            block[0, :size].copy_(block[1, :size])
+
+    return copies
 
 
 def pretraining_step(flags: str, images: Tensor) -> Callable:
@@ -201,18 +237,19 @@ def batched_pipeline(images: Tensor) -> Callable:
     return work
 
 
-def classifier(flags: str, shape: tuple[int, ...]) -> tuple[Callable, Callable]:
+def classifier(flags: str, shape: tuple[int, ...], device: str) -> tuple[Callable, Callable]:
     """A classifier on images (B, C, H, W): its training loss, as in train.py, and its use."""
-    args = parse(f"--task classify {flags}".split())[0]
+    args = parse(f"--task classify --device {device} {flags}".split())[0]
     B, C, H, W = shape
     torch.manual_seed(0)
-    model = build_classifier(args, build_encoder(args, C), 2, C)
-    images, labels = torch.randint(256, shape, dtype=torch.uint8), torch.eye(2).repeat(B // 2, 1)
-    masks = torch.zeros(B, 1, H, W, dtype=torch.bool)
+    model = build_classifier(args, build_encoder(args, C), 2, C).to(device)
+    images = torch.randint(256, shape, dtype=torch.uint8).to(device)
+    labels = torch.eye(2, device=device).repeat(B // 2, 1)
+    masks = torch.zeros(B, 1, H, W, dtype=torch.bool, device=device)
     masks[:, :, H // 4 : 3 * H // 4, W // 4 : 3 * W // 4] = True
     with redirect_stdout(StringIO()):  # it says what range of relevance it found
         losses = objective(args, model, images, masks, labels)
-    everyone, generator = torch.arange(B), torch.Generator().manual_seed(0)
+    everyone, generator = torch.arange(B, device=device), torch.Generator().manual_seed(0)
 
     @torch.inference_mode()
     def use() -> Tensor:
@@ -235,12 +272,18 @@ def kept_bytes(loss: Callable) -> int:
 
 
 def step_costs(runs: int, device: str) -> dict[str, tuple[float, float, float]]:
-    """Pretraining steps over their floors; and what exposing attention costs."""
+    """Training steps over their floors; and what exposing attention costs."""
     rows = {}
     images = phantom(64, seed=0)[0].to(device)
-    for name, flags in PRETRAINING.items():
-        step = pretraining_step(flags + (" --device cuda" if device != "cpu" else ""), images)
-        rows[f"training step / its floor: {name}"] = ratio(product_of(step, device), step, runs)
+    steps = {
+        name: pretraining_step(f"{flags} --device {device}", images) for name, flags in PRETRAINING.items()
+    }
+    for name, (flags, shape) in STEPS.items():
+        loss = classifier(flags, shape, device)[0]
+        steps[name] = lambda loss=loss: loss().backward()
+    for name, step in steps.items():
+        rows[f"training step / its operations' floor: {name}"] = ratio(product_of(step, device), step, runs)
+        rows[f"training step / its bytes' floor: {name}"] = ratio(copies_of(step, device), step, runs)
     for name, size, images in (
         ("the ViT of train.py, 128 images of 64 px", (64, 8, 1, 96, 4, 6), (128, 1, 64, 64)),
         ("ViT-S/16, 8 images of 224 px", (224, 16, 3, 384, 12, 6), (8, 3, 224, 224)),
@@ -255,20 +298,21 @@ def step_costs(runs: int, device: str) -> dict[str, tuple[float, float, float]]:
     return rows
 
 
-def heatmaps(flags: str) -> tuple[Callable, Callable]:
+def heatmaps(flags: str, device: str) -> tuple[Callable, Callable]:
     """Predictions and LRP heatmaps of 250 phantoms, as in evaluate.py."""
-    args = parse(f"--task classify {flags}".split())[0]
+    args = parse(f"--task classify --device {device} {flags}".split())[0]
     args.one_class = True
     images = phantom(BATCH, seed=0)[0]
-    model = build_classifier(args, build_encoder(args, 1), 2, 1)
+    model = build_classifier(args, build_encoder(args, 1), 2, 1).to(device)
     return lambda: scores_of(model, images, True), lambda: relevance_of(args, model, images)
 
 
-def classifier_costs(runs: int) -> dict[str, tuple[float, float, float]]:
+def classifier_costs(runs: int, device: str) -> dict[str, tuple[float, float, float]]:
     """Steps, memory and use of classifiers over those of the plain one; and a heatmap over a prediction."""
     rows = {}
     for name, (encoder, added, shape) in CLASSIFIERS.items():
-        (plain, plain_use), (other, use) = classifier(encoder, shape), classifier(f"{encoder} {added}", shape)
+        plain, plain_use = classifier(encoder, shape, device)
+        other, use = classifier(f"{encoder} {added}", shape, device)
         steps = (lambda: plain().backward()), (lambda: other().backward())
         rows[f"training step, {name}"] = ratio(*steps, runs)
         if "ISNet /" in name:
@@ -276,11 +320,13 @@ def classifier_costs(runs: int) -> dict[str, tuple[float, float, float]]:
         elif "gated" in name or "pipeline" in name:  # the others leave the plain model behind
             rows[f"use, {name}"] = ratio(plain_use, use, runs)
     for name, flags in {"ResNet, gamma rule": RESNET, "ViT, epsilon rule": VIT}.items():
-        rows[f"LRP heatmap / prediction: {name}, {BATCH} images of 64 px"] = ratio(*heatmaps(flags), runs)
+        rows[f"LRP heatmap / prediction: {name}, {BATCH} images of 64 px"] = ratio(
+            *heatmaps(flags, device), runs
+        )
     return rows
 
 
-def view_costs(runs: int) -> dict[str, tuple[float, float, float]]:
+def view_costs(runs: int, device: str) -> dict[str, tuple[float, float, float]]:
     """Views cut by Pillow, one by one, over views cut a batch at a time; and phantoms drawn so."""
     rows = {}
 
@@ -297,7 +343,8 @@ def view_costs(runs: int) -> dict[str, tuple[float, float, float]]:
             torch.set_num_threads(threads)
             name = f"{size} px, {channels} channel(s), {threads} thread(s)"
             name = f"views a second, batched / Pillow one by one: {name}"
-            rows[name] = ratio(batched_pipeline(images), pillow_pipeline(pictures, size), runs)
+            batched = batched_pipeline(images.to(device))
+            rows[name] = ratio(batched, pillow_pipeline(pictures, size), runs)
     return rows
 
 
@@ -305,13 +352,18 @@ def main() -> None:
     """Print the table; --json also writes it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--runs", type=int, default=20, help="paired runs of each (default: 20)")
-    parser.add_argument("--device", default="cpu", help="for pretraining steps and attention (default: cpu)")
+    what = (
+        "cpu or cuda (default: cuda if there is one); pictures are always drawn, and cut by Pillow, by a CPU"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help=what)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, too")
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # as train.py does for classifiers
-    rows = step_costs(args.runs, args.device) | classifier_costs(args.runs) | view_costs(args.runs)
+    rows = {}
+    for costs in (step_costs, classifier_costs, view_costs):
+        rows |= costs(args.runs, args.device)
     for name, (low, median, high) in rows.items():
         print(f"{name:90} {median:7.3f}   ({low:.3f} to {high:.3f})")
     if args.json:

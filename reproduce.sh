@@ -219,5 +219,5 @@ picture compare attention runs/{span,dino}-0
 picture pooling attention runs/vit_{cls_dino,simpool_dino,simpool_span}-0
 if [ $all = yes ]; then
     picture isnet bias runs/{isnet_resnet,plain_resnet,pixels_only}-0
-    picture one_mask bias runs/{isnet_attention,swap,gain,multitask,gated}_resnet-0
+    picture one_mask bias runs/{isnet_attention,pipeline,swap,rrr,gain,multitask,gated}_resnet-0
 fi

@@ -16,7 +16,6 @@ from pathlib import Path
 from checkpoint import write_whole
 
 ROOT = Path(__file__).parent
-REGIONS = ["left_lung", "right_lung", "heart"]
 ABLATIONS = {
     "span": "default: KL, last block, global crops, bent alignment, blur 2.5 %",
     "affine_alignment": "affine alignment only",
@@ -81,8 +80,29 @@ FEW_LABELS = {
     "half": "labels alone, half the steps",
     "tuned_relvit_long": "RelViT 5 times as long, then labels",
 }
-
-
+COSTS = {  # tables of benchmark.py's ratios: what the rows are, and {the ratio: the head of its column}
+    "floors": (
+        "training step, over",
+        {
+            "training step / its operations' floor": "its operations as large matrix products",
+            "training step / its bytes' floor": "its bytes as large copies",
+        },
+    ),
+    "exposure": (
+        "attention layer, over the same without its row",
+        {
+            "attention layer with its row / without": "with its row",
+            "attention layer written out / without its row": "written out",
+        },
+    ),
+    "isnet_costs": (
+        "ISNet over plain",
+        {
+            "training step, ISNet / plain": "training step",
+            "memory kept for the backward pass, ISNet / plain": "memory kept for the backward pass",
+        },
+    ),
+}
 FIGURES = {name: f"auc_{name}_enlarged_heart" for name in ("same", "flipped")}  # short for
 FIGURES["accuracy"] = "accuracy_same"
 # The 97.5 % quantile of Student's t, by the number of seeds.
@@ -187,6 +207,16 @@ def markdown(header: list[str], rows: list[list[str]], words: int = 1) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def cells(runs: dict, experiment: str, figures: list[str], reference: str | None = None) -> list[str]:
+    """A spread for each figure of an experiment, its difference to a reference in brackets."""
+    made = []
+    for figure in figures:
+        values = points(runs, experiment, figure)
+        gap = gaps(values, points(runs, reference, figure)) if reference else []
+        made.append(spread(list(values.values())) + (f" ({spread(gap, '+')})" if gap else ""))
+    return made
+
+
 def localisation(runs: dict) -> str:
     """AP by region: prior, aligned prior, SPAN's attention, its upper bound, DINO's best heads."""
     columns = {
@@ -196,13 +226,11 @@ def localisation(runs: dict) -> str:
         "attention, all masks": ("masks", "attention"),
         "DINO, best heads": ("dino", "attention"),
     }
-    rows = []
-    for region in [f"AP_{region}" for region in REGIONS] + ["mAP"]:
-        cells = [
-            spread(list(points(runs, run, f"{what}_{region}").values())) for run, what in columns.values()
-        ]
-        rows.append([region.removeprefix("AP_").replace("_", " "), *cells])
-    return markdown(["pixel AP, %", *columns], rows)
+    names = {"left lung": "AP_left_lung", "right lung": "AP_right_lung", "heart": "AP_heart", "mAP": "mAP"}
+    found = [
+        cells(runs, run, [f"{what}_{name}" for name in names.values()]) for run, what in columns.values()
+    ]
+    return markdown(["pixel AP, %", *columns], [[region, *row] for region, row in zip(names, zip(*found))])
 
 
 def compared(runs: dict, of: str, to: str) -> tuple[list[float], str]:
@@ -237,29 +265,21 @@ def claims(runs: dict) -> str:
 
 
 def transfer(runs: dict, experiments: dict[str, tuple[str, str | None]]) -> str:
-    """Mean AUC of the findings by a linear layer and fine-tuned, over the share of labels."""
-    rows, shares = [], ["_1_percent", "_5_percent", "_10_percent", "_25_percent", ""]
-    for how, name in {
-        "linear": "linear layer",
-        "heads": "each head's patches",
-        "finetune": "fine-tuned",
-    }.items():
-        for title, (experiment, reference) in experiments.items():
-            cells = []
-            for share in shares:
-                values = points(runs, experiment, f"{how}_mAUC{share}")
-                gap = gaps(values, points(runs, reference, f"{how}_mAUC{share}")) if reference else []
-                cells.append(spread(list(values.values())) + (f" ({spread(gap, '+')})" if gap else ""))
-            rows.append([f"{title}: {name}", *cells])
+    """Mean AUC of the findings by three readouts, over the share of labels."""
+    shares = ["_1_percent", "_5_percent", "_10_percent", "_25_percent", ""]
+    readouts = {"linear": "linear layer", "heads": "each head's patches", "finetune": "fine-tuned"}
+    rows = [
+        [f"{title}: {name}", *cells(runs, experiment, [f"{how}_mAUC{share}" for share in shares], reference)]
+        for how, name in readouts.items()
+        for title, (experiment, reference) in experiments.items()
+    ]
     return markdown(["mean AUC of findings, %; labels:", "1 %", "5 %", "10 %", "25 %", "all"], rows)
 
 
 def inspection(runs: dict) -> str:
     """Parts under a fixed camera: attention AP by region."""
-    rows = []
-    for title, (experiment, _) in PLATES.items():
-        names = [f"attention_AP_{region}" for region in ("plate", "holes", "defect")] + ["attention_mAP"]
-        rows.append([title, *(spread(list(points(runs, experiment, name).values())) for name in names)])
+    names = [f"attention_{name}" for name in ("AP_plate", "AP_holes", "AP_defect", "mAP")]
+    rows = [[title, *cells(runs, experiment, names)] for title, (experiment, _) in PLATES.items()]
     return markdown(["attention AP, best heads, %", "plate", "holes", "defect", "mAP"], rows)
 
 
@@ -300,26 +320,22 @@ def shortcut(runs: dict, costs: dict[str, list[float]]) -> str:
 
 def kinds(runs: dict) -> str:
     """AUC of a plain ResNet and with ISNet, for shortcuts of other kinds."""
-    rows = []
+    rows, names = [], [f"auc_{part}_enlarged_heart" for part in ("same", "removed", "flipped", "unseen")]
     for kind, title in KINDS.items():
-        for how in ("plain", "isnet"):
-            names = [f"auc_{part}_enlarged_heart" for part in ("same", "removed", "flipped", "unseen")]
-            found = [list(points(runs, f"{how}_{kind}", name).values()) for name in names]
-            what = "**ISNet**" if how == "isnet" else "plain"
-            rows += [[f"{title}: {what}", *map(spread, found), str(len(found[0]))]] if found[0] else []
+        for how, what in {"plain": "plain", "isnet": "**ISNet**"}.items():
+            seeds = len(points(runs, f"{how}_{kind}", names[0]))
+            rows += [[f"{title}: {what}", *cells(runs, f"{how}_{kind}", names), str(seeds)]] if seeds else []
     header = ["enlarged heart: AUC, %", "shortcut as in training", "removed", "flipped", "another one"]
     return markdown([*header, "seeds"], rows)
 
 
 def failures(runs: dict) -> str:
     """AUC of the same and the flipped marker with one part of ISNet left out at a time."""
-    rows = []
-    for experiment, title in FAILURES.items():
-        names = [f"auc_{name}" for name in ("same", "removed", "flipped")] + ["relevance_share_same"]
-        found = [list(points(runs, experiment, name).values())[:1] for name in names]
-        rows += [[title, *map(spread, found)]] if found[0] else []
+    first = {name: run for name, run in runs.items() if run["seed"] == 0}
+    names = [f"auc_{name}" for name in ("same", "removed", "flipped")] + ["relevance_share_same"]
+    rows = [[title, *cells(first, experiment, names)] for experiment, title in FAILURES.items()]
     header = ["seed 0: AUC, %", "marker as in training", "removed", "flipped"]
-    return markdown([*header, "relevance in lungs and heart, %"], rows)
+    return markdown([*header, "relevance in lungs and heart, %"], [row for row in rows if row[1]])
 
 
 def pooling(runs: dict) -> str:
@@ -328,12 +344,10 @@ def pooling(runs: dict) -> str:
     for learned, experiments in POOLINGS.items():
         for experiment, (title, reference) in experiments.items():
             ap = points(runs, experiment, "attention_AP_heart")
-            if not ap:
-                continue
             gap = gaps(ap, points(runs, reference, "attention_AP_heart")) if reference else []
-            found = [list(points(runs, experiment, name).values()) for name in ("knn_mAUC", "linear_mAUC")]
-            cells = [spread(list(ap.values())), spread(gap, "+") if gap else "", *map(spread, found)]
-            rows.append([f"{learned}: {title}", *cells, str(len(ap))])
+            beside = cells(runs, experiment, ["knn_mAUC", "linear_mAUC"])
+            row = [f"{learned}: {title}", spread(list(ap.values())), spread(gap, "+"), *beside, str(len(ap))]
+            rows += [row] if ap else []
     header = ["500 test images", "attention on the heart, AP %", "to CLS or mean, same seeds"]
     return markdown([*header, "k-NN, AUC %", "linear, AUC %", "seeds"], rows)
 
@@ -342,27 +356,32 @@ def few_labels(runs: dict) -> str:
     """What comes of a few labels, from nothing and after pretraining on the same images."""
     rows = []
     for how, title in FEW_LABELS.items():
-        cells = []
-        for n in (50, 500):
-            values = points(runs, f"{how}_symbols{n}", "accuracy_same")
-            gap = gaps(values, points(runs, f"scratch_symbols{n}", "accuracy_same"))
-            beside = f" ({spread(gap, '+')})" if gap and how != "scratch" else ""
-            cells.append(spread(list(values.values())) + beside if values else "")
-        rows.append([title, *cells])
+        row = [title]
+        for n in ("symbols50", "symbols500"):
+            row += cells(runs, f"{how}_{n}", ["accuracy_same"], None if how == "scratch" else f"scratch_{n}")
+        rows.append(row)
     return markdown(["symbols: accuracy, %", "50 labels a class", "500 labels a class"], rows)
 
 
+def costs_of(costs: dict[str, list[float]], first: str, columns: dict[str, str]) -> str:
+    """Medians and quartiles of benchmark.py's ratios "WHAT: OF WHAT", a column for each WHAT."""
+    rows: dict[str, list[str]] = {}
+    for name, (low, median, high) in costs.items():
+        what, subject = name.split(": ", 1)
+        if what in columns:
+            cells = rows.setdefault(subject, [""] * len(columns))
+            quartiles = f" ({low:.2f} to {high:.2f})" if low < high else ""
+            cells[list(columns).index(what)] = f"{median:.2f}{quartiles}"
+    return markdown([first, *columns.values()], [[subject, *cells] for subject, cells in rows.items()])
+
+
 def benchmark(costs: dict[str, list[float]]) -> str:
-    """Medians and quartiles of benchmark.py; what `shortcut` shows is left out."""
-    shown = [f", {how} / plain:" for how in SHORTCUT]
-    return markdown(
-        ["measured", "median", "quartiles"],
-        [
-            [name, f"{median:g}", f"{low:g} to {high:g}"]
-            for name, (low, median, high) in costs.items()
-            if not any(beside in name for beside in shown)
-        ],
-    )
+    """The ratios of benchmark.py that stand in no other table."""
+    elsewhere = {what for _, columns in COSTS.values() for what in columns}
+    elsewhere |= {f"{cost}, {how} / plain" for how in SHORTCUT for cost in ("training step", "use")}
+    rest = {name: ratio for name, ratio in costs.items() if name.split(": ")[0] not in elsewhere}
+    rows = [[name, f"{median:.2f} ({low:.2f} to {high:.2f})"] for name, (low, median, high) in rest.items()]
+    return markdown(["measured", "ratio"], rows)
 
 
 def tables(runs: dict, results: Path) -> dict[str, str]:
@@ -380,6 +399,7 @@ def tables(runs: dict, results: Path) -> dict[str, str]:
         "failures": failures(runs),
         "pooling": pooling(runs),
         "few_labels": few_labels(runs),
+        **{name: costs_of(costs, *of) for name, of in COSTS.items()},
         "benchmark": benchmark(costs),
     }
 

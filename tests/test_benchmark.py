@@ -22,6 +22,19 @@ def test_the_floor_of_a_step_has_as_many_operations_as_the_step():
     assert counter.get_total_flops() == pytest.approx(2 * 2 * 600 * 512 * 1300, rel=0.2)  # whole products
 
 
+def test_the_bytes_of_a_step_are_what_its_operations_read_and_write():
+    x, one = torch.zeros(1000), torch.zeros(1)
+    for work, moved in (
+        (lambda: x + 1, 8000),  # 4 bytes a number: reads x, writes the sum
+        (lambda: x.add_(1), 8000),
+        (lambda: x.view(10, 100).t(), 0),
+        (lambda: x + one.expand(1000), 8004),  # what is expanded is read once
+    ):
+        with benchmark.Traffic() as traffic:
+            work()
+        assert traffic.bytes == moved
+
+
 @pytest.mark.parametrize("flags", benchmark.PRETRAINING.values())
 def test_pretraining_steps_can_be_timed(flags):
     step = benchmark.pretraining_step(flags, benchmark.phantom(2, seed=0)[0])
@@ -33,12 +46,12 @@ def test_classifiers_can_be_compared(name):
     encoder, added, (_, channels, *size) = benchmark.CLASSIFIERS[name]
     narrow = f"{encoder} --embed-dim 16"
     for flags in (narrow, f"{narrow} {added}"):
-        loss, use = benchmark.classifier(flags, (4, channels, *size))
+        loss, use = benchmark.classifier(flags, (4, channels, *size), "cpu")
         loss().backward()
         assert use().shape == (4, 2)
 
 
 def test_heatmaps_and_predictions_are_of_the_same_images(monkeypatch):
     monkeypatch.setattr(benchmark, "BATCH", 3)
-    predict, explain = benchmark.heatmaps(f"{benchmark.RESNET} --embed-dim 16")
+    predict, explain = benchmark.heatmaps(f"{benchmark.RESNET} --embed-dim 16", "cpu")
     assert predict().shape == (3, 2) and explain().shape == (3, 1, 64, 64)

@@ -19,8 +19,8 @@ README = (ROOT / "README.md").read_text()
 def test_the_readme_s_tables_are_those_that_the_results_give():
     assert tables.fill(README, ROOT / "results") == README
     tables_in = re.findall(r"<!-- table (\w+) -->\n(?:\|.*\n){3}", README)
-    expected = "ablation benchmark claims failures few_labels localisation parts parts_transfer pooling"
-    expected += " shortcut transfer"
+    expected = "ablation benchmark claims exposure failures few_labels isnet_costs localisation parts"
+    expected += " parts_transfer pooling shortcut transfer"
     assert sorted(tables_in) == expected.split()  # none empty, none lost
 
 
@@ -196,3 +196,10 @@ def test_spread_and_gaps_are_mean_and_deviation_of_the_same_seeds():
         "no_span-0": {"seed": 0, "x": 0.9},
     }
     assert tables.points(runs, "span", "x") == {0: 50.0, 1: 25.0}
+
+
+def test_ratios_of_one_thing_stand_side_by_side():
+    costs = {"time: a": [1, 2, 3], "time: b": [4, 5, 6], "memory: b": [7, 7, 7], "else: b": [1, 1, 1]}
+    lines = tables.costs_of(costs, "what", {"memory": "kept", "time": "step"}).splitlines()
+    assert lines[0] == "| what | kept | step |"
+    assert lines[2:] == ["| a |  | 2.00 (1.00 to 3.00) |", "| b | 7.00 | 5.00 (4.00 to 6.00) |"]
