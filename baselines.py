@@ -11,12 +11,14 @@ and adds a penalty to the classification loss, L = L_class + weight * penalty:
                 penalty = p_y(x - T x) + 10 mean (A - m)^2
     rrr         right for the right reasons (Ross et al. 2017, arXiv 1703.03717): the gradient at the input
                 penalty = sum ((1 - m) d/dx sum_k log p_k)^2                                          (3)
-    pipeline    a segmenter first, whose mask is all that a classifier sees; in use it needs both
-    swap        no penalty: each image gets the background of another one, half of the time
+    pipeline    a segmenter, whose mask is all that a classifier sees in use, where both are needed; both
+                learn at once, the classifier from the masks that are given
+    swap        no penalty: whatever is no foreground comes from another image of the batch
 
 `multitask`, `gain`, `rrr` and `pipeline` return logits (B, K) and a penalty (B,). Ours, to keep them short:
-one gate, at the end, where the paper's network has several; A scaled to its largest value, and taken at the
-last block's input; a segmenter as coarse as the encoder's patches. Next to read: `pretrain.py`.
+one gate, at the end, with a softmax, where the authors' network has several, normalised by minimum and sum;
+A scaled to its largest value, and taken at the last block's input; a segmenter as coarse as the patches. Next
+to read: `pretrain.py`.
 """
 
 import torch
@@ -131,10 +133,13 @@ def rrr(model: nn.Module, x: Tensor, m: Tensor, y: Tensor, one_class: bool) -> t
 
 
 def swapped(x: Tensor, m: Tensor, generator: Generator) -> Tensor:
-    """Images (B, C, H, W), half of which got another one's background; those without mask keep theirs."""
+    """Images (B, C, H, W), all but the foreground from another one; those without mask stay as they are.
+
+    What is taken may hold parts of the other's foreground: nothing is filled in.
+    """
     other = x[torch.randperm(len(x), generator=generator).to(x.device)]
-    chosen = (torch.rand(len(x), generator=generator) < 0.5).to(x.device) & m.flatten(1).any(dim=1)
-    return torch.where(chosen[:, None, None, None], x * m + other * (1 - m), x)
+    masked = m.flatten(1).any(dim=1)[:, None, None, None]
+    return torch.where(masked, x * m + other * (1 - m), x)
 
 
 PENALTIES = {"multitask": multitask, "gain": gain, "rrr": rrr, "pipeline": pipeline}

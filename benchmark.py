@@ -15,8 +15,6 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import redirect_stdout
-from io import StringIO
 from pathlib import Path
 
 import torch
@@ -24,19 +22,19 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from baselines import BASELINES
 from checkpoint import build_classifier, build_encoder, write_whole
-from classify import objective, relevance_of, scores_of
+from classify import natural_range, objective, relevance_of, scores_of
 from crops import crop, distort, random_crops
 from data import BATCH, prepared
 from flags import parse
+from loop import Step, learn, optimizer_for
 from phantom import phantom
 from pretrain import relations, self_distillation
 from relvit import TASKS
 from ssl import DINO, RelViT
-from train import Step, learn, optimizer_for
 from vit import Attention, ViT
 
 PRETRAINING = {
@@ -90,11 +88,23 @@ def ratio(a: Callable, b: Callable, runs: int) -> tuple[float, float, float]:
     return tuple(statistics.quantiles(ratios[1:], n=4))
 
 
-def product_of(work: Callable, device: str) -> Callable:
-    """Products of large matrices with as many operations as matrix products and convolutions in `work`."""
-    with FlopCounterMode(display=False) as counter:
+def operations_of(work: Callable) -> int:
+    """How many operations the matrix products, convolutions and attention layers in `work` have."""
+    aten = torch.ops.aten
+    uncounted = {  # by torch itself, of shapes q, k, v and grad, q, k, v
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda *of, **_: sdpa_flop_count(*of[:3]),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda *of, **_: sdpa_backward_flop_count(*of[:4])
+        ),
+    }
+    with FlopCounterMode(display=False, custom_mapping=uncounted) as counter:
         work()
-    side, total = (4096 if device != "cpu" else 512), counter.get_total_flops()
+    return counter.get_total_flops()
+
+
+def product_of(work: Callable, device: str) -> Callable:
+    """Products of large matrices with as many operations as `work`."""
+    side, total = (4096 if device != "cpu" else 512), operations_of(work)
     a, b = torch.randn(2, side, side, device=device).unbind()
     times = max(1, round(total / (2 * side**3)))
 
@@ -247,8 +257,9 @@ def classifier(flags: str, shape: tuple[int, ...], device: str) -> tuple[Callabl
     labels = torch.eye(2, device=device).repeat(B // 2, 1)
     masks = torch.zeros(B, 1, H, W, dtype=torch.bool, device=device)
     masks[:, :, H // 4 : 3 * H // 4, W // 4 : 3 * W // 4] = True
-    with redirect_stdout(StringIO()):  # it says what range of relevance it found
-        losses = objective(args, model, images, masks, labels)
+    if args.isnet:
+        args.relevance_range = natural_range(model, images, masks, labels, args)
+    losses = objective(args, model, images, masks, labels)
     everyone, generator = torch.arange(B, device=device), torch.Generator().manual_seed(0)
 
     @torch.inference_mode()

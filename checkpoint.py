@@ -4,6 +4,7 @@
     last.pt          weights, optimizer, random states and history, after an epoch or where it was interrupted
     metrics.jsonl    a line an epoch;  metrics.json  final figures, flat names to numbers
     outlines.json    of heads that one prior guided: {region: share of attention that outlines it}
+    masks.pt         a classifier's foreground, if its masks didn't come with the images
 
 Every file is written beside its place and then moved there, so that a kill leaves the old one or the new one,
 never half of one. Checkpoints are read with `weights_only=True`: one that would run code is refused. The
@@ -11,6 +12,8 @@ settings say what to build, and `load_model` builds it. Next to read: `weights.p
 """
 
 import argparse
+import hashlib
+import io
 import json
 import os
 import platform
@@ -28,10 +31,16 @@ from folder import Data
 from resnet import ResNet
 from simpool import GAP, SimPool
 from vit import ViT
-from weights import fit, read_weights, sizes
+from weights import fit, read_weights, sizes, unread
 
-FOUND = "command versions machine channels classes one_class".split()  # in config.json, though not asked for
+FORMAT = 1  # of last.pt: what it holds, and what its settings mean
+FOUND = "command versions machine channels classes one_class images mask_dice relevance_range".split()
 OF_THE_CALL = ("out", "overwrite", "resume", "keep_going", "device")  # settings that --resume may change
+PLACES = ("data", "init", "masks", "prior")  # settings that may be edited: what they name may have moved
+
+
+class Unfit(ValueError):
+    """A run's files that fit neither its settings nor each other."""
 
 
 def write_whole(path: Path, content: str | dict) -> None:
@@ -47,7 +56,8 @@ def write_whole(path: Path, content: str | dict) -> None:
             elif path.suffix == ".json":
                 file.write((json.dumps(content, indent=1) + "\n").encode())
             else:
-                torch.save(content, file)
+                torch.save(content, whole := io.BytesIO())  # on a full disk torch would not raise OSError
+                file.write(whole.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
@@ -60,7 +70,7 @@ def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
     """Raise ValueError rather than touch a folder that holds something, unless asked to."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a folder")
-    empty = not out.exists() or not any(out.iterdir())
+    empty = not out.exists() or all(path.suffix == ".part" for path in out.iterdir())  # which a kill left
     config = out / "config.json"
     is_run = config.exists() and '"command": "python train.py' in config.read_text()
     if not empty and not is_run:
@@ -83,6 +93,7 @@ def start(args: argparse.Namespace, argv: list[str]) -> None:
         "metrics.jsonl",
         "metrics.json",
         "outlines.json",
+        "masks.pt",
         "attention.png",
         "heatmaps.png",
         "curves.png",
@@ -93,11 +104,21 @@ def start(args: argparse.Namespace, argv: list[str]) -> None:
     ):
         (args.out / stale).unlink(missing_ok=True)
     shutil.rmtree(args.out / "looks", ignore_errors=True)
-    paths = {name: str(value) for name, value in vars(args).items() if isinstance(value, Path)}
-    config = {**vars(args), **paths, "command": shlex.join(["python", "train.py", *argv])}
+    config = plain(args) | {"command": shlex.join(["python", "train.py", *argv])}
     config["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
     config["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads, {args.device}"
     write_whole(args.out / "config.json", config)
+
+
+def plain(args: argparse.Namespace) -> dict:
+    """Settings as JSON has them: paths are text."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+
+
+def named(train: Data) -> str:
+    """How many training images there are, and a short mark of their names."""
+    mark = hashlib.sha256("\n".join(train.names).encode()).hexdigest()[:8]
+    return f"{len(train.names)} images (their names: {mark})"
 
 
 def resumed(args: argparse.Namespace, typed: set[str]) -> argparse.Namespace:
@@ -114,7 +135,7 @@ def resumed(args: argparse.Namespace, typed: set[str]) -> argparse.Namespace:
 
 
 def save(
-    out: Path,
+    args: argparse.Namespace,
     model: nn.Module,
     optimizer: Optimizer,
     generator: Generator,
@@ -123,6 +144,8 @@ def save(
 ) -> None:
     """Write last.pt and metrics.jsonl after an epoch; or within one, with what `train.train` has begun."""
     checkpoint = {
+        "format": FORMAT,
+        "settings": plain(args),
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "generator": generator.get_state(),
@@ -130,20 +153,31 @@ def save(
         "history": history,
         "begun": begun,
     }
-    write_whole(out / "last.pt", checkpoint)
+    write_whole(args.out / "last.pt", checkpoint)
+    write_rows(args.out, history)
+
+
+def write_rows(out: Path, history: list[dict]) -> None:
+    """Write metrics.jsonl, a line an epoch."""
     write_whole(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
 
 
 def restore(
     out: Path, model: nn.Module, optimizer: Optimizer, generator: Generator
 ) -> tuple[list[dict], tuple | None]:
-    """Put everything back as `save` found it; returns the history, a row an epoch, and what is begun."""
+    """Put everything back as `save` found it; returns the history, a row an epoch, and what is begun.
+
+    Raises Unfit.
+    """
     _, checkpoint = load_run(out)
-    model.load_state_dict(checkpoint["model"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    generator.set_state(checkpoint["generator"])
-    torch.set_rng_state(checkpoint["torch_rng"])
-    return checkpoint["history"], checkpoint["begun"]
+    try:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        generator.set_state(checkpoint["generator"])
+        torch.set_rng_state(checkpoint["torch_rng"])
+        return checkpoint["history"], checkpoint["begun"]
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise Unfit(f"{out}/last.pt does not fit its settings ({unread(error)}): train again") from None
 
 
 def load_run(folder: Path) -> tuple[argparse.Namespace, dict]:
@@ -152,15 +186,30 @@ def load_run(folder: Path) -> tuple[argparse.Namespace, dict]:
         config = json.loads((folder / "config.json").read_text())
         checkpoint = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
         config["command"], config["task"], checkpoint["model"], checkpoint["history"]  # what every run has
+        version, settings = checkpoint.get("format"), checkpoint.get("settings", {})
+        differ = [name for name in settings if not _same(name, config.get(name), settings[name])]
     except OSError as error:
-        unread = error.filename or folder / "last.pt"  # torch names no file that it finds cut off
-        raise ValueError(f"{folder} is not a run of train.py: {unread} cannot be read") from None
+        missing = error.filename or folder / "last.pt"  # torch names no file that it finds cut off
+        raise ValueError(f"{folder} is not a run of train.py: {missing} cannot be read") from None
     except Exception as error:  # a damaged or foreign file fails in the unpickler in many ways
-        reason = " ".join(str(error).split())[:120]
-        raise ValueError(f"{folder}: config.json or last.pt is damaged ({reason})") from None
-    if "channels_last" not in config:
-        raise ValueError(f"{folder} is a run of an older version, without --channels-last; train it again")
+        raise ValueError(f"{folder}: config.json or last.pt is damaged ({unread(error)})") from None
+    if version != FORMAT:
+        raise ValueError(
+            f"{folder} was written by another version of train.py (format {version}, here {FORMAT}): "
+            "use that one, or train again"
+        )
+    if differ:
+        there, was = config.get(differ[0]), settings[differ[0]]
+        raise ValueError(
+            f"{folder}/config.json says {differ[0]} {there}, but it was trained with {was}: undo "
+            "that, or train anew with --config"
+        )
     return argparse.Namespace(**config), checkpoint
+
+
+def _same(name: str, there: object, was: object) -> bool:
+    """Whether a setting is still what it was, as far as it matters."""
+    return name in OF_THE_CALL or there == was or name in PLACES and type(there) is type(was) is str
 
 
 def settings_of(init: Path) -> dict:
@@ -233,13 +282,21 @@ def load_model(run: Path, config: argparse.Namespace, checkpoint: dict) -> nn.Mo
 
 
 def check_data(run: Path, config: argparse.Namespace, train: Data) -> None:
-    """Raise ValueError if a run learned other channels or classes than its data have by now."""
+    """Raise ValueError if a run learned other channels or classes than its data have by now.
+
+    And if it goes on with other images.
+    """
     learned = config.channels, *config.classes
     there = train.images.shape[1], *(train.findings if config.task == "classify" else ())
     if learned != there:
         learned, there = (f"{c} channel(s){', '.join(['', *classes])}" for c, *classes in (learned, there))
         raise ValueError(
             f"{run} learned {learned}; but {config.data} has {there}: restore it, or train again"
+        )
+    if config.resume and config.images != named(train):
+        raise ValueError(
+            f"--resume: {run} was trained on {config.images}, now there are {named(train)}: restore "
+            f"{config.data}"
         )
 
 

@@ -176,7 +176,7 @@ def attention_seen(encoder: nn.Module | None) -> Iterator[list[Tensor]]:
 
 def natural_range(
     model: Classifier, images: Tensor, masks: Tensor, labels: Tensor, args: argparse.Namespace
-) -> tuple[float, float]:
+) -> list[float]:
     """C1 and C2 for the foreground loss, from a plain classifier's heatmaps (Bassi et al. 2022).
 
     A copy of the model is trained for WARM_UP epochs without ISNet; with mean and deviation of its total |R|,
@@ -208,7 +208,7 @@ def natural_range(
             f"a plain classifier's relevance has no range (mean {mean:.3g}, deviation {sd:.3g}): give masks "
             "to more images, or lower --lr"
         )
-    return c1, c2
+    return [c1, c2]
 
 
 def objective(
@@ -217,13 +217,10 @@ def objective(
     """The training loss as losses(index (B,), generator, share of the training done): (loss, what to log).
 
     images (N, C, S, S) uint8, masks (N, 1, S, S) bool, needed with --isnet and most baselines, labels (N, K)
-    multi-hot, NaN for unknown. With --isnet, C1 and C2 are found first, and printed. With --relations, the
-    model has a `relvit`, which learns them from the same shuffled patches.
+    multi-hot, NaN for unknown. With --isnet, args.relevance_range is C1 and C2. With --relations, the model
+    has a `relvit`, which learns them from the same shuffled patches.
     """
     one_class = exclusive(labels)
-    if args.isnet:
-        c1, c2 = natural_range(model, images, masks, labels, args)
-        print(f"C1 {c1:.4g}, C2 {c2:.4g}: total relevance of a plain classifier after {WARM_UP} epochs")
 
     def losses(index: Tensor, generator: Generator, done: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
         known = labels[index]
@@ -254,7 +251,7 @@ def objective(
             }
         target = explained(known, one_class, args.explain, generator)
         background, heatmap, logits = isnet_losses(model, x, inside, target, args)
-        foreground = foreground_loss(heatmap, inside, c1, c2, hybrid=True)
+        foreground = foreground_loss(heatmap, inside, *args.relevance_range, hybrid=True)
         parts = {
             "classification": classification_loss(logits, known, one_class),
             "background": (background * share).sum(),

@@ -2,7 +2,7 @@
 
 A flag's help says what it does; what DINO's or timm's scripts have, too, answers to its name there as well. A
 setting that makes no sense is refused by one line that names it, its limits, or the remedy. Next to read:
-`checkpoint.py`.
+`loop.py`.
 """
 
 import argparse
@@ -100,8 +100,9 @@ def parse(argv: list[str], doc: str = "\n\n") -> tuple[argparse.Namespace, set[s
         asked = parser.parse_args(argv)
         if asked.num_heads is None:
             raise ValueError(f"{chosen.init} doesn't say how many heads it has: add --num-heads")
-        if chosen.init.is_file() and asked.backbone == "resnet":
-            raise ValueError(f"{chosen.init} holds a ViT: leave out --backbone resnet")
+        if asked.backbone != before["backbone"]:
+            masks = f"; for its masks alone, --masks {chosen.init}" if chosen.init.is_dir() else ""
+            raise ValueError(f"{chosen.init} is no {asked.backbone}: leave out --backbone{masks}")
     chosen = parser.parse_args(argv)
     guided = chosen.task == "pretrain" and chosen.prior != "none"
     by_kind = DEFAULTS[chosen.backbone] | DEFAULTS.get(f"{chosen.task} {chosen.backbone}", {})
@@ -303,11 +304,13 @@ def check_pairs(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--pool-heads {args.pool_heads} must divide --embed-dim {args.embed_dim}: change either"
         )
-    if args.masks == "attention" and not args.init:
+    if args.masks == "prior" and args.prior == "none":
+        raise ValueError("--masks prior needs one: leave out --prior none")
+    if args.masks == "attention" and not (args.resume or args.init and args.init.is_dir()):
         raise ValueError(
             "--masks attention needs --init, a run whose heads were guided; or name one: --masks RUN"
         )
-    if args.masks not in ("data", "prior", "attention") and not Path(args.masks).is_dir():
+    if args.masks not in ("data", "prior", "attention") and not (args.resume or Path(args.masks).is_dir()):
         raise ValueError(f"--masks {args.masks} is neither data, prior, attention, nor a folder")
     if args.task == "pretrain" and (args.isnet or args.baseline):
         raise ValueError(f"--{'isnet' if args.isnet else 'baseline'} needs --task classify")
@@ -333,6 +336,7 @@ def check_idle(args: argparse.Namespace, typed: set[str]) -> None:
     """Raise ValueError for typed flags that would do nothing, as those of ISNet without --isnet."""
     upstream = args.task == "pretrain" and args.ssl == "relvit"
     masked = args.baseline not in (None, "gated")
+    learned = None if args.task == "pretrain" else "--task pretrain"
     missing = {  # flags, and what they need if it isn't there
         "explain isnet_layers isnet_decay isnet_e isnet_end": (
             None if args.isnet else "--isnet; add --isnet 1"
@@ -343,14 +347,16 @@ def check_idle(args: argparse.Namespace, typed: set[str]) -> None:
         "relations": None if upstream or args.task == "classify" else "--ssl relvit or --task classify",
         "mega_patches": None if upstream else "--ssl relvit",
         "momentum center_momentum out_dim teacher_temp global_scale local_scale local_crops_number flip": (
-            "--ssl dino" if upstream else None
+            "--ssl dino" if upstream else learned
         ),
-        "follow": "--ssl dino; RelViT's priors are cut with the patches" if upstream else None,
-        "span_layer": "--pool cls" if args.pool != "cls" and args.task == "pretrain" else None,
+        "span_weight span_loss": learned,
+        "follow": "--ssl dino; RelViT's priors are cut with the patches" if upstream else learned,
+        "prior align prior_blur": learned and (None if args.masks == "prior" else "--masks prior"),
+        "span_layer": learned or ("--pool cls" if args.pool != "cls" else None),
         "registers": "--backbone vit" if args.backbone == "resnet" else None,
         "channels_last": "--backbone resnet" if args.backbone == "vit" else None,
         "simpool_gamma pool_heads": None if args.pool == "simpool" else "--pool simpool",
-        "ssl": None if args.task == "pretrain" else "--task pretrain; to classify, see --relations",
+        "ssl": learned and f"{learned}; to classify, see --relations",
     }
     for names, needed in missing.items():
         idle = typed & set(names.split())

@@ -149,7 +149,7 @@ def _refuse_way_out(path: Path, folder: Path) -> None:
 
 
 def _decode(path: Path) -> tuple[np.ndarray | None, str]:
-    """Upright pixels (H, W) or (H, W, 3), uint8, or float64 for deep grey; or None and what is wrong."""
+    """Upright pixels (H, W) or (H, W, 3), uint8, or as deep as grey is; or None and what is wrong."""
     try:
         with Image.open(path, formats=FORMATS) as file:
             if math.prod(file.size) > (Image.MAX_IMAGE_PIXELS or math.inf):  # of which Pillow only warns
@@ -159,7 +159,7 @@ def _decode(path: Path) -> tuple[np.ndarray | None, str]:
                 )
             image = ImageOps.exif_transpose(file)
         if image.mode[0] in "IF":  # I, I;16, I;16B, F
-            pixels = np.asarray(image, dtype=np.float64)
+            pixels = np.asarray(image)
         else:
             if image.has_transparency_data:
                 black = Image.new("RGBA", image.size, "black")
@@ -172,15 +172,18 @@ def _decode(path: Path) -> tuple[np.ndarray | None, str]:
 
 def _resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     size = width, height
-    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))  # antialiased
+    return np.array(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))  # antialiased
 
 
 def _read_image(pixels: np.ndarray, height: int, width: int) -> Tensor:
     """(H, W) or (H, W, 3) to (1 or 3, height, width) uint8."""
-    if pixels.dtype != np.uint8:  # all precision is kept until after the stretch
-        span = np.ptp(pixels) or 1.0  # a constant image is black
-        pixels = ((pixels - pixels.min()) / span * 255).astype(np.float32)
-    resized = np.rint(_resize(pixels, height, width)).astype(np.uint8)
+    if pixels.dtype == np.uint8:
+        resized = _resize(pixels, height, width)
+    else:  # all precision is kept until after the stretch
+        low, high = float(pixels.min()), float(pixels.max())
+        exact = np.float32 if pixels.dtype.itemsize == 2 else np.float64
+        resized = _resize((pixels.astype(exact) - exact(low)).astype(np.float32), height, width)
+        resized = np.rint(resized * (255 / (high - low or 1.0))).astype(np.uint8)  # a constant image is black
     image = torch.from_numpy(np.atleast_3d(resized)).permute(2, 0, 1)
     return image[:1].clone() if (image == image[:1]).all() else image
 
@@ -228,18 +231,32 @@ def picture_size(path: Path) -> tuple[int, int]:
     return pixels.shape[:2]
 
 
+def by_stem(names: list[str]) -> dict[str, int]:
+    """{name without suffix: its place}, as masks name images. Raises DataError if two of them are alike."""
+    found: dict[str, int] = {}
+    for i, name in enumerate(names):
+        stem = Path(name).with_suffix("").as_posix()
+        if stem in found:
+            raise DataError(f"{names[found[stem]]} and {name} would have one mask's name; rename one of them")
+        found[stem] = i
+    return found
+
+
 def read_masks(folder: Path, data: str | None, names: list[str], size: int) -> Tensor:
     """Masks (N, 1, S, S) bool of the images `names` from a folder: <name> or <region>/<name>, united.
 
     data: the folder of the images; None if they are drawn: then any size of a mask will do. Another suffix is
-    fine; an image without any has an empty mask. Raises DataError if no image has one, or one has another
-    size than its image.
+    fine; an image without any has an empty mask; what begins with a dot is left alone. Raises DataError if no
+    image has one, one has another size than its image, or if the folder holds images.
     """
-    wanted = {Path(name).with_suffix("").as_posix(): i for i, name in enumerate(names)}
+    if (folder / "images").is_dir():
+        raise DataError(f"{folder} holds images, which are no masks; name the folder of its masks")
+    wanted = by_stem(names)
     masks, found = torch.zeros(len(names), 1, size, size, dtype=torch.bool), set()
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in SUFFIXES and path.is_file():
-            name = path.relative_to(folder).with_suffix("").as_posix()
+        inner = path.relative_to(folder)
+        if path.suffix.lower() in SUFFIXES and path.is_file() and not str(inner).startswith("."):
+            name = inner.with_suffix("").as_posix()
             i = wanted.get(name, wanted.get(name.partition("/")[2]))
             if i is not None:
                 _refuse_way_out(path, folder)

@@ -4,7 +4,8 @@
     prior       the labelled sample's masks, registered to each image (SPAN's priors, `attention_priors.py`)
     attention   what the guided heads of the run --init look at
     RUN         the same, of another run's folder: a convnet can't start from a ViT
-    DIR         masks of any other tool: DIR/<region>/<image's name>, or DIR/<image's name>
+    DIR         masks of any other tool: DIR/<region>/<image's name>, or DIR/<image's name>, as large as the
+                image, upright if its EXIF turns it; of several regions the union
 
 Attention becomes a mask by equation (7) of `attention_priors.py`: the pixels most looked at that cover the
 prior, in the image that it belongs to, hold a share of the attention; the fewest that hold as much are the
@@ -14,6 +15,7 @@ mask elsewhere. No label is used but the prior. Claim 8 (one mask is enough) res
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +25,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from attention_priors import mass_held, masks_held
-from checkpoint import load_model, load_run
+from checkpoint import load_model, load_run, write_whole
 from data import BATCH, DRAWN
-from folder import Data, image_size, read_masks
+from folder import Data, by_stem, image_size, read_masks
 from pretrain import attention_of, lay_over, make_priors
+from weights import unread
 
 
 def one_prior(config: argparse.Namespace) -> bool:
@@ -47,14 +50,23 @@ def outlines(
     return dict(zip(names, mass_held(attention, encoder.grid(true_of), regions).tolist()))
 
 
-def guided_masks(run: Path, images: Tensor) -> Tensor:
-    """Masks (M, R, H, W) bool of images (M, C, H, W) uint8 from a run's guided heads. Raises ValueError."""
+def guided_masks(run: Path, data: str, images: Tensor) -> Tensor:
+    """What a run's guided heads outline in images (M, C, H, W) uint8 of some data, united: (M, 1, H, W) bool.
+
+    Raises ValueError.
+    """
     config, checkpoint = load_run(run)
     if images.shape[1] != config.channels:
         raise ValueError(
             f"{run} learned from {config.channels} channels, these images have {images.shape[1]}"
         )
-    return masks_of(config, load_model(run, config, checkpoint), read_outlines(run, config), images)
+    if config.data != data:
+        print(
+            f"note: {run} learned to look at {config.data}; check that its masks fit {data}: --export-masks"
+        )
+    encoder, shares = load_model(run, config, checkpoint), read_outlines(run, config)
+    united = (masks_of(config, encoder, shares, x).any(dim=1, keepdim=True) for x in images.split(BATCH))
+    return torch.cat(list(united))
 
 
 def read_outlines(run: Path, config: argparse.Namespace) -> dict[str, float]:
@@ -90,10 +102,12 @@ def write_mask(path: Path, mask: Tensor, size: tuple[int, int]) -> None:
 def foreground(args: argparse.Namespace, parts: dict[str, Data], sample: str | None) -> Tensor:
     """The union of the training images' masks, (N, 1, S, S) bool; empty where there is none.
 
-    ISNet's, for a ViT, in whole patches: their embedding is linear, so it can't leave out a part of their
-    pixels. Prints how well masks that weren't given agree with those that were. Raises ValueError.
+    Prints for how many there is one, and how well masks that weren't given agree with those that were. Raises
+    ValueError.
     """
     train, where = parts["train"], Path(args.init if args.masks == "attention" else args.masks)
+    if args.resume and args.masks != "data":
+        return kept(args, len(train.names))
     if args.masks == "data":
         if not train.has_masks.any():
             asked = "--isnet" if args.isnet else f"--baseline {args.baseline}"
@@ -106,18 +120,42 @@ def foreground(args: argparse.Namespace, parts: dict[str, Data], sample: str | N
         everyone = torch.arange(len(train.names)).split(BATCH)
         masks = torch.cat([(laid(index) > 0.5).any(dim=1, keepdim=True) for index in everyone])
     elif (where / "config.json").is_file():
-        masks = guided_masks(where, train.images).any(dim=1, keepdim=True)
+        masks = guided_masks(where, args.data, train.images)
     else:
         masks = read_masks(where, None if args.data in DRAWN else args.data, train.names, args.img_size)
-    if args.masks != "data" and train.has_masks.any():
-        share = 100 * agreement(masks, train)
-        print(
-            f"masks from {args.masks}: Dice {share:.1f} % with the {int(train.has_masks.sum())} of the data"
-        )
-    if args.isnet and args.backbone == "vit":
-        p = args.patch_size
-        masks = F.max_pool2d(masks.float(), p).repeat_interleave(p, 2).repeat_interleave(p, 3).bool()
+    found = int(masks.flatten(1).any(dim=1).sum())
+    if not found:
+        raise ValueError(f"--masks {args.masks}: the masks of all training images are empty; look at some")
+    if args.masks != "data":
+        given = train.has_masks.any()
+        dice = f"; Dice {100 * agreement(masks, train):.1f} % with those given" if given else ""
+        print(f"masks from {args.masks}: of {found} of {len(masks)} training images{dice}")
     return masks
+
+
+def whole_patches(masks: Tensor, patch_size: int) -> Tensor:
+    """Masks (N, 1, S, S) bool, grown to the patches that they touch.
+
+    So ISNet's for a ViT: patches are embedded by a linear map, which can't leave out some of their pixels.
+    """
+    touched = F.max_pool2d(masks.float(), patch_size)
+    return touched.repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3).bool()
+
+
+def keep(args: argparse.Namespace, masks: Tensor) -> None:
+    """Write masks (N, 1, S, S) bool beside the run, so that --resume needs nothing else."""
+    if args.masks != "data":
+        write_whole(args.out / "masks.pt", torch.from_numpy(np.packbits(masks.numpy())))
+
+
+def kept(args: argparse.Namespace, n: int) -> Tensor:
+    """The n masks (n, 1, S, S) bool that `keep` wrote. Raises ValueError."""
+    shape = n, 1, args.img_size, args.img_size
+    try:
+        bits = np.unpackbits(torch.load(args.out / "masks.pt", weights_only=True).numpy())
+        return torch.from_numpy(bits[: math.prod(shape)].reshape(shape).astype(bool))
+    except Exception as error:  # a damaged file fails in the unpickler in many ways
+        raise ValueError(f"{args.out}/masks.pt can't be read ({unread(error)}): train again") from None
 
 
 def agreement(masks: Tensor, data: Data) -> float:
@@ -138,6 +176,7 @@ def export_masks(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--export-masks {out} is there already, and holds something; name a new folder")
     data, shares, written = config.data, read_outlines(run, config), 0
+    by_stem([name for part in parts.values() for name in part.names] if data not in DRAWN else [])
     for part in ["train"] if data in DRAWN else ["train", "val", "test"]:
         if not parts[part].names:
             continue

@@ -59,11 +59,14 @@ def stamp(
     corner: a bright L in the upper right corner, a tenth of the width (few regions reach it); anywhere: the
     same L where it touches no region, for each image elsewhere (by the seed); tint: all that is no region
     10 % of the range brighter; border: a bright frame; disc: in the lower left corner. masks (n, R, S, S)
-    bool are needed by anywhere and tint. Raises ValueError for another kind, or without them.
+    bool are needed by anywhere and tint. Raises ValueError for another kind, without them, for images of less
+    than 24 px, or if regions leave no place.
     """
     n, S = len(images), images.shape[-1]
     if kind not in [*MARKERS, UNSEEN]:
         raise ValueError(f"marker {kind} is none of {', '.join(MARKERS)}, {UNSEEN}")
+    if S < 24:
+        raise ValueError(f"images of {S} px are too small for a marker: take 24 px or more")
     if kind in ("anywhere", "tint") and masks is None:
         raise ValueError(f"marker {kind} lies beside the regions: give masks")
     if kind == "tint":
@@ -81,6 +84,8 @@ def stamp(
     places = torch.zeros(n, 1, room, room)
     if kind == "anywhere":
         free = F.max_pool2d(masks.any(dim=1, keepdim=True).float(), size, stride=1) == 0
+        if not free.flatten(1).any(dim=1).all():
+            raise ValueError("an image has no place for a marker beside its regions")
         chosen = torch.multinomial(free.flatten(1).float(), 1, generator=Generator().manual_seed(seed))
         places.flatten(1).scatter_(1, chosen, 1.0)
     else:

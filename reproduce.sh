@@ -68,14 +68,17 @@ parts_of_isnet() {
     echo "vit_unguided-0 $common --isnet-layers relevance"
 }
 
-one_mask() {  # ISNet's masks from one labelled sample
+one_mask() {  # what one labelled sample's masks are worth to ISNet, and to the two best of the other ways
     for seed in $seeds; do
         echo "first span_marked-$seed --seed $seed --marker 1"
         for backbone in resnet vit; do
             common="--task classify --seed $seed --backbone $backbone --marker 1"
-            common="$common --isnet $(weight $backbone)"
-            echo "first isnet_prior_$backbone-$seed $common --masks prior"
-            echo "then isnet_attention_$backbone-$seed $common --masks runs/span_marked-$seed"
+            isnet="--isnet $(weight $backbone)"
+            attention="$common --masks runs/span_marked-$seed"
+            echo "first isnet_prior_$backbone-$seed $common $isnet --masks prior"
+            echo "then isnet_attention_$backbone-$seed $attention $isnet"
+            echo "then swap_attention_$backbone-$seed $attention --baseline swap"
+            echo "then pipeline_attention_$backbone-$seed $attention --baseline pipeline"
         done
     done
 }
@@ -97,6 +100,10 @@ shortcuts() {  # of other kinds
             common="--task classify --seed $seed --marker 1 --marker-kind $kind"
             echo "plain_$kind-$seed $common"
             echo "isnet_$kind-$seed $common --isnet $(weight resnet)"
+            echo "swap_$kind-$seed $common --baseline swap"
+            echo "pipeline_$kind-$seed $common --baseline pipeline"
+            echo "vit_plain_$kind-$seed $common --backbone vit"
+            echo "vit_isnet_$kind-$seed $common --backbone vit --isnet $(weight vit)"
         done
     done
 }

@@ -40,8 +40,18 @@ SHORTCUT = {
     "isnet": "**ISNet, true masks**",
     "isnet_prior": "**ISNet, one mask, registered**",
     "isnet_attention": "**ISNet, one mask, SPAN's attention**",
+    "pipeline_attention": "segmenter, then classifier, the same mask",
+    "swap_attention": "backgrounds swapped, the same mask",
 }
 KINDS = {"anywhere": "an L anywhere", "tint": "a tint of the background", "border": "a frame"}
+AGAINST = {  # ... and what is trained with them
+    "plain": "ResNet, plain",
+    "isnet": "**ResNet, ISNet**",
+    "pipeline": "ResNet, segmenter, then classifier",
+    "swap": "ResNet, backgrounds swapped",
+    "vit_plain": "ViT, plain",
+    "vit_isnet": "**ViT, ISNet**",
+}
 FAILURES = {
     "isnet_resnet": "ResNet, as it should be",
     "plain_resnet": "no ISNet at all",
@@ -308,10 +318,11 @@ def shortcut(runs: dict, costs: dict[str, list[float]]) -> str:
             names = [f"auc_{part}_enlarged_heart" for part in sets] + [""] * (4 - len(sets))
             names += ["relevance_share_same", "mask_dice"]
             found = [list(points(runs, experiment, figure).values()) for figure in names]
-            step = f"ISNet / plain: {name}, {isnet[name]}" if "isnet" in how else f"{how} / plain: {name}"
+            kind = how.split("_")[0]
+            step = f"ISNet / plain: {name}, {isnet[name]}" if kind == "isnet" else f"{kind} / plain: {name}"
             found.append([1.0] if how in ("unmarked", "plain") else [costs[f"training step, {step}"][1]])
-            beside = how in ("gated", "pipeline")  # all others leave the plain model behind
-            found.append([costs[f"use, {how} / plain: {name}"][1]] if beside else [1.0])
+            beside = kind in ("gated", "pipeline")  # all others leave the plain model behind
+            found.append([costs[f"use, {kind} / plain: {name}"][1]] if beside else [1.0])
             rows += [[f"{name}: {title}", *map(spread, found), str(len(found[0]))]] if found[0] else []
     header = ["enlarged heart: AUC, %", "marker as in training", "removed", "flipped", "another one"]
     header += ["relevance in lungs and heart, %", "Dice of masks, %", "training step / plain", "use / plain"]
@@ -319,10 +330,10 @@ def shortcut(runs: dict, costs: dict[str, list[float]]) -> str:
 
 
 def kinds(runs: dict) -> str:
-    """AUC of a plain ResNet and with ISNet, for shortcuts of other kinds."""
+    """AUC of classifiers trained with shortcuts of other kinds."""
     rows, names = [], [f"auc_{part}_enlarged_heart" for part in ("same", "removed", "flipped", "unseen")]
     for kind, title in KINDS.items():
-        for how, what in {"plain": "plain", "isnet": "**ISNet**"}.items():
+        for how, what in AGAINST.items():
             seeds = len(points(runs, f"{how}_{kind}", names[0]))
             rows += [[f"{title}: {what}", *cells(runs, f"{how}_{kind}", names), str(seeds)]] if seeds else []
     header = ["enlarged heart: AUC, %", "shortcut as in training", "removed", "flipped", "another one"]

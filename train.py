@@ -10,50 +10,36 @@
 Pretraining: the labelled sample's masks become priors; the sample is registered to every training image,
 once. Each step cuts views of a batch and adds to the objective's loss (DINO's or RelViT's, see `pretrain.py`)
 the SPAN loss between the guided heads' attention and the priors seen through the same views. Classification:
-see `classify.py`. `checkpoint.py` says what is left in --out. Next to read: `flags.py`.
+see `classify.py`. The loop is `loop.py`'s; `checkpoint.py` says what is left in --out. Next to read:
+`flags.py`.
 """
 
 import argparse
 import math
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from threading import Event
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from torch import Generator, Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
+from torch import Tensor, nn
 
-from checkpoint import (
-    build_classifier,
-    build_encoder,
-    check_data,
-    check_folder,
-    restore,
-    resumed,
-    save,
-    start,
-    start_from,
-)
-from checkpoint import write_whole
-from classify import constant_loss, exclusive, objective
+from checkpoint import Unfit, build_classifier, build_encoder, check_data, check_folder, named, resumed, start
+from checkpoint import start_from, write_whole
+from classify import constant_loss, exclusive, natural_range, objective
 from data import Hosted, load, placed
-from dino import Collapse, over_processes
+from dino import Collapse
 from evaluate import draw, maps_of, shown_images
 from flags import check, check_idle, parse, repeated
 from folder import Data
-from masks import agreement, foreground, one_prior, outlines
+from loop import rank, train
+from masks import agreement, foreground, keep, one_prior, outlines, whole_patches
 from measure import report
 from page import print_tables
 from plots import curves
-from pretrain import move_teacher, priors_over, relations, self_distillation
+from pretrain import priors_over, relations, self_distillation
 from relvit import TASKS
 from ssl import DINO, RelViT  # the doorway ssl.py in this folder, which leaves Python's own ssl as it was
 
@@ -72,34 +58,43 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, Data], str | None, nn.M
     parts, sample, notes = load(*given, args.marker, args.marker_kind, findings)
     for note in notes:
         print(f"note: {note}")
-    train = parts["train"]
-    if not train.names:
+    own = parts["train"]
+    if not own.names:
         raise ValueError(f"{args.data}: no image is left to train on; look at the column split in labels.csv")
-    if len(train.names) < int(os.environ.get("WORLD_SIZE", 1)):
+    if len(own.names) < int(os.environ.get("WORLD_SIZE", 1)):
         raise ValueError(
-            f"{args.data}: {len(train.names)} images can't be shared by more processes than that"
+            f"{args.data}: {len(own.names)} images can't be shared by {os.environ['WORLD_SIZE']} processes: "
+            "start fewer"
         )
     classifies = args.task == "classify"
     if classifies:
-        check_labels(args, train)
+        check_labels(args, own)
     if args.resume:
-        check_data(args.out, args, train)
-    args.channels, args.classes = train.images.shape[1], train.findings if classifies else []
-    args.one_class = classifies and exclusive(train.labels)
+        check_data(args.out, args, own)
+    args.channels, args.classes = own.images.shape[1], own.findings if classifies else []
+    args.one_class, args.images = classifies and exclusive(own.labels), named(own)
     torch.manual_seed(args.seed)
     encoder = build_encoder(args, args.channels)
-    if args.init:
+    if args.init and not args.resume:
         start_from(Path(args.init), encoder)
     if args.backbone == "vit" and classifies and (not args.init or not encoder.pos_embed.any()):
         # At 0.02 positions are lost beside the patches, and a classifier may stand still for many epochs.
         nn.init.trunc_normal_(encoder.pos_embed, std=0.2)
     masked = classifies and (args.isnet or args.baseline not in (None, "gated"))
-    guides = placed(foreground(args, parts, sample), args.device) if masked else None
-    model = learner(args, encoder, encoder.grid(train.images)).to(args.device)
+    guides, args.mask_dice = None, None
+    if masked:
+        masks = foreground(args, parts, sample)
+        args.mask_dice = agreement(masks, own) if own.has_masks.any() else None
+        patches = args.isnet and args.backbone == "vit"
+        guides = placed(whole_patches(masks, args.patch_size) if patches else masks, args.device)
+    model = learner(args, encoder, encoder.grid(own.images)).to(args.device)
     size = sum(p.numel() for p in encoder.parameters()) / 1e6
     counts = ", ".join(f"{len(d.names)} {part}" for part, d in parts.items())
     print(f"{args.data}: {counts} images; {size:.2f} M weights, on {args.device}")
-    images = placed(train.images, args.device)
+    images = placed(own.images, args.device)
+    if args.isnet and not args.resume:
+        args.relevance_range = natural_range(model, images, guides, own.labels.to(args.device), args)
+        print("C1 {:.4g}, C2 {:.4g}: total relevance of a plain classifier".format(*args.relevance_range))
     if not classifies:
         guides = priors_over(args, parts, sample, images)
     return parts, sample, model, images, guides
@@ -131,161 +126,10 @@ def check_labels(args: argparse.Namespace, train: Data) -> None:
         raise ValueError(f"--task classify: all training images of {args.data} have the same labels")
 
 
-def cosine(step: int, total: int, first: float, last: float) -> float:
-    """Half a cosine wave from `first` at step 0 to `last` at step `total`."""
-    return last + (first - last) * (1 + math.cos(math.pi * step / total)) / 2
-
-
-def learning_rate(args: argparse.Namespace, step: int, total: int) -> float:
-    """--lr at a step of `total`: rising in a line at first (--warmup), then falling to 1 % as a cosine."""
-    rising = max(1, round(args.warmup * total))
-    falling = cosine(max(0, step - rising), max(1, total - rising), args.lr, args.lr / 100)
-    return falling * min(1, (step + 1) / rising)
-
-
-def optimizer_for(model: nn.Module, args: argparse.Namespace) -> torch.optim.AdamW:
-    """AdamW that decays matrices but neither biases nor norms."""
-    learned = [p for p in model.parameters() if p.requires_grad]
-    matrices = {"params": [p for p in learned if p.dim() > 1], "weight_decay": args.weight_decay}
-    vectors = {"params": [p for p in learned if p.dim() <= 1], "weight_decay": 0.0}
-    return torch.optim.AdamW([matrices, vectors], lr=args.lr)
-
-
-@contextmanager
-def stop_requests() -> Iterator[Event]:
-    """An event that Ctrl-C or SIGTERM sets, so that a step is finished first; the second stops at once."""
-    asked = Event()
-
-    def ask(number: int, frame: Any) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def train(
-    args: argparse.Namespace, model: nn.Module, images: Tensor | Hosted, losses: Callable
-) -> list[dict]:
-    """Train on images (N, C, S, S), with losses(index, generator, done) -> (loss, what to log), index (B,).
-
-    done: the share of the training that is done, 0 to 1.
-    Returns the history, a row an epoch. Raises Collapse, FloatingPointError before weights are spoiled, or
-    KeyboardInterrupt, the checkpoint written. Of several processes each takes its share of every batch.
-    """
-    generator, optimizer = Generator().manual_seed(args.seed), optimizer_for(model, args)
-    history, begun = restore(args.out, model, optimizer, generator) if args.resume else ([], None)
-    shares = dist.get_world_size() if dist.is_initialized() else 1
-    batch = min(args.batch_size, len(images)) // shares * shares
-    steps = len(images) // batch
-    total = steps * args.epochs
-    constant = next((m.chance for m in model.modules() if isinstance(m, RelViT)), {})
-    constant = {task: f" (chance {value:.2g})" for task, value in constant.items()}
-    model.train()
-    step = Step(model, losses)
-    if dist.is_initialized():
-        unused = isinstance(model, RelViT)  # its position embedding
-        step = DistributedDataParallel(step, find_unused_parameters=unused)
-        if rank():  # views of its own; the order of images is the first's
-            generator.manual_seed((args.seed + 1) * 10**6 + 1000 * len(history) + rank())
-    done = (len(history) * steps + (begun[1] if begun else 0)) * batch
-    bar = tqdm(total=total * batch, initial=done, unit="img", smoothing=0.05, disable=rank() > 0)
-    with stop_requests() as stop, bar:
-        for epoch in range(len(history), args.epochs):
-            order, first, sums = begun or (torch.randperm(len(images), generator=generator), 0, {})
-            begun, started, order = None, time.perf_counter(), order.to(images.device)
-            if dist.is_initialized():
-                dist.broadcast(order, src=0)
-            for i in range(first, steps):
-                index = order[i * batch : (i + 1) * batch][rank() :: shares]
-                logged = learn(args, model, step, optimizer, index, generator, epoch * steps + i, total)
-                sums = {name: sums.get(name, 0.0) + value for name, value in logged.items()}
-                beside = {name: f"{value:.3g}{constant.get(name, '')}" for name, value in logged.items()}
-                bar.set_postfix(beside, refresh=False)
-                bar.update(batch)
-                if stop.is_set() and not rank():
-                    save(args.out, model, optimizer, generator, history, (order.cpu(), i + 1, sums))
-                    raise KeyboardInterrupt
-            means = {name: value / steps for name, value in sums.items()}
-            speed = (steps - first) * batch / (time.perf_counter() - started)
-            history.append({"epoch": epoch + 1, **means, "images_per_s": round(speed, 1)})
-            if not rank():
-                save(args.out, model, optimizer, generator, history)
-    return history
-
-
-def learn(
-    args: argparse.Namespace,
-    model: nn.Module,
-    step: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    index: Tensor,
-    generator: Generator,
-    at: int,
-    total: int,
-) -> dict[str, float]:
-    """The optimizer step number `at` of `total`, on images (B,); what to log, as means over all processes."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(args, at, total)
-    optimizer.zero_grad()
-    loss, logged = accumulate(args, step, index, generator, at / total)
-    descend(loss, model, optimizer, args, at)
-    if isinstance(model, DINO):
-        logged |= move_teacher(args, model, cosine(at, total, args.momentum, 1.0))
-    values = torch.stack([torch.as_tensor(value, device=index.device).float() for value in logged.values()])
-    return dict(zip(logged, over_processes(values).tolist()))
-
-
-class Step(nn.Module):
-    """A model's losses as a forward pass, which is what DistributedDataParallel takes."""
-
-    def __init__(self, model: nn.Module, losses: Callable):
-        super().__init__()
-        self.model, self.losses = model, losses
-
-    def forward(self, index: Tensor, generator: Generator, done: float) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.losses(index, generator, done)
-
-
-def rank() -> int:
-    """Which of the processes that torchrun started this one is; 0 if it is alone."""
-    return int(os.environ.get("RANK", 0))
-
-
-def accumulate(
-    args: argparse.Namespace, step: nn.Module, index: Tensor, generator: Generator, done: float
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The gradients of a batch's loss, in --accumulate parts; returns the loss and what to log, as means."""
-    total, logged = 0.0, {}
-    for part in index.chunk(args.accumulate):
-        share = len(part) / len(index)
-        loss, found = step(part, generator, done)
-        (loss * share).backward()
-        total = total + loss.detach() * share
-        logged = {name: logged.get(name, 0.0) + value * share for name, value in found.items()}
-    return total, logged
-
-
-def descend(loss: Tensor, model: nn.Module, optimizer, args: argparse.Namespace, step: int) -> None:
-    """One optimizer step, or FloatingPointError, the weights untouched, if loss or gradient is not finite."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
-    if not (loss.isfinite() and norm.isfinite()):
-        raise FloatingPointError(
-            f"step {step}: the loss is {loss.item():.3g}, its gradient's norm {norm.item():.3g}: step not "
-            "taken. Lower --lr, or look for a setting or an image that is out of range"
-        )
-    optimizer.step()
-
-
 def finish(
-    args: argparse.Namespace, model: nn.Module, parts: dict, sample: str | None, history: list, guides: Any
+    args: argparse.Namespace, model: nn.Module, parts: dict, sample: str | None, history: list
 ) -> None:
-    """Measure on test images, print the tables, draw the pictures; guides as from `prepare`."""
+    """Measure on test images, print the tables, draw the pictures."""
     what = ["bias", "attention", "knn", "linear"]
     if args.task == "pretrain":
         model, what = model.student if isinstance(model, DINO) else model.encoder, what[1:]
@@ -294,8 +138,8 @@ def finish(
     metrics = {name: value for name, value in history[-1].items() if name != "epoch"} | found.figures
     if args.task == "classify":
         warn_if_idle(args, history[-1], parts["train"].labels)
-    if args.task == "classify" and guides is not None:  # the foreground that was used: how true was it?
-        metrics["mask_dice"] = agreement(guides.cpu(), parts["train"])
+        if args.mask_dice is not None:  # of the foreground that was used
+            metrics["mask_dice"] = args.mask_dice
     if one_prior(args):
         write_whole(args.out / "outlines.json", outlines(args, model, parts, sample))
     metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}  # NaN is no JSON
@@ -338,25 +182,37 @@ def join(args: argparse.Namespace) -> None:
         sys.stdout = open(os.devnull, "w")
 
 
+def begin(argv: list[str]) -> tuple:
+    """What `train` and `finish` take, from the command line; exit status 2 for unusable input."""
+    try:
+        argv = repeated(argv)
+        args, typed = parse(argv, __doc__)
+        check_idle(args, typed)
+        if not rank():
+            check_folder(args.out, args.resume, args.overwrite)
+        args = resumed(args, typed) if args.resume else args
+        join(args)
+        parts, sample, model, images, guides = prepare(args)
+        if not args.resume and not rank():
+            start(args, argv)
+            if args.task == "classify" and guides is not None:
+                keep(args, guides.cpu())
+        return args, parts, sample, model, images, guides
+    except (ValueError, OSError) as error:
+        fail(error, 2)
+
+
+def fail(error: Exception | str, status: int) -> NoReturn:
+    """End with one line for who started it; what is unusable is said by the first process alone."""
+    if status == 1 or not rank():
+        print(f"train.py: {error}", file=sys.stderr)
+    sys.exit(status)
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command line: exit status 0 when done, 1 for a failed training, 2 for unusable input."""
-    argv = sys.argv[1:] if argv is None else argv
     try:
-        try:
-            argv = repeated(argv)
-            args, typed = parse(argv, __doc__)
-            check_idle(args, typed)
-            if not rank():
-                check_folder(args.out, args.resume, args.overwrite)
-            args = resumed(args, typed) if args.resume else args
-            join(args)
-            parts, sample, model, images, guides = prepare(args)
-            if not args.resume and not rank():
-                start(args, argv)
-        except (ValueError, OSError) as error:
-            if not rank():
-                print(f"train.py: {error}", file=sys.stderr)
-            sys.exit(2)
+        args, parts, sample, model, images, guides = begin(sys.argv[1:] if argv is None else argv)
         started = time.perf_counter()
         if args.task == "classify":
             losses = objective(args, model, images, guides, parts["train"].labels.to(args.device))
@@ -366,19 +222,21 @@ def main(argv: list[str] | None = None) -> None:
         history = train(args, model, images, losses)
         print(f"trained in {time.perf_counter() - started:.0f} s")
         if not rank():
-            finish(args, model, parts, sample, history, guides)
+            finish(args, model, parts, sample, history)
         if dist.is_initialized():
             dist.destroy_process_group()
+    except Unfit as error:
+        fail(error, 2)
     except (Collapse, FloatingPointError, OSError) as error:  # the last: a full disk, say
-        print(f"\ntrain.py: {error}", file=sys.stderr)
-        sys.exit(1)
-    except torch.OutOfMemoryError:
-        remedy = f"raise --accumulate {args.accumulate} or lower --img-size {args.img_size} or --batch-size"
-        print(f"\ntrain.py: {args.device} has not enough memory: {remedy}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        kept = f"python train.py --out {args.out} --resume goes on from here"
-        print(f"\nstopped; {kept if (args.out / 'last.pt').exists() else 'nothing was trained yet'}")
+        fail(error, 1)
+    except (RuntimeError, MemoryError) as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            fail(f"--compile can't be used here ({' '.join(str(error).split())[:150]}): leave it out", 1)
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate" not in str(error):
+            raise
+        fail("not enough memory: raise --accumulate, or lower --batch-size, --img-size or --embed-dim", 1)
+    except KeyboardInterrupt as error:
+        print(f"\nstopped; {error or 'if an epoch was finished, --resume goes on after it'}")
         sys.exit(130)
 
 

@@ -17,6 +17,8 @@ refused, and the key that tells is named. Next to read: `probe.py`.
 
 import argparse
 import math
+import pickle
+import re
 from pathlib import Path
 
 import torch
@@ -32,6 +34,16 @@ HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # of attention, by width,
 DROPPED = "head head_dist heads fc classifier pre_logits mask_token projector predictor pool".split()
 LAYERS = ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"]  # of a block
 MEAN, DEVIATION = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+
+
+def unread(error: Exception) -> str:
+    """Why a file can't be read, in short; what would run code is named."""
+    text = " ".join(str(error).split())
+    if code := re.search(r"nsupported (?:global: )?GLOBAL (\S+)", text):
+        return f"it holds {code[1]}, which might run code"
+    if isinstance(error, pickle.UnpicklingError):  # torch's own words are advice to open it nevertheless
+        return "it is no file of tensors"
+    return f"{type(error).__name__}: {text[:80]}"
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
@@ -51,11 +63,8 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     except ImportError:
         raise ValueError(f"{path}: to read it, pip install safetensors") from None
     except Exception as error:  # a damaged or foreign file fails in the unpickler in many ways
-        reason = " ".join(str(error).split())[:80]
         wanted = "is it whole? it must be a dict of tensors"
-        raise ValueError(
-            f"{path} can't be read as weights: {wanted} ({type(error).__name__}: {reason})"
-        ) from None
+        raise ValueError(f"{path} can't be read as weights: {wanted} ({unread(error)})") from None
     found = found if isinstance(found, dict) else {}
     if "history" in found:
         raise ValueError(f"{path} belongs to a run of train.py: name its folder, {path.parent}")

@@ -22,6 +22,14 @@ def test_the_floor_of_a_step_has_as_many_operations_as_the_step():
     assert counter.get_total_flops() == pytest.approx(2 * 2 * 600 * 512 * 1300, rel=0.2)  # whole products
 
 
+def test_the_operations_of_attention_are_counted_both_ways():
+    q, k, v = torch.randn(3, 2, 4, 64, 16, requires_grad=True).unbind()  # 2 images, 4 heads, 64 tokens
+    product = 2 * 2 * 4 * 64 * 64 * 16  # of queries and keys, or of weights and values
+    attend = torch.nn.functional.scaled_dot_product_attention
+    assert benchmark.operations_of(lambda: attend(q, k, v).sum()) == 2 * product
+    assert benchmark.operations_of(lambda: attend(q, k, v).sum().backward()) == 2 * product + 5 * product
+
+
 def test_the_bytes_of_a_step_are_what_its_operations_read_and_write():
     x, one = torch.zeros(1000), torch.zeros(1)
     for work, moved in (

@@ -20,6 +20,7 @@ from vit import ViT
 SETTINGS = Namespace(
     isnet=1.0, isnet_end=1.0, isnet_layers="all", isnet_decay=0.9, isnet_e=0.1, lrp_epsilon=0.01,
     lrp_gamma=3.0, explain="selective", lr=1e-3, batch_size=4, seed=0, relations=None, baseline=None,
+    relevance_range=[1.0, 20.0],
 )  # fmt: skip
 ENCODERS = {"resnet": lambda: ResNet(1, 16), "vit": lambda: ViT(16, 4, 1, 12, 2, 3)}
 
@@ -161,7 +162,7 @@ def test_c1_and_c2_are_found_from_the_images_with_masks_and_leave_the_model_as_i
     masks[:4, :, 4:12, 4:12] = True
     before = copy.deepcopy(model.state_dict())
     c1, c2 = natural_range(model, images, masks, labels, SETTINGS)
-    assert 0 < c1 < c2 and (c1, c2) == natural_range(model, images, masks, labels, SETTINGS)
+    assert 0 < c1 < c2 and [c1, c2] == natural_range(model, images, masks, labels, SETTINGS)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 

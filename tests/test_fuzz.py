@@ -97,26 +97,48 @@ def test_damaged_tables_are_refused_with_their_line_or_understood(tmp_path):
     assert 100 < refused < 1000
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
+@pytest.fixture(scope="module", params=["--task classify --isnet 1", "--prior none"])
+def run(request, tmp_path_factory):
     out = tmp_path_factory.mktemp("fuzz") / "run"
-    argv = "--task classify --train-images 8 --embed-dim 8 --epochs 1 --batch-size 8 --out"
+    argv = "--train-images 8 --embed-dim 8 --depth 1 --num-heads 2 --epochs 1 --batch-size 8 --out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("data.DRAWN_SIZES", {"val": 4, "test": 4})
-        train.main([*argv.split(), str(out)])
+        train.main([*request.param.split(), *argv.split(), str(out)])
     return out
 
 
-def test_damaged_checkpoints_are_refused_or_read_and_run_no_code(run, tmp_path):
-    chance, refused = random.Random(0), 0
-    config, whole = (run / "config.json").read_bytes(), (run / "last.pt").read_bytes()
-    for i in range(600):
-        (tmp_path / "config.json").write_bytes(damaged(config, chance) if i % 2 else config)
-        (tmp_path / "last.pt").write_bytes(whole if i % 2 else damaged(whole, chance))
+def damaged_runs(run, folder, n):
+    """A folder n times, in turn with a damaged checkpoint and with damaged settings."""
+    chance = random.Random(0)
+    for i in range(n):
+        for name in ("config.json", "last.pt"):
+            whole = (run / name).read_bytes()
+            (folder / name).write_bytes(damaged(whole, chance) if (name == "last.pt") == i % 2 else whole)
+        yield folder
+
+
+def test_damaged_runs_are_refused_or_read_and_run_no_code(run, tmp_path):
+    refused = 0
+    for folder in damaged_runs(run, tmp_path, 600):
         try:
-            load_model(tmp_path, *load_run(tmp_path))
+            load_model(folder, *load_run(folder))
         except ValueError as error:
-            assert str(tmp_path) in str(error) and "\n" not in str(error)
+            assert str(folder) in str(error) and "\n" not in str(error)
             refused += 1
     assert refused > 100
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "last.pt"]
+
+
+def test_damaged_runs_are_refused_in_one_line_or_go_on(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("data.DRAWN_SIZES", {"val": 4, "test": 4})
+    monkeypatch.setattr(train, "finish", lambda *args: None)  # which takes longest
+    refused = 0
+    for folder in damaged_runs(run, tmp_path, 100):
+        try:
+            train.main(["--out", str(folder), "--resume"])
+        except SystemExit as stop:
+            assert stop.code == 2 and capsys.readouterr().err.split("\r")[-1].strip().count("\n") == 0
+            refused += 1
+        capsys.readouterr()
+    assert refused > 50
+    assert {path.name for path in tmp_path.iterdir()} <= {"config.json", "last.pt", "metrics.jsonl"}

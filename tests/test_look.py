@@ -11,9 +11,9 @@ from PIL import Image
 import evaluate
 import look
 import train
-from checkpoint import load_run
+from checkpoint import load_model, load_run
 from folder import read_picture
-from masks import guided_masks
+from masks import masks_of, read_outlines
 from measure import decisions
 from pretrain import make_priors
 from vit import ViT
@@ -86,7 +86,10 @@ def test_guided_heads_outline_as_much_as_covers_the_prior_of_the_sample(tmp_path
     config, checkpoint = load_run(tmp_path / "run")
     parts, sample, _ = train.load("phantom", 64, 0, 16)
     i = parts["train"].names.index(sample)
-    masks = guided_masks(tmp_path / "run", parts["train"].images[i : i + 1])
+    shares = read_outlines(tmp_path / "run", config)
+    masks = masks_of(
+        config, load_model(tmp_path / "run", config, checkpoint), shares, parts["train"].images[i : i + 1]
+    )
     priors, _ = make_priors(config, parts, sample)
     for mask, prior in zip(masks[0], priors):
         assert 0.95 <= (mask & (prior >= prior.max() / 2)).sum() / (prior >= prior.max() / 2).sum() < 1

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 import evaluate
+import loop
 import train
 from attention_priors import masks_held, mass_held
+from checkpoint import load_run
 from folder import DataError, read_masks
 from flags import parse
 from masks import agreement, foreground
@@ -76,13 +79,10 @@ def test_attention_masks_train_a_classifier_of_either_kind_and_their_quality_is_
         train.main([*CLASSIFY, *flags, "--masks", str(span), "--out", str(tmp_path / name)])
         said = float(re.search(r"Dice ([\d.]+) %", capsys.readouterr().out)[1])
         metrics = json.loads((tmp_path / name / "metrics.json").read_text())
-        assert metrics["background"] > 0
-        assert name == "vit" or 100 * metrics["mask_dice"] == pytest.approx(
-            said, abs=0.06
-        )  # ViT: whole patches
+        assert metrics["background"] > 0 and 100 * metrics["mask_dice"] == pytest.approx(said, abs=0.06)
     started = [*CLASSIFY[:-6], "--batch-size", "16", "--epochs", "1", "--init", str(span)]
     train.main([*started, "--masks", "attention", "--out", str(tmp_path / "init")])
-    assert "masks from attention: Dice" in capsys.readouterr().out
+    assert re.search(r"masks from attention: of 32 of 32 training images; Dice", capsys.readouterr().out)
 
 
 def test_the_registered_prior_is_a_better_mask_than_chance(capsys):
@@ -123,6 +123,106 @@ def test_masks_of_a_folder_are_as_large_as_its_images(tmp_path, capsys):
     assert Image.open(tmp_path / "out" / "heart" / "3.png").size == (30, 20)
 
 
+def plain_folder(path, names=("a.png", "b.png", "c.png", "d.png"), size=(20, 30)):
+    """A user's folder of labelled images without any mask."""
+    (path / "images").mkdir(parents=True)
+    for i, name in enumerate(names):
+        pixels = np.random.default_rng(i).integers(0, 255, size, dtype=np.uint8)
+        Image.fromarray(pixels).save(path / "images" / name)
+    rows = [f"{name},{i % 2},train" for i, name in enumerate(names)]
+    (path / "labels.csv").write_text("\n".join(["file,sick,split", *rows]))
+    return path
+
+
+def mask_file(path, size=(20, 30), value=255):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mask = np.zeros(size, np.uint8)
+    mask[5:15, 5:20] = value
+    Image.fromarray(mask).save(path)
+
+
+def test_masks_of_another_tool_serve_data_that_has_none_and_it_is_said_of_how_many(tmp_path, capsys):
+    data = plain_folder(tmp_path / "data")
+    for name in ("a", "b", "c"):
+        mask_file(tmp_path / "masks" / f"{name}.png")
+    mask_file(tmp_path / "masks" / ".hidden" / "d.png")
+    argv = [*CLASSIFY[:-4], "--epochs", "2", "--batch-size", "2", "--img-size", "16", "--data", str(data)]
+    argv += ["--masks", str(tmp_path / "masks"), "--out", str(tmp_path / "run")]
+    train.main(argv)
+    assert f"masks from {tmp_path / 'masks'}: of 3 of 4 training images\n" in capsys.readouterr().out
+    assert "mask_dice" not in json.loads((tmp_path / "run" / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "damage, line",
+    [
+        (lambda data, masks: mask_file(masks / "a.png", value=0), "of all training images are empty"),
+        (lambda data, masks: mask_file(masks / "a.png", size=(30, 20)), "is 20 x 30 px but its image"),
+        (lambda data, masks: (masks / "images").mkdir(parents=True), "holds images, which are no masks"),
+        (
+            lambda data, masks: mask_file(data / "images" / "a.jpg") or mask_file(masks / "a.png"),
+            "rename one",
+        ),
+    ],
+)
+def test_masks_of_another_tool_that_do_not_fit_are_refused(damage, line, tmp_path, capsys):
+    data, masks = plain_folder(tmp_path / "data"), tmp_path / "masks"
+    damage(data, masks)
+    (data / "labels.csv").write_text(
+        (data / "labels.csv").read_text() + "\na.jpg,1,train" * (line == "rename one")
+    )
+    argv = [*CLASSIFY, "--img-size", "16", "--data", str(data), "--masks", str(masks)]
+    with pytest.raises(SystemExit):
+        train.main([*argv, "--out", str(tmp_path / "run")])
+    assert line in capsys.readouterr().err
+
+
+def test_a_run_resumes_with_its_masks_though_what_made_them_has_gone(span, tmp_path, monkeypatch):
+    shutil.copytree(span, tmp_path / "span")
+    argv = [*CLASSIFY[:-2], "--epochs", "2", "--masks", str(tmp_path / "span"), "--out"]
+    train.main([*argv, str(tmp_path / "whole")])
+    real = loop.save
+
+    def stop(*args):
+        real(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "save", stop)
+    with pytest.raises(SystemExit):
+        train.main([*argv, str(tmp_path / "stopped")])
+    monkeypatch.setattr(loop, "save", real)
+    shutil.rmtree(tmp_path / "span")
+    train.main(["--out", str(tmp_path / "stopped"), "--resume"])
+    whole, resumed = (load_run(tmp_path / name)[1]["model"] for name in ("whole", "stopped"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    (tmp_path / "stopped" / "masks.pt").write_bytes(b"no masks")
+    with pytest.raises(SystemExit):
+        train.main(["--out", str(tmp_path / "stopped"), "--resume"])
+
+
+def test_masks_that_not_all_regions_have_are_left_out():
+    parts, _, _ = train.load("phantom", 64, 0, 4, findings=["all"])
+    parts["train"].has_masks[1] = False
+    args, _ = parse(CLASSIFY)
+    assert foreground(args, parts, None).flatten(1).any(dim=1).tolist() == [True, False, True, True]
+
+
+def test_isnet_s_foreground_for_a_vit_is_made_of_whole_patches_and_nobody_else_s(tmp_path):
+    """A patch's embedding is linear: it can't leave out those of its pixels that lie in the background."""
+    made = {}
+    for name, flags in {
+        "isnet": ["--backbone", "vit"],
+        "convnet": [],
+        "swap": ["--backbone", "vit", "--isnet", "0", "--baseline", "swap"],
+    }.items():
+        *_, made[name] = train.begin([*CLASSIFY, *flags, "--out", str(tmp_path / name)])
+    assert torch.equal(made["convnet"], made["swap"]) and (made["isnet"] >= made["swap"]).all()
+    touched = made["swap"].unflatten(3, (8, 8)).unflatten(2, (8, 8)).any(dim=5).any(dim=3)  # (B, 1, h, w)
+    assert torch.equal(made["isnet"][:, :, ::8, ::8], touched)
+    patches = made["isnet"].unflatten(3, (8, 8)).unflatten(2, (8, 8))  # (B, 1, h, p, w, p)
+    assert torch.equal(patches, touched[:, :, :, None, :, None].expand_as(patches))
+
+
 def test_a_folder_s_masks_are_united_over_regions_and_found_by_name_alone(tmp_path):
     for path, column in {"a/one.png": 0, "b/one.png": 3, "two.png": 1}.items():
         (tmp_path / path).parent.mkdir(exist_ok=True)
@@ -140,6 +240,10 @@ def test_a_folder_s_masks_are_united_over_regions_and_found_by_name_alone(tmp_pa
     "flags, line",
     [
         ("--masks attention", "--masks attention needs --init"),
+        ("--masks prior --prior none", "leave out --prior none"),
+        ("--prior-blur 0.1", "--prior-blur does nothing without --masks prior"),
+        ("--span-weight 1", "--span-weight does nothing without --task pretrain"),
+        ("--teacher-temp 0.1", "--teacher-temp does nothing without --task pretrain"),
         ("--masks nowhere", "--masks nowhere is neither data, prior, attention, nor a folder"),
     ],
 )

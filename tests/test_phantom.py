@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from data import load
 from metrics import auc
 from phantom import BATCH, FINDINGS, REGIONS, phantom, stamp
 
@@ -131,3 +132,17 @@ def test_a_tint_a_frame_and_a_disc_lie_where_they_are_said_to(drawn):
 def test_a_marker_that_is_none_is_refused(drawn):
     with pytest.raises(ValueError, match="marker moustache is none of corner, anywhere, tint, border, disc"):
         stamp(drawn[0], drawn[2][:, 0] > 0, "moustache")
+    with pytest.raises(ValueError, match="images of 16 px are too small for a marker"):
+        stamp(drawn[0][..., :16, :16], drawn[2][:, 0] > 0)
+    with pytest.raises(ValueError, match="has no place for a marker"):
+        stamp(drawn[0], drawn[2][:, 0] > 0, "anywhere", torch.ones_like(drawn[1]))
+
+
+def test_markers_anywhere_are_placed_anew_in_each_part_but_alike_in_all_test_images(monkeypatch):
+    seeds = []
+    monkeypatch.setattr("data.DRAWN_SIZES", {"val": 2, "test": 2})
+    monkeypatch.setattr("data.bodies.stamp", lambda images, *_: seeds.append(_[-1]) or images)
+    for seed in (0, 1):
+        load("phantom", 64, seed, 2, marker=1, marker_kind="anywhere")
+    one, two = seeds[:5], seeds[5:]  # of train, val, test, flipped, unseen
+    assert one[2] == one[3] == one[4] and len({*one, *two}) == 6

@@ -164,7 +164,7 @@ def test_every_experiment_that_a_table_names_is_run():
     assert always < run and claimed("1234567") - {"dino_long"} <= always  # it takes four times as long
     named = claimed("12345678")
     named |= {*tables.ABLATIONS, *tables.FAILURES, *(name for of in tables.POOLINGS.values() for name in of)}
-    named |= {f"{how}_{kind}" for how in ("plain", "isnet") for kind in tables.KINDS}
+    named |= {f"{how}_{kind}" for how in tables.AGAINST for kind in tables.KINDS}
     named |= {f"{how}_{backbone}" for how in tables.SHORTCUT for backbone in ("resnet", "vit")}
     assert named <= run
 
@@ -203,3 +203,16 @@ def test_ratios_of_one_thing_stand_side_by_side():
     lines = tables.costs_of(costs, "what", {"memory": "kept", "time": "step"}).splitlines()
     assert lines[0] == "| what | kept | step |"
     assert lines[2:] == ["| a |  | 2.00 (1.00 to 3.00) |", "| b | 7.00 | 5.00 (4.00 to 6.00) |"]
+
+
+def test_each_kind_of_shortcut_has_its_figures_in_their_columns():
+    figures = {"same": 0.9, "removed": 0.8, "flipped": 0.7, "unseen": 0.6}
+    run = {"seed": 0} | {f"auc_{part}_enlarged_heart": value for part, value in figures.items()}
+    lines = tables.kinds({"isnet_tint-0": run}).splitlines()
+    assert [cell.strip() for cell in lines[0].split("|")][2:6] == [
+        "shortcut as in training",
+        "removed",
+        "flipped",
+        "another one",
+    ]
+    assert lines[2:] == ["| a tint of the background: **ResNet, ISNet** | 90.0 | 80.0 | 70.0 | 60.0 | 1 |"]
