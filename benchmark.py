@@ -43,6 +43,11 @@ PRETRAINING = {
     "RelViT": "--ssl relvit --prior none",
     "RelViT guided by SPAN": "--ssl relvit",
 }
+ON_GPU = {  # and there, a step as large as DINO's authors take
+    "SPAN, ViT-S/16, 64 images of 224 px, 2 + 6 views, bfloat16": (
+        "--img-size 224 --patch-size 16 --embed-dim 384 --depth 12 --num-heads 6 --local-crops-number 6 --amp"
+    )
+}
 SMALL, WIDE, LARGE = (16, 1, 64, 64), (8, 3, 64, 64), (2, 3, 224, 224)  # images (B, C, H, W)
 RESNET, VIT = "--backbone resnet", "--backbone vit"
 STEPS = {  # classifiers' steps, against their floors: flags and images
@@ -102,10 +107,10 @@ def operations_of(work: Callable) -> int:
     return counter.get_total_flops()
 
 
-def product_of(work: Callable, device: str) -> Callable:
+def product_of(work: Callable, device: str, dtype: torch.dtype = torch.float32) -> Callable:
     """Products of large matrices with as many operations as `work`."""
     side, total = (4096 if device != "cpu" else 512), operations_of(work)
-    a, b = torch.randn(2, side, side, device=device).unbind()
+    a, b = torch.randn(2, side, side, device=device, dtype=dtype).unbind()
     times = max(1, round(total / (2 * side**3)))
 
     def product() -> None:
@@ -144,7 +149,7 @@ def copies_of(work: Callable, device: str) -> Callable:
 
 def pretraining_step(flags: str, images: Tensor) -> Callable:
     """A whole step of train.py's pretraining on images (B, C, S, S) uint8: views, losses, update, teacher."""
-    args = parse(f"{flags} --img-size {images.shape[-1]}".split())[0]
+    args = parse(f"--img-size {images.shape[-1]} {flags}".split())[0]
     torch.manual_seed(0)
     encoder = build_encoder(args, images.shape[1])
     if args.ssl == "relvit":
@@ -286,6 +291,12 @@ def step_costs(runs: int, device: str) -> dict[str, tuple[float, float, float]]:
     """Training steps over their floors; and what exposing attention costs."""
     rows = {}
     images = phantom(64, seed=0)[0].to(device)
+    if device != "cpu":
+        for name, flags in ON_GPU.items():
+            large = images.repeat_interleave(4, 2).repeat_interleave(4, 3)[..., :224, :224]
+            step = pretraining_step(f"{flags} --device {device}", large)
+            floor = product_of(step, device, torch.bfloat16)
+            rows[f"training step / its operations' floor: {name}"] = ratio(floor, step, runs)
     steps = {
         name: pretraining_step(f"{flags} --device {device}", images) for name, flags in PRETRAINING.items()
     }

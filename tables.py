@@ -43,7 +43,11 @@ SHORTCUT = {
     "pipeline_attention": "segmenter, then classifier, the same mask",
     "swap_attention": "backgrounds swapped, the same mask",
 }
-KINDS = {"anywhere": "an L anywhere", "tint": "a tint of the background", "border": "a frame"}
+KINDS = {
+    "anywhere": "an L anywhere beside the regions",
+    "tint": "a tint of the background",
+    "border": "a frame",
+}
 AGAINST = {  # ... and what is trained with them
     "plain": "ResNet, plain",
     "isnet": "**ResNet, ISNet**",

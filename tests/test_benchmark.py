@@ -43,7 +43,12 @@ def test_the_bytes_of_a_step_are_what_its_operations_read_and_write():
         assert traffic.bytes == moved
 
 
-@pytest.mark.parametrize("flags", benchmark.PRETRAINING.values())
+ON_GPU = [
+    f"{flags} --img-size 64 --embed-dim 24 --depth 1 --num-heads 3" for flags in benchmark.ON_GPU.values()
+]
+
+
+@pytest.mark.parametrize("flags", [*benchmark.PRETRAINING.values(), *ON_GPU])
 def test_pretraining_steps_can_be_timed(flags):
     step = benchmark.pretraining_step(flags, benchmark.phantom(2, seed=0)[0])
     assert all(torch.tensor(value).isfinite() for value in step().values())

@@ -702,7 +702,7 @@ def test_two_processes_train_as_one_does(tmp_path):
 
 
 def by_two_processes(folder: Path, name: str, flags: str, stop_at: int | None = None) -> list:
-    """Two forks fit a line to 10 numbers, one may be stopped: [(indices, noise), ...], last words, weights."""
+    """Two forks fit a line to 10 numbers, one may be stopped: [(indices, noise)], last words, weights."""
     args, threads = (
         train.parse([*flags.split(), "--batch-size", "4", "--out", str(folder)])[0],
         torch.get_num_threads(),
