@@ -135,7 +135,8 @@ def rrr(model: nn.Module, x: Tensor, m: Tensor, y: Tensor, one_class: bool) -> t
 def swapped(x: Tensor, m: Tensor, generator: Generator) -> Tensor:
     """Images (B, C, H, W), all but the foreground from another one; those without mask stay as they are.
 
-    What is taken may hold parts of the other's foreground: nothing is filled in.
+    What is taken may hold parts of the other's foreground: nothing is filled in. One image a batch, on
+    average, meets itself.
     """
     other = x[torch.randperm(len(x), generator=generator).to(x.device)]
     masked = m.flatten(1).any(dim=1)[:, None, None, None]

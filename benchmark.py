@@ -111,11 +111,11 @@ def product_of(work: Callable, device: str, dtype: torch.dtype = torch.float32) 
     """Products of large matrices with as many operations as `work`."""
     side, total = (4096 if device != "cpu" else 512), operations_of(work)
     a, b = torch.randn(2, side, side, device=device, dtype=dtype).unbind()
-    times = max(1, round(total / (2 * side**3)))
+    whole, rows = divmod(round(total / (2 * side**2)), side)
 
     def product() -> None:
-        for _ in range(times):
-            a @ b
+        for size in [side] * whole + [rows]:
+            a[:size] @ b
 
     return product
 

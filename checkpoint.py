@@ -34,9 +34,12 @@ from vit import ViT
 from weights import fit, read_weights, sizes, unread
 
 FORMAT = 1  # of last.pt: what it holds, and what its settings mean
-FOUND = "command versions machine channels classes one_class images mask_dice relevance_range".split()
+FOUND = "command versions machine channels classes one_class images relevance_range".split()
 OF_THE_CALL = ("out", "overwrite", "resume", "keep_going", "device")  # settings that --resume may change
-PLACES = ("data", "init", "masks", "prior")  # settings that may be edited: what they name may have moved
+PLACES = ("data", "init", "masks", "prior")  # settings that may be edited, if what they name has moved
+WORDS = (
+    "phantom parts data prior attention sample masks statistics none".split()
+)  # of these, what is no place
 
 
 class Unfit(ValueError):
@@ -61,8 +64,10 @@ def write_whole(path: Path, content: str | dict) -> None:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
-    except BaseException:
+    except BaseException as error:
         part.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # which a write does not name
         raise
 
 
@@ -117,7 +122,7 @@ def plain(args: argparse.Namespace) -> dict:
 
 def named(train: Data) -> str:
     """How many training images there are, and a short mark of their names."""
-    mark = hashlib.sha256("\n".join(train.names).encode()).hexdigest()[:8]
+    mark = hashlib.sha256("\n".join(train.names).encode("utf-8", "surrogateescape")).hexdigest()[:8]
     return f"{len(train.names)} images (their names: {mark})"
 
 
@@ -175,8 +180,12 @@ def restore(
         optimizer.load_state_dict(checkpoint["optimizer"])
         generator.set_state(checkpoint["generator"])
         torch.set_rng_state(checkpoint["torch_rng"])
-        return checkpoint["history"], checkpoint["begun"]
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        history, begun = checkpoint["history"], checkpoint["begun"]
+        if begun is not None:
+            order, first, sums = begun
+            order[:first], sums.items()  # a Tensor and a dict
+        return [dict(row) for row in history], begun
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, IndexError) as error:
         raise Unfit(f"{out}/last.pt does not fit its settings ({unread(error)}): train again") from None
 
 
@@ -187,7 +196,9 @@ def load_run(folder: Path) -> tuple[argparse.Namespace, dict]:
         checkpoint = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
         config["command"], config["task"], checkpoint["model"], checkpoint["history"]  # what every run has
         version, settings = checkpoint.get("format"), checkpoint.get("settings", {})
-        differ = [name for name in settings if not _same(name, config.get(name), settings[name])]
+        differ = [
+            name for name in settings if name not in config or not _same(name, config[name], settings[name])
+        ]
     except OSError as error:
         missing = error.filename or folder / "last.pt"  # torch names no file that it finds cut off
         raise ValueError(f"{folder} is not a run of train.py: {missing} cannot be read") from None
@@ -209,7 +220,8 @@ def load_run(folder: Path) -> tuple[argparse.Namespace, dict]:
 
 def _same(name: str, there: object, was: object) -> bool:
     """Whether a setting is still what it was, as far as it matters."""
-    return name in OF_THE_CALL or there == was or name in PLACES and type(there) is type(was) is str
+    moved = name in PLACES and type(there) is type(was) is str and not {there, was} & set(WORDS)
+    return name in OF_THE_CALL or there == was or moved
 
 
 def settings_of(init: Path) -> dict:

@@ -35,7 +35,7 @@ from baselines import PENALTIES, swapped
 from data import BATCH, batches, normalise, prepared
 from isnet_lrp import background_loss, foreground_loss, relevance
 from relvit import patch_views
-from vit import Attention, Block, PatchEmbed
+from vit import Attention, Block, PatchEmbed, ViT
 
 EXPLAINED = 32  # images at a time whose relevance is asked for: each keeps its graph
 WARM_UP = 5  # epochs of a plain classifier, before its range of relevance is taken
@@ -115,6 +115,15 @@ def supervised_layers(encoder: nn.Module, which: str) -> list[nn.Module]:
 def rule(args: argparse.Namespace) -> dict[str, float | bool]:
     """The relevance rule that the settings ask for, as arguments of `relevance`."""
     return {"epsilon": args.lrp_epsilon, "gamma": args.lrp_gamma, "signed": True}
+
+
+def whole_patches(masks: Tensor, patch_size: int) -> Tensor:
+    """Masks (B, 1, H, W), 0 or 1, grown to the patches that they touch.
+
+    So ISNet's for a ViT: patches are embedded by a linear map, which can't leave out some of their pixels.
+    """
+    touched = F.max_pool2d(masks, patch_size)
+    return touched.repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)
 
 
 def isnet_losses(
@@ -249,6 +258,8 @@ def objective(
             return loss, {"loss": loss.detach(), "classification": classification.detach()} | {
                 args.baseline: penalty.detach()
             }
+        if isinstance(model.encoder, ViT):
+            inside = whole_patches(inside, model.encoder.patch_size)
         target = explained(known, one_class, args.explain, generator)
         background, heatmap, logits = isnet_losses(model, x, inside, target, args)
         foreground = foreground_loss(heatmap, inside, *args.relevance_range, hybrid=True)

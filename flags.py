@@ -352,7 +352,7 @@ def check_idle(args: argparse.Namespace, typed: set[str]) -> None:
         "span_weight span_loss": learned,
         "follow": "--ssl dino; RelViT's priors are cut with the patches" if upstream else learned,
         "prior align prior_blur": learned and (None if args.masks == "prior" else "--masks prior"),
-        "span_layer": learned or ("--pool cls" if args.pool != "cls" else None),
+        "span_layer": "--pool cls" if args.pool != "cls" else None,
         "registers": "--backbone vit" if args.backbone == "resnet" else None,
         "channels_last": "--backbone resnet" if args.backbone == "vit" else None,
         "simpool_gamma pool_heads": None if args.pool == "simpool" else "--pool simpool",

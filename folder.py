@@ -180,10 +180,10 @@ def _read_image(pixels: np.ndarray, height: int, width: int) -> Tensor:
     if pixels.dtype == np.uint8:
         resized = _resize(pixels, height, width)
     else:  # all precision is kept until after the stretch
-        low, high = float(pixels.min()), float(pixels.max())
         exact = np.float32 if pixels.dtype.itemsize == 2 else np.float64
-        resized = _resize((pixels.astype(exact) - exact(low)).astype(np.float32), height, width)
-        resized = np.rint(resized * (255 / (high - low or 1.0))).astype(np.uint8)  # a constant image is black
+        low, high = exact(pixels.min()), exact(pixels.max())
+        pixels = ((pixels.astype(exact) - low) / (high - low or exact(1))).astype(np.float32)
+        resized = np.rint(255 * _resize(pixels, height, width)).astype(np.uint8)  # a constant image is black
     image = torch.from_numpy(np.atleast_3d(resized)).permute(2, 0, 1)
     return image[:1].clone() if (image == image[:1]).all() else image
 
@@ -249,7 +249,7 @@ def read_masks(folder: Path, data: str | None, names: list[str], size: int) -> T
     fine; an image without any has an empty mask; what begins with a dot is left alone. Raises DataError if no
     image has one, one has another size than its image, or if the folder holds images.
     """
-    if (folder / "images").is_dir():
+    if (folder / "images").is_dir() or data and folder.resolve() == Path(data).resolve():
         raise DataError(f"{folder} holds images, which are no masks; name the folder of its masks")
     wanted = by_stem(names)
     masks, found = torch.zeros(len(names), 1, size, size, dtype=torch.bool), set()

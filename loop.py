@@ -67,7 +67,7 @@ def train(
                 at, index = epoch * steps + i, order[i * batch : (i + 1) * batch][rank() :: shares]
                 if rank():  # views of its own, the same again after --resume, which has the first's states
                     generator.manual_seed((args.seed * total + at) * shares + rank())
-                    torch.manual_seed(generator.initial_seed())
+                    torch.manual_seed(generator.initial_seed() + 2**40)
                 logged = learn(args, model, step, optimizer, index, generator, at, total)
                 sums = {name: sums.get(name, 0.0) + value for name, value in logged.items()}
                 beside = {name: f"{value:.3g}{constant.get(name, '')}" for name, value in logged.items()}
@@ -76,6 +76,8 @@ def train(
                 if over_processes(torch.tensor(float(stop.is_set()), device=index.device)):
                     if not rank():
                         save(args, model, optimizer, generator, history, (order.cpu(), i + 1, sums))
+                    if dist.is_initialized():
+                        dist.barrier()  # who ends first has torchrun end the others
                     raise KeyboardInterrupt(f"{resuming(args)} goes on from here")
             means = {name: value / steps for name, value in sums.items()}
             speed = (steps - first) * batch / (time.perf_counter() - started)
@@ -87,11 +89,11 @@ def train(
 
 @contextmanager
 def stop_requests() -> Iterator[Event]:
-    """An event that Ctrl-C or SIGTERM sets, so that a step is finished first; the second stops at once."""
+    """An event that Ctrl-C or SIGTERM sets, so that a step is finished first; Ctrl-C again stops at once."""
     asked = Event()
 
     def ask(number: int, frame: Any) -> None:
-        if asked.is_set():
+        if asked.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked.set()
 
@@ -107,7 +109,8 @@ def resuming(args: argparse.Namespace) -> str:
     """The command that goes on with a run."""
     torchrun = ["torchrun", "--standalone", "--nproc-per-node", os.environ.get("WORLD_SIZE", "1")]
     words = torchrun if "RANK" in os.environ else ["python"]
-    return shlex.join([*words, "train.py", "--out", str(args.out), "--resume"])
+    flags = ["--out", str(args.out), "--resume", *(["--keep-going"] if args.keep_going else [])]
+    return shlex.join([*words, "train.py", *flags])
 
 
 class Step(nn.Module):

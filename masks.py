@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -131,15 +130,6 @@ def foreground(args: argparse.Namespace, parts: dict[str, Data], sample: str | N
         dice = f"; Dice {100 * agreement(masks, train):.1f} % with those given" if given else ""
         print(f"masks from {args.masks}: of {found} of {len(masks)} training images{dice}")
     return masks
-
-
-def whole_patches(masks: Tensor, patch_size: int) -> Tensor:
-    """Masks (N, 1, S, S) bool, grown to the patches that they touch.
-
-    So ISNet's for a ViT: patches are embedded by a linear map, which can't leave out some of their pixels.
-    """
-    touched = F.max_pool2d(masks.float(), patch_size)
-    return touched.repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3).bool()
 
 
 def keep(args: argparse.Namespace, masks: Tensor) -> None:

@@ -85,7 +85,7 @@ def stamp(
     if kind == "anywhere":
         free = F.max_pool2d(masks.any(dim=1, keepdim=True).float(), size, stride=1) == 0
         if not free.flatten(1).any(dim=1).all():
-            raise ValueError("an image has no place for a marker beside its regions")
+            raise ValueError("an image has no place for a marker beside its regions: take another kind")
         chosen = torch.multinomial(free.flatten(1).float(), 1, generator=Generator().manual_seed(seed))
         places.flatten(1).scatter_(1, chosen, 1.0)
     else:

@@ -213,7 +213,7 @@ if [ "${1:-}" = --quick ]; then
     python tables.py runs --only claims few_labels transfer
     exit
 fi
-[ $all = no ] || [ -f results/benchmark.json ] || python benchmark.py --json results/benchmark.json
+[ $all = no ] || python benchmark.py --json results/benchmark.json
 python tables.py runs
 
 picture() {  # name, what to measure, and the runs to show side by side

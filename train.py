@@ -35,7 +35,7 @@ from evaluate import draw, maps_of, shown_images
 from flags import check, check_idle, parse, repeated
 from folder import Data
 from loop import rank, train
-from masks import agreement, foreground, keep, one_prior, outlines, whole_patches
+from masks import agreement, foreground, keep, one_prior, outlines
 from measure import report
 from page import print_tables
 from plots import curves
@@ -81,12 +81,7 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, Data], str | None, nn.M
         # At 0.02 positions are lost beside the patches, and a classifier may stand still for many epochs.
         nn.init.trunc_normal_(encoder.pos_embed, std=0.2)
     masked = classifies and (args.isnet or args.baseline not in (None, "gated"))
-    guides, args.mask_dice = None, None
-    if masked:
-        masks = foreground(args, parts, sample)
-        args.mask_dice = agreement(masks, own) if own.has_masks.any() else None
-        patches = args.isnet and args.backbone == "vit"
-        guides = placed(whole_patches(masks, args.patch_size) if patches else masks, args.device)
+    guides = placed(foreground(args, parts, sample), args.device) if masked else None
     model = learner(args, encoder, encoder.grid(own.images)).to(args.device)
     size = sum(p.numel() for p in encoder.parameters()) / 1e6
     counts = ", ".join(f"{len(d.names)} {part}" for part, d in parts.items())
@@ -127,9 +122,9 @@ def check_labels(args: argparse.Namespace, train: Data) -> None:
 
 
 def finish(
-    args: argparse.Namespace, model: nn.Module, parts: dict, sample: str | None, history: list
+    args: argparse.Namespace, model: nn.Module, parts: dict, sample: str | None, history: list, guides: Any
 ) -> None:
-    """Measure on test images, print the tables, draw the pictures."""
+    """Measure on test images, print the tables, draw the pictures; guides as from `prepare`."""
     what = ["bias", "attention", "knn", "linear"]
     if args.task == "pretrain":
         model, what = model.student if isinstance(model, DINO) else model.encoder, what[1:]
@@ -138,8 +133,8 @@ def finish(
     metrics = {name: value for name, value in history[-1].items() if name != "epoch"} | found.figures
     if args.task == "classify":
         warn_if_idle(args, history[-1], parts["train"].labels)
-        if args.mask_dice is not None:  # of the foreground that was used
-            metrics["mask_dice"] = args.mask_dice
+        if guides is not None and parts["train"].has_masks.any():  # how true was the foreground?
+            metrics["mask_dice"] = agreement(guides.cpu(), parts["train"])
     if one_prior(args):
         write_whole(args.out / "outlines.json", outlines(args, model, parts, sample))
     metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}  # NaN is no JSON
@@ -222,13 +217,15 @@ def main(argv: list[str] | None = None) -> None:
         history = train(args, model, images, losses)
         print(f"trained in {time.perf_counter() - started:.0f} s")
         if not rank():
-            finish(args, model, parts, sample, history)
+            finish(args, model, parts, sample, history, guides)
         if dist.is_initialized():
             dist.destroy_process_group()
     except Unfit as error:
         fail(error, 2)
-    except (Collapse, FloatingPointError, OSError) as error:  # the last: a full disk, say
+    except (Collapse, FloatingPointError) as error:
         fail(error, 1)
+    except OSError as error:
+        fail(f"{error}: if the disk is full, free some of it, and --resume goes on", 1)
     except (RuntimeError, MemoryError) as error:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             fail(f"--compile can't be used here ({' '.join(str(error).split())[:150]}): leave it out", 1)
@@ -236,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
             raise
         fail("not enough memory: raise --accumulate, or lower --batch-size, --img-size or --embed-dim", 1)
     except KeyboardInterrupt as error:
-        print(f"\nstopped; {error or 'if an epoch was finished, --resume goes on after it'}")
+        print(f"\nstopped; {str(error) or 'if an epoch was finished, --resume goes on after it'}")
         sys.exit(130)
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, nan
 
+import classify
 from checkpoint import build_classifier, build_encoder
 from classify import Classifier, classification_loss, exclusive, explained, isnet_losses, log_odds
 from classify import attention_seen, constant_loss, natural_range, objective, supervised_layers
@@ -225,3 +226,18 @@ def test_isnet_trains_vits_of_every_pooling_and_with_registers(flags):
     loss, heatmap, _ = isnet_losses(model, images, masks, target, args)
     loss.sum().backward()
     assert heatmap.shape == images.shape and model.encoder.patch_embed.proj.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_isnet_s_foreground_for_a_vit_is_made_of_whole_patches(name, monkeypatch):
+    """A patch's embedding is linear: it can't leave out those of its pixels that lie in the background."""
+    seen, real = [], classify.isnet_losses
+    monkeypatch.setattr(classify, "isnet_losses", lambda *args: seen.append(args[2]) or real(*args))
+    masks = torch.zeros(4, 1, 16, 16, dtype=torch.bool)
+    masks[:, :, 3:6, 5] = True
+    images, labels = torch.randint(256, masks.shape, dtype=torch.uint8), torch.tensor([[0.0], [1]] * 2)
+    losses = objective(SETTINGS, Classifier(ENCODERS[name](), 1), images, masks, labels)
+    losses(torch.arange(4), Generator().manual_seed(0))
+    if name == "vit":
+        masks[:, :, 0:8, 4:8] = True  # two patches of 4 x 4
+    assert torch.equal(seen[0], masks.float())

@@ -172,6 +172,13 @@ def test_float_and_long_integer_images_are_stretched(tmp_path, kind):
     assert read_one(tmp_path, ramp, "x.tif").flatten().tolist() == list(range(256))
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("low, high", [(0, 1e-38), (-3e38, 3e38)])
+def test_floats_of_any_range_are_stretched(low, high, tmp_path):
+    ramp = (low + np.linspace(0, 1, 256) * (high - low)).reshape(16, 16).astype(np.float32)
+    assert read_one(tmp_path, ramp, "x.tif").flatten().tolist() == list(range(256))
+
+
 def test_a_sixteen_bit_image_is_stretched_by_the_extremes_before_the_resize(tmp_path):
     columns = np.tile(np.array([1000, 1256], dtype=np.uint16), (32, 16))
     image = read_one(tmp_path, columns, img_size=8)

@@ -177,9 +177,11 @@ def test_masks_of_another_tool_that_do_not_fit_are_refused(damage, line, tmp_pat
     assert line in capsys.readouterr().err
 
 
-def test_a_run_resumes_with_its_masks_though_what_made_them_has_gone(span, tmp_path, monkeypatch):
+@pytest.mark.parametrize("backbone", ["resnet", "vit"])
+def test_a_run_resumes_with_its_masks_though_what_made_them_has_gone(backbone, span, tmp_path, monkeypatch):
     shutil.copytree(span, tmp_path / "span")
-    argv = [*CLASSIFY[:-2], "--epochs", "2", "--masks", str(tmp_path / "span"), "--out"]
+    argv = [*CLASSIFY[:-2], "--epochs", "2", "--backbone", backbone, "--depth", "1", "--num-heads", "2"]
+    argv += ["--masks", str(tmp_path / "span"), "--out"]
     train.main([*argv, str(tmp_path / "whole")])
     real = loop.save
 
@@ -195,6 +197,11 @@ def test_a_run_resumes_with_its_masks_though_what_made_them_has_gone(span, tmp_p
     train.main(["--out", str(tmp_path / "stopped"), "--resume"])
     whole, resumed = (load_run(tmp_path / name)[1]["model"] for name in ("whole", "stopped"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    dice = {
+        json.loads((tmp_path / name / "metrics.json").read_text())["mask_dice"]
+        for name in ("whole", "stopped")
+    }
+    assert len(dice) == 1
     (tmp_path / "stopped" / "masks.pt").write_bytes(b"no masks")
     with pytest.raises(SystemExit):
         train.main(["--out", str(tmp_path / "stopped"), "--resume"])
@@ -205,22 +212,6 @@ def test_masks_that_not_all_regions_have_are_left_out():
     parts["train"].has_masks[1] = False
     args, _ = parse(CLASSIFY)
     assert foreground(args, parts, None).flatten(1).any(dim=1).tolist() == [True, False, True, True]
-
-
-def test_isnet_s_foreground_for_a_vit_is_made_of_whole_patches_and_nobody_else_s(tmp_path):
-    """A patch's embedding is linear: it can't leave out those of its pixels that lie in the background."""
-    made = {}
-    for name, flags in {
-        "isnet": ["--backbone", "vit"],
-        "convnet": [],
-        "swap": ["--backbone", "vit", "--isnet", "0", "--baseline", "swap"],
-    }.items():
-        *_, made[name] = train.begin([*CLASSIFY, *flags, "--out", str(tmp_path / name)])
-    assert torch.equal(made["convnet"], made["swap"]) and (made["isnet"] >= made["swap"]).all()
-    touched = made["swap"].unflatten(3, (8, 8)).unflatten(2, (8, 8)).any(dim=5).any(dim=3)  # (B, 1, h, w)
-    assert torch.equal(made["isnet"][:, :, ::8, ::8], touched)
-    patches = made["isnet"].unflatten(3, (8, 8)).unflatten(2, (8, 8))  # (B, 1, h, p, w, p)
-    assert torch.equal(patches, touched[:, :, :, None, :, None].expand_as(patches))
 
 
 def test_a_folder_s_masks_are_united_over_regions_and_found_by_name_alone(tmp_path):

@@ -219,7 +219,8 @@ def test_a_run_is_not_resumed_on_other_images_than_it_was_trained_on(tmp_path, c
     data = folder_of_phantoms(tmp_path / "mine", masked=0)
     argv = [*TINY, "--prior", "none", "--data", str(data), "--out", str(tmp_path / "run")]
     train.main([*argv, "--epochs", "1"])
-    (data / "images" / "03.png").unlink()
+    (data / "images" / os.fsdecode(b"03\xff.png")).write_bytes((data / "images" / "03.png").read_bytes())
+    (data / "images" / "03.png").unlink()  # a name that is no UTF-8, either
     capsys.readouterr()
     assert "run was trained on 16 images (" in refused(capsys, "--out", str(tmp_path / "run"), "--resume")
 
@@ -233,12 +234,19 @@ def test_a_run_whose_data_moved_goes_on_and_one_whose_settings_were_changed_does
     (out / "config.json").write_text(json.dumps(config | {"data": str(tmp_path / "moved")}))
     train.main(["--out", str(out), "--resume"])
     capsys.readouterr()
-    for name, value in (("embed_dim", 48), ("lr", "fast"), ("data", 3), ("classes", ["a"])):
+    for name, value in (
+        ("embed_dim", 48),
+        ("lr", "fast"),
+        ("data", 3),
+        ("data", "parts"),
+        ("classes", ["a"]),
+    ):
         (out / "config.json").write_text(json.dumps(config | {name: value}))
         said = f"config.json says {name} {value}, but it was trained with {config[name]}"
         assert said in refused(capsys, "--out", str(out), "--resume")
-    (out / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "ssl"}))
-    assert "config.json says ssl None, but" in refused(capsys, "--out", str(out), "--resume")
+    for name in ("ssl", "marker"):  # one that says something, and one that says None
+        (out / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != name}))
+        assert f"config.json says {name} None, but" in refused(capsys, "--out", str(out), "--resume")
 
 
 def test_a_checkpoint_of_another_version_or_with_something_missing_is_refused(run, tmp_path, capsys):
@@ -250,6 +258,8 @@ def test_a_checkpoint_of_another_version_or_with_something_missing_is_refused(ru
         ({"format": None}, "written by another version of train.py (format None, here 1)"),
         ({"torch_rng": None}, "last.pt does not fit its settings"),
         ({"model": {}}, "last.pt does not fit its settings"),
+        ({"optimizer": None}, "last.pt does not fit its settings"),
+        ({"begun": 3}, "last.pt does not fit its settings"),
         ({"settings": 3}, "config.json or last.pt is damaged"),
     ):
         torch.save(whole | change, tmp_path / "last.pt")
@@ -363,27 +373,27 @@ def test_a_run_killed_20_times_ends_at_the_weights_of_an_uninterrupted_one(tmp_p
 def test_a_run_stopped_by_ctrl_c_within_its_epochs_ends_at_the_weights_of_an_uninterrupted_one(
     tmp_path, monkeypatch
 ):
+    """After 3, 5, 1, ... of its steps, 4 of which are an epoch."""
     monkeypatch.setattr("data.DRAWN_SIZES", {"val": 8, "test": 8})
-    threads, chance, stopped, within = torch.get_num_threads(), random.Random(0), tmp_path / "stopped", []
-    argv = [*TINY, *MOVING, "--epochs", "10"]
+    threads, stopped, real, calls, after = torch.get_num_threads(), tmp_path / "stopped", loop.learn, [], []
+    argv = [*TINY, *MOVING, "--epochs", "5"]
     os.waitpid(in_a_process_of_its_own([*argv, "--out", str(tmp_path / "whole")]), 0)
 
-    def stop(process, stops):
-        before = (stopped / "last.pt").exists()
-        while not os.waitpid(process, os.WNOHANG)[0]:
-            if (stopped / "metrics.jsonl").exists() and stops < 6:
-                time.sleep(chance.uniform(0.02, 0.2) + before)  # until it has started again
-                os.kill(process, signal.SIGINT)
-                os.waitpid(process, 0)
-                within.append(load_run(stopped)[1]["begun"] is not None)
-                return 1
-            time.sleep(0.001)
-        return 0
+    def learn(*args):
+        calls.append(args)
+        if len(calls) == ([3, 5, 1, 4] + [99])[len(after)]:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
 
-    finished_in_spite_of(stop, argv, stopped)
+    def stop(process, stops):
+        os.waitpid(process, 0)
+        after.append(load_run(stopped)[1]["begun"] is not None)
+        return len(after) < 5
+
+    monkeypatch.setattr(loop, "learn", learn)
+    assert finished_in_spite_of(stop, argv, stopped) == 4 and after == [True] * 4 + [False]
     torch.set_num_threads(threads)
-    assert sum(within) >= 2 and same_weights(tmp_path / "whole", stopped)
-    assert same_rows(tmp_path / "whole", stopped)
+    assert same_weights(tmp_path / "whole", stopped) and same_rows(tmp_path / "whole", stopped)
 
 
 def test_rows_that_a_kill_kept_from_being_written_are_written_when_the_run_goes_on(run, tmp_path):
@@ -719,11 +729,12 @@ def by_two_processes(folder: Path, name: str, flags: str, stop_at: int | None = 
                 seen, model, said = [], torch.nn.Linear(1, 1), ""
 
                 def losses(index, generator, done):
-                    noise = torch.rand(len(index), 1, generator=generator) + torch.rand(1)
+                    noise = torch.rand(len(index), 1, generator=generator)
+                    noise = torch.cat([noise, torch.rand(1).expand(noise.shape)], dim=1)
                     seen.append((index, noise))
                     if len(seen) == stop_at and rank:
                         os.kill(os.getpid(), signal.SIGINT)
-                    loss = model(index[:, None] + noise).square().mean()
+                    loss = model(index[:, None] + noise.sum(dim=1, keepdim=True)).square().mean()
                     return loss, {"loss": loss.detach()}
 
                 try:
@@ -746,7 +757,8 @@ def test_each_process_trains_on_its_share_of_every_batch(tmp_path):
     for epoch in range(2):
         steps = slice(2 * epoch, 2 * epoch + 2)
         assert len(set(torch.cat([index for index, _ in one[steps] + two[steps]]).tolist())) == 8
-    assert len(set(torch.cat([noise for _, noise in one + two]).flatten().tolist())) == 16  # views of its own
+    noise = torch.cat([noise for _, noise in one + two])  # by the loop's generator, and by torch's
+    assert len(set(noise[:, 0].tolist())) == 16 and len(set(noise[:, 1].tolist())) == 8  # its own in each
     assert torch.equal(weights["weight"], other_weights["weight"])
 
 
@@ -853,7 +865,8 @@ def test_a_full_disk_leaves_the_last_checkpoint_usable_and_ends_in_one_line(tmp_
         finally:
             os._exit(99)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 1
-    assert capfd.readouterr().err.splitlines()[-1].startswith("train.py: [Errno 27]")
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert said.startswith("train.py: [Errno 27] File too large: ") and said.endswith("--resume goes on")
     assert len(load_run(tmp_path / "run")[1]["history"]) == 1
     assert not list((tmp_path / "run").glob("*.part"))
 
@@ -1022,3 +1035,13 @@ def test_without_labelled_test_images_a_classifier_is_trained_but_not_measured(t
     for what in ("AUC", "AP", "knn", "linear"):
         assert f"{what} can't be measured" in said
     assert "compare.png" in said  # a picture there is
+
+
+def test_a_run_stopped_before_it_trains_says_what_is_kept(tmp_path, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "prepare", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        train.main([*TINY, "--out", str(tmp_path / "run")])
+    assert stop.value.code == 130 and "if an epoch was finished, --resume" in capsys.readouterr().out
