@@ -17,8 +17,8 @@ and adds a penalty to the classification loss, L = L_class + weight * penalty:
 
 `multitask`, `gain`, `rrr` and `pipeline` return logits (B, K) and a penalty (B,). Ours, to keep them short:
 one gate, at the end, with a softmax, where the authors' network has several, normalised by minimum and sum;
-A scaled to its largest value, and taken at the last block's input; a segmenter as coarse as the patches. Next
-to read: `pretrain.py`.
+A scaled to its largest value, and taken at the last block's input; a segmenter as coarse as the patches.
+Next to read: `pretrain.py`.
 """
 
 import torch

@@ -6,7 +6,7 @@ Machines are noisy and drift, so two things are timed in turn, A B A B ..., and 
 is what is reported, with the quartiles. A training step has two floors, both counted operation by operation:
 products of large matrices with as many multiplications as its convolutions and matrix products, and copies of
 a large block with as many bytes as all its operations read and write. The second is one of main memory: what
-fits into a cache may be faster. Next to read: `tables.py`.
+fits into a cache may be faster. Next to read: `experiments.py`.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from baselines import BASELINES
 from checkpoint import build_classifier, build_encoder, write_whole
@@ -47,6 +47,12 @@ ON_GPU = {  # and there, a step as large as DINO's authors take
     "SPAN, ViT-S/16, 64 images of 224 px, 2 + 6 views, bfloat16": (
         "--img-size 224 --patch-size 16 --embed-dim 384 --depth 12 --num-heads 6 --local-crops-number 6 --amp"
     )
+}
+ATTENTION = {  # on a CPU, where torch doesn't count it: by the shapes of q, k, v and of the gradient, q, k, v
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda g, q, k, v, *_: sdpa_backward_flop_count(g, q, k, v)
+    ),
 }
 SMALL, WIDE, LARGE = (16, 1, 64, 64), (8, 3, 64, 64), (2, 3, 224, 224)  # images (B, C, H, W)
 RESNET, VIT = "--backbone resnet", "--backbone vit"
@@ -93,23 +99,37 @@ def ratio(a: Callable, b: Callable, runs: int) -> tuple[float, float, float]:
     return tuple(statistics.quantiles(ratios[1:], n=4))
 
 
-def operations_of(work: Callable) -> int:
-    """How many operations the matrix products, convolutions and attention layers in `work` have."""
-    aten = torch.ops.aten
-    uncounted = {  # by torch itself, of shapes q, k, v and grad, q, k, v
-        aten._scaled_dot_product_flash_attention_for_cpu: lambda *of, **_: sdpa_flop_count(*of[:3]),
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-            lambda *of, **_: sdpa_backward_flop_count(*of[:4])
-        ),
-    }
-    with FlopCounterMode(display=False, custom_mapping=uncounted) as counter:
+class Counted(TorchDispatchMode):
+    """Counts operations of matrix products, convolutions and attention, and bytes that any operation moves.
+
+    That is, reads or writes; a view moves none.
+    """
+
+    operations = bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        made, name = func(*args, **kwargs), func._overloadpacket
+        if name in ATTENTION:
+            self.operations += ATTENTION[name](*(t.shape for t in args if isinstance(t, Tensor)))
+        elif name in flop_registry:
+            self.operations += flop_registry[name](*args, **kwargs, out_val=made)
+        if not func.is_view:
+            tensors = [t for t in tree_leaves((args, kwargs, made)) if isinstance(t, Tensor)]
+            self.bytes += sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in tensors)  # if expanded
+        return made
+
+
+def counted(work: Callable) -> Counted:
+    """What `work` does, by numbers."""
+    with Counted() as count:
         work()
-    return counter.get_total_flops()
+    return count
 
 
 def product_of(work: Callable, device: str, dtype: torch.dtype = torch.float32) -> Callable:
     """Products of large matrices with as many operations as `work`."""
-    side, total = (4096 if device != "cpu" else 512), operations_of(work)
+    side, total = (4096 if device != "cpu" else 512), counted(work).operations
     a, b = torch.randn(2, side, side, device=device, dtype=dtype).unbind()
     whole, rows = divmod(round(total / (2 * side**2)), side)
 
@@ -120,25 +140,10 @@ def product_of(work: Callable, device: str, dtype: torch.dtype = torch.float32) 
     return product
 
 
-class Traffic(TorchDispatchMode):
-    """Counts the bytes that operations read and write; a view moves none."""
-
-    bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        if not func.is_view:
-            tensors = [t for t in tree_leaves((args, kwargs, made)) if isinstance(t, Tensor)]
-            self.bytes += sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in tensors)  # if expanded
-        return made
-
-
 def copies_of(work: Callable, device: str) -> Callable:
     """Copies of a large block that move as many bytes as the operations in `work`."""
-    with Traffic() as traffic:
-        work()
     block = torch.zeros(2, 2**28, dtype=torch.uint8, device=device)  # 256 MiB, which no cache holds
-    whole, rest = divmod(traffic.bytes // 2, block.shape[1])  # a copied byte is read and written
+    whole, rest = divmod(counted(work).bytes // 2, block.shape[1])  # a copied byte is read and written
 
     def copies() -> None:
         for size in [block.shape[1]] * whole + [rest]:

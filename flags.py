@@ -187,7 +187,7 @@ def add_classify_flags(parser: argparse.ArgumentParser) -> None:
     what = "what to train in place of ISNet, to compare it with: see baselines.py"
     add("--baseline", type=str, choices=BASELINES, help=what)
     add("--baseline-weight", type=float, default=1.0, help="of the baseline's penalty")
-    what = "the foreground: data, prior, attention (of --init), another run's folder, or a folder of masks"
+    what = "the foreground: data, prior, attention (of --init), a run, or a folder of masks named like images"
     add("--masks", type=str, default="data", help=what)
     what = "the label's logit, a random one, or the least likely class's log-odds"
     add("--explain", type=str, choices=["label", "random", "selective"], default="selective", help=what)
