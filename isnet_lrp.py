@@ -41,7 +41,8 @@ measures what happens without it:
 The last needs a word: a unit that its bias feeds and the marker silences has no relevance where the marker
 is, and where it isn't, hands it to the bias, never to a pixel. On its own layer it shows. None of this is
 proof: relevance shares out what a unit hands on, so evidence that takes a unit to nearly 0 leaves hardly a
-trace. Whether a shortcut is gone, only images tell in which it lies.
+trace; a frame or a tint around the foreground gets past all of it. Whether a shortcut is gone, only images
+tell in which it lies.
 
 The floor of a training step's cost, a plain one being 3 forward passes' worth (forward 1, backward 2): (2)
 adds the relevance pass, 1, and the way back through it, 2; that makes 6, or 2 x. (3) adds w' x, whose
