@@ -997,7 +997,7 @@ def test_what_a_classifier_lacks_is_said_in_one_line(tmp_path, capsys):
     assert "marker can be drawn only on phantoms" in refused(capsys, *folder, "--marker", "1")
     assert "finding `gout` is not in" in refused(capsys, *folder, "--findings", "gout")
     assert "--lrp-gamma -1" in refused(capsys, *SMALL, "--lrp-gamma", "-1")
-    assert "--isnet needs --task classify" in refused(capsys, "--isnet", "1")
+    assert "--isnet needs --task classify" in refused(capsys, "--isnet", "1", "--out", str(tmp_path / "run"))
     assert "--isnet-decay does nothing without --isnet" in refused(capsys, *SMALL, "--isnet-decay", "0.9")
     (tmp_path / "data" / "labels.csv").write_text(
         "file,label\n" + "\n".join(f"{n}.png,cat" for n in "abcdefghij")
