@@ -121,7 +121,7 @@ class Counted(TorchDispatchMode):
 
 
 def counted(work: Callable) -> Counted:
-    """What `work` does, by numbers."""
+    """The operations and bytes of one call of `work`."""
     with Counted() as count:
         work()
     return count

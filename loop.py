@@ -36,7 +36,7 @@ def train(
     """Train on images (N, C, S, S), with losses(index, generator, done) -> (loss, what to log), index (B,).
 
     done: the share of the training that is done, 0 to 1.
-    Returns the history, a row an epoch. Raises Unfit for another checkpoint, Collapse,
+    Returns the history, a row an epoch. Raises Unfit for a checkpoint of something else, Collapse,
     FloatingPointError before weights are spoiled, or KeyboardInterrupt, which says how to go on, the
     checkpoint written. Of several processes each takes its share of every batch.
     """
