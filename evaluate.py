@@ -13,20 +13,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from checkpoint import build_encoder, check_data, load_model, load_run, start_from, write_whole
-from classify import explained_by, relevance_of
-from data import DRAWN, load
-from flags import check_device, dashed, parse
-from folder import Data, DataError, select
-from look import look
-from masks import export_masks
-from measure import MEASURES, Report, decisions, first_finding, report, scores_in
-from page import Looks, page, print_tables
-from plots import curves, low_data, map_grid
-from pretrain import attention_of, averages
-from probe import SHARES
+from common.checkpoint import build_encoder, check_data, load_model, load_run, start_from, write_whole
+from common.models import explained_by, relevance_of
+from common.data import DRAWN, load
+from common.config import check_device, dashed, parse
+from common.folder import Data, DataError, select
+from common.look import look
+from common.regions import export_masks
+from common.measure import MEASURES, Report, decisions, first_finding, report, scores_in
+from common.page import Looks, page, print_tables
+from common.plots import curves, low_data, map_grid
+from common.pretrain import attention_of, averages
+from common.probe import SHARES
 from vit import ViT
-from weights import exported
+from common.weights import exported
 
 ROWS = 6  # images in compare.png
 IN_PAGE = 60  # images in --html's page

@@ -202,7 +202,7 @@ for seed in $seeds; do
         folder=data/symbols$n-$seed
         [ -f $folder/labels.csv ] && continue
         rm -rf $folder  # what a stopped run left
-        python symbols.py $folder --train $n --seed $seed
+        python -m common.symbols $folder --train $n --seed $seed
     done
 done
 for stage in first then; do
@@ -210,11 +210,11 @@ for stage in first then; do
 done
 transfer | xargs -r -P 2 -L 1 bash -c 'probe "$@"' _
 if [ "${1:-}" = --quick ]; then
-    python tables.py runs --only claims few_labels transfer
+    python -m experiments.tables runs --only claims few_labels transfer
     exit
 fi
-[ $all = no ] || python benchmark.py --json results/benchmark.json
-python tables.py runs
+[ $all = no ] || python -m experiments.benchmark --json results/benchmark.json
+python -m experiments.tables runs
 
 picture() {  # name, what to measure, and the runs to show side by side
     name=$1 only=$2

@@ -26,20 +26,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from checkpoint import Unfit, build_classifier, build_encoder, check_data, check_folder, named, resumed, start
-from checkpoint import start_from, write_whole
-from classify import constant_loss, exclusive, natural_range, objective
-from data import Hosted, load, placed
+from common.checkpoint import Unfit, build_classifier, build_encoder, check_data, check_folder, named, resumed, start
+from common.checkpoint import start_from, write_whole
+from common.models import constant_loss, exclusive, natural_range, objective
+from common.data import Hosted, load, placed
 from dino import Collapse
 from evaluate import draw, maps_of, shown_images
-from flags import check, check_idle, parse, repeated
-from folder import Data
-from loop import rank, train
-from masks import agreement, foreground, keep, one_prior, outlines
-from measure import report
-from page import print_tables
-from plots import curves
-from pretrain import priors_over, relations, self_distillation
+from common.config import check, check_idle, parse, repeated
+from common.folder import Data
+from common.loop import rank, train
+from common.regions import agreement, foreground, keep, one_prior, outlines
+from common.measure import report
+from common.page import print_tables
+from common.plots import curves
+from common.pretrain import priors_over, relations, self_distillation
 from relvit import TASKS
 from ssl import DINO, RelViT  # the doorway ssl.py in this folder, which leaves Python's own ssl as it was
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from attention_priors import align, bend, carry, follow, priors_from_masks, priors_from_statistics, span_loss
 from crops import crop, random_crops
-from phantom import phantom
+from common.phantom import phantom
 
 
 def generator(seed: int = 0) -> torch.Generator:

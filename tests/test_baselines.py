@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-import baselines
+from common import baselines
 import evaluate
 import train
-from classify import Classifier, objective
-from data import prepared
+from common.models import Classifier, objective
+from common.data import prepared
 from resnet import ResNet
 from vit import ViT
 
@@ -250,7 +250,7 @@ def test_grad_cam_of_a_vit_is_made_of_its_patches_row_by_row_without_the_cls_tok
 
 @pytest.mark.parametrize("flags", ["multitask", "gated", "pipeline", "gated --backbone vit"])
 def test_evaluate_builds_the_same_model_again(flags, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("data.DRAWN_SIZES", {"val": 8, "test": 8})
+    monkeypatch.setattr("common.data.DRAWN_SIZES", {"val": 8, "test": 8})
     argv = "--task classify --marker 1 --train-images 32 --embed-dim 16 --batch-size 16 --epochs 1"
     argv = [*argv.split(), "--baseline", *flags.split(), "--out", str(tmp_path / "run")]
     train.main([*argv])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import benchmark
+from experiments import benchmark
 
 
 def test_a_ratio_is_of_the_second_over_the_first_without_the_first_pair(monkeypatch):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data import batches, load
-from folder import DataError, _split, load_folder, read_masks, select
+from common.data import batches, load
+from common.folder import DataError, _split, load_folder, read_masks, select
 
 RNG = np.random.default_rng(0)
 

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 import train
-from checkpoint import load_model, load_run
-from folder import DataError, load_folder
+from common.checkpoint import load_model, load_run
+from common.folder import DataError, load_folder
 
 ROWS = "file,split,heart,note\na.png,train,1,0\nb.png,val,0,1\nc.png,test,,0\n"
 
@@ -102,7 +102,7 @@ def run(request, tmp_path_factory):
     out = tmp_path_factory.mktemp("fuzz") / "run"
     argv = "--train-images 8 --embed-dim 8 --depth 1 --num-heads 2 --epochs 1 --batch-size 8 --out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data.DRAWN_SIZES", {"val": 4, "test": 4})
+        patch.setattr("common.data.DRAWN_SIZES", {"val": 4, "test": 4})
         train.main([*request.param.split(), *argv.split(), str(out)])
     return out
 
@@ -130,7 +130,7 @@ def test_damaged_runs_are_refused_or_read_and_run_no_code(run, tmp_path):
 
 
 def test_damaged_runs_are_refused_in_one_line_or_go_on(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("data.DRAWN_SIZES", {"val": 4, "test": 4})
+    monkeypatch.setattr("common.data.DRAWN_SIZES", {"val": 4, "test": 4})
     monkeypatch.setattr(train, "finish", lambda *args: None)  # which takes longest
     refused = 0
     for folder in damaged_runs(run, tmp_path, 100):

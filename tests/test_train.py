@@ -20,14 +20,14 @@ import torch.distributed as dist
 from PIL import Image
 
 import evaluate
-import loop
-import measure
-import pretrain
+from common import loop
+from common import measure
+from common import pretrain
 import train
-from checkpoint import build_encoder, load_run, start
-from data import Hosted, placed
-from flags import parse, repeated
-from phantom import REGIONS, phantom
+from common.checkpoint import build_encoder, load_run, start
+from common.data import Hosted, placed
+from common.config import parse, repeated
+from common.phantom import REGIONS, phantom
 
 ROOT = Path(__file__).parents[1]
 TINY = "--train-images 32 --embed-dim 24 --depth 2 --num-heads 3 --batch-size 8 --epochs 2".split()
@@ -36,7 +36,7 @@ TINY = "--train-images 32 --embed-dim 24 --depth 2 --num-heads 3 --batch-size 8 
 @pytest.fixture(autouse=True, scope="module")
 def few_test_images():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data.DRAWN_SIZES", {"val": 8, "test": 8})
+        patch.setattr("common.data.DRAWN_SIZES", {"val": 8, "test": 8})
         yield
 
 
@@ -332,7 +332,7 @@ def same_rows(*runs):
 
 def test_a_run_killed_20_times_ends_at_the_weights_of_an_uninterrupted_one(tmp_path, monkeypatch):
     """By SIGKILL, at any moment, or with half a file on the disk, as when the power fails."""
-    monkeypatch.setattr("data.DRAWN_SIZES", {"val": 8, "test": 8})
+    monkeypatch.setattr("common.data.DRAWN_SIZES", {"val": 8, "test": 8})
     threads, chance, killed, real = torch.get_num_threads(), random.Random(0), tmp_path / "killed", os.fsync
     argv = [*TINY, *MOVING, "--epochs", "24"]
     os.waitpid(in_a_process_of_its_own([*argv, "--out", str(tmp_path / "whole")]), 0)
@@ -374,7 +374,7 @@ def test_a_run_stopped_by_ctrl_c_within_its_epochs_ends_at_the_weights_of_an_uni
     tmp_path, monkeypatch
 ):
     """After 3, 5, 1, ... of its steps, 4 of which are an epoch."""
-    monkeypatch.setattr("data.DRAWN_SIZES", {"val": 8, "test": 8})
+    monkeypatch.setattr("common.data.DRAWN_SIZES", {"val": 8, "test": 8})
     threads, stopped, real, calls, after = torch.get_num_threads(), tmp_path / "stopped", loop.learn, [], []
     argv = [*TINY, *MOVING, "--epochs", "5"]
     os.waitpid(in_a_process_of_its_own([*argv, "--out", str(tmp_path / "whole")]), 0)

@@ -15,7 +15,7 @@ import evaluate
 import train
 from simpool import GAP, SimPool
 from vit import ViT
-from weights import BIAS, DEVIATION, FIRST, MEAN, exported, fit, read_weights, sizes
+from common.weights import BIAS, DEVIATION, FIRST, MEAN, exported, fit, read_weights, sizes
 
 GOLDEN = Path(__file__).parent / "golden"
 M, S = MEAN[:, None, None], DEVIATION[:, None, None]
@@ -233,7 +233,7 @@ def test_published_weights_are_measured_trained_on_and_exported_again(tmp_path, 
 def test_a_file_beside_a_run_is_measured_on_the_run_s_data_whichever_comes_first(
     tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("data.DRAWN_SIZES", {"val": 8, "test": 8})
+    monkeypatch.setattr("common.data.DRAWN_SIZES", {"val": 8, "test": 8})
     monkeypatch.chdir(tmp_path)
     torch.save(published_names(depth=1, embed_dim=192, num_heads=3), "vit.pth")
     argv = "--train-images 16 --img-size 32 --seed 3 --embed-dim 24 --depth 1 --num-heads 3 --batch-size 8"

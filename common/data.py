@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import parts as plates
-import phantom as bodies
-from folder import PARTS, Data, DataError, load_folder
+from common import plates as plates
+from common import phantom as bodies
+from common.folder import PARTS, Data, DataError, load_folder
 
 DRAWN = {  # how it is drawn, its regions and its findings
     "phantom": (bodies.phantom, bodies.REGIONS, bodies.FINDINGS),

@@ -1,6 +1,6 @@
 """What exposure, augmentation and ISNet cost, measured side by side on this machine.
 
-    python benchmark.py [--json FILE] [--device cpu]
+    python -m experiments.benchmark [--json FILE] [--device cpu]
 
 Machines are noisy and drift, so two things are timed in turn, A B A B ..., and the median of the ratios B / A
 is what is reported, with the quartiles. A training step has two floors, both counted operation by operation:
@@ -24,15 +24,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from baselines import BASELINES
-from checkpoint import build_classifier, build_encoder, write_whole
-from classify import natural_range, objective, relevance_of, scores_of
+from common.baselines import BASELINES
+from common.checkpoint import build_classifier, build_encoder, write_whole
+from common.models import natural_range, objective, relevance_of, scores_of
 from crops import crop, distort, random_crops
-from data import BATCH, prepared
-from flags import parse
-from loop import Step, learn, optimizer_for
-from phantom import phantom
-from pretrain import relations, self_distillation
+from common.data import BATCH, prepared
+from common.config import parse
+from common.loop import Step, learn, optimizer_for
+from common.phantom import phantom
+from common.pretrain import relations, self_distillation
 from relvit import TASKS
 from ssl import DINO, RelViT
 from vit import Attention, ViT

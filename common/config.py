@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Generator
 
-from baselines import BASELINES, PENALTIES
-from checkpoint import FOUND, OF_THE_CALL, settings_of
+from common.baselines import BASELINES, PENALTIES
+from common.checkpoint import FOUND, OF_THE_CALL, settings_of
 from crops import random_crops
-from phantom import FINDINGS, MARKERS
+from common.phantom import FINDINGS, MARKERS
 from relvit import TASKS as RELATIONS
 
 TASKS = ["pretrain", "classify"]

@@ -1,6 +1,6 @@
 """A small set of pictures in ten classes, drawn from a seed: shapes, textures, digits of a pixel font.
 
-    python symbols.py data/symbols --train 50       a class: 50 images to train, 20 to validate, 100 to test
+    python -m common.symbols data/symbols --train 50       a class: 50 images to train, 20 to validate, 100 to test
 
 Each picture has a symbol of random size, place and colour on a background of another colour, with a gradient
 and noise; shapes are turned, textures fill a square. The folder has the layout of `folder.py`, so that

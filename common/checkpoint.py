@@ -25,13 +25,13 @@ import torch
 from torch import Generator, nn
 from torch.optim import Optimizer
 
-from baselines import AttentionGate, Pipeline, Segmenter
-from classify import Classifier
-from folder import Data
+from common.baselines import AttentionGate, Pipeline, Segmenter
+from common.models import Classifier
+from common.folder import Data
 from resnet import ResNet
 from simpool import GAP, SimPool
 from vit import ViT
-from weights import fit, read_weights, sizes, unread
+from common.weights import fit, read_weights, sizes, unread
 
 FORMAT = 1  # of last.pt: what it holds, and what its settings mean
 FOUND = "command versions machine channels classes one_class images relevance_range".split()

@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from attention_priors import span_loss
-from baselines import PENALTIES, swapped
-from data import BATCH, batches, normalise, prepared
+from common.baselines import PENALTIES, swapped
+from common.data import BATCH, batches, normalise, prepared
 from isnet_lrp import background_loss, foreground_loss, relevance
 from relvit import patch_views
 from vit import Attention, Block, PatchEmbed, ViT

@@ -1,6 +1,6 @@
 """Public datasets as the folders that `folder.py` reads: images/, masks/<region>/, labels.csv.
 
-    python recipes.py mvtec mvtec_anomaly_detection/bottle data/bottle
+    python -m common.datasets mvtec mvtec_anomaly_detection/bottle data/bottle
     python train.py --data data/bottle --prior statistics --out runs/bottle
 
     montgomery, shenzhen   chest X-rays with lungs outlined (NLM; Shenzhen's masks are a release of their own)
@@ -210,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"wrote {written} images into {args.out}")
     except (ValueError, OSError, LookupError) as error:
         expected = "" if args.out.exists() else f"; expected: {recipe.__doc__}"
-        print(f"recipes.py {args.dataset}: {error}{expected}", file=sys.stderr)
+        print(f"common.datasets {args.dataset}: {error}{expected}", file=sys.stderr)
         sys.exit(2)
 
 

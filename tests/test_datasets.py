@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-import recipes
+from common import datasets as recipes
 import train
-from folder import load_folder
+from common.folder import load_folder
 
 RNG = np.random.default_rng(0)
 MASK = np.zeros((16, 12), dtype=np.uint8)

@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from classify import explained_by, relevance_of
-from folder import picture_size, read_picture
-from masks import masks_of, one_prior, read_outlines, write_mask
-from measure import decisions
-from plots import map_grid
-from pretrain import attention_of, averages
+from common.models import explained_by, relevance_of
+from common.folder import picture_size, read_picture
+from common.regions import masks_of, one_prior, read_outlines, write_mask
+from common.measure import decisions
+from common.plots import map_grid
+from common.pretrain import attention_of, averages
 from resnet import ResNet
 
 MASS = 0.6

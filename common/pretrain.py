@@ -26,8 +26,8 @@ from attention_priors import (
     span_loss,
 )
 from crops import crop, distort, random_crops
-from data import BATCH, batches, normalise, placed
-from folder import Data
+from common.data import BATCH, batches, normalise, placed
+from common.folder import Data
 from relvit import RelViT, cut, patch_views
 from resnet import ResNet
 from simpool import GAP

@@ -24,11 +24,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from attention_priors import mass_held, masks_held
-from checkpoint import load_model, load_run, write_whole
-from data import BATCH, DRAWN
-from folder import Data, by_stem, image_size, read_masks
-from pretrain import attention_of, lay_over, make_priors
-from weights import unread
+from common.checkpoint import load_model, load_run, write_whole
+from common.data import BATCH, DRAWN
+from common.folder import Data, by_stem, image_size, read_masks
+from common.pretrain import attention_of, lay_over, make_priors
+from common.weights import unread
 
 
 def one_prior(config: argparse.Namespace) -> bool:

@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-from classify import Classifier, classification_loss, exclusive
-from data import batches, prepared
-from folder import Data
-from metrics import CannotMeasure, auc, known_mean
+from common.models import Classifier, classification_loss, exclusive
+from common.data import batches, prepared
+from common.folder import Data
+from common.metrics import CannotMeasure, auc, known_mean
 
 DECAYS = [10.0**n for n in range(-5, 1)]
 SHARES = (0.01, 0.05, 0.1, 0.25, 1.0)  # of the labels

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, nan
 
-import classify
-from checkpoint import build_classifier, build_encoder
-from classify import Classifier, classification_loss, exclusive, explained, isnet_losses, log_odds
-from classify import attention_seen, constant_loss, natural_range, objective, supervised_layers
-from flags import parse
+from common import models as classify
+from common.checkpoint import build_classifier, build_encoder
+from common.models import Classifier, classification_loss, exclusive, explained, isnet_losses, log_odds
+from common.models import attention_seen, constant_loss, natural_range, objective, supervised_layers
+from common.config import parse
 from resnet import ResNet
 from simpool import GAP, SimPool
 from vit import ViT

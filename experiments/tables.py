@@ -1,8 +1,8 @@
 """The README's tables, from measured figures: no number in them is typed.
 
-    python tables.py runs     collect the finished runs in a folder into results/runs.json, and fill
-    python tables.py          fill the README from results/ as it is
-    python tables.py runs --only claims     print a table of the finished runs in a folder, and change nothing
+    python -m experiments.tables runs     collect the finished runs in a folder into results/runs.json, and fill
+    python -m experiments.tables          fill the README from results/ as it is
+    python -m experiments.tables runs --only claims     print a table of the finished runs in a folder, and change nothing
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`. Runs are named EXPERIMENT-SEED.
 """
@@ -13,11 +13,11 @@ import re
 import statistics
 from pathlib import Path
 
-from checkpoint import write_whole
-from experiments import ABLATIONS, AGAINST, CLAIMS, COSTS, FAILURES, FEW_LABELS
-from experiments import KINDS, PLATES, POOLINGS, SHORTCUT, TRANSFER
+from common.checkpoint import write_whole
+from experiments.runs import ABLATIONS, AGAINST, CLAIMS, COSTS, FAILURES, FEW_LABELS
+from experiments.runs import KINDS, PLATES, POOLINGS, SHORTCUT, TRANSFER
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
 FIGURES = {name: f"auc_{name}_enlarged_heart" for name in ("same", "flipped")}  # short for
 FIGURES["accuracy"] = "accuracy_same"
 # The 97.5 % quantile of Student's t, by the number of seeds.
@@ -35,7 +35,7 @@ def collect(runs: Path) -> dict[str, dict]:
         figures = {name: round(value, 5) for name, value in json.loads(path.read_text()).items()}
         found[path.parent.name] = about | figures
     if not found:
-        raise SystemExit(f"tables.py: {runs} holds no finished run; results/ and README.md stay as they are")
+        raise SystemExit(f"experiments.tables: {runs} holds no finished run; results/ and README.md stay as they are")
     return found
 
 

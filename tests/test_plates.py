@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import data
-from parts import BATCH, FINDINGS, REGIONS, industrial_parts
+from common import data
+from common.plates import BATCH, FINDINGS, REGIONS, industrial_parts
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_each_defect_changes_the_picture_where_its_mask_lies_and_nowhere_else(mo
     """The same numbers are drawn with no defect and with all: what differs is what the mask outlines."""
     pictures = {}
     for prevalence in (0.0, 1.0):
-        monkeypatch.setattr("parts.PREVALENCE", prevalence)
+        monkeypatch.setattr("common.plates.PREVALENCE", prevalence)
         pictures[prevalence] = industrial_parts(200, seed=3)
     change = (pictures[1.0][0].float() - pictures[0.0][0].float())[:, 0].abs()
     defect = pictures[1.0][1][:, 2]

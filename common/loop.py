@@ -23,10 +23,10 @@ from torch import Generator, Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from checkpoint import restore, save, write_rows
-from data import Hosted
+from common.checkpoint import restore, save, write_rows
+from common.data import Hosted
 from dino import DINO, over_processes
-from pretrain import move_teacher
+from common.pretrain import move_teacher
 from relvit import RelViT
 
 

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 import evaluate
-import loop
+from common import loop
 import train
 from attention_priors import masks_held, mass_held
-from checkpoint import load_run
-from folder import DataError, read_masks
-from flags import parse
-from masks import agreement, foreground
+from common.checkpoint import load_run
+from common.folder import DataError, read_masks
+from common.config import parse
+from common.regions import agreement, foreground
 
 TINY = "--train-images 32 --embed-dim 24 --depth 1 --num-heads 3 --batch-size 8 --epochs 1".split()
 CLASSIFY = "--task classify --isnet 1 --train-images 32 --embed-dim 16 --batch-size 16 --epochs 1".split()
@@ -26,7 +26,7 @@ CLASSIFY = "--task classify --isnet 1 --train-images 32 --embed-dim 16 --batch-s
 @pytest.fixture(autouse=True, scope="module")
 def few_test_images():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data.DRAWN_SIZES", {"val": 8, "test": 8})
+        patch.setattr("common.data.DRAWN_SIZES", {"val": 8, "test": 8})
         yield
 
 

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from folder import Data
-from measure import Report
-from metrics import known_mean
-from plots import COLOURS, SCALE
+from common.folder import Data
+from common.measure import Report
+from common.metrics import known_mean
+from common.plots import COLOURS, SCALE
 
 FINEST = 64  # cells a side of a map in the page, so that it stays small enough to send
 
