@@ -30,10 +30,10 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from attention_priors import span_loss
 from common.baselines import PENALTIES, swapped
 from common.data import BATCH, batches, normalise, prepared
-from isnet_lrp import background_loss, foreground_loss, relevance
+from isnet_lrp import foreground_loss, isnet_background, log_odds, relevance_range, whole_patches
+from lrp import relevance
 from relvit import patch_views
 from vit import Attention, Block, PatchEmbed, ViT
 
@@ -94,12 +94,6 @@ def explained(labels: Tensor, one_class: bool, explain: str, generator: Generato
     return F.one_hot(chosen, K).float().to(labels.device)
 
 
-def log_odds(logits: Tensor, classes: Tensor) -> Tensor:
-    """Log-odds (B,) of classes (B,) by the logits (B, K): z_c - log sum_{k != c} exp z_k."""
-    chosen = F.one_hot(classes, logits.shape[1]).bool()
-    return (logits * chosen).sum(dim=1) - logits.masked_fill(chosen, -torch.inf).logsumexp(dim=1)
-
-
 def supervised_layers(encoder: nn.Module, which: str) -> list[nn.Module]:
     """The modules whose outputs' relevance is supervised besides the image's, unless `which` is none.
 
@@ -117,15 +111,6 @@ def rule(args: argparse.Namespace) -> dict[str, float | bool]:
     return {"epsilon": args.lrp_epsilon, "gamma": args.lrp_gamma, "signed": True}
 
 
-def whole_patches(masks: Tensor, patch_size: int) -> Tensor:
-    """Masks (B, 1, H, W), 0 or 1, grown to the patches that they touch.
-
-    So ISNet's for a ViT: patches are embedded by a linear map, which can't leave out some of their pixels.
-    """
-    touched = F.max_pool2d(masks, patch_size)
-    return touched.repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)
-
-
 def isnet_losses(
     model: Classifier, images: Tensor, masks: Tensor, target: Tensor | Callable, args: argparse.Namespace
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,18 +124,8 @@ def isnet_losses(
     with attention_seen(model.encoder if args.isnet_layers == "all" else None) as attention:
         heatmaps, logits = relevance(model, images, target, **rule(args), create_graph=True, layers=layers)
     heatmap, *inner = heatmaps if layers else [heatmaps]
-    loss = background_loss(heatmap, masks, args.isnet_decay, args.isnet_e)
-    h, w = model.encoder.grid(images)
-    for R in inner:
-        if R.dim() == 3:  # tokens (B, T, D): a CLS token, perhaps, before the N patches
-            R = R[:, R.shape[1] - h * w :].transpose(1, 2).unflatten(2, (h, w))  # (B, D, h, w)
-        covers = F.adaptive_max_pool2d(masks, R.shape[2:])
-        loss = loss + background_loss(R, covers, args.isnet_decay, args.isnet_e) / len(inner)
-    covers = F.adaptive_max_pool2d(masks, (h, w)).flatten(2)  # (B, 1, N)
-    prior, maps = covers / covers.sum(dim=2, keepdim=True).clamp(min=1), len(attention)
-    for A in attention:
-        A = A[:, :, A.shape[2] - h * w :]  # (B, heads, N)
-        loss = loss + span_loss(A, prior.expand_as(A), covers.amax(dim=2).expand(A.shape[:2])) / maps
+    grid = model.encoder.grid(images)
+    loss = isnet_background(heatmap, inner, attention, masks, grid, args.isnet_decay, args.isnet_e)
     return loss, heatmap, logits
 
 
@@ -210,14 +185,7 @@ def natural_range(
         target = explained(labels[index], one_class, args.explain, generator)
         heatmap, _ = relevance(plain, prepared(images[index]), target, **rule(args))
         total.append(heatmap.detach().abs().sum(dim=(1, 2, 3)))
-    mean, sd = torch.cat(total).mean().item(), torch.cat(total).std(correction=0).item()
-    c1, c2 = max(mean / 5, mean - 3 * sd), mean + 3 * sd
-    if not 0 < c1 < c2 < math.inf:
-        raise FloatingPointError(
-            f"a plain classifier's relevance has no range (mean {mean:.3g}, deviation {sd:.3g}): give masks "
-            "to more images, or lower --lr"
-        )
-    return [c1, c2]
+    return list(relevance_range(torch.cat(total)))
 
 
 def objective(

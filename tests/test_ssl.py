@@ -50,7 +50,7 @@ def test_a_name_that_nobody_knows_is_an_attribute_error():
 
 @pytest.mark.parametrize(
     "file",
-    "vit resnet simpool attention_priors dino relvit crops isnet_lrp".split(),
+    "vit resnet simpool attention_priors dino relvit crops metrics phantom isnet_lrp lrp symbols".split(),
 )
 def test_a_concept_file_copied_alone_into_an_empty_folder_imports(file, tmp_path):
     (tmp_path / f"{file}.py").write_text((ROOT / f"{file}.py").read_text())
