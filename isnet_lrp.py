@@ -1,7 +1,7 @@
 """The ISNet loss: classifiers that decide by the foreground (Bassi et al. 2022, arXiv 2202.00232).
 
 A classifier uses whatever predicts the label, including a hospital's mark in a corner. ISNet penalises the
-relevance R that LRP (`lrp.py`) finds outside a mask m, 1 in the foreground. Masks are needed only in training.
+relevance R that LRP (`lrp.py`) finds outside a mask m, 1 in the foreground. Only training needs masks.
 
     L     = L_class + weight (L_bg(R) + mean_l L_bg(R_l) + mean_a L_att(A_a) + L_fg(R))              (1)
     H     = |R| / its mean in the foreground,  h = rank-pooled (1 - m) H                             (2)

@@ -7,25 +7,22 @@ at an operation's output, so one backward pass computes all relevance:
     linear, convolution    z = w x + b         g <- g z / (z + eps sign z)                           (2)
     the same with gamma    z' = w' x + b'      g <- g z / (z' + eps sign z'), back through z'        (3)
                            w' = w + gamma max(w, 0), b' likewise
-    or, if signed          z' = z + gamma (z + sign(z) |w| |x|) / 2, otherwise as (3)                (4)
-    elementwise            y = f(x)            g <- g f(x) / x, instead of g f'(x)                   (5)
+    or, if signed          z' = z + gamma (z + sign(z) |w| |x|) / 2, the rest as in (3)              (4)
+    elementwise            y = f(x)            g <- g f(x) / x instead of g f'(x)                    (5)
     layer and group norm   the deviation is a constant; subtracting the mean stays linear            (6)
-    batch norm             mean and deviation are constants, folded into the layer before it         (7)
+    batch norm             mean and deviation are constants; not folded into the layer before it     (7)
     a @ b, a * b           both depend on the input: g <- g / 2, half of the relevance to each       (8)
-    input layer            z - max(w, 0) low - min(w, 0) high instead of z', pixels in [low, high]   (9)
+    input layer            z' = z - max(w, 0) low - min(w, 0) high for pixels in [low, high]         (9)
 
 (2) epsilon, (3) gamma and (9) z^B rule: Montavon et al. 2019. (5), (6), (8): AttnLRP, Achtibat et al. 2024,
-arXiv 2402.05602; softmax keeps its gradient. (3) is made for x >= 0 and z >= 0, as around a ReLU. Elsewhere
-z' can be 0 where z is not, and relevance explodes. (4), the generalised gamma rule, favours contributions
-with the sign of z. It equals (3) for x, z >= 0 and keeps z / z' in [0, 1] for all signs.
+arXiv 2402.05602. (3) is made for x >= 0 and z >= 0, as around a ReLU; elsewhere z' can be 0 where z is not,
+and relevance explodes. (4), the generalised gamma rule, favours contributions with the sign of z. It equals
+(3) for x, z >= 0 and keeps z / z' in [0, 1] for all signs. Operations without a rule keep their gradient,
+which is exact if they are piecewise linear. KEEPS_GRADIENT lists them; any other operation gets one warning.
 
-Operations without a rule keep their gradient, which is exact if they are piecewise linear. KEEPS_GRADIENT
-lists those known to be; any other is named in one warning. Custom `autograd.Function`s are not seen.
-
-`LRP` is a `TorchFunctionMode`: it sees conv2d, gelu, matmul ... as the model calls them, as modules or as
-functions, in place or not. No model has to be changed. The rules act only during `explain`: the model's
-output and its ordinary gradients are exact, so one forward serves both prediction and relevance. Relevance
-can be differentiated again (`create_graph`), which `isnet_lrp.py` uses as a loss.
+`LRP` is a `TorchFunctionMode`: it sees conv2d, gelu, matmul ... as any model calls them, in place or not, but
+no custom `autograd.Function`. The rules act only in `explain`: outputs and ordinary gradients are exact, so
+one forward serves prediction and relevance. Relevance can be differentiated again (`isnet_lrp.py`).
 """
 
 import types
@@ -60,10 +57,7 @@ class _Share(torch.autograd.Function):
 
 
 class _Route(torch.autograd.Function):
-    """Returns y. Ordinary gradients go to y; while explaining, g top / (z + eps sign z) goes to z instead.
-
-    Without top, g itself goes to z.
-    """
+    """Returns y. Ordinary gradients go to y; while explaining, g top / (z + eps sign z), or g, goes to z."""
 
     @staticmethod
     def forward(ctx, rules: "LRP", y: Tensor, z: Tensor, top: Tensor | None = None, epsilon: float = 0.0):
@@ -101,11 +95,10 @@ def _sign(z: Tensor) -> Tensor:
 
 
 class LRP(TorchFunctionMode):
-    """Within this context every operation on what depends on the watched input follows its relevance rule.
+    """Within this context, every operation on what depends on the watched input follows its relevance rule.
 
-    epsilon: the stabiliser of (2). gamma: 0 for the epsilon rule; larger values favour contributions of one
-    sign, by (3) or, if signed, by (4). Call `watch(images)` before the model and `explain(score, inputs)`
-    after it. Raises ValueError for negative numbers.
+    epsilon: the stabiliser of (2). gamma: 0 for the epsilon rule; more favours contributions of one sign, by
+    (3) or, if signed, by (4). Use `watch(images)`, the model, `explain(score, inputs)`. Raises ValueError.
     """
 
     def __init__(self, epsilon: float = 1e-6, gamma: float = 0.0, signed: bool = False):
@@ -113,10 +106,8 @@ class LRP(TorchFunctionMode):
         if not (epsilon >= 0 and gamma >= 0):
             raise ValueError(f"LRP: epsilon {epsilon} and gamma {gamma} must not be negative")
         self.epsilon, self.gamma, self.signed, self.explaining = epsilon, gamma, signed, False
-        # Notes about tensors; they are dropped with the tensor.
-        self.depends = WeakIdKeyDictionary()  # depends on the watched input (a set: the values are unused)
-        self.awaiting = WeakIdKeyDictionary()  # a layer's output whose rule waits for a batch norm: the layer
-        self.successor = WeakIdKeyDictionary()  # what replaces it: the ruled output, the in-place result
+        self.depends = WeakIdKeyDictionary()  # what depends on the watched input: a set, all values are True
+        self.successor = WeakIdKeyDictionary()  # a tensor changed in place: the result, computed out of place
         self.warned: set[str] = set()
         self.box: list[Tensor] = []  # the input and its bounds, for rule (9)
 
@@ -136,22 +127,16 @@ class LRP(TorchFunctionMode):
 
     def __exit__(self, *error) -> None:
         super().__exit__(*error)
-        for notes in (self.depends, self.awaiting, self.successor):
-            notes.clear()
+        self.depends.clear()
+        self.successor.clear()
 
     def active(self, t) -> bool:
         """Whether t is a tensor that depends on the input."""
         return isinstance(t, Tensor) and t in self.depends
 
     def current(self, t):
-        """What stands for a tensor now: the ruled output of a layer, the result of in-place operations."""
-        while self.active(t):
-            if t in self.awaiting:
-                with torch._C.DisableTorchFunction():  # the rule's own operations have no rule
-                    self.successor[t] = ruled = self.linear(t, t, *self.awaiting.pop(t))
-                self.depends[ruled] = True
-            if t not in self.successor:
-                break
+        """What stands for t now: itself, or the result of in-place operations on it."""
+        while isinstance(t, Tensor) and t in self.successor:
             t = self.successor[t]
         return t
 
@@ -159,8 +144,7 @@ class LRP(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.explaining or not any(map(self.active, tree_leaves((args, kwargs)))):
             return func(*args, **kwargs)
-        name = func.__name__
-        name = name.strip("_") if name.startswith("__") else name.removesuffix("_")
+        name = func.__name__.strip("_")
         if name in COMPOSITE:
             with self:
                 return _reenter(func)(*args, **kwargs)
@@ -179,39 +163,35 @@ class LRP(TorchFunctionMode):
                 name = "setitem"
         elif kwargs.get("inplace"):
             kwargs, changed = {**kwargs, "inplace": False}, self.current(args[0])
-        if name != "batch_norm":  # which looks for the layer before it
-            args, kwargs = tree_map(self.current, (args, kwargs))
+        args, kwargs = tree_map(self.current, (args, kwargs))
         y = RULES[name](self, func, *args, **kwargs) if name in RULES else func(*args, **kwargs)
-        new = [t for t in tree_leaves(y) if isinstance(t, Tensor) and t.requires_grad]  # not sizes, masks ...
-        if new and name not in RULES and name not in KEEPS_GRADIENT and name not in self.warned:
+        written = (args[0], args[0]._base) if name == "setitem" else ()  # a slice and its whole
+        new = [t for t in tree_leaves((y, written)) if isinstance(t, Tensor) and t.requires_grad]
+        if new and not (name in RULES or name in KEEPS_GRADIENT or name in self.warned):
             self.warned.add(name)
             warnings.warn(f"LRP: no rule for '{name}'. {NO_RULE}", stacklevel=3)
-        written = (args[0], args[0]._base) if name == "setitem" else ()  # a slice and its whole
-        for t in [*new, *(t for t in written if t is not None and t.requires_grad)]:
+        for t in new:
             self.depends[t] = True
-        if changed is None:
-            return y
-        if y is not changed:  # as dropout returns its input in evaluation
+        if changed is not None and y is not changed:  # dropout returns its input in evaluation
             self.depends[changed], self.successor[changed] = True, y
-        return args[0]
+        return y
 
-    def linear(self, y: Tensor, z: Tensor, op: Callable, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        """Rules (2) to (4), or (9) at the watched input, for the exact output y = z = op(x, w, b)."""
-
-        def part(change: Callable) -> list:  # weights and bias, changed
-            return [v if v is None else change(v) for v in (w, b)]
-
+    def linear(self, op: Callable, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        """z = op(x, w, b) with rules (2) to (4), or (9) at the watched input."""
+        part = lambda change: [v if v is None else change(v) for v in (w, b)]  # noqa: E731
+        z = ruled = op(x, w, b)
+        if self.active(w):
+            return self.half(z, x, w)
         if self.box and x is self.box[0]:
             _, low, high = self.box
             positive, negative = part(lambda v: v.clamp(min=0)), part(lambda v: v.clamp(max=0))
-            return _Route.apply(self, y, z - op(low, *positive) - op(high, *negative), z, 1e-9)
-        ruled = z
+            return _Route.apply(self, z, z - op(low, *positive) - op(high, *negative), z, 1e-9)
         if self.gamma and self.signed:
             sized = op(x.abs(), *part(torch.abs))  # |w| |x|
             ruled = (1 + self.gamma / 2) * z + (self.gamma / 2 * _sign(z)) * sized
         elif self.gamma:
             ruled = op(x, *part(lambda v: v + self.gamma * v.clamp(min=0)))
-        return _Route.apply(self, y, ruled, z, self.epsilon)
+        return _Route.apply(self, z, ruled, z, self.epsilon)
 
     def constant(self, x: Tensor) -> Tensor:
         """x, without relevance."""
@@ -222,30 +202,16 @@ class LRP(TorchFunctionMode):
         return _Route.apply(self, y, y / 2) if all(map(self.active, factors)) else y
 
     # The rules: each takes (func, *args, **kwargs) and returns the operation's exact output.
-
     def _layer(self, func, input, weight, bias=None, *args, **kwargs) -> Tensor:
-        """Linear layers and convolutions; their rule waits, because batch norm may follow."""
-        y = func(input, weight, bias, *args, **kwargs)
-        if self.active(weight):
-            return self.half(y, input, weight)
-        self.awaiting[y] = (lambda x, w, b: func(x, w, b, *args, **kwargs), input, weight, bias)
-        return y
+        return self.linear(lambda x, w, b: func(x, w, b, *args, **kwargs), input, weight, bias)
 
     def _matmul(self, func, a, b, *args, **kwargs) -> Tensor:
-        """Matrix products: (8) if both depend on the input, else (2) to (4) with the other as weights."""
-        y = func(a, b, *args, **kwargs)
-        if not self.active(b):
-            return self.linear(y, y, lambda x, w, _: func(x, w), a, b, None)
-        if not self.active(a):
-            return self.linear(y, y, lambda x, w, _: func(w, x), b, a, None)
-        return self.half(y, a, b)
+        if self.active(a):
+            return self.linear(lambda x, w, _: func(x, w, *args, **kwargs), a, b)
+        return self.linear(lambda x, w, _: func(w, x, *args, **kwargs), b, a)
 
     def _bias_first(self, func, b, x, w, **kwargs) -> Tensor:
-        """addmm, baddbmm: a linear layer with its arguments in another order."""
-        y = func(b, x, w, **kwargs)
-        if self.active(w):
-            return self.half(y, x, w)
-        return self.linear(y, y, lambda x, w, b: func(b, x, w, **kwargs), x, w, b)
+        return self.linear(lambda x, w, b: func(b, x, w, **kwargs), x, w, b)
 
     def _times(self, func, a, b, *args, **kwargs):
         return self.half(func(a, b, *args, **kwargs), a, b)
@@ -271,29 +237,20 @@ class LRP(TorchFunctionMode):
         z = (centred / self.constant(deviation)).view_as(input)
         return _Route.apply(self, y, z * (1 if weight is None else weight) + (0 if bias is None else bias))
 
-    def _batch_norm(
-        self, func, input, mean, var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
-    ) -> Tensor:
+    def _batch_norm(self, func, input, mean, var, weight=None, bias=None, training=False, eps=1e-5, **kw):
         """Rule (7), with the batch's statistics in training mode and the running ones in evaluation mode."""
-        layer = self.awaiting.get(input)
-        x = self.current(input) if layer is None else input
-        y = func(x, mean, var, weight, bias, training, momentum, eps)
-        shape = (-1,) + (1,) * (x.dim() - 2)
+        y = func(input, mean, var, weight, bias, training, eps=eps, **kw)
+        shape = (-1,) + (1,) * (input.dim() - 2)
         if training:
-            mean = x.mean([0, *range(2, x.dim())])
-            mean, var = self.constant(mean), self.constant(_Variance.apply(x, mean.detach()))
+            mean = input.mean([0, *range(2, input.dim())])
+            mean, var = self.constant(mean), self.constant(_Variance.apply(input, mean.detach()))
         scale = (var + eps).rsqrt() * (1 if weight is None else weight)
         shift = (0 if bias is None else bias) - mean * scale
-        z = torch.addcmul(shift.view(shape), x, scale.view(shape))
-        if layer is None:
-            return _Route.apply(self, y, z)
-        op, inputs, w, b = layer
-        folded = w * scale.view(-1, *[1] * (w.dim() - 1))
-        return self.linear(y, z, op, inputs, folded, shift if b is None else b * scale + shift)
+        return _Route.apply(self, y, torch.addcmul(shift.view(shape), input, scale.view(shape)))
 
     def _attention(
-        self, func, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, **kw
-    ) -> Tensor:
+        self, func, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **kw
+    ):
         """Softmax attention: two products, (8), and a softmax, which keeps its gradient."""
         if dropout_p:
             raise ValueError("LRP: attention dropout must be 0 while relevance is asked for")
@@ -307,56 +264,49 @@ class LRP(TorchFunctionMode):
             allowed = attn_mask.dtype == torch.bool
             scores = scores.masked_fill(~attn_mask, -torch.inf) if allowed else scores + attn_mask
         z = scores.softmax(dim=-1) @ v
-        weights_from = q if self.active(q) else k
-        return _Route.apply(self, y, self.half(z, weights_from, v))
+        return _Route.apply(self, y, self.half(z, q if self.active(q) else k, v))
 
 
 SMOOTH = "relu6 elu selu celu gelu silu mish sigmoid logsigmoid tanh softplus softsign hardtanh hardswish "
 SMOOTH += "hardsigmoid clamp clamp_min clamp_max threshold square sqrt exp log pow"
-LAYERS = "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"
-RULES = {
-    **dict.fromkeys(SMOOTH.split(), LRP._elementwise),
-    **dict.fromkeys(LAYERS.split(), LRP._layer),
-    **dict.fromkeys(["matmul", "bmm", "mm", "rmatmul"], LRP._matmul),
-    **dict.fromkeys(["mul", "rmul", "multiply"], LRP._times),
-    **dict.fromkeys(["div", "truediv", "divide", "true_divide"], LRP._over),
-    **dict.fromkeys(["addmm", "baddbmm"], LRP._bias_first),
-    **dict.fromkeys(["layer_norm", "group_norm"], LRP._norm),
+FAMILIES = {
+    "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d": LRP._layer,
+    "matmul bmm mm rmatmul": LRP._matmul,
+    "addmm baddbmm": LRP._bias_first,
+    "mul rmul multiply": LRP._times,
+    "div truediv divide true_divide": LRP._over,
+    SMOOTH: LRP._elementwise,
+    "layer_norm group_norm": LRP._norm,
     "batch_norm": LRP._batch_norm,
     "scaled_dot_product_attention": LRP._attention,
 }
+RULES = {name: rule for names, rule in FAMILIES.items() for name in names.split()}
 NO_RULE = "Operations without a rule keep their gradient, which is exact if they are piecewise linear."
 KEEPS_GRADIENT = set(
-    # Views and copies; "get" stands for properties, such as x.T.
-    "get getitem setitem reshape view view_as reshape_as flatten unflatten ravel transpose permute swapaxes "
-    "swapdims movedim moveaxis t adjoint squeeze unsqueeze expand expand_as broadcast_to contiguous clone "
-    "alias as_strided to type type_as float double half bfloat16 cpu cuda requires_grad unbind split "
-    "split_with_sizes tensor_split chunk narrow select unfold diagonal tril triu flip roll rot90 tile repeat "
-    "repeat_interleave stack cat concat concatenate hstack vstack dstack pad index_select index_copy "
-    "index_add index_put gather take take_along_dim scatter scatter_add masked_select masked_fill "
-    "masked_scatter where pixel_shuffle pixel_unshuffle channel_shuffle fold "
-    # Sums, means, interpolation
-    "add radd sub rsub subtract neg negative positive sum nansum mean nanmean cumsum diff interpolate nan_to_num "
-    "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
-    # Piecewise linear
-    "relu leaky_relu prelu rrelu abs absolute max min amax amin maximum minimum fmax fmin sort topk median "
-    "max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d "
-    "dropout dropout1d dropout2d dropout3d sign round floor ceil bernoulli "
-    # Norms are not, but norm(a x) = a norm(x) for a > 0, so x * gradient sums to their value too.
-    "norm vector_norm linalg_norm linalg_vector_norm std "
-    # Softmax, by AttnLRP, and losses
-    "softmax log_softmax logsumexp cross_entropy nll_loss mse_loss l1_loss kl_div "
-    "binary_cross_entropy_with_logits".split()
+    # Views, copies, choices of elements ("get" stands for properties such as x.T)
+    "get getitem setitem reshape reshape_as view view_as flatten unflatten ravel transpose permute movedim t "
+    "squeeze unsqueeze expand expand_as broadcast_to contiguous clone to type type_as float double half cpu "
+    "bfloat16 cuda requires_grad unbind split split_with_sizes tensor_split chunk narrow select unfold fold "
+    "diagonal tril triu flip roll tile repeat repeat_interleave stack cat concat hstack vstack pad where "
+    "index_select index_copy index_add index_put gather scatter scatter_add masked_select masked_fill "
+    "pixel_shuffle pixel_unshuffle channel_shuffle interpolate nan_to_num "
+    # Sums, means and other piecewise linear functions; pooling is added below
+    "add radd sub rsub subtract neg positive sum mean cumsum diff relu leaky_relu prelu rrelu abs sign round "
+    "max min amax amin maximum minimum cummax cummin sort topk median dropout dropout1d dropout2d dropout3d "
+    # Not linear: x * gradient still sums to a norm; softmax keeps its gradient in AttnLRP, and so do losses
+    "norm vector_norm linalg_norm linalg_vector_norm std softmax log_softmax logsumexp cross_entropy "
+    "nll_loss mse_loss l1_loss kl_div binary_cross_entropy_with_logits".split()
 )
+POOLS = "avg_pool adaptive_avg_pool max_pool adaptive_max_pool".split()
+KEEPS_GRADIENT |= {f"{pool}{n}d{end}" for pool in POOLS for n in "123" for end in ("", "_with_indices")}
 IN_PLACE = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div"}
 COMPOSITE = {"multi_head_attention_forward", "normalize"}  # Python functions of operations that have rules
 
 
 def _reenter(func: types.FunctionType) -> types.FunctionType:
-    """The same Python function, which calls operations through the context, but not itself again."""
-    names = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
-    unaware = {**func.__globals__, **dict.fromkeys(names, lambda *args: False)}
-    return types.FunctionType(func.__code__, unaware, func.__name__, func.__defaults__, func.__closure__)
+    """The same Python function, which calls operations through the context but not itself again."""
+    unaware = {k: lambda *args: False for k in func.__globals__ if k.startswith("has_torch_function")}
+    return types.FunctionType(func.__code__, func.__globals__ | unaware, func.__name__, func.__defaults__)
 
 
 def relevance(
@@ -373,12 +323,11 @@ def relevance(
     """The signed LRP heatmap (B, C, H, W) of a classifier (B, C, H, W) -> (B, K), and its output.
 
     target: labels (B,), whose logits are explained; weights (B, K) of a sum of logits; or a function of the
-    output to scores (B,). epsilon, gamma, signed: see `LRP`. input_rule: (low, high), the range of the pixels,
-    for rule (9) in the first layer. create_graph: for training through the heatmap. layers: modules, each
-    called once, whose outputs' relevance is wanted too; then a list takes the heatmap's place: the heatmap,
-    then theirs in this order. In a network without biases, softmax and gates an image's relevance sums to its
-    score. Raises ValueError for images that are not floats, an output or a target of another shape, labels
-    out of range.
+    output to scores (B,). epsilon, gamma, signed: see `LRP`. input_rule: the range (low, high) of the pixels,
+    for rule (9) in the first layer. create_graph: to train through the heatmap. layers: modules, each called
+    once; then a list takes the heatmap's place: it and the relevance of each module's output, in this order.
+    Without biases, softmax and gates an image's relevance sums to its score. Raises ValueError for images
+    that are not floats, an output or a target of another shape, labels out of range.
     """
     if not images.is_floating_point() or not len(images):
         raise ValueError(f"relevance needs float images, not {images.dtype} {tuple(images.shape)}")
@@ -391,10 +340,8 @@ def relevance(
         rules.box = inputs if bounds else []
         output = rules.current(model(inputs[0]))
         if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(images):
-            found = getattr(output, "shape", type(output))
-            raise ValueError(f"relevance needs a model with output (B, K), not {found}")
-        inner = [seen[layer] for layer in layers]
-        inner = [rules.current(t[0] if isinstance(t, tuple) else t) for t in inner]
+            raise ValueError(f"relevance needs output (B, K), not {getattr(output, 'shape', type(output))}")
+        inner = [rules.current(y[0] if isinstance(y, tuple) else y) for y in (seen[m] for m in layers)]
         gradients = rules.explain(_score(output, target), inputs + inner, create_graph)
     products = [x * g for x, g in zip(inputs + inner, gradients)]
     heatmap = sum(products[: len(inputs)])
@@ -407,8 +354,7 @@ def _score(output: Tensor, target: Tensor | Callable) -> Tensor:
         score = target(output)
     elif target.is_floating_point():
         if target.shape != output.shape:
-            found = f"weights {tuple(target.shape)} do not fit outputs {tuple(output.shape)}"
-            raise ValueError(f"{found}; labels: .long()")
+            raise ValueError(f"weights {tuple(target.shape)}, output {tuple(output.shape)}; labels: .long()")
         score = (output * target).sum(dim=1)
     elif target.min() < 0 or target.max() >= output.shape[1]:
         raise ValueError(f"target {target.tolist()} out of range: the model has {output.shape[1]} outputs")
