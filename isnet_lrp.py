@@ -1,6 +1,6 @@
 """The ISNet loss: classifiers that decide by the foreground (Bassi et al. 2022, arXiv 2202.00232).
 
-A classifier uses whatever predicts the label, including a hospital's mark in a corner. ISNet penalises the
+A classifier uses whatever predicts the label, including a hospital's marker in a corner. ISNet penalises the
 relevance R that LRP (`lrp.py`) finds outside a mask m, 1 in the foreground. Only training needs masks.
 
     L     = L_class + weight (L_bg(R) + mean_l L_bg(R_l) + mean_a L_att(A_a) + L_fg(R))              (1)
@@ -16,19 +16,19 @@ R_l is the relevance of an inner layer, A_a an attention map. "Hybrid" is from F
 
 A network can satisfy the loss and keep its shortcut. Each part closes one way to do so:
 
-    a small mark is averaged away            rank pooling (decay < 1); a small E, so that traces count
+    a small marker is averaged away          rank pooling (decay < 1); a small E, so that traces count
     the foreground's relevance is inflated   L_fg
     pairs of units cancel                    the gamma rule instead of the epsilon rule, in a ReLU network
     z' of the gamma rule passes through 0    the signed gamma rule, for residual sums and signed inputs
     both logits rise together                log-odds are explained, not a logit
-    the absence of the mark is coded         L_bg of inner layers
+    the absence of the marker is coded       L_bg of inner layers
     attention is drawn off other tokens      L_att: saturated attention has no relevance
     a patch embedding covers background      `whole_patches`: it cannot leave out some pixels of a patch
 
-On absence: a unit that its bias activates and the mark silences has no relevance where the mark is. Elsewhere
-its relevance goes to the bias and never to a pixel, but it shows in the unit's own layer. None of this is
-proof. LRP distributes activations, so evidence that silences units is nearly invisible to it: a frame or a
-tint around the foreground gets past the loss. Test on images where the shortcut contradicts the label.
+On absence: a unit that its bias activates and the marker silences has no relevance where the marker is.
+Elsewhere its relevance goes to the bias and never to a pixel, but it shows in the unit's own layer. None of
+this is proof. LRP distributes activations, so evidence that silences units is nearly invisible to it: a frame
+or a tint around the foreground gets past the loss. Test on images where the shortcut contradicts the label.
 
 Where we differ:
 
@@ -39,8 +39,10 @@ Where we differ:
     pools each channel, averages L_bg over channels       sums |R| over channels; per_channel=True: published
     inner layers have their own C1, C2 and L_fg, and      plain mean of L_bg, no L_fg there; both functions
       are pooled by rank                                    take any layer's R
+    hybrid L_fg grows as C1 (x - 1) + 1 above x = 1       2 x - 1, which continues the slope of x^2
     C2 = min(25 C1, mean + 3 sd)                          no bound: pass min(25 * c1, c2) as c2
     biases are detached in LRP's denominators             differentiated
+    batch norm is folded into the convolution before it   a layer of its own
     -                                                     L_att
 
 Compute: a plain training step costs 3 forward passes (forward 1, backward 2). The epsilon rule adds a
