@@ -25,7 +25,7 @@ from attention_priors import (
     priors_from_statistics,
     span_loss,
 )
-from crops import crop, distort, random_crops
+from crops import multi_crop
 from common.data import BATCH, batches, normalise, placed
 from common.folder import Data
 from relvit import RelViT, cut, patch_views
@@ -136,21 +136,12 @@ def priors_over(
 def views_of(
     images: Tensor, args: argparse.Namespace, generator: Generator
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """DINO's views of images (B, C, S, S) in [0, 1]: 2 B global ones, then the local ones; and their theta.
-
-    As published: the first global view is always blurred, the second seldom, but at times solarised.
-    """
-    B, size = len(images), images.shape[-1]
-    theta = random_crops(2 * B, args.global_scale, generator, flip=args.flip).to(images.device)
-    views = crop(images.repeat(2, 1, 1, 1), theta, size)  # (2 B, C, S, S)
-    views = torch.cat([distort(views[:B], generator, 1.0, 0.0), distort(views[B:], generator, 0.1, 0.2)])
-    if not args.local_crops_number:
-        return [normalise(views)], [theta]
+    """DINO's views of images (B, C, S, S) in [0, 1], normalised, and their theta; see `multi_crop`."""
+    size = images.shape[-1]
     half = max(1, size // 2 // args.patch_size) * args.patch_size
-    V = args.local_crops_number
-    near = random_crops(V * B, args.local_scale, generator, flip=args.flip).to(images.device)
-    local = distort(crop(images.repeat(V, 1, 1, 1), near, half), generator, 0.5, 0.0)  # (V B, C, half, half)
-    return [normalise(views), normalise(local)], [theta, near]
+    scales = args.global_scale, args.local_scale
+    views, thetas = multi_crop(images, generator, size, half, *scales, args.local_crops_number, args.flip)
+    return [normalise(x) for x in views], thetas
 
 
 def guide(
