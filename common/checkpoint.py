@@ -31,7 +31,7 @@ from common.folder import Data
 from resnet import ResNet
 from simpool import GAP, SimPool
 from vit import ViT
-from common.weights import fit, read_weights, sizes, unread
+from common.weights import fit, read_weights, reason, sizes
 
 FORMAT = 1  # of last.pt: what it holds, and what its settings mean
 FOUND = "command versions machine channels classes one_class images relevance_range".split()
@@ -186,7 +186,7 @@ def restore(
             order[:first], sums.items()  # a Tensor and a dict
         return [dict(row) for row in history], begun
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, IndexError) as error:
-        raise Unfit(f"{out}/last.pt does not fit its settings ({unread(error)}): train again") from None
+        raise Unfit(f"{out}/last.pt does not fit its settings ({reason(error)}): train again") from None
 
 
 def load_run(folder: Path) -> tuple[argparse.Namespace, dict]:
@@ -203,7 +203,7 @@ def load_run(folder: Path) -> tuple[argparse.Namespace, dict]:
         missing = error.filename or folder / "last.pt"  # torch names no file that it finds cut off
         raise ValueError(f"{folder} is not a run of train.py: {missing} cannot be read") from None
     except Exception as error:  # a damaged or foreign file fails in the unpickler in many ways
-        raise ValueError(f"{folder}: config.json or last.pt is damaged ({unread(error)})") from None
+        raise ValueError(f"{folder}: config.json or last.pt is damaged ({reason(error)})") from None
     if version != FORMAT:
         raise ValueError(
             f"{folder} was written by another version of train.py (format {version}, here {FORMAT}): "

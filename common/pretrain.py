@@ -15,16 +15,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-from attention_priors import (
-    align,
-    bend,
-    blurred,
-    carry,
-    follow,
-    priors_from_masks,
-    priors_from_statistics,
-    span_loss,
-)
+from attention_priors import align, bend, blurred, carry, guidance, priors_from_masks, priors_from_statistics
+from attention_priors import span_loss
 from crops import multi_crop
 from common.data import BATCH, batches, normalise, placed
 from common.folder import Data
@@ -144,29 +136,6 @@ def views_of(
     return [normalise(x) for x in views], thetas
 
 
-def guide(
-    views: list[Tensor],
-    features: list,
-    thetas: list[Tensor],
-    priors: Tensor,
-    dino: nn.Module,
-    args: argparse.Namespace,
-) -> Tensor:
-    """The SPAN loss over all views, with a tensor, Features and theta (V B, 2, 3) for each resolution.
-
-    priors (B, R, S, S) lie over the whole images. Each resolution counts by the share of the priors that its
-    views see, as each view does within it.
-    """
-    losses, shares = [], []
-    for view, f, theta in zip(views, features, thetas):
-        seen_through = theta if args.follow else torch.eye(2, 3, device=theta.device).expand_as(theta)
-        everyone = priors.repeat(len(theta) // len(priors), 1, 1, 1)  # (V B, R, S, S)
-        prior, share = follow(everyone, seen_through, dino.student.grid(view))
-        shares.append(share.sum())
-        losses.append(span_loss(f.attention, prior, share, args.span_loss) * shares[-1])
-    return sum(losses) / sum(shares).clamp_min(1e-12)
-
-
 def self_distillation(
     args: argparse.Namespace, dino: nn.Module, images: Tensor, laid: Callable | None
 ) -> Callable:
@@ -178,7 +147,9 @@ def self_distillation(
             loss, features = dino(views, args.teacher_temp, args.span_layer)
         logged = {"loss": loss.detach()}
         if laid is not None:
-            span = guide(views, features, thetas, laid(index), dino, args)
+            attentions, grids = [f.attention for f in features], [dino.student.grid(view) for view in views]
+            thetas = thetas if args.follow else None
+            span = guidance(attentions, laid(index), thetas, grids, args.span_loss)
             loss, logged["span_loss"] = loss + args.span_weight * span, span.detach()
         return loss, logged
 

@@ -7,10 +7,13 @@
     DIR         masks of any other tool: DIR/<region>/<image's name>, or DIR/<image's name>, as large as the
                 image, upright if its EXIF turns it; of several regions the union
 
-Attention becomes a mask by equation (7) of `attention_priors.py`: the pixels most looked at that cover the
-prior, in the image that it belongs to, hold a share of the attention; the fewest that hold as much are the
-mask elsewhere. No label is used but the prior. Claim 8 (one mask is enough) rests on this file. Next to read:
-`baselines.py`.
+Attention becomes a mask by equation (7), which continues those of `attention_priors.py` and is ours:
+
+    M_r = the fewest pixels that hold the fraction m_r of A_r, where m_r is the smallest fraction that  (7)
+          covers 95 % of the prior in the image that it belongs to       `mass_held`, `masks_held`
+
+It covers the prior instead of keeping its area, because much of the evidence lies at a region's border. No
+label is used but the prior. Claim 8 (one mask is enough) rests on this file.
 """
 
 import argparse
@@ -20,15 +23,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from attention_priors import mass_held, masks_held
 from common.checkpoint import load_model, load_run, write_whole
 from common.data import BATCH, DRAWN
 from common.folder import Data, by_stem, image_size, read_masks
 from common.pretrain import attention_of, lay_over, make_priors
-from common.weights import unread
+from common.weights import reason
 
 
 def one_prior(config: argparse.Namespace) -> bool:
@@ -91,6 +94,32 @@ def masks_of(
     return torch.cat([masks_held(part, grid, tuple(images.shape[2:]), mass) for part in attention])
 
 
+def mass_held(attention: Tensor, grid: tuple[int, int], regions: Tensor, covered: float = 0.95) -> Tensor:
+    """m_r of equation (7): the fraction (R,) of attention on the fewest pixels that cover the regions.
+
+    attention (B, R, N) on a grid (h, w), of images for which the regions (R, H, W) bool are true, at least on
+    average; it is upsampled bilinearly to their size. covered: the fraction of a region's pixels, 0 to 1.
+    """
+    maps, order = _upsampled(attention, grid, regions.shape[1:]).sort(dim=2, descending=True)  # (B, R, H * W)
+    inside = regions.flatten(1).expand(order.shape).gather(2, order).float()
+    reached = inside.cumsum(dim=2) / inside.sum(dim=2, keepdim=True).clamp(min=1)
+    enough = (reached.mean(dim=0) < covered).sum(dim=1).clamp(max=order.shape[2] - 1)  # (R,)
+    return maps.cumsum(dim=2).mean(dim=0).gather(1, enough[:, None])[:, 0]
+
+
+def masks_held(attention: Tensor, grid: tuple[int, int], size: tuple[int, int], mass: Tensor) -> Tensor:
+    """Equation (7): masks (B, R, H, W) bool, the fewest pixels that hold mass (R,) of attention (B, R, N)."""
+    maps, order = _upsampled(attention, grid, size).sort(dim=2, descending=True)
+    kept = maps.cumsum(dim=2) - maps < mass[:, None]  # what comes before a pixel is not enough yet
+    return torch.zeros_like(kept).scatter(2, order, kept).unflatten(2, size)
+
+
+def _upsampled(attention: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Attention (B, R, N) at every pixel, (B, R, H * W), summing to 1."""
+    maps = F.interpolate(attention.float().unflatten(2, grid), size=tuple(size), mode="bilinear").flatten(2)
+    return maps / maps.sum(dim=2, keepdim=True).clamp_min(1e-12)
+
+
 def write_mask(path: Path, mask: Tensor, size: tuple[int, int]) -> None:
     """Write a mask (H, W) bool as a PNG of another size (height, width), 0 and 255."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,7 +174,7 @@ def kept(args: argparse.Namespace, n: int) -> Tensor:
         bits = np.unpackbits(torch.load(args.out / "masks.pt", weights_only=True).numpy())
         return torch.from_numpy(bits[: math.prod(shape)].reshape(shape).astype(bool))
     except Exception as error:  # a damaged file fails in the unpickler in many ways
-        raise ValueError(f"{args.out}/masks.pt can't be read ({unread(error)}): train again") from None
+        raise ValueError(f"{args.out}/masks.pt can't be read ({reason(error)}): train again") from None
 
 
 def agreement(masks: Tensor, data: Data) -> float:

@@ -36,7 +36,7 @@ LAYERS = ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"]  # of
 MEAN, DEVIATION = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 
 
-def unread(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """Why a file can't be read, in short; what would run code is named."""
     text = " ".join(str(error).split())
     if code := re.search(r"nsupported (?:global: )?GLOBAL (\S+)", text):
@@ -64,7 +64,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         raise ValueError(f"{path}: to read it, pip install safetensors") from None
     except Exception as error:  # a damaged or foreign file fails in the unpickler in many ways
         wanted = "is it whole? it must be a dict of tensors"
-        raise ValueError(f"{path} can't be read as weights: {wanted} ({unread(error)})") from None
+        raise ValueError(f"{path} can't be read as weights: {wanted} ({reason(error)})") from None
     found = found if isinstance(found, dict) else {}
     if "history" in found:
         raise ValueError(f"{path} belongs to a run of train.py: name its folder, {path.parent}")
@@ -79,8 +79,8 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         known, left = translated({k: v.float() for k, v in weights.items() if isinstance(v, Tensor)})
         damaged = [k for k, v in known.items() if not v.isfinite().all()]
     except (KeyError, ValueError, IndexError, AttributeError, TypeError, RuntimeError) as error:
-        reason = f"it lacks {error.args[0]}" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise ValueError(f"{path} holds no ViT that is known here: {reason}") from None
+        lacks = f"it lacks {error.args[0]}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise ValueError(f"{path} holds no ViT that is known here: {lacks}") from None
     if damaged:
         raise ValueError(f"{path}: {damaged[0]} is not finite; take another checkpoint")
     return known, sorted({*left, *beside})

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from crops import colour_matrix, crop, distort, gaussian_blur, multi_crop, random_crops
 

@@ -13,11 +13,10 @@ from PIL import Image
 import evaluate
 from common import loop
 import train
-from attention_priors import masks_held, mass_held
 from common.checkpoint import load_run
 from common.folder import DataError, read_masks
 from common.config import parse
-from common.regions import agreement, foreground
+from common.regions import agreement, foreground, masks_held, mass_held
 
 TINY = "--train-images 32 --embed-dim 24 --depth 1 --num-heads 3 --batch-size 8 --epochs 1".split()
 CLASSIFY = "--task classify --isnet 1 --train-images 32 --embed-dim 16 --batch-size 16 --epochs 1".split()

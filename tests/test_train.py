@@ -447,21 +447,6 @@ def test_the_dice_threshold_is_chosen_on_validation_images_not_on_test_images(mo
     assert measured[0] < measured[1] - 0.2  # a threshold for other maps serves worse than their own
 
 
-def test_the_span_loss_weighs_resolutions_by_the_share_that_their_views_see():
-    args, _ = train.parse("--embed-dim 24 --depth 1 --num-heads 3 --out-dim 16".split())
-    dino = train.DINO(build_encoder(args, 1), 24, 16)
-    images, priors = torch.rand(2, 1, 64, 64), torch.rand(2, 3, 64, 64)
-    theta = torch.eye(2, 3).repeat(4, 1, 1)
-    blind = theta.clone()
-    blind[:, 0, 2] = 5.0  # looks far beside the image
-    views = [images.repeat(2, 1, 1, 1), images.repeat(2, 1, 1, 1)[..., :32, :32]]
-    features = [dino.student(view) for view in views]
-    one = pretrain.guide(views[:1], features[:1], [theta], priors, dino, args)
-    torch.testing.assert_close(pretrain.guide(views, features, [theta, blind], priors, dino, args), one)
-    args.follow = False  # then a view gets the whole prior, whatever it sees
-    torch.testing.assert_close(pretrain.guide(views[:1], features[:1], [blind], priors, dino, args), one)
-
-
 # Refusals
 
 
