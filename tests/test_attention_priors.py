@@ -47,14 +47,6 @@ def test_the_share_is_how_much_of_a_prior_the_view_sees_and_outside_the_image_th
     assert share.item() == 0 and followed.abs().sum() == 0
 
 
-def test_every_image_may_have_a_prior_of_its_own():
-    priors, theta = torch.rand(3, 2, 16, 16, generator=seeded()), random_crops(3, (0.3, 1), seeded())
-    followed, share = follow(priors, theta, (2, 4))
-    for i in range(3):
-        alone = follow(priors[i], theta[i : i + 1], (2, 4))
-        torch.testing.assert_close((followed[i], share[i]), (alone[0][0], alone[1][0]))
-
-
 # Registration
 
 

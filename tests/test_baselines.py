@@ -154,27 +154,16 @@ def test_the_segmenter_learns_the_masked_fraction_of_each_patch():
 
 
 def test_multitask_learning_teaches_the_encoder_where_the_mask_is():
-    """By gradients that reach it, toward logits that are high in the mask, not in its mirror images."""
+    """The penalty is small for logits that are high in the mask, not in its mirror images."""
     args, _ = train.parse(["--task", "classify", "--baseline", "multitask"])
-    model, found = train.build_classifier(args, ResNet(1, 16), 2, 1), []
-    x, m, y = (t.float() for t in batch())
-    m = F.pad(torch.ones(4, 1, 8, 8), (0, 8, 0, 8))
-    penalty = baselines.multitask(model, x, m, y, True)[1].sum()
-    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(penalty, model.encoder.blocks[-1].conv2.weight))
-    del model.segmenter  # in its place, one that finds the mask, or its mirror images
+    model, (x, _, y), found = train.build_classifier(args, ResNet(1, 16), 2, 1).double(), batch(), []
+    m = F.pad(torch.ones(4, 1, 8, 8).double(), (0, 8, 0, 8))
+    del model.segmenter
     for corner in (m, m.flip(2), m.flip(3)):
         fraction = F.adaptive_avg_pool2d(corner, model.encoder.grid(x))
         model.segmenter = lambda patches, f=fraction: (20 * f - 10).flatten(2).transpose(1, 2)
         found.append(baselines.multitask(model, x, m, y, True)[1].mean())
     assert found[0] < 0.01 < min(found[1:])
-
-
-def test_presence_and_absence_of_a_finding_share_its_probability():
-    logits = torch.randn(3, 2, dtype=torch.float64)
-    p = baselines.log_probabilities(logits, multiclass=False).exp()  # (3, 2, 2)
-    torch.testing.assert_close((p[..., 0], p.sum(dim=2)), (logits.sigmoid(), torch.ones_like(logits)))
-    classes = baselines.log_probabilities(logits, multiclass=True).exp()
-    torch.testing.assert_close(classes[..., 0], logits.softmax(dim=1))
 
 
 # In training
