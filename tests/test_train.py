@@ -601,9 +601,9 @@ def test_a_collapse_stops_the_run_and_keep_going_overrides(tmp_path, capsys):
 def test_a_loss_that_is_not_finite_stops_the_run_by_name_before_the_weights_are_spoiled(
     tmp_path, capsys, monkeypatch
 ):
-    steps, real, make, seen = iter(range(100)), pretrain.span_loss, loop.optimizer_for, []
+    steps, real, make, seen = iter(range(100)), pretrain.guidance, loop.optimizer_for, []
     monkeypatch.setattr(
-        pretrain, "span_loss", lambda *args: real(*args) * (float("nan") if next(steps) == 6 else 1)
+        pretrain, "guidance", lambda *args: real(*args) * (float("nan") if next(steps) == 6 else 1)
     )
     monkeypatch.setattr(loop, "optimizer_for", lambda model, args: seen.append(model) or make(model, args))
     with pytest.raises(SystemExit) as stop:
