@@ -77,8 +77,8 @@ class SimPool(nn.Module):
 def power_mean(a: Tensor, v: Tensor, gamma: float | None) -> Tensor:
     """(sum_n a_n v_n^gamma)^(1/gamma), equation (17), with gamma None for the plain mean.
 
-    Weights a (..., k, N) and values v (..., N, D) > 0 to means (..., k, D), in the type of v. Means below 1e-30^(1/gamma) of the largest value are raised to that, so that
-    their gradient stays finite.
+    Weights a (..., k, N) and values v (..., N, D) > 0 to means (..., k, D), in the type of v. Means below
+    1e-30^(1/gamma) of the largest value are raised to that, so that their gradient stays finite.
     """
     if gamma is None:
         return a @ v
