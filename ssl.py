@@ -4,7 +4,7 @@ A file named ssl.py hides the standard library's module from everything that run
 needs it: `import torch` imports `asyncio`, which reads `ssl.SSLWantReadError` and fails. So this file loads
 the standard library's ssl from the interpreter's folder and leaves *that* module in `sys.modules["ssl"]`,
 which is what an import statement returns. It adds one thing, a module `__getattr__` (PEP 562): a name that
-ssl lacks is looked up in `dino.py` or `relvit.py`, on first use. So asyncio, https, pip and tqdm work as ever,
+ssl lacks is looked up in `dino.py` or `relvit.py`, on first use. So asyncio, https, pip and tqdm still work,
 and importing ssl does not import torch. The lesson: don't name a file like a standard module.
 """
 
