@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from common.checkpoint import build_encoder, check_data, load_model, load_run, start_from, write_whole
 from common.models import explained_by, relevance_of
-from common.data import DRAWN, load
+from common.data import DRAWN, Data, DataError, load, select
 from common.config import check_device, dashed, parse
-from common.folder import Data, DataError, select
 from common.look import look
 from common.regions import export_masks
 from common.measure import MEASURES, Report, decisions, first_finding, report, scores_in
@@ -153,7 +152,8 @@ def load_all(
                 f"{runs[0]} and {run} differ in {', '.join(differ)}: compare runs on the same images"
             )
     marker = dict(zip(("marker", "marker_kind"), markers.pop())) if markers else {}
-    parts, sample, _ = load(**wanted_by(first), **marker)
+    wanted = wanted_by(first)
+    parts, sample, _ = load(reference=wanted.pop("sample"), **wanted, **marker)
     train, found = parts["train"], {}
     for run, config in configs.items():
         if run in loaded:

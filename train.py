@@ -29,11 +29,10 @@ from torch import Tensor, nn
 from common.checkpoint import Unfit, build_classifier, build_encoder, check_data, check_folder, named, resumed, start
 from common.checkpoint import start_from, write_whole
 from common.models import constant_loss, exclusive, natural_range, objective
-from common.data import Hosted, load, placed
+from common.data import Data, load, placed
 from dino import Collapse
 from evaluate import draw, maps_of, shown_images
 from common.config import check, check_idle, parse, repeated
-from common.folder import Data
 from common.loop import rank, train
 from common.regions import agreement, foreground, keep, one_prior, outlines
 from common.measure import report
@@ -44,7 +43,7 @@ from relvit import TASKS
 from ssl import DINO, RelViT  # the doorway ssl.py in this folder, which leaves Python's own ssl as it was
 
 
-def prepare(args: argparse.Namespace) -> tuple[dict[str, Data], str | None, nn.Module, Tensor | Hosted, Any]:
+def prepare(args: argparse.Namespace) -> tuple[dict[str, Data], str | None, nn.Module, Tensor, Any]:
     """Data by part, the sample's name, model and training images on the device, and what guides the model.
 
     That is priors as from `lay_over` or None to pretrain, foreground masks (N, 1, S, S) or None to classify.

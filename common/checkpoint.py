@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 
 from common.baselines import AttentionGate, Pipeline, Segmenter
 from common.models import Classifier
-from common.folder import Data
+from common.data import Data
 from resnet import ResNet
 from simpool import GAP, SimPool
 from vit import ViT

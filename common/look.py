@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from common.models import explained_by, relevance_of
-from common.folder import picture_size, read_picture
+from common.data import picture_size, read_picture
 from common.regions import masks_of, one_prior, read_outlines, write_mask
 from common.measure import decisions
 from common.plots import map_grid

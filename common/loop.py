@@ -24,14 +24,13 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from common.checkpoint import restore, save, write_rows
-from common.data import Hosted
 from dino import DINO, over_processes
 from common.pretrain import move_teacher
 from relvit import RelViT
 
 
 def train(
-    args: argparse.Namespace, model: nn.Module, images: Tensor | Hosted, losses: Callable
+    args: argparse.Namespace, model: nn.Module, images: Tensor, losses: Callable
 ) -> list[dict]:
     """Train on images (N, C, S, S), with losses(index, generator, done) -> (loss, what to log), index (B,).
 
@@ -60,7 +59,7 @@ def train(
     with stop_requests() as stop, bar:
         for epoch in range(len(history), args.epochs):
             order, first, sums = begun or (torch.randperm(len(images), generator=generator), 0, {})
-            begun, started, order = None, time.perf_counter(), order.to(images.device)
+            begun, started, order = None, time.perf_counter(), order.to(args.device)
             if dist.is_initialized():
                 dist.broadcast(order, src=0)
             for i in range(first, steps):

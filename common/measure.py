@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from attention_priors import follow
 from common.models import exclusive, explained_by, relevance_of, scores_of
-from common.folder import Data, select
+from common.data import Data, select
 from common.metrics import CannotMeasure, auc, best_threshold, dice, known_mean, localisation_ap, relevance_share
 from common.pretrain import attention_of, lay_over, make_priors
 from common.probe import PROBES, drawn, probe

@@ -32,7 +32,7 @@ from torch import Generator, Tensor, nn
 
 from attention_priors import span_loss
 from common.baselines import PENALTIES, swapped
-from common.data import BATCH, batches, normalise, prepared
+from common.data import BATCH, batches, normalise, prepared, take
 from isnet_lrp import background_loss, foreground_loss, relevance
 from relvit import patch_views
 from vit import Attention, Block, PatchEmbed, ViT
@@ -195,20 +195,20 @@ def natural_range(
     plain, generator = copy.deepcopy(model).train(), Generator().manual_seed(args.seed)
     optimizer, one_class = torch.optim.AdamW(plain.parameters(), lr=args.lr), exclusive(labels)
     for _ in range(WARM_UP):
-        order = torch.randperm(len(images), generator=generator).to(images.device)
+        order = torch.randperm(len(images), generator=generator).to(labels.device)
         for index in order.split(args.batch_size):
             if len(index) == 1:  # has no variance to normalise by
                 continue
-            loss = classification_loss(plain(prepared(images[index])), labels[index], one_class)
+            loss = classification_loss(plain(prepared(take(images, index))), labels[index], one_class)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
     plain.eval()
     total = []
     has_mask = torch.cat([part.flatten(1).any(dim=1) for part in masks.split(BATCH)])
-    for index in has_mask.nonzero()[:512, 0].split(64):
+    for index in has_mask.nonzero()[:512, 0].to(labels.device).split(64):
         target = explained(labels[index], one_class, args.explain, generator)
-        heatmap, _ = relevance(plain, prepared(images[index]), target, **rule(args))
+        heatmap, _ = relevance(plain, prepared(take(images, index)), target, **rule(args))
         total.append(heatmap.detach().abs().sum(dim=(1, 2, 3)))
     mean, sd = torch.cat(total).mean().item(), torch.cat(total).std(correction=0).item()
     c1, c2 = max(mean / 5, mean - 3 * sd), mean + 3 * sd
@@ -234,14 +234,14 @@ def objective(
     def losses(index: Tensor, generator: Generator, done: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
         known = labels[index]
         if args.relations:
-            views = images[index].float() / 255, model.relvit.grid, args.patch_size, generator
+            views = take(images, index).float() / 255, model.relvit.grid, args.patch_size, generator
             views, _, order = patch_views(*views, shuffle=True)
             features = model.encoder(normalise(views))
             loss, shown = model.relvit.compare(features.patches, order)
             classification = classification_loss(model.head(features.pooled), known, one_class)
             loss = loss + classification
             return loss, {"loss": loss.detach(), "classification": classification.detach(), **shown}
-        x, inside = prepared(images[index]), None if masks is None else masks[index].float()
+        x, inside = prepared(take(images, index)), None if masks is None else take(masks, index).float()
         if args.baseline == "swap":
             x = swapped(x, inside, generator)
         if not args.isnet and args.baseline not in PENALTIES:

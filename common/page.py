@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from common.folder import Data
+from common.data import Data
 from common.measure import Report
 from common.metrics import known_mean
 from common.plots import COLOURS, SCALE

@@ -26,8 +26,7 @@ from attention_priors import (
     span_loss,
 )
 from crops import crop, distort, random_crops
-from common.data import BATCH, batches, normalise, placed
-from common.folder import Data
+from common.data import BATCH, Data, batches, normalise, placed, take
 from relvit import RelViT, cut, patch_views
 from resnet import ResNet
 from simpool import GAP
@@ -79,22 +78,23 @@ def make_priors(
 
 
 def register(config: argparse.Namespace, sample: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The sample (C, S, S) registered to images (N, C, S, S): theta (N, 2, 3) and flow (N, 2, k, k).
+    """The sample (C, S, S) registered to images (N, C, S, S), on its device: theta (N, 2, 3), flow (N, 2, k, k).
 
     Without bending the flow is zero.
     """
     thetas, flows = [], []
     for part in tqdm(images.split(BATCH), desc="registering", leave=False):
+        part = part.to(sample.device)
         thetas.append(align(sample, part))
         bends = bend(sample, part, thetas[-1]) if config.align == "bend" else torch.zeros(len(part), 2, 1, 1)
-        flows.append(bends.to(images.device))
+        flows.append(bends.to(sample.device))
     return torch.cat(thetas), torch.cat(flows)
 
 
 def lay_over(
-    config: argparse.Namespace, parts: dict[str, Data], sample: str | None, images: Tensor
+    config: argparse.Namespace, parts: dict[str, Data], sample: str | None, images: Tensor, device: str = "cpu"
 ) -> Callable[[Tensor], Tensor]:
-    """A function from indices (B,) of images (N, C, S, S) to the priors (B, R, S, S) over them.
+    """A function from indices (B,), on a device, of images (N, C, S, S) to the priors (B, R, S, S) over them.
 
     images are the training images if --prior is masks. Raises ValueError.
     """
@@ -103,13 +103,13 @@ def lay_over(
         if not train.has_masks.any():
             raise ValueError(f"--prior masks: no training image of {config.data} has a mask for every region")
         # blurred as the sample's are; a missing mask stays empty
-        masks = placed(train.masks, str(images.device))
-        return lambda index: blurred(masks[index].float(), config.prior_blur)
+        masks = placed(train.masks, device)
+        return lambda index: blurred(take(masks, index).float(), config.prior_blur)
     priors, _ = make_priors(config, parts, sample)
-    priors = priors.to(images.device)
+    priors = priors.to(device)
     if config.prior != "sample" or config.align == "none":
         return lambda index: priors.expand(len(index), *priors.shape)
-    theta, flow = register(config, train.images[train.names.index(sample)].to(images.device), images)
+    theta, flow = register(config, train.images[train.names.index(sample)].to(device), images)
     return lambda index: carry(priors, theta[index], flow[index])
 
 
@@ -127,7 +127,7 @@ def priors_over(
     started = time.perf_counter()
     if args.prior == "sample" and args.align != "none":
         print(f"registering the sample to {len(images)} images ...", flush=True)
-    laid = lay_over(args, parts, sample, images)
+    laid = lay_over(args, parts, sample, images, args.device)
     guided = ", ".join(f"{i} {name}" for i, name in enumerate(names))
     print(f"guided heads: {guided}; priors ready after {time.perf_counter() - started:.0f} s")
     return laid
@@ -182,8 +182,8 @@ def self_distillation(
     """DINO's loss as `train.train` takes it, guided by laid(index) (B, R, S, S) unless laid is None."""
 
     def losses(index: Tensor, generator: Generator, *_) -> tuple[Tensor, dict[str, Tensor]]:
-        views, thetas = views_of(images[index].float() / 255, args, generator)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=args.amp):
+        views, thetas = views_of(take(images, index).float() / 255, args, generator)
+        with torch.autocast(index.device.type, torch.bfloat16, enabled=args.amp):
             loss, features = dino(views, args.teacher_temp, args.span_layer)
         logged = {"loss": loss.detach()}
         if laid is not None:
@@ -200,9 +200,9 @@ def relations(args: argparse.Namespace, relvit: RelViT, images: Tensor, laid: Ca
 
     def losses(index: Tensor, generator: Generator, *_) -> tuple[Tensor, dict[str, Tensor]]:
         views, boxes, _ = patch_views(
-            images[index].float() / 255, grid, p, generator, mega=args.mega_patches > 0
+            take(images, index).float() / 255, grid, p, generator, mega=args.mega_patches > 0
         )
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=args.amp):
+        with torch.autocast(index.device.type, torch.bfloat16, enabled=args.amp):
             loss, shown, features = relvit(normalise(views), layer=args.span_layer)
         logged = {"loss": loss.detach(), **shown}
         if laid is not None:

@@ -25,8 +25,7 @@ from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 from common.models import Classifier, classification_loss, exclusive
-from common.data import batches, prepared
-from common.folder import Data
+from common.data import Data, batches, prepared
 from common.metrics import CannotMeasure, auc, known_mean
 
 DECAYS = [10.0**n for n in range(-5, 1)]

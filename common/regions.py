@@ -25,8 +25,7 @@ from torch import Tensor, nn
 
 from attention_priors import mass_held, masks_held
 from common.checkpoint import load_model, load_run, write_whole
-from common.data import BATCH, DRAWN
-from common.folder import Data, by_stem, image_size, read_masks
+from common.data import BATCH, DRAWN, Data, by_stem, image_size, read_masks
 from common.pretrain import attention_of, lay_over, make_priors
 from common.weights import unread
 

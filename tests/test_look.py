@@ -12,7 +12,7 @@ import evaluate
 from common import look
 import train
 from common.checkpoint import load_model, load_run
-from common.folder import read_picture
+from common.data import read_picture
 from common.regions import masks_of, read_outlines
 from common.measure import decisions
 from common.pretrain import make_priors

@@ -16,7 +16,7 @@ from PIL import Image
 import evaluate
 from common import measure
 import train
-from common.folder import Data
+from common.data import Data
 from common.measure import Report
 from common.page import Looks, _looks_of, _said, page
 from vit import ViT

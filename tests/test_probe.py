@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 from common import probe
-from common.data import load
-from common.folder import Data
+from common.data import Data, load
 from common.metrics import CannotMeasure
 from vit import ViT
 

@@ -15,7 +15,7 @@ from common import loop
 import train
 from attention_priors import masks_held, mass_held
 from common.checkpoint import load_run
-from common.folder import DataError, read_masks
+from common.data import DataError, read_masks
 from common.config import parse
 from common.regions import agreement, foreground
 

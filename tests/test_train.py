@@ -25,7 +25,6 @@ from common import measure
 from common import pretrain
 import train
 from common.checkpoint import build_encoder, load_run, start
-from common.data import Hosted, placed
 from common.config import parse, repeated
 from common.phantom import REGIONS, phantom
 
@@ -574,7 +573,7 @@ def test_a_folder_with_one_labelled_image_trains_and_says_what_cannot_be_measure
     train.main([*TINY, "--data", str(data), "--out", str(tmp_path / "run")])
     printed = capsys.readouterr().out
     assert (
-        "05.png is skipped" in printed and "no test image of" in printed and "AP can't be measured" in printed
+        "skipped" in printed and "05.png" in printed and "no test image of" in printed and "AP can't be measured" in printed
     )
     assert (tmp_path / "run" / "attention.png").exists()
 
@@ -783,25 +782,6 @@ def test_a_batch_in_parts_gives_the_same_step_and_in_bfloat16_nearly(tmp_path):
     assert all((whole["model"][k] - parts["model"][k]).abs().max() < 1e-4 for k in whole["model"])
     assert whole["history"][0]["loss"] == pytest.approx(parts["history"][0]["loss"], rel=1e-4)
     assert 0 < abs(whole["history"][0]["loss"] - amp["history"][0]["loss"]) < 0.02
-
-
-@pytest.mark.parametrize("flags", ["", "--prior masks", "--ssl relvit", "--task classify --isnet 1"])
-def test_images_that_stay_with_the_host_train_to_the_same_weights(flags, tmp_path, monkeypatch):
-    argv = [*TINY, "--epochs", "1", "--keep-going", *flags.split(), "--out"]
-    train.main([*argv, str(tmp_path / "resident")])
-    for module in (train, pretrain):
-        monkeypatch.setattr(module, "placed", Hosted)
-    train.main([*argv, str(tmp_path / "hosted")])
-    assert same_weights(tmp_path / "resident", tmp_path / "hosted")
-
-
-def test_images_lie_on_a_gpu_unless_they_would_take_half_of_its_free_memory(monkeypatch):
-    images = torch.zeros(10, 1, 4, 4, dtype=torch.uint8)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (images.nbytes * 2 - 1, 10**9))
-    assert isinstance(placed(images, "cuda:0"), Hosted) and isinstance(placed(images, "cpu"), torch.Tensor)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (images.nbytes * 2, 10**9))
-    monkeypatch.setattr(torch.Tensor, "to", lambda self, device: device)  # there may be no GPU here
-    assert placed(images, "cuda:0") == "cuda:0"
 
 
 def test_a_classifier_that_stood_still_is_called_so(tmp_path, capsys):
