@@ -232,7 +232,7 @@ def _decode(path: Path) -> np.ndarray:
     try:
         with Image.open(path, formats=FORMATS) as file:
             if math.prod(file.size) > (Image.MAX_IMAGE_PIXELS or math.inf):  # of which Pillow only warns
-                raise ValueError(f"{file.width} x {file.height} px, but {Image.MAX_IMAGE_PIXELS} px are the limit")
+                raise ValueError(f"{file.width} x {file.height} px; the limit is {Image.MAX_IMAGE_PIXELS} px")
             image = ImageOps.exif_transpose(file)
         if image.mode[0] not in "IF":  # I, I;16, I;16B and F are deeper than 8 bit
             if image.has_transparency_data:

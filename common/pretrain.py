@@ -92,7 +92,11 @@ def register(config: argparse.Namespace, sample: Tensor, images: Tensor) -> tupl
 
 
 def lay_over(
-    config: argparse.Namespace, parts: dict[str, Data], sample: str | None, images: Tensor, device: str = "cpu"
+    config: argparse.Namespace,
+    parts: dict[str, Data],
+    sample: str | None,
+    images: Tensor,
+    device: str = "cpu",
 ) -> Callable[[Tensor], Tensor]:
     """A function from indices (B,), on a device, of images (N, C, S, S) to the priors (B, R, S, S) over them.
 

@@ -202,7 +202,7 @@ DAMAGED = {f"half{suffix}": (encoded(NOISE, suffix)[:2000], "cannot be read") fo
     "narrow.png": (encoded(NOISE[:, :7]), "7 x 99 px"),
     "low.png": (encoded(NOISE[:7]), "99 x 7 px"),
     "infinite.tif": (encoded(np.full((9, 9), np.inf, dtype=np.float32), ".tif"), "NaN or infinite"),
-    "bomb.png": (encoded(NOISE.repeat(2, 0)[:110]), "10000 px are the limit"),  # of which Pillow only warns
+    "bomb.png": (encoded(NOISE.repeat(2, 0)[:110]), "the limit is 10000 px"),  # of which Pillow only warns
     "larger bomb.png": (encoded(NOISE.repeat(3, 0)), "could be decompression bomb"),
 }
 

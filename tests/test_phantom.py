@@ -26,6 +26,7 @@ def test_a_seed_draws_the_same_images_however_many_and_another_seed_others(drawn
     assert BATCH < 300  # so that there is a second batch
     assert all(torch.equal(some, many[:5]) for some, many in zip(phantom(5, seed=1), drawn))
     assert torch.equal(phantom(BATCH + 1, seed=1)[0][-1], drawn[0][BATCH])
+    assert not torch.equal(drawn[0][BATCH], drawn[0][0])
     assert not torch.equal(phantom(5, seed=2)[0], drawn[0][:5])
 
 
@@ -51,13 +52,19 @@ def test_lungs_are_darker_than_their_surroundings_and_than_the_heart(drawn):
     assert (inside[:, 2:] > inside[:, :2]).all()
 
 
-def test_findings_change_the_image_where_they_are_said_to_be(drawn):
-    images, masks, labels = drawn
+def test_findings_enlarge_the_heart_and_change_either_lung_and_nothing_else(drawn, monkeypatch):
+    """The same random numbers give images without any finding and with all of them."""
+    _, masks, labels = drawn
     hearts = masks[:, 2].sum(dim=(1, 2)) / masks[:, :2].sum(dim=(1, 2, 3))
     assert hearts[labels[:, 0] == 1].mean() > 1.4 * hearts[labels[:, 0] == 0].mean()
-    left, right = brightness(images.float(), masks[:, :2]).unbind(1)
-    unlike = (left - right).abs()  # fluid and opacities lie on one side
-    assert unlike[labels[:, 1:].sum(dim=1) > 0].mean() > 1.5 * unlike[labels[:, 1:].sum(dim=1) == 0].mean()
+    both = []
+    for prevalence in (0.0, 1.0):
+        monkeypatch.setattr("common.phantom.PREVALENCE", prevalence)
+        both.append(phantom(100, seed=3))
+    change, regions = (both[1][0].float() - both[0][0].float()).abs(), both[0][1] | both[1][1]
+    assert (brightness(change, both[1][1][:, :2]).mean(dim=0) > 10).all()
+    near = F.max_pool2d(regions.any(dim=1, keepdim=True).float(), 5, 1, 2).bool()  # edges are soft
+    assert brightness(change, ~near).mean() < 0.1
 
 
 def test_an_effusion_shows_at_the_base_of_a_lung(drawn):
@@ -94,6 +101,7 @@ def test_each_marker_lies_where_it_is_said_to_and_only_where_it_is_present(drawn
     at = (changed["anywhere"] * torch.arange(64.0)).sum(dim=(1, 2)) / changed["anywhere"].sum(dim=(1, 2))
     assert at[present].std() > 15 and (changed["anywhere"].sum(dim=(1, 2)) <= 20).all()
     assert torch.equal(stamp(images, present, "anywhere", masks, 3), stamped["anywhere"])
+    assert not torch.equal(stamp(images, present, "anywhere", masks, 4), stamped["anywhere"])
     outside = ~masks.any(dim=1, keepdim=True) & present[:, None, None, None]
     assert torch.equal(stamped["tint"].int(), (images.int() + 25 * outside).clamp(max=255))
     frame = stamped["border"][present]
