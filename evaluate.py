@@ -14,17 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from common.checkpoint import build_encoder, check_data, load_model, load_run, start_from, write_whole
-from common.models import explained_by, relevance_of
+from common.models import attention_of, decisions, explained_class, pools_evenly, relevance_of, rule
 from common.data import DRAWN, load
 from common.config import check_device, dashed, parse
 from common.folder import Data, DataError, select
 from common.look import look
 from common.regions import export_masks
-from common.measure import MEASURES, Report, decisions, first_finding, report, scores_in
+from common.measure import MEASURES, QUICK, Report, report, scores_in
 from common.page import Looks, page, print_tables
 from common.plots import curves, low_data, map_grid
-from common.pretrain import attention_of, averages
-from common.probe import SHARES
+from common.pretrain import measured_priors
 from vit import ViT
 from common.weights import exported
 
@@ -43,7 +42,7 @@ def shown_images(config: argparse.Namespace, parts: dict[str, Data], n: int) -> 
     n = min(n, len(test.names))
     if config.task == "pretrain" or test.labels is None:
         return select(test, torch.arange(n))
-    finding = test.labels[:, first_finding(parts)].nan_to_num()
+    finding = test.labels[:, int(config.one_class and test.labels.shape[1] == 2)].nan_to_num()
     order = torch.argsort(finding, descending=True, stable=True)
     return select(test, torch.cat([order[: n - n // 3], order[len(order) - n // 3 :]]))
 
@@ -56,7 +55,7 @@ def maps_of(
     """
     if config.task != "classify":
         return heads_of(config, model, images, heads, every=not heads)
-    R = relevance_of(config, model, images).sum(dim=1)
+    R = relevance_of(model, images, config.one_class, rule(config)).sum(dim=1)
     return {"relevance": R / R.abs().mean(dim=(1, 2), keepdim=True).clamp_min(1e-30)}
 
 
@@ -82,7 +81,10 @@ def looks_of(
     """
     part = "test" if parts["test"].names else "train"
     data = select(parts[part], parts[part].has_masks) if parts[part].has_masks.any() else parts[part]
-    scores = {run: scores_in(*of, data, reports[run].heads) for run, of in loaded.items()}
+    scores = {}
+    for run, (config, model) in loaded.items():
+        multiclass = config.one_class if config.task == "classify" else None
+        scores[run] = scores_in(model, data, reports[run].heads, multiclass, config.span_layer)
     each = IN_PAGE // (len(loaded) + 1)
     index = set(range(len(data.names) if len(data.names) <= IN_PAGE else each))
     for _, values in scores.values():
@@ -99,10 +101,10 @@ def looks_of(
         encoder, said, (name, values) = model, [], scores[run]
         values = [values[i] for i in index]
         if config.task == "classify":
-            encoder, said = model.encoder, decisions(config, model, shown.images)
+            encoder, said = model.encoder, decisions(model, shown.images, config.one_class, config.classes)
             maps = maps_of(config, model, shown.images, {})
-            looks[run] = Looks(maps, explained_by(config), said, name, values)
-        if config.task != "classify" or not (averages(encoder) or config.baseline == "pipeline"):
+            looks[run] = Looks(maps, explained_class(config.classes, config.one_class), said, name, values)
+        if config.task != "classify" or not (pools_evenly(encoder) or config.baseline == "pipeline"):
             maps = heads_of(config, encoder, shown.images, reports[run].heads, every=True)
             looks[f"{run}, attention" if run in looks else run] = Looks(maps, "", said, name, values)
     return shown, which, looks
@@ -175,16 +177,17 @@ def compare(args: argparse.Namespace) -> None:
     first, *_ = loaded[runs[0]]
     print(f"{first.data}: {len(parts['test'].names)} test images of {first.img_size} px")
     short = {run: run.name if len({r.name for r in runs}) == len(runs) else str(run) for run in runs}
-    shown, reports, maps = shown_images(first, parts, args.rows), {}, {}
+    shown, reports, maps, registered = shown_images(first, parts, args.rows), {}, {}, {}
     for run, (config, model, _) in loaded.items():
-        found = reports[short[run]] = report(config, model, parts, sample, args.only, SHARES)
+        asked_for = args.only, args.fractions, registered
+        found = reports[short[run]] = measured(config, model, parts, sample, *asked_for)
         path = home[run] / "metrics.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         old = json.loads(path.read_text()) if path.exists() and run.is_dir() else {}  # of files: other data
         if config.marker is None and "removed" in parts:
             found.notes.append("its figures are not kept: it was trained without the marker that others have")
         else:  # NaN is no JSON
-            write_whole(path, old | {k: v for k, v in found.figures.items() if math.isfinite(v)})
+            write_whole(path, old | {k: v for k, v in found.metrics.items() if math.isfinite(v)})
         config.lrp_epsilon, config.lrp_gamma = first.lrp_epsilon, first.lrp_gamma  # heatmaps by one rule
         seen = maps_of(config, model, shown.images, found.heads)
         maps |= {f"{short[run]}\n{title}": m for title, m in seen.items()}
@@ -193,7 +196,7 @@ def compare(args: argparse.Namespace) -> None:
     written, pictures = ["compare.png"], {}
     if any(len(curve) > 1 for found in reports.values() for curve in found.curves.values()):
         low_data(out / "low_data.png", {run: found.curves for run, found in reports.items()})
-        pictures["Scores over the share of labels"] = out / "low_data.png"
+        pictures["Scores over label fractions"] = out / "low_data.png"
     histories = {short[run]: history for run, (_, _, history) in loaded.items() if history}
     if len(histories) > 1 or histories and args.html:
         curves(out / "compare_curves.png", histories)
@@ -205,6 +208,30 @@ def compare(args: argparse.Namespace) -> None:
         write_whole(out / "report.html", page(reports, *seen, pictures))
         written.append("report.html")
     print(f"wrote {out}/{', '.join(written)}")
+
+
+def measured(
+    config: argparse.Namespace,
+    model: nn.Module,
+    parts: dict[str, Data],
+    sample: str | None,
+    measures: list[str],
+    fractions: list[float] = (1.0,),
+    registered: dict | None = None,
+) -> Report:
+    """`report` of a run, by its settings; registered: priors over test images, kept for other runs."""
+    classifies = config.task == "classify"
+    return report(
+        model,
+        parts,
+        measures,
+        tuple(fractions),
+        multiclass=config.one_class if classifies else None,
+        rule=rule(config) if classifies else None,
+        layer=config.span_layer,
+        guided=not classifies and config.prior in ("sample", "masks"),
+        priors=measured_priors(config, parts, sample, model, {} if registered is None else registered),
+    )
 
 
 def draw(path: Path, shown: Data, maps: dict[str, Tensor], task: str) -> None:
@@ -273,8 +300,10 @@ def asked(argv: list[str] | None) -> argparse.Namespace:
     what = "auto (default: cuda if there is one, else cpu), cpu, cuda, mps"
     parser.add_argument("--device", default="auto", help=what)
     add = parser.add_argument_group("what is measured and shown").add_argument
-    what = f"of {', '.join(MEASURES)} (default: all that apply); measure.py and probe.py say what they are"
-    add("--only", nargs="+", choices=MEASURES, default=MEASURES, metavar="MEASURE", help=what)
+    what = f"of {', '.join(MEASURES)} (default: {' '.join(QUICK)}); measure.py and probe.py say what they are"
+    add("--only", nargs="+", choices=MEASURES, default=QUICK, metavar="MEASURE", help=what)
+    what = "of the labels, for probes, such as 0.01 0.05 0.1 0.25 1 (default: 1, all)"
+    add("--fractions", nargs="+", type=float, default=[1.0], metavar="F", help=what)
     add("--rows", type=int, default=ROWS, help=f"test images in compare.png (default: {ROWS})")
     what = "write report.html, too: figures, and images to move through in a browser"
     add("--html", action="store_true", help=what)
@@ -301,6 +330,8 @@ def check(args: argparse.Namespace) -> None:
     """Raise ValueError for what can't be done."""
     if args.rows < 1:
         raise ValueError(f"--rows {args.rows}: draw at least 1")
+    if not all(0 < fraction <= 1 for fraction in args.fractions):
+        raise ValueError("--fractions: they must lie between 0 and 1")
     for run in args.runs:
         if not run.exists():
             raise ValueError(f"{run}: no such file or folder")
@@ -308,7 +339,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.data[0]} is for files of weights; runs are measured on their own data")
     others = {"--export": args.export, "--export-masks": args.export_masks, "--image": args.image}
     others = [flag for flag, value in others.items() if value]
-    measuring = args.html or args.only != MEASURES or args.rows != ROWS
+    measuring = args.html or args.only != QUICK or args.rows != ROWS
     if len(others) > 1 or others and (measuring or len(args.runs) > 1):
         raise ValueError(
             f"{others[0]} is done alone, for one run: leave out other runs and what else is asked"

@@ -183,7 +183,7 @@ probe() {  # features of two finished runs, with all labels and with few; the qu
     [ -d "runs/$2" ] || return 0  # not among the quick ones
     grep -qs "${finetune:-heads}_mAUC_1_percent" "runs/$2/metrics.json" && return
     echo "$1 and $2, with few labels"
-    python evaluate.py "runs/$1" "runs/$2" --only linear heads $finetune >"runs/$1.probe.log" 2>&1 ||
+    python evaluate.py "runs/$1" "runs/$2" --only linear heads $finetune --fractions 0.01 0.05 0.1 0.25 1 >"runs/$1.probe.log" 2>&1 ||
         echo "$1 and $2 failed, see runs/$1.probe.log"
 }
 export -f run probe

@@ -31,12 +31,11 @@ from common.checkpoint import start_from, write_whole
 from common.models import constant_loss, exclusive, natural_range, objective
 from common.data import Hosted, load, placed
 from dino import Collapse
-from evaluate import draw, maps_of, shown_images
+from evaluate import draw, maps_of, measured, shown_images
 from common.config import check, check_idle, parse, repeated
 from common.folder import Data
 from common.loop import rank, train
 from common.regions import agreement, foreground, keep, one_prior, outlines
-from common.measure import report
 from common.page import print_tables
 from common.plots import curves
 from common.pretrain import priors_over, relations, self_distillation
@@ -128,9 +127,9 @@ def finish(
     what = ["bias", "attention", "knn", "linear"]
     if args.task == "pretrain":
         model, what = model.student if isinstance(model, DINO) else model.encoder, what[1:]
-    found = report(args, model, parts, sample, what, shares=(1.0,))
+    found = measured(args, model, parts, sample, what)
     print_tables({"": found})
-    metrics = {name: value for name, value in history[-1].items() if name != "epoch"} | found.figures
+    metrics = {name: value for name, value in history[-1].items() if name != "epoch"} | found.metrics
     if args.task == "classify":
         warn_if_idle(args, history[-1], parts["train"].labels)
         if guides is not None and parts["train"].has_masks.any():  # how true was the foreground?

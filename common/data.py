@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from common import plates as plates
 from common import phantom as bodies
-from common.folder import PARTS, Data, DataError, load_folder
+from common.folder import PARTS, Data, DataError, load_folder, select as select
+
+SPLITS = PARTS  # the name to come
 
 DRAWN = {  # how it is drawn, its regions and its findings
     "phantom": (bodies.phantom, bodies.REGIONS, bodies.FINDINGS),

@@ -15,12 +15,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.models import explained_by, relevance_of
+from common.models import attention_of, decisions, explained_class, pools_evenly, relevance_of, rule
 from common.folder import picture_size, read_picture
 from common.regions import masks_of, one_prior, read_outlines, write_mask
-from common.measure import decisions
 from common.plots import map_grid
-from common.pretrain import attention_of, averages
 from resnet import ResNet
 
 MASS = 0.6
@@ -40,7 +38,7 @@ def look(run: Path, config: argparse.Namespace, model: nn.Module, path: Path, ou
     multiple = encoder.stride if isinstance(encoder, ResNet) else config.patch_size
     image = read_picture(path, config.img_size, multiple, channels)  # (1, C, H, W)
     shown, written = image.float() / 255, []
-    if not averages(encoder) and config.baseline != "pipeline":  # which sees its own segmenter's foreground
+    if not pools_evenly(encoder) and config.baseline != "pipeline":  # which sees its own segmenter's foreground
         attention = attention_of(encoder, image, config.span_layer)  # (1, heads, N)
         heads = [f"head {h}" for h in range(attention.shape[1])]
         guided = one_prior(config) and (run / "outlines.json").exists()  # or it did not come to its end
@@ -57,9 +55,9 @@ def look(run: Path, config: argparse.Namespace, model: nn.Module, path: Path, ou
         map_grid(written[-1], shown, masks, list(shares), maps, outlined="outlined", side=PANEL)
     if classifies:
         out.mkdir(parents=True, exist_ok=True)
-        R = relevance_of(config, model, image).sum(dim=1)  # (1, H, W)
-        (said,) = decisions(config, model, image)
-        title = "\n".join([f"relevance for {explained_by(config)}", *said])
+        R = relevance_of(model, image, config.one_class, rule(config)).sum(dim=1)  # (1, H, W)
+        (said,) = decisions(model, image, config.one_class, config.classes)
+        title = "\n".join([f"relevance for {explained_class(config.classes, config.one_class)}", *said])
         written.append(out / "relevance.png")
         R = R / R.abs().mean().clamp_min(1e-30)
         map_grid(written[-1], shown, None, [], {title: R}, signed=True, side=PANEL)

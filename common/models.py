@@ -35,6 +35,8 @@ from common.baselines import PENALTIES, swapped
 from common.data import BATCH, batches, normalise, prepared
 from isnet_lrp import background_loss, foreground_loss, relevance
 from relvit import patch_views
+from resnet import ResNet
+from simpool import GAP
 from vit import Attention, Block, PatchEmbed, ViT
 
 EXPLAINED = 32  # images at a time whose relevance is asked for: each keeps its graph
@@ -277,34 +279,61 @@ def objective(
     return losses
 
 
+is_multiclass = exclusive
+
+
 @torch.no_grad()
-def scores_of(model: nn.Module, images: Tensor, one_class: bool) -> Tensor:
+def scores_of(model: nn.Module, images: Tensor, multiclass: bool) -> Tensor:
     """Log-odds (M, K) of classes, or logits of findings, of images (M, C, S, S) uint8, in evaluation mode."""
     model.eval()
     logits = torch.cat([model(x).cpu() for x in batches(images, model)])
-    if not one_class:
+    if not multiclass:
         return logits
     return torch.stack(
         [log_odds(logits, torch.full((len(logits),), k)) for k in range(logits.shape[1])], dim=1
     )
 
 
-def relevance_of(config: argparse.Namespace, model: nn.Module, images: Tensor) -> Tensor:
+def relevance_of(model: nn.Module, images: Tensor, multiclass: bool, rule: dict) -> Tensor:
     """LRP heatmaps (M, C, S, S) of the first finding, the second of two classes, the likeliest of more."""
 
     def target(logits: Tensor) -> Tensor:
-        if not config.one_class:
+        if not multiclass:
             return logits[:, 0]
         likeliest = logits.argmax(dim=1)
         return log_odds(logits, likeliest if logits.shape[1] > 2 else torch.ones_like(likeliest))
 
     model.eval()
-    heatmaps = (relevance(model, x, target, **rule(config))[0] for x in batches(images, model, EXPLAINED))
+    heatmaps = (relevance(model, x, target, **rule)[0] for x in batches(images, model, EXPLAINED))
     return torch.cat([R.detach().cpu() for R in heatmaps])
 
 
-def explained_by(config: argparse.Namespace) -> str:
+def explained_class(classes: list[str], multiclass: bool) -> str:
     """What `relevance_of` explains, in words."""
-    if config.one_class and len(config.classes) > 2:
+    if multiclass and len(classes) > 2:
         return "the likeliest class"
-    return config.classes[int(config.one_class)]
+    return classes[int(multiclass)]
+
+
+def decisions(model: nn.Module, images: Tensor, multiclass: bool, classes: list[str]) -> list[list[str]]:
+    """What a classifier says of each image (M, C, S, S) uint8, in words: what `relevance_of` explains, if it
+    is always the same, and then the likeliest, four in all.
+    """
+    said = []
+    for chances in scores_of(model, images, multiclass).sigmoid().tolist():
+        ranked = sorted(zip(classes, chances), key=lambda pair: -pair[1])
+        ranked.sort(key=lambda pair: pair[0] != explained_class(classes, multiclass))  # the others stay
+        said.append([f"{name} {100 * chance:.0f} %" for name, chance in ranked[:4]])
+    return said
+
+
+@torch.no_grad()
+def attention_of(encoder: nn.Module, images: Tensor, layer: int) -> Tensor:
+    """One block's attention (M, heads, N) over images (M, C, S, S) uint8, in evaluation mode."""
+    encoder.eval()
+    return torch.cat([encoder(x, layer=layer).attention.cpu() for x in batches(images, encoder)])
+
+
+def pools_evenly(encoder: nn.Module) -> bool:
+    """Whether an encoder pools its patches by their mean, so that it looks at all alike."""
+    return encoder.pool is None if isinstance(encoder, ResNet) else isinstance(encoder.pool, GAP)

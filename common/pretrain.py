@@ -26,23 +26,9 @@ from attention_priors import (
     span_loss,
 )
 from crops import crop, distort, random_crops
-from common.data import BATCH, batches, normalise, placed
+from common.data import BATCH, normalise, placed
 from common.folder import Data
 from relvit import RelViT, cut, patch_views
-from resnet import ResNet
-from simpool import GAP
-
-
-@torch.no_grad()
-def attention_of(encoder: nn.Module, images: Tensor, layer: int) -> Tensor:
-    """One block's attention (M, heads, N) over images (M, C, S, S) uint8, in evaluation mode."""
-    encoder.eval()
-    return torch.cat([encoder(x, layer=layer).attention.cpu() for x in batches(images, encoder)])
-
-
-def averages(encoder: nn.Module) -> bool:
-    """Whether an encoder pools its patches by their mean, so that it looks at all alike."""
-    return encoder.pool is None if isinstance(encoder, ResNet) else isinstance(encoder.pool, GAP)
 
 
 def make_priors(
@@ -111,6 +97,30 @@ def lay_over(
         return lambda index: priors.expand(len(index), *priors.shape)
     theta, flow = register(config, train.images[train.names.index(sample)].to(images.device), images)
     return lambda index: carry(priors, theta[index], flow[index])
+
+
+def measured_priors(
+    config: argparse.Namespace, parts: dict[str, Data], sample: str | None, encoder: nn.Module, known: dict
+) -> Callable | None:
+    """The priors of one labelled sample over test images (M, C, S, S), as `measure.report` takes them.
+
+    known: those over the same images that were registered for other runs, by the settings that matter.
+    """
+    if config.task != "pretrain" or config.prior != "sample":
+        return None
+
+    def maps(images: Tensor) -> dict[str, tuple[Tensor, tuple[int, int]]]:
+        whole, grid = torch.eye(2, 3).expand(len(images), 2, 3), encoder.grid(images)
+        found = {"prior": (follow(make_priors(config, parts, sample)[0], whole, grid)[0], grid)}
+        if config.align != "none":
+            key = config.align, config.prior_blur
+            if key not in known:
+                known[key] = lay_over(config, parts, sample, images)(torch.arange(len(images)))
+            found["aligned prior, every pixel"] = known[key].flatten(2), tuple(known[key].shape[2:])
+            found["aligned prior"] = follow(known[key], whole, grid)[0], grid
+        return found
+
+    return maps
 
 
 def priors_over(

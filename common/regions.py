@@ -27,7 +27,8 @@ from attention_priors import mass_held, masks_held
 from common.checkpoint import load_model, load_run, write_whole
 from common.data import BATCH, DRAWN
 from common.folder import Data, by_stem, image_size, read_masks
-from common.pretrain import attention_of, lay_over, make_priors
+from common.models import attention_of
+from common.pretrain import lay_over, make_priors
 from common.weights import unread
 
 

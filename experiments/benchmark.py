@@ -26,7 +26,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from common.baselines import BASELINES
 from common.checkpoint import build_classifier, build_encoder, write_whole
-from common.models import natural_range, objective, relevance_of, scores_of
+from common.models import natural_range, objective, relevance_of, rule, scores_of
 from crops import crop, distort, random_crops
 from common.data import BATCH, prepared
 from common.config import parse
@@ -331,7 +331,7 @@ def heatmaps(flags: str, device: str) -> tuple[Callable, Callable]:
     args.one_class = True
     images = phantom(BATCH, seed=0)[0]
     model = build_classifier(args, build_encoder(args, 1), 2, 1).to(device)
-    return lambda: scores_of(model, images, True), lambda: relevance_of(args, model, images)
+    return lambda: scores_of(model, images, True), lambda: relevance_of(model, images, True, rule(args))
 
 
 def classifier_costs(runs: int, device: str) -> dict[str, tuple[float, float, float]]:

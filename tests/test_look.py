@@ -1,6 +1,5 @@
 """Any picture of any size and aspect: attention, what it outlines, and what a decision rests on."""
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import train
 from common.checkpoint import load_model, load_run
 from common.folder import read_picture
 from common.regions import masks_of, read_outlines
-from common.measure import decisions
+from common.models import decisions
 from common.pretrain import make_priors
 from vit import ViT
 
@@ -118,10 +117,8 @@ def test_what_is_explained_is_said_even_if_it_is_unlikely():
             return torch.arange(6.0).expand(len(images), -1)
 
     images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
-    findings = argparse.Namespace(one_class=False, classes=list("abcdef"))
-    assert [word[0] for word in decisions(findings, Sure(1, 1), images)[0]] == ["a", "f", "e", "d"]
-    classes = argparse.Namespace(one_class=True, classes=list("abcdef"))
-    assert [word[0] for word in decisions(classes, Sure(1, 1), images)[1]] == ["f", "e", "d", "c"]
+    assert [word[0] for word in decisions(Sure(1, 1), images, False, "abcdef")[0]] == ["a", "f", "e", "d"]
+    assert [word[0] for word in decisions(Sure(1, 1), images, True, "abcdef")[1]] == ["f", "e", "d", "c"]
 
 
 def test_heads_of_published_weights_outline_what_holds_most_of_their_attention(wide, tmp_path, monkeypatch):
