@@ -30,15 +30,15 @@ def table(path, rows):
 
 
 def then(name):
-    """What the README says that SOURCE holds, and the flags to train with after it."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    return re.search(rf"\| `{name}` \| `(.*)` \| `(--.*)` \|", readme).groups()
+    """What docs/data.md says that SOURCE holds, and the flags to train with after it."""
+    page = (Path(__file__).parent.parent / "docs" / "data.md").read_text()
+    return re.search(rf"\| `{name}` \| `(.*)` \| `(--.*)` \|", page).groups()
 
 
 def made(name, source):
     """The parts of a dataset as they load after its recipe, joined: names, masks, labels; and which part.
 
-    The README's line for it trains on them, too.
+    The line of docs/data.md for it trains on them, too.
     """
     recipes.main([name, str(source), str(source.parent / "out")])
     holds, flags = then(name)
