@@ -1,19 +1,18 @@
-"""A crop is a matrix: random crops and colour changes for a whole batch at once, on the device that trains.
+"""A crop is a matrix: random crops and colour changes of a whole batch at once, on any device.
 
 A view of an image is a map theta (2, 3) from the view's coordinates to the image's, both in [-1, 1] as in
 `F.affine_grid` (align_corners=False):
 
     [x_image, y_image]^T = theta [x_view, y_view, 1]^T,    theta = [[+-w, 0, cx], [0, h, cy]]
 
-w, h are the crop's share of the width and height, (cx, cy) its centre, a negative w a flip. One theta samples
-the image and whatever else lies over it (masks, priors), so these can't come apart; one map after another is
-a matrix product.
+w and h are the crop's fractions of width and height, (cx, cy) is its centre, and a negative w is a flip. The
+same theta samples the image, its masks and its priors, so they stay aligned. A map after a map is a matrix
+product. Colour is a matrix too: saturation, hue and grey are one 3x3 matrix per image.
 
-Colour is a matrix too: saturation, hue and grey are one 3x3 matrix an image. Recipe and strengths are those
-of DINO (Caron et al. 2021, arXiv 2104.14294, from BYOL): jitter, grey, blur, solarise; blur is given for 224
-px and scaled to the view. Where we differ: all random numbers come from one CPU generator, so a seed gives
-the same views on every device, and a crop that would be wider than the image is cut to its width instead of
-drawn again. Next to read: `dino.py`.
+Recipe and strengths are those of DINO (Caron et al. 2021, arXiv 2104.14294, from BYOL): jitter, grey, blur,
+solarise. Where we differ: all random numbers come from one CPU generator, so a seed gives the same views on
+every device; a crop wider than the image is cut to its width instead of drawn again; blur is given for 224 px
+and scaled to the view.
 """
 
 import torch
@@ -28,16 +27,13 @@ def random_crops(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: float = 0.0,
 ) -> Tensor:
-    """Draw n random resized crops.
+    """Draw n random resized crops: theta (n, 2, 3), on the CPU.
 
-    scale: smallest and largest share of the image's area, in (0, 1]; ratio: of width to height relative to
-    the image's own; flip: probability of a mirror image. Returns theta (n, 2, 3), on the CPU. Raises
-    ValueError for an impossible scale.
+    scale: smallest and largest fraction of the image's area, in (0, 1]; ratio: of width to height, relative
+    to the image's own; flip: probability of a mirror image. Raises ValueError for an impossible scale.
     """
     if not 0 < scale[0] <= scale[1] <= 1:
-        raise ValueError(
-            f"crop scale {scale}: give the smallest and largest share of the area, 0 < a <= b <= 1"
-        )
+        raise ValueError(f"crop scale {scale}: give two fractions of the area, 0 < a <= b <= 1")
     area, aspect, across, down, mirror = torch.rand(5, n, generator=generator)
     area = scale[0] + (scale[1] - scale[0]) * area
     aspect = ratio[0] * (ratio[1] / ratio[0]) ** aspect  # log-uniform, so that 3/4 is as likely as 4/3
@@ -49,13 +45,13 @@ def random_crops(
 
 
 def crop(images: Tensor, theta: Tensor, size: int | tuple[int, int]) -> Tensor:
-    """Sample views of `size` px from images (B, C, H, W) at theta (B, 2, 3), bilinearly, 0 outside.
+    """Views (B, C, h, w) of `size` px of images (B, C, H, W) at theta (B, 2, 3): bilinear, 0 outside.
 
     The gradient reaches the images, not theta.
     """
     h, w = (size, size) if isinstance(size, int) else size
     x, y = ((torch.arange(n, device=theta.device) * 2 + 1) / n - 1 for n in (w, h))
-    # The same points as F.affine_grid's, whose product of (h w, 3) and (3, 2) takes longer than the sampling.
+    # The points of F.affine_grid, whose product of (h w, 3) and (3, 2) would take longer than the sampling.
     grid = torch.empty(len(theta), h, w, 2, device=theta.device, dtype=images.dtype)
     for i in range(2):
         a, b, c = theta[:, i, :, None, None].unbind(1)  # (B, 1, 1) each
@@ -64,10 +60,10 @@ def crop(images: Tensor, theta: Tensor, size: int | tuple[int, int]) -> Tensor:
 
 
 def distort(images: Tensor, generator: Generator, blur: float = 0.5, solarise: float = 0.0) -> Tensor:
-    """Change the colours of images (B, C, H, W) in [0, 1], each in its own way, within the same range.
+    """Change the colours of each of the images (B, C, H, W) in [0, 1] at random, within the same range.
 
     blur, solarise: the probability of each. Jitter (probability 0.8) changes brightness and contrast by up to
-    40 %, and for RGB saturation by 20 % and hue by 36 degrees; a fifth of RGB images turn grey.
+    40 %, and in RGB saturation by 20 % and hue by 36 degrees; a fifth of RGB images turn grey.
     """
     B, C = images.shape[:2]
     chance, strength = torch.rand(4, B, generator=generator), torch.rand(5, B, generator=generator)
@@ -78,9 +74,8 @@ def distort(images: Tensor, generator: Generator, blur: float = 0.5, solarise: f
     if C == 3:
         matrix = colour_matrix(saturation * (chance[1] >= 0.2), hue).to(images.device)  # (B, 3, 3)
         images = (matrix @ images.flatten(2)).view_as(images)
-    gain, lift = (
-        torch.stack([brightness * contrast, brightness * (1 - contrast)]).view(2, B, 1, 1, 1).to(images)
-    )
+    both = torch.stack([brightness * contrast, brightness * (1 - contrast)])
+    gain, lift = both.view(2, B, 1, 1, 1).to(images)
     images = (images * gain).add_(lift * images.mean(dim=(1, 2, 3), keepdim=True)).clamp_(0, 1)
     blurred = (chance[2] < blur).nonzero()[:, 0]
     if len(blurred):
@@ -93,8 +88,35 @@ def distort(images: Tensor, generator: Generator, blur: float = 0.5, solarise: f
     return images
 
 
+def multi_crop(
+    images: Tensor,
+    generator: Generator,
+    size: int,
+    local_size: int = 0,
+    global_scale: tuple[float, float] = (0.4, 1.0),
+    local_scale: tuple[float, float] = (0.1, 0.4),
+    locals_number: int = 0,
+    flip: float = 0.0,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """DINO's views of images (B, C, H, W) in [0, 1], one entry per resolution, and their theta.
+
+    The first entry holds two global views of `size` px (2 B, C, size, size): the first of every image, always
+    blurred, then the second, blurred with probability 0.1 and solarised with 0.2. If locals_number V > 0, the
+    second holds the local views (V B, C, local_size, local_size). thetas: (2 B, 2, 3) and (V B, 2, 3).
+    """
+    B, V = len(images), locals_number
+    theta = random_crops(2 * B, global_scale, generator, flip=flip).to(images.device)
+    first, second = crop(images.repeat(2, 1, 1, 1), theta, size).split(B)
+    views = torch.cat([distort(first, generator, 1.0, 0.0), distort(second, generator, 0.1, 0.2)])
+    if not V:
+        return [views], [theta]
+    near = random_crops(V * B, local_scale, generator, flip=flip).to(images.device)
+    local = distort(crop(images.repeat(V, 1, 1, 1), near, local_size), generator, 0.5, 0.0)
+    return [views, local], [theta, near]
+
+
 def colour_matrix(saturation: Tensor, hue: Tensor) -> Tensor:
-    """Matrices (B, 3, 3) that scale chroma by saturation (B,) and turn it by hue (B,) radians, in YIQ."""
+    """Matrices (B, 3, 3) that scale chroma by saturation (B,) and rotate it by hue (B,) radians, in YIQ."""
     to_yiq = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
     turn = torch.zeros(len(hue), 3, 3)
     turn[:, 0, 0] = 1
@@ -105,7 +127,7 @@ def colour_matrix(saturation: Tensor, hue: Tensor) -> Tensor:
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Blur images (B, C, H, W), each by its own sigma (B,) in pixels; edges are repeated outward."""
+    """Blur images (B, C, H, W), each by its own sigma (B,) in pixels; borders are repeated outward."""
     B, C, H, W = images.shape
     radius = min(max(1, int(3 * sigma.max() + 0.5)), H - 1, W - 1)
     offsets = torch.arange(-radius, radius + 1, device=images.device)

@@ -1,26 +1,23 @@
-"""DINO: self-distillation without labels (Caron et al. 2021, arXiv 2104.14294), with a watch for collapse.
+"""DINO: self-distillation without labels (Caron et al. 2021, arXiv 2104.14294), and a collapse monitor.
 
-A student and a teacher of the same shape see different views of an image; the student learns to predict the
-teacher's distribution over K prototypes, the teacher follows as the student's moving average:
+A student and a teacher of the same shape see different views of an image. The student learns to predict the
+teacher's distribution over K prototypes; the teacher's weights are a moving average of the student's:
 
     P_s = softmax(g_s(x) / tau_s),   P_t = softmax((g_t(x) - c) / tau_t)                     (1)
     min  sum over x in {x_1^g, x_2^g}, x' in V, x' != x  of  H(P_t(x), P_s(x')),  H(a, b) = -a log b     (3)
     c       <- m c + (1 - m) mean_i g_t(x_i)                                                             (4)
     theta_t <- lambda theta_t + (1 - lambda) theta_s
 
-Centring (c) and sharpening (small tau_t) balance each other; when they don't, all images get the same output:
-collapse. The loss alone does not show it, which is this method's most reported failure, often seen days later
-on small data. So `Health` follows, over the teacher's outputs, the entropy h(P_t), the KL divergence of P_t
-from the mean P_t (how much an output says about its image, 0 when collapsed), and the prototypes in use, and
-names the kind:
+Centring (c) and sharpening (small tau_t) balance each other. Without balance all images get the same output:
+collapse, which the loss does not show. So `CollapseMonitor` follows the entropy h(P_t) of the teacher's
+outputs, the KL divergence of P_t from the mean P_t (how much an output says about its image; 0 when
+collapsed), and the number of prototypes in use, and names the kind of collapse:
 
     uniform          KL = 0, entropy near log K: centring won    -> a lower teacher temperature
     one prototype    KL = 0, entropy low: sharpening won         -> a faster centre, a higher temperature
 
-`DINOHead` has the published parameter names. Where we differ from the release, for small data and short runs:
-no warm-up of the teacher's temperature, no frozen last layer, constant weight decay, and the student, not the
-teacher, is what is kept and measured, since over a few hundred steps the teacher lags behind.
-Next to read: `simpool.py`.
+`DINOHead` has the published parameter names. Where we differ, for short runs: no warm-up of the teacher's
+temperature, no frozen last layer, constant weight decay, and we measure the student; the teacher lags behind.
 """
 
 import copy
@@ -33,7 +30,7 @@ from torch import Tensor, nn
 
 
 class WeightNormLinear(nn.Module):
-    """A linear layer whose rows have length g, here fixed at 1: prototypes differ by direction alone."""
+    """A linear layer whose rows have length g, fixed at 1 here: prototypes differ only in direction."""
 
     def __init__(self, in_dim: int, out_dim: int):
         super().__init__()
@@ -46,17 +43,12 @@ class WeightNormLinear(nn.Module):
 
 
 class DINOHead(nn.Module):
-    """Features (B, in_dim) to scores (B, out_dim): an MLP, a unit sphere, K prototypes as directions."""
+    """Features (B, in_dim) to scores (B, out_dim): an MLP, normalisation, and cosines with K prototypes."""
 
     def __init__(self, in_dim: int, out_dim: int, hidden_dim: int = 2048, bottleneck_dim: int = 256):
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(in_dim, hidden_dim),
-            nn.GELU(),
-            nn.Linear(hidden_dim, hidden_dim),
-            nn.GELU(),
-            nn.Linear(hidden_dim, bottleneck_dim),
-        )
+        first, second = nn.Linear(in_dim, hidden_dim), nn.Linear(hidden_dim, hidden_dim)
+        self.mlp = nn.Sequential(first, nn.GELU(), second, nn.GELU(), nn.Linear(hidden_dim, bottleneck_dim))
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
         for layer in self.mlp[::2]:
             nn.init.trunc_normal_(layer.weight, std=0.02)
@@ -75,9 +67,9 @@ class DINOLoss(nn.Module):
         self.register_buffer("center", torch.zeros(1, out_dim))
 
     def forward(self, student: Tensor, teacher: Tensor, teacher_temp: float) -> Tensor:
-        """Scores of student (V, B, K) and teacher (2, B, K), which saw the student's first 2 views: a scalar.
+        """The loss, a scalar, of student scores (V, B, K) and teacher scores (2, B, K) of the first 2 views.
 
-        In training mode the centre then moves toward this batch's mean.
+        In training mode the centre then moves toward the mean of this batch.
         """
         log_ps = (student / self.student_temp).log_softmax(dim=-1)
         pt = self.teacher_probabilities(teacher, teacher_temp)
@@ -90,12 +82,12 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def teacher_probabilities(self, teacher: Tensor, teacher_temp: float) -> Tensor:
-        """P_t, equation (1): scores (..., K), centred and sharpened, to probabilities (..., K)."""
+        """P_t, equation (1): scores (..., K) to probabilities (..., K)."""
         return ((teacher - self.center) / teacher_temp).softmax(dim=-1)
 
 
 def over_processes(mean: Tensor) -> Tensor:
-    """The mean over all processes of a distributed training, each with as many images; alone, as it is."""
+    """The mean over all processes of a distributed training, each with as many images."""
     if not dist.is_initialized():
         return mean
     total = mean.clone()
@@ -107,22 +99,21 @@ class Collapse(RuntimeError):
     """All images get the same output; the message names the kind and the remedy."""
 
 
-class Health(nn.Module):
-    """Moving averages over the teacher's outputs: do different images still get different ones?"""
+class CollapseMonitor(nn.Module):
+    """Moving averages over the teacher's outputs: do different images still get different outputs?"""
 
     def __init__(self, out_dim: int, momentum: float = 0.95, floor: float = 0.02, patience: int = 100):
-        """floor: the least healthy KL, as a share of log K; patience: steps below it that are a collapse."""
+        """floor: the lowest KL allowed, as a fraction of log K; patience: how many steps it may be lower."""
         super().__init__()
         self.momentum, self.floor, self.patience = momentum, floor, patience
         self.register_buffer("entropy", torch.tensor(math.log(out_dim)))  # nats
         self.register_buffer("kl", torch.tensor(0.0))  # nats
-        # The share of images that a prototype wins.
-        self.register_buffer("usage", torch.full((out_dim,), 1 / out_dim))
+        self.register_buffer("usage", torch.full((out_dim,), 1 / out_dim))  # fraction of images by prototype
         self.register_buffer("steps_below", torch.tensor(0))
 
     @torch.no_grad()
     def update(self, pt: Tensor) -> None:
-        """Take in one step's teacher probabilities (..., K)."""
+        """Update the averages with the teacher probabilities (..., K) of one step."""
         pt = pt.flatten(0, -2)
         wins = torch.bincount(pt.argmax(dim=1), minlength=pt.shape[1]) / len(pt)
         entropy, mean = torch.special.entr(pt).sum(dim=1).mean(), pt.mean(dim=0)
@@ -134,7 +125,7 @@ class Health(nn.Module):
         self.steps_below.copy_(torch.where(below, self.steps_below + 1, 0))
 
     def prototypes(self) -> int:
-        """How many prototypes win at least a tenth of an even share of the images."""
+        """How many prototypes are the most likely one of at least 0.1 / K of the images."""
         return int((self.usage > 0.1 / len(self.usage)).sum())
 
     def check(self) -> None:
@@ -143,60 +134,58 @@ class Health(nn.Module):
             return
         ceiling = math.log(len(self.usage))
         if self.entropy > 0.5 * ceiling:
-            kind = "uniform: every image gets nearly the same weight on all prototypes"
+            kind = "uniform: every image gets nearly the same probability of all prototypes"
             remedy = "lower --teacher-temp, --lr or --out-dim, or raise --momentum toward 1"
         else:
             kind = "one prototype: every image gets the same prototype"
             remedy = "lower --center-momentum or --lr, or raise --teacher-temp"
         raise Collapse(
             f"DINO has collapsed, {kind} (teacher entropy {self.entropy:.2f} of at most {ceiling:.2f}, KL "
-            f"{self.kl:.3f}, {self.prototypes()} prototypes in use). To change: {remedy}. Or --keep-going."
+            f"{self.kl:.3f}, {self.prototypes()} prototypes in use). Remedy: {remedy}. Or --keep-going."
         )
 
 
 class DINO(nn.Module):
-    """Student, teacher and their heads around an encoder(images, layer=...) -> Features, such as
-    `vit.ViT`."""
+    """Student, teacher and their heads around an encoder(images, layer=...) -> Features, such as a ViT."""
 
     def __init__(
         self,
         encoder: nn.Module,
         embed_dim: int,
-        out_dim: int = 256,
-        hidden_dim: int = 256,
-        bottleneck_dim: int = 64,
+        out_dim: int = 256,  # for thousands of images; for millions the paper has 65536
+        hidden_dim: int = 256,  # 2048
+        bottleneck_dim: int = 64,  # 256
         center_momentum: float = 0.9,
     ):
-        """Sizes for thousands of images; for millions the paper has 65536, 2048 and 256."""
         super().__init__()
         self.student, self.student_head = encoder, DINOHead(embed_dim, out_dim, hidden_dim, bottleneck_dim)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.teacher_head = copy.deepcopy(self.student_head).requires_grad_(False)
         self.loss = DINOLoss(out_dim, center_momentum=center_momentum)
-        self.health = Health(out_dim)
+        self.health = CollapseMonitor(out_dim)
 
     def forward(
         self, views: list[Tensor], teacher_temp: float = 0.04, layer: int = -1
     ) -> tuple[Tensor, list]:
-        """One step's loss, and what the student saw.
+        """The loss of one step, a scalar, and the student's Features of each entry of views.
 
-        views: one tensor a resolution, view after view: [globals (2 B, C, H, W), locals (V B, C, h, w)], or
-        globals alone. Returns the loss (a scalar) and the student's Features of each, with the attention of
-        block `layer`.
+        views: one entry per resolution, [globals (2 B, C, H, W), locals (V B, C, h, w)] or globals alone, as
+        from `crops.multi_crop`. layer: the block whose attention is in the Features.
         """
         features, B = [self.student(x, layer=layer) for x in views], len(views[0]) // 2
-        student = torch.cat([self.student_head(f.pooled) for f in features])
-        student = student.unflatten(0, (-1, B))  # (V, B, K)
+        student = torch.cat([self.student_head(f.pooled) for f in features]).unflatten(
+            0, (-1, B)
+        )  # (V, B, K)
         with torch.no_grad():
             teacher = self.teacher_head(self.teacher(views[0], layer=None).pooled).unflatten(0, (2, B))
-        with torch.autocast(student.device.type, enabled=False):  # sums over images are for float32
+        with torch.autocast(student.device.type, enabled=False):  # sums over images need float32
             self.health.update(self.loss.teacher_probabilities(teacher.float(), teacher_temp))
             return self.loss(student.float(), teacher.float(), teacher_temp), features
 
     def train(self, mode: bool = True) -> "DINO":
-        """As ever, but the teacher stays in evaluation mode: its targets have no noise of their own.
+        """Set the mode, but keep the teacher in evaluation mode, so that its targets have no noise.
 
-        Its BatchNorms take the statistics of its own batch: the student's don't fit weights that lag behind.
+        Its BatchNorms use the statistics of its batch: the student's do not fit weights that lag behind.
         """
         super().train(mode)
         for module in self.teacher.modules():

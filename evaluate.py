@@ -1,216 +1,167 @@
-"""What comes out: runs of `train.py`, or published weights, measured side by side, and where they look.
+"""Measure runs of train.py, or published weights, side by side on test images, and draw where they look.
 
-`measure.py` says what is measured. Figures join each run's metrics.json; tables go to the terminal, pictures
-and, with --html, a page for the browser (`page.py`) to the first run's folder. Next to read: `metrics.py`.
+    python evaluate.py runs/span runs/dino                  attention, k-NN, linear layers: tables, a picture
+    python evaluate.py runs/span runs/dino --all --html     also few labels, fine-tuning; a page to browse
+    python evaluate.py runs/span --image a.jpg b.png        where it looks in any picture
+    python evaluate.py dino_deitsmall16_pretrain.pth --data my_folder --img-size 224
+
+`common/measure.py` says what is measured. Metrics join each run's metrics.json; pictures go to the first run's
+folder.
 """
 
 import argparse
 import json
 import math
 import sys
+import time
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from common.checkpoint import build_encoder, check_data, load_model, load_run, start_from, write_whole
-from common.models import explained_by, relevance_of
-from common.data import DRAWN, load
-from common.config import check_device, dashed, parse
-from common.folder import Data, DataError, select
-from common.look import look
-from common.regions import export_masks
-from common.measure import MEASURES, Report, decisions, first_finding, report, scores_in
-from common.page import Looks, page, print_tables
-from common.plots import curves, low_data, map_grid
-from common.pretrain import attention_of, averages
-from common.probe import SHARES
-from vit import ViT
+from common.checkpoint import DataSpec, load_run, write_file
+from common.checks import check_device
+from common.config import Config, Parser
+from common.data import Data, DataError, picture_size, prepared, read_picture
+from common.explain import attention_of, decisions, explained_class, pools_evenly, relevance_of
+from common.measure import MEASURES, QUICK, report
+from common.models import build_encoder, load_model, lrp_rule, start_from
+from common.page import page, print_tables
+from common.plots import curves, draw_maps, low_data, map_grid
+from common.probe import FRACTIONS
+from common.processes import fail
+from common.regions import attention_masks, export_masks, read_masses, write_mask
+from common.runs import images_to_show, load_all, looks_of, maps_of, measured_by, weights_config
 from common.weights import exported
+from resnet import ResNet
+from vit import ViT
 
-ROWS = 6  # images in compare.png
-IN_PAGE = 60  # images in --html's page
-EXAMPLES = """examples:
-  python evaluate.py runs/span runs/dino --only attention linear --html
-  python evaluate.py runs/span --image a.jpg b.png
-  python evaluate.py dino_deitsmall16_pretrain.pth --data my_folder --img-size 224"""
+MASS = 0.6  # of the attention that unguided heads' masks hold, as in DINO's figures
 
 
-def shown_images(config: argparse.Namespace, parts: dict[str, Data], n: int) -> Data:
-    """The n test images in a picture, of a classifier two thirds with the first finding; those with masks."""
-    test = parts["test"] if parts["test"].names else parts["train"]
-    test = select(test, test.has_masks) if test.has_masks.any() else test
-    n = min(n, len(test.names))
-    if config.task == "pretrain" or test.labels is None:
-        return select(test, torch.arange(n))
-    finding = test.labels[:, first_finding(parts)].nan_to_num()
-    order = torch.argsort(finding, descending=True, stable=True)
-    return select(test, torch.cat([order[: n - n // 3], order[len(order) - n // 3 :]]))
-
-
-def maps_of(
-    config: argparse.Namespace, model: nn.Module, images: Tensor, heads: dict[str, int]
-) -> dict[str, Tensor]:
-    """What a run looks at in images (M, C, S, S) uint8, {title: (M, h, w)}: a classifier's heatmaps in units
-    of their mean size, or the attention of heads {region: number}, of all if none is named.
-    """
-    if config.task != "classify":
-        return heads_of(config, model, images, heads, every=not heads)
-    R = relevance_of(config, model, images).sum(dim=1)
-    return {"relevance": R / R.abs().mean(dim=(1, 2), keepdim=True).clamp_min(1e-30)}
-
-
-def heads_of(
-    config: argparse.Namespace, encoder: nn.Module, images: Tensor, heads: dict[str, int], every: bool
-) -> dict[str, Tensor]:
-    """The attention of heads {region: number}, and perhaps of every other, {title: (M, h, w)}."""
-    attention = attention_of(encoder, images, config.span_layer).unflatten(2, encoder.grid(images))
-    titles = {f"head {h}\n{region}": h for region, h in heads.items()}
-    if every:
-        titles |= {f"head {h}": h for h in range(attention.shape[1]) if h not in heads.values()}
-    return {title: attention[:, h] for title, h in titles.items()}
-
-
-def looks_of(
-    loaded: dict[str, tuple[argparse.Namespace, nn.Module]],
-    parts: dict[str, Data],
-    reports: dict[str, Report],
-) -> tuple[Data, str, dict[str, Looks]]:
-    """What runs {name: (settings, model)} see in test images: the first, and those that each is worst at.
-
-    Returns the images, words that say which they are, and {name: Looks}.
-    """
-    part = "test" if parts["test"].names else "train"
-    data = select(parts[part], parts[part].has_masks) if parts[part].has_masks.any() else parts[part]
-    scores = {run: scores_in(*of, data, reports[run].heads) for run, of in loaded.items()}
-    each = IN_PAGE // (len(loaded) + 1)
-    index = set(range(len(data.names) if len(data.names) <= IN_PAGE else each))
-    for _, values in scores.values():
-        known = [i for i, value in enumerate(values) if not math.isnan(value)]
-        index |= set(sorted(known, key=values.__getitem__)[:each])
-    index = sorted(index)
-    config, _ = next(iter(loaded.values()))
-    which = f"{config.data} at {config.img_size} px: {len(index)} of {len(data.names)} {part} images"
-    which += " with masks" if data.has_masks.any() else ""
-    if len(index) < len(data.names):
-        which += f", the first {each} and those that each model is worst at"
-    shown, looks = select(data, torch.tensor(index)), {}
-    for run, (config, model) in loaded.items():
-        encoder, said, (name, values) = model, [], scores[run]
-        values = [values[i] for i in index]
-        if config.task == "classify":
-            encoder, said = model.encoder, decisions(config, model, shown.images)
-            maps = maps_of(config, model, shown.images, {})
-            looks[run] = Looks(maps, explained_by(config), said, name, values)
-        if config.task != "classify" or not (averages(encoder) or config.baseline == "pipeline"):
-            maps = heads_of(config, encoder, shown.images, reports[run].heads, every=True)
-            looks[f"{run}, attention" if run in looks else run] = Looks(maps, "", said, name, values)
-    return shown, which, looks
-
-
-def settings_for(weights: Path, data: list[str]) -> argparse.Namespace:
-    """Those of the encoder in a file of weights, to be measured on `data`, flags of train.py."""
-    config = parse([*data, "--init", str(weights), "--prior", "none"])[0]
-    config.out = weights.with_name(f"{weights.name}-{Path(config.data).name}")  # figures of one data set
-    return config
-
-
-def wanted_by(config: argparse.Namespace) -> dict:
-    """The data that a run is measured on, as arguments of `load`."""
-    findings = config.findings or ["all"] if config.task == "classify" else None
-    wanted = {"data": config.data, "img_size": config.img_size, "sample": config.sample, "findings": findings}
-    drawn = {"seed": config.seed, "train_images": config.train_images} if config.data in DRAWN else {}
-    return wanted | drawn
-
-
-def load_all(
-    runs: list[Path], data: list[str], device: str = "cpu"
-) -> tuple[dict, dict[str, Data], str | None]:
-    """{run: (settings, model, history)}, the data that all of them share, and its labelled sample.
-
-    data: train.py's flags for files of weights; the data of a run beside them are added. Raises ValueError
-    if data are not shared.
-    """
-    loaded = {run: load_run(run) for run in runs if not run.is_file()}
-    configs = {run: config for run, (config, _) in loaded.items()}
-    if configs:
-        shared = wanted_by(next(iter(configs.values()))) | {"findings": None}
-        pairs = ((f"--{k.replace('_', '-')}", str(v)) for k, v in shared.items() if v is not None)
-        data = [word for pair in pairs for word in pair] + data
-    configs = {run: configs[run] if run in configs else settings_for(run, data) for run in runs}
-    markers = {
-        (config.marker, config.marker_kind) for config in configs.values() if config.marker is not None
-    }
-    if len(markers) > 1:
-        both = " and ".join(f"{kind} {share:g}" for share, kind in sorted(markers))
-        raise ValueError(f"the runs have markers of {both}: compare runs on the same images")
-    first = configs[runs[0]]
-    for run, config in configs.items():
-        here, there = ({"task": c.task, **wanted_by(c)} for c in (first, config))
-        differ = [name for name in here | there if here.get(name) != there.get(name)]
-        if differ:
-            raise ValueError(
-                f"{runs[0]} and {run} differ in {', '.join(differ)}: compare runs on the same images"
-            )
-    marker = dict(zip(("marker", "marker_kind"), markers.pop())) if markers else {}
-    parts, sample, _ = load(**wanted_by(first), **marker)
-    train, found = parts["train"], {}
-    for run, config in configs.items():
-        if run in loaded:
-            check_data(run, config, train)
-            found[run] = config, load_model(run, *loaded[run]).to(device), loaded[run][1]["history"]
-        else:
-            model = build_encoder(config, train.images.shape[1])
-            start_from(run, model)
-            found[run] = config, model.to(device), []
-    return found, parts, sample
+def expected_seconds(model: nn.Module, splits: dict[str, Data], measures: list[str], few: bool) -> float:
+    """About how long the measures take: images through the model at the speed of one batch, and fits."""
+    x = prepared(splits["train"].images[:64].to(next(model.parameters()).device))
+    with torch.no_grad():
+        model.eval()(x)
+        started = time.perf_counter()
+        model(x)
+    a_pass = (time.perf_counter() - started) / len(x)
+    n, test = len(splits["train"].names), len(splits["test"].names)
+    steps = max(100, 5 * n // 32) + (2500 if few else 0)  # of fine-tuning: 32 images, forward and backward
+    passes = {"attention": 2 * test, "bias": 25 * test, "finetune": 32 * 3 * steps}
+    fits = {"attention": 5, "linear": 20 if few else 2, "heads": 90 if few else 15}  # seconds
+    return sum(a_pass * passes.get(m, n + test) + fits.get(m, 0) for m in measures)
 
 
 def compare(args: argparse.Namespace) -> None:
     """Measure runs on the same test images, print them side by side, draw them into the first's folder."""
-    runs = args.runs
-    loaded, parts, sample = load_all(runs, args.data, args.device)
-    home = {run: config.out if run.is_file() else run for run, (config, *_) in loaded.items()}
-    out = home[runs[0]]
-    first, *_ = loaded[runs[0]]
-    print(f"{first.data}: {len(parts['test'].names)} test images of {first.img_size} px")
-    short = {run: run.name if len({r.name for r in runs}) == len(runs) else str(run) for run in runs}
-    shown, reports, maps = shown_images(first, parts, args.rows), {}, {}
-    for run, (config, model, _) in loaded.items():
-        found = reports[short[run]] = report(config, model, parts, sample, args.only, SHARES)
-        path = home[run] / "metrics.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        old = json.loads(path.read_text()) if path.exists() and run.is_dir() else {}  # of files: other data
-        if config.marker is None and "removed" in parts:
-            found.notes.append("its figures are not kept: it was trained without the marker that others have")
+    loaded, splits, reference = load_all(args.runs, args.flags, args.device)
+    (first, *_), test = loaded.values(), splits["test"]
+    seconds = len(loaded) * expected_seconds(first.model, splits, args.measures, args.all)
+    size = f"{len(test.names)} test images of {first.config.img_size} px"
+    print(f"{first.config.data}: {size}; this takes about {seconds:.0f} s", flush=True)
+    alike = len({path.name for path in loaded}) < len(loaded)
+    shown, known = images_to_show(first.config, splits, args.rows), {}
+    reports, maps, histories = {}, {}, {}
+    fractions = FRACTIONS if args.all else (1.0,)
+    for path, (config, spec, model, history, out) in loaded.items():
+        name = str(path) if alike else path.name
+        about = measured_by(config, spec, model, splits, reference, known)
+        found = reports[name] = report(model, splits, args.measures, fractions, **about)
+        out.mkdir(parents=True, exist_ok=True)
+        old = json.loads((out / "metrics.json").read_text()) if (path / "metrics.json").exists() else {}
+        if config.marker is None and "removed" in splits:
+            found.notes.append(
+                "its metrics are not kept: it was trained without the marker that the others have"
+            )
         else:  # NaN is no JSON
-            write_whole(path, old | {k: v for k, v in found.figures.items() if math.isfinite(v)})
-        config.lrp_epsilon, config.lrp_gamma = first.lrp_epsilon, first.lrp_gamma  # heatmaps by one rule
-        seen = maps_of(config, model, shown.images, found.heads)
-        maps |= {f"{short[run]}\n{title}": m for title, m in seen.items()}
+            write_file(
+                out / "metrics.json", old | {k: v for k, v in found.metrics.items() if math.isfinite(v)}
+            )
+        seen = maps_of(
+            config, spec, model, shown.images, found.heads, lrp_rule(first.config)
+        )  # one rule for all
+        maps |= {f"{name}\n{title}": m for title, m in seen.items()}
+        histories |= {name: history} if history else {}
     print_tables(reports)
-    draw(out / "compare.png", shown, maps, first.task)
+    draw_maps(first.out / "compare.png", shown, maps, signed=first.config.task == "classify")
     written, pictures = ["compare.png"], {}
     if any(len(curve) > 1 for found in reports.values() for curve in found.curves.values()):
-        low_data(out / "low_data.png", {run: found.curves for run, found in reports.items()})
-        pictures["Scores over the share of labels"] = out / "low_data.png"
-    histories = {short[run]: history for run, (_, _, history) in loaded.items() if history}
+        low_data(first.out / "low_data.png", {run: found.curves for run, found in reports.items()})
+        pictures["Scores over the fraction of labels"] = first.out / "low_data.png"
     if len(histories) > 1 or histories and args.html:
-        curves(out / "compare_curves.png", histories)
-        pictures["Training curves"] = out / "compare_curves.png"
+        curves(first.out / "compare_curves.png", histories)
+        pictures["Training curves"] = first.out / "compare_curves.png"
     written += [path.name for path in pictures.values()]
     if args.html:
-        models = {short[run]: (config, model) for run, (config, model, _) in loaded.items()}
-        seen = looks_of(models, parts, reports)
-        write_whole(out / "report.html", page(reports, *seen, pictures))
+        seen = looks_of(dict(zip(reports, loaded.values())), splits, reports)
+        write_file(first.out / "report.html", page(reports, *seen, pictures))
         written.append("report.html")
-    print(f"wrote {out}/{', '.join(written)}")
+    print(f"wrote {first.out}/{', '.join(written)}")
 
 
-def draw(path: Path, shown: Data, maps: dict[str, Tensor], task: str) -> None:
-    """The picture of maps {title: (M, h, w)} over images."""
-    masks = shown.masks if shown.has_masks.any() else None
-    map_grid(path, shown.images.float() / 255, masks, shown.regions, maps, signed=task == "classify")
+def draw_pictures(run: Path, flags: list[str], paths: list[Path], device: str) -> None:
+    """Draw what a run sees in pictures of any size. Raises ValueError, at the end, for unreadable ones."""
+    if run.is_file():
+        config, spec, out = (
+            weights_config(run, flags),
+            DataSpec(3, (), False, ""),
+            run.with_name(f"{run.name}-looks"),
+        )
+        start_from(run, model := build_encoder(config, spec.channels))
+    else:
+        found = load_run(run)
+        config, spec, model, out = found.config, found.spec, load_model(run, found), run / "looks"
+    failed, folders = [], set()
+    for path in paths:
+        name = path.name if path.name not in folders else f"{len(folders)}_{path.name}"  # a/1.png and b/1.png
+        folders.add(name)
+        try:
+            written = draw_picture(run, config, spec, model.to(device), path, out / name)
+        except DataError as error:
+            failed.append(str(error))
+            continue
+        print(f"{path}: {written} file(s) in {out / name}" if written else f"{path}: the pooling is even")
+    if failed:
+        raise ValueError("; ".join(failed))
+
+
+@torch.no_grad()
+def draw_picture(run: Path, config: Config, spec: DataSpec, model: nn.Module, path: Path, out: Path) -> int:
+    """Draw every head's attention, its masks as large as the picture, and a classifier's heatmap into `out`.
+
+    Masks are those of equation (7), `common/regions.py`. The picture keeps its aspect; its shorter side becomes
+    the run's --img-size. Returns how many files were written. Raises DataError.
+    """
+    encoder = model.encoder if config.task == "classify" else model
+    multiple = encoder.stride if isinstance(encoder, ResNet) else config.patch_size
+    image, written = read_picture(path, config.img_size, multiple, spec.channels), 0  # (1, C, H, W)
+    if (
+        not pools_evenly(encoder) and config.baseline != "pipeline"
+    ):  # which sees its own segmenter's foreground
+        attention = attention_of(encoder, image, config.span_layer).unflatten(2, encoder.grid(image))
+        heads = [f"head {h}" for h in range(attention.shape[1])]
+        guided = (run / "attention_mass.json").exists()
+        masses = read_masses(run) if guided else dict.fromkeys(heads, MASS)
+        titles = [f"{head}\n{region}" for head, region in zip(heads, masses)] if guided else heads
+        titles += heads[len(titles) :]
+        masks = attention_masks(encoder, masses, image, config.span_layer)  # (1, R, H, W)
+        for name, mask in zip(masses, masks[0]):
+            write_mask(out / "masks" / f"{name}.png", mask, picture_size(path))
+        maps = dict(zip(titles, attention.unbind(1)))  # each (1, h, w)
+        shown = image.float() / 255, masks, list(masses)
+        map_grid(out / "attention.png", *shown, maps, outlined="masks", side=2.4)
+        written += 1 + len(masses)
+    if config.task == "classify":
+        out.mkdir(parents=True, exist_ok=True)
+        (said,) = decisions(model, image, spec.multiclass, spec.classes)
+        title = "\n".join([f"relevance for {explained_class(spec.classes, spec.multiclass)}", *said])
+        R = relevance_of(model, image, spec.multiclass, lrp_rule(config)).sum(dim=1)  # (1, H, W)
+        maps = {title: R / R.abs().mean().clamp_min(1e-30)}
+        map_grid(out / "relevance.png", image.float() / 255, None, [], maps, signed=True, side=2.4)
+        written += 1
+    return written
 
 
 def write_weights(run: Path, path: Path) -> None:
@@ -220,125 +171,86 @@ def write_weights(run: Path, path: Path) -> None:
         raise ValueError(f"--export {path}: {wrong}")
     if run.is_file():
         raise ValueError(f"--export: {run} is a file of weights already; name a run of train.py")
-    config, checkpoint = load_run(run)
-    model = load_model(run, config, checkpoint)
+    found = load_run(run)
+    model, c = load_model(run, found), found.config
     encoder = getattr(model, "encoder", model)
     if not isinstance(encoder, ViT) or hasattr(model, "segmenter"):
-        raise ValueError(f"--export: {run} holds no ViT that stands alone")
-    write_whole(path, exported(encoder))
-    sizes = f"img_size={config.img_size}, patch_size={config.patch_size}, in_chans={config.channels}, "
-    sizes += f"embed_dim={config.embed_dim}, depth={config.depth}, num_heads={config.num_heads}"
-    expected = "(x - 0.5) / 0.25" if config.channels == 1 else "ImageNet's mean and deviation"
+        raise ValueError(f"--export: {run} is no single ViT; --export writes ViTs only")
+    write_file(path, exported(encoder))
+    sizes = f"img_size={c.img_size}, patch_size={c.patch_size}, in_chans={found.spec.channels}, "
+    sizes += f"embed_dim={c.embed_dim}, depth={c.depth}, num_heads={c.num_heads}"
+    expected = "(x - 0.5) / 0.25" if found.spec.channels == 1 else "ImageNet's mean and deviation"
     print(f"wrote {path}: a ViT of {sizes}, for images with {expected}")
 
 
-def draw_pictures(run: Path, flags: list[str], paths: list[Path], device: str) -> None:
-    """Draw what a run, or a file of weights, sees in pictures; those that can't be read are left out.
-
-    Raises ValueError in the end if there were such.
-    """
-    if run.is_file():
-        config, out = settings_for(run, flags), run.with_name(f"{run.name}-looks")
-        model = build_encoder(config, in_chans=3)
-        start_from(run, model)
-    else:
-        config, checkpoint = load_run(run)
-        model, out = load_model(run, config, checkpoint), run / "looks"
-    failed, folders = [], set()
-    for path in paths:
-        name = path.name if path.name not in folders else f"{len(folders)}_{path.name}"  # a/1.png and b/1.png
-        folders.add(name)
-        try:
-            written = look(run, config, model.to(device), path, out / name)
-        except DataError as error:
-            failed.append(str(error))
-            continue
-        nothing = "nothing to draw: it averages all patches alike"
-        print(f"{path}: {f'{len(written)} file(s) in {out / name}' if written else nothing}")
-    if failed:
-        raise ValueError("; ".join(failed))
-
-
-def asked(argv: list[str] | None) -> argparse.Namespace:
-    """The command line, with `data`, flags of train.py for the runs that are files of weights."""
-    parser = argparse.ArgumentParser(
-        description="Measure runs of train.py side by side, and draw where they look.",
-        usage="python evaluate.py RUN [RUN ...] [flags below]",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """The command line, with `flags` of train.py for files of weights. Raises ValueError."""
+    (intro, examples), layout = __doc__.split("\n\n")[:2], argparse.RawDescriptionHelpFormatter
+    usage = "python evaluate.py RUN [RUN ...] [flags below]"
+    parser = Parser(
+        "evaluate.py", usage, intro, f"examples:\n{examples}", formatter_class=layout, allow_abbrev=False
     )
     what = "a folder that train.py wrote, or a file of a ViT's published weights"
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=what)
     what = "auto (default: cuda if there is one, else cpu), cpu, cuda, mps"
     parser.add_argument("--device", default="auto", help=what)
     add = parser.add_argument_group("what is measured and shown").add_argument
-    what = f"of {', '.join(MEASURES)} (default: all that apply); measure.py and probe.py say what they are"
-    add("--only", nargs="+", choices=MEASURES, default=MEASURES, metavar="MEASURE", help=what)
-    add("--rows", type=int, default=ROWS, help=f"test images in compare.png (default: {ROWS})")
-    what = "write report.html, too: figures, and images to move through in a browser"
-    add("--html", action="store_true", help=what)
-    add = parser.add_argument_group("in place of that, of one run").add_argument
-    what = "draw what it sees in these pictures, of any size, into its folder"
+    what = f"some of {', '.join(MEASURES)} (default: {', '.join(QUICK)})"
+    add("--only", dest="measures", nargs="+", choices=MEASURES, metavar="MEASURE", help=what)
+    add("--all", action="store_true", help="all of them, and with 1 to 25 %% of the labels: minutes a run")
+    add("--rows", type=int, help="test images in compare.png (default: 6)")
+    add("--html", action="store_true", help="write report.html as well: metrics, and images to browse")
+    add = parser.add_argument_group("instead, of one run").add_argument
+    what = "draw what it sees in these pictures, of any size"
     add("--image", nargs="+", type=Path, metavar="FILE", help=what)
-    what = "write the masks that its guided heads make into a new folder"
-    add("--export-masks", type=Path, metavar="DIR", help=what)
+    add("--export-masks", type=Path, metavar="DIR", help="write its guided heads' masks into a new folder")
     add("--export", type=Path, metavar="FILE", help="write its ViT for timm and DINO's code")
-    add = parser.add_argument_group("of files of weights").add_argument
-    what = "what to measure them on: as for train.py (default: phantom, or that of the runs beside them)"
-    add("--data", dest="of_data", metavar="DATA", help=what)
-    add("--img-size", type=int, help="pixels a side (default: theirs, or that of the runs beside them)")
-    add("--num-heads", type=int, help="where their width does not tell")
-    args = parser.parse_args([dashed(word) for word in (sys.argv[1:] if argv is None else argv)])
-    typed = {"--data": args.of_data, "--img-size": args.img_size, "--num-heads": args.num_heads}
-    args.data = [word for flag, v in typed.items() if v is not None for word in (flag, str(v))]
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    return args
-
-
-def check(args: argparse.Namespace) -> None:
-    """Raise ValueError for what can't be done."""
-    if args.rows < 1:
+    add = parser.add_argument_group("for files of weights").add_argument
+    add("--data", help="what to measure them on, as for train.py (default: phantom, or the runs' data)")
+    add("--img-size", type=int, help="pixels a side (default: theirs, or that of the runs)")
+    add("--num-heads", type=int, help="if their width does not tell")
+    args = parser.parse_args(argv)
+    typed = {"--data": args.data, "--img-size": args.img_size, "--num-heads": args.num_heads}
+    args.flags = [word for flag, v in typed.items() if v is not None for word in (flag, str(v))]
+    alone = {"--export": args.export, "--export-masks": args.export_masks, "--image": args.image}
+    alone = [flag for flag, value in alone.items() if value]
+    others = args.html or args.measures or args.rows or args.all or len(args.runs) > 1 or len(alone) > 1
+    missing = [run for run in args.runs if not run.exists()]
+    if alone and others:
+        raise ValueError(f"{alone[0]} takes one run and no other flags: leave out the others")
+    if missing:
+        raise ValueError(f"{missing[0]}: no such file or folder")
+    if args.flags and not any(run.is_file() for run in args.runs):
+        raise ValueError(f"{args.flags[0]} is for files of weights; runs are measured on their own data")
+    if args.rows is not None and args.rows < 1:
         raise ValueError(f"--rows {args.rows}: draw at least 1")
-    for run in args.runs:
-        if not run.exists():
-            raise ValueError(f"{run}: no such file or folder")
-    if args.data and not any(run.is_file() for run in args.runs):
-        raise ValueError(f"{args.data[0]} is for files of weights; runs are measured on their own data")
-    others = {"--export": args.export, "--export-masks": args.export_masks, "--image": args.image}
-    others = [flag for flag, value in others.items() if value]
-    measuring = args.html or args.only != MEASURES or args.rows != ROWS
-    if len(others) > 1 or others and (measuring or len(args.runs) > 1):
-        raise ValueError(
-            f"{others[0]} is done alone, for one run: leave out other runs and what else is asked"
-        )
+    args.rows, args.measures = args.rows or 6, args.measures or (MEASURES if args.all else QUICK)
+    args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     check_device(args.device)
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line: exit status 0 when done, 2 for what can't be read or measured."""
-    args = asked(argv)
     try:
-        check(args)
+        args = parse_args(sys.argv[1:] if argv is None else argv)
         first = args.runs[0]
         if args.export:
             write_weights(first, args.export)
         elif args.export_masks:
-            loaded, parts, _ = load_all([first], args.data, args.device)
-            config, model, _ = loaded[first]
-            written = export_masks(first, config, model, parts, args.export_masks)
+            loaded, splits, _ = load_all([first], args.flags, args.device)
+            config, _, model, *_ = loaded[first]
+            out, masses = args.export_masks, read_masses(first)
+            written = export_masks(out, config.data, model, masses, splits, config.span_layer)
             print(f"wrote {written} masks into {args.export_masks}")
         elif args.image:
-            draw_pictures(first, args.data, args.image, args.device)
+            draw_pictures(first, args.flags, args.image, args.device)
         else:
             compare(args)
     except (ValueError, OSError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail("evaluate.py", error, 2)
     except torch.OutOfMemoryError:
-        print(f"evaluate.py: {args.device} has not enough memory: add --device cpu", file=sys.stderr)
-        sys.exit(1)
+        fail("evaluate.py", f"{args.device} has not enough memory: add --device cpu", 1)
     except KeyboardInterrupt:
         print("\nstopped; nothing of the run that was being measured is kept")
         sys.exit(130)

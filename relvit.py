@@ -1,28 +1,28 @@
 """RelViT: a ViT learns where its patches lie, without labels (Camporese et al. 2022, arXiv 2206.00481).
 
-Patches i, j lie at (x, y) in a grid of w columns and h rows. Without being told so, the encoder shall know
+Patches i and j lie at (x, y) in a grid of w columns and h rows. For each pair of patches the encoder predicts
+the first three of these targets, and for each patch the last:
 
     relations   3 (sign(y_i - y_j) + 1) + sign(x_i - x_j) + 1                9 classes      cross-entropy
     distances   |(x_i, y_i) - (x_j, y_j)|                                    in [-1, 1]     squared error
     angles      between (x_i + w/2, y_i + h/2) and (x_j + w/2, y_j + h/2)    in [-1, 1]     squared error
     positions   y_i w + x_i                                                  N classes      cross-entropy
 
-The first three from scores q_i . k_j / sqrt(d), q and k being linear maps of the encoder's patches, one pair
-of maps for each class; the last from a linear layer on a patch. Distances and angles are scaled from [0,
-largest] to [-1, 1]. All targets depend on the grid alone: they are built once, and indexed when patches are
-shuffled.
+Scores of pairs are q_i . k_j / sqrt(d), where q and k are linear maps, one pair of maps per class; those of a
+patch come from a linear layer. Distances and angles are scaled from [0, largest] to [-1, 1]. Targets depend
+only on the grid, so they are built once and indexed when patches are shuffled.
 
-Alone (upstream), the encoder gets no position embeddings, which would give all away; together with labels, it
-has them, and so the patches are shuffled. What continues across a border would give neighbours away: each
-patch is cut a little smaller, from a random place, and gets its own brightness and contrast. Mega-patches are
-larger cells of random rows and columns, each resized to a patch.
+Without labels (upstream) the encoder gets no position embedding, which would contain the answer; with labels
+(joint) it has one, so the patches are shuffled. Image content that continues across a border would reveal
+neighbours: so each patch is cut a little smaller, at a random place, with its own brightness and contrast.
+Mega-patches are larger cells of random rows and columns, each resized to a patch.
 
-Here every way to cut an image into patches is a table of `boxes`, one for each patch: shuffling permutes it,
-and `cut` samples all of a batch's patches at once. What lies over an image, a prior, is cut the same way.
+All of this is a table of `boxes`, one per patch: shuffling permutes it, and `cut` samples the patches of a
+whole batch at once. Priors over an image are cut with the same boxes.
 
-Where we differ from the published code: columns of mega-patches are split by themselves (published: by the
-rows' splits), at any pixel (there: between patches); grids need not be square; patches keep hue and
-saturation. Claim 6 is measured with this file. Next to read: `ssl.py`.
+Where we differ from the published code: its scripts use relations and positions only; its joint training
+classifies images whose patches are in order and unchanged; it splits columns of mega-patches as it splits
+rows, and only between patches; its grids are square; it also changes hue and saturation.
 """
 
 import math
@@ -36,14 +36,12 @@ TASKS = ("relations", "distances", "angles", "positions")
 
 
 def relation_targets(rows: int, cols: int) -> dict[str, Tensor]:
-    """The targets of all tasks for a grid: relations (N, N), positions (N,) int64; distances, angles (N, N).
+    """The targets of a grid: relations (N, N), positions (N,) int64; distances, angles (N, N) float.
 
     Raises ValueError for a grid of less than 2x2 patches, whose relations are trivial.
     """
     if rows < 2 or cols < 2:
-        raise ValueError(
-            f"RelViT: {rows}x{cols} patches have no relations to learn; use smaller patches, 2x2 at least"
-        )
+        raise ValueError(f"RelViT: {rows}x{cols} patches have no relations to learn; use 2x2 at least")
     y, x = (v.flatten() for v in torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij"))
     relations = 3 * ((y[:, None] - y).sign() + 1) + (x[:, None] - x).sign() + 1
     distances = torch.stack([y[:, None] - y, x[:, None] - x]).float().norm(dim=0)
@@ -56,39 +54,38 @@ def relation_targets(rows: int, cols: int) -> dict[str, Tensor]:
 
 
 def chance(targets: dict[str, Tensor]) -> dict[str, float]:
-    """What the best constant answer reaches: accuracy of relations and positions, RMS error of the others."""
-    return {
-        task: (
-            t.std(correction=0).item()
-            if t.is_floating_point()
-            else t.flatten().bincount().max().item() / t.numel()
-        )
-        for task, t in targets.items()
-    }
+    """What the best constant prediction reaches: accuracy of classes, root mean squared error of others."""
+
+    def level(t: Tensor) -> float:
+        if t.is_floating_point():
+            return t.std(correction=0).item()
+        return t.flatten().bincount().max().item() / t.numel()
+
+    return {task: level(t) for task, t in targets.items()}
 
 
 def shuffled(targets: dict[str, Tensor], order: Tensor) -> dict[str, Tensor]:
     """Targets for patches in another order (B, N): (B, N, N), and (B, N) for positions."""
-    pairs = order[:, :, None] * order.shape[1] + order[:, None, :]  # (B, N, N), into a flat table
+    pairs = order[:, :, None] * order.shape[1] + order[:, None, :]  # (B, N, N), indices of a flat table
     return {task: t.take(order if t.dim() == 1 else pairs) for task, t in targets.items()}
 
 
 def patch_boxes(
     n: int, rows: int, cols: int, generator: Generator, shrink: float = 1 / 1.15, mega: bool = False
 ) -> Tensor:
-    """Draw where to cut patches: boxes (n, rows * cols, 4) as (top, left, height, width), shares of an image.
+    """Draw where to cut patches: boxes (n, rows * cols, 4) of (top, left, height, width) in an image of 1x1.
 
-    A box lies at a random place in its cell of the grid and has `shrink` of its sides. mega: rows and columns
-    of random sizes, each at least half of an even share, in place of even ones.
+    A box lies at a random place in its cell of the grid and has `shrink` times the cell's sides. mega: rows
+    and columns have random sizes, each at least half of 1 / rows or 1 / cols.
     """
 
-    def cells(parts: int) -> tuple[Tensor, Tensor]:
-        """Where the cells of one direction begin, and their sizes, (n, parts) each."""
-        sizes = torch.ones(n, parts)
+    def cells(count: int) -> tuple[Tensor, Tensor]:
+        """Where the cells of one direction begin, and their sizes, (n, count) each."""
+        sizes = torch.ones(n, count)
         if mega:
-            drawn = -torch.rand(n, parts, generator=generator).clamp(min=1e-6).log()  # their shares are even
-            sizes = 0.5 + 0.5 * parts * drawn / drawn.sum(dim=1, keepdim=True)
-        sizes = sizes / parts
+            drawn = -torch.rand(n, count, generator=generator).clamp(min=1e-6).log()  # exponential variables,
+            sizes = 0.5 + 0.5 * count * drawn / drawn.sum(dim=1, keepdim=True)  # so all divisions are alike
+        sizes = sizes / count
         return sizes.cumsum(dim=1) - sizes, sizes
 
     (top, height), (left, width) = cells(rows), cells(cols)
@@ -102,10 +99,9 @@ def patch_boxes(
 
 
 def cut(images: Tensor, boxes: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
-    """Cut boxes (B, N, 4) out of images (B, C, H, W) and lay them out as a grid (h, w) of patches, N = h w.
+    """Cut boxes (B, N, 4) out of images (B, C, H, W) and arrange them as a grid (h, w) of patches, N = h w.
 
-    Each is resized to patch_size: (B, C, h * patch_size, w * patch_size), a pixel of which is the mean of as
-    many points as it takes to step over none of the image's pixels.
+    Returns (B, C, h * patch_size, w * patch_size); a pixel averages enough points to skip none of the image.
     """
     H, W = images.shape[-2:]
     height, width = boxes[..., 2:].amax(dim=(0, 1)).tolist()
@@ -121,9 +117,9 @@ def cut(images: Tensor, boxes: Tensor, grid: tuple[int, int], patch_size: int) -
 
 
 def jitter(views: Tensor, patch_size: int, generator: Generator, strength: float = 0.4) -> Tensor:
-    """Change each patch of views (B, C, H, W) in [0, 1] by itself: brightness and contrast, within [0, 1].
+    """Change brightness and contrast of each patch of views (B, C, H, W) in [0, 1], within [0, 1].
 
-    Four patches of five are changed, by up to `strength`.
+    Four of five patches are changed, by up to `strength`.
     """
     patches = views.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # (B, C, h, p, w, p)
     shape = (len(views), 1, patches.shape[2], 1, patches.shape[4], 1)
@@ -144,7 +140,7 @@ def patch_views(
     mega: bool = False,
     shuffle: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A view of each image (B, C, H, W) in [0, 1] for RelViT: patches cut and coloured one by one.
+    """A view of each image (B, C, H, W) in [0, 1], whose patches are cut and changed one by one.
 
     Returns views (B, C, h * patch_size, w * patch_size), the boxes (B, N, 4) that they were cut from, and, if
     shuffled, the order (B, N): place n of the grid holds patch order[n].
@@ -159,7 +155,7 @@ def patch_views(
 
 
 class PairScores(nn.Module):
-    """Scores q_i . k_j / sqrt(d) of all pairs, with K pairs of maps: patches (B, N, D) to (B, K, N, N)."""
+    """Scores q_i . k_j / sqrt(d) of all pairs for K classes: patches (B, N, D) to (B, K, N, N)."""
 
     def __init__(self, dim: int, classes: int):
         super().__init__()
@@ -173,59 +169,54 @@ class PairScores(nn.Module):
 
 
 class RelViT(nn.Module):
-    """An encoder, and heads that tell from its patches (B, N, D) how they lie.
+    """An encoder, such as `vit.ViT`, and heads that predict from its patches (B, N, D) where they lie.
 
-    encoder: such as `vit.ViT`; upstream, the caller zeroes its position embedding, which isn't trained. grid:
-    (rows, columns) of the views that it will see. `chance` holds what can be had without looking. Raises
-    ValueError for tasks that are none or unknown, a grid of less than 2x2, or an embed_dim too small for a
-    map for each relation.
+    grid: (rows, columns) of the views. `chance` holds what a constant prediction reaches. Upstream the caller
+    zeroes the encoder's position embedding, which is not trained then. Raises ValueError for no tasks or an
+    unknown one, a grid of less than 2x2, or an embed_dim of less than one dimension per relation.
     """
 
     def __init__(
         self, encoder: nn.Module, embed_dim: int, grid: tuple[int, int], tasks: Sequence[str] = TASKS
     ):
         super().__init__()
-        unknown = [task for task in tasks if task not in TASKS]
+        unknown = [f"unknown task '{task}'" for task in tasks if task not in TASKS]
         if unknown or not tasks:
-            named = f"unknown task '{unknown[0]}'" if unknown else "no task"
-            raise ValueError(f"RelViT: {named}; choose from {', '.join(TASKS)}")
+            raise ValueError(f"RelViT: {(unknown or ['no task'])[0]}; choose from {', '.join(TASKS)}")
         if embed_dim < 9 and "relations" in tasks:
             raise ValueError(f"RelViT: embed_dim {embed_dim} is too small for 9 relations")
         self.encoder, self.grid, self.tasks, targets = encoder, grid, tuple(tasks), relation_targets(*grid)
         self.chance = {task: value for task, value in chance(targets).items() if task in tasks}
         for task in self.tasks:
             self.register_buffer(f"target_{task}", targets[task], persistent=False)
-        heads = {"relations": 9, "distances": 1, "angles": 1}
-        self.heads = nn.ModuleDict(
-            {
-                t: PairScores(embed_dim, heads[t]) if t in heads else nn.Linear(embed_dim, math.prod(grid))
-                for t in tasks
-            }
-        )
+        self.heads = nn.ModuleDict()
+        for t in tasks:
+            pairs = {"relations": 9, "distances": 1, "angles": 1}.get(t)
+            self.heads[t] = PairScores(embed_dim, pairs) if pairs else nn.Linear(embed_dim, math.prod(grid))
 
     def forward(self, views: Tensor, order: Tensor | None = None, layer: int = -1) -> tuple:
-        """Upstream, without position embeddings: views (B, C, H, W) to `compare`'s values and Features."""
+        """Upstream, without positions: views (B, C, H, W) to (loss, metrics) of `compare` and Features."""
         features = self.encoder(views, layer=layer, positions=False)
         return *self.compare(features.patches, order), features
 
     def compare(self, patches: Tensor, order: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The sum of the tasks' losses for patches (B, N, D), shuffled by `order` (B, N), and what to show.
+        """The sum of the tasks' losses for patches (B, N, D), shuffled by `order` (B, N), and their metrics.
 
-        That is the accuracy of relations and positions, and the root mean squared error of the others.
+        Metrics are the accuracy of relations and positions, and the root mean squared error of the others.
         """
         targets = {task: getattr(self, f"target_{task}") for task in self.tasks}
         targets = targets if order is None else shuffled(targets, order)
-        loss, shown = patches.new_zeros(()), {}
+        loss, metrics = patches.new_zeros(()), {}
         for task, target in targets.items():
             scores = self.heads[task](patches)  # (B, 9 or 1, N, N), or (B, N, N) for positions
             scores = scores.transpose(1, 2) if task == "positions" else scores  # classes first
             target = target.expand(scores[:, 0].shape)
             if target.is_floating_point():
                 error = F.mse_loss(scores[:, 0], target)
-                shown[task] = error.detach().sqrt()
+                metrics[task] = error.detach().sqrt()
             else:
                 error = F.cross_entropy(scores, target)
                 as_high = scores.detach() >= scores.detach().gather(1, target[:, None])
-                shown[task] = (as_high.sum(dim=1) == 1).float().mean()  # only itself; argmax takes far longer
+                metrics[task] = (as_high.sum(dim=1) == 1).float().mean()  # as with argmax, but far faster
             loss = loss + error
-        return loss, shown
+        return loss, metrics

@@ -1,19 +1,17 @@
-"""A small residual network with the same face as the ViT (He et al. 2016, arXiv 1512.03385).
+"""A small residual network with the interface of `vit.py` (He et al. 2016, arXiv 1512.03385).
 
-A stem halves the image, then stages of basic blocks follow; each stage but the first halves the map again and
+A stem halves the image, then come stages of basic blocks; each stage after the first halves the map and
 doubles the width:
 
     y = relu(F(x) + x),   F = BN(conv(relu(BN(conv(x)))))                          (1), identity shortcut
     y = relu(F(x) + BN(W x))                                                       (2), if the shape changes
 
-Every forward returns `Features(pooled, patches, attention)`, as `vit.py`'s does: the positions of the last
-map are the patches, row by row, and `attention` holds the weights with which they were pooled, 1/N each for
-the mean. BatchNorm, ReLU and the residual sums are what relevance propagation has to cope with in
-convolutional networks, so this is the second model on which `isnet_lrp.py` is shown. Next to read:
-`isnet_lrp.py`.
+Every forward returns `Features(pooled, patches, attention)`: the positions of the last map are the patches,
+row by row, and `attention` holds the weights that pooled them, 1/N each for the mean.
 """
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -51,9 +49,9 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """A ResNet whose every forward returns `Features`.
 
-    embed_dim: width of the last stage, halved for each one before; depths: blocks in each stage. pool: None
-    for the mean over positions, or a module that maps patches (B, N, D) to (pooled (B, D), attention (B, N)
-    or (B, heads, N)). Raises ValueError if embed_dim can't be halved that often.
+    embed_dim: width of the last stage; each stage before has half of the next one's. depths: blocks in each
+    stage. pool: None for the mean over positions, or a module that maps patches (B, N, D) to (pooled (B, D),
+    attention (B, N) or (B, heads, N)). Raises ValueError if embed_dim cannot be halved that often.
     """
 
     def __init__(
@@ -64,28 +62,24 @@ class ResNet(nn.Module):
         pool: nn.Module | None = None,
     ):
         super().__init__()
-        if embed_dim % 2 ** (len(depths) - 1):
-            least = 2 ** (len(depths) - 1)
-            raise ValueError(f"embed_dim {embed_dim} must be a multiple of {least}, for {len(depths)} stages")
-        width = embed_dim // 2 ** (len(depths) - 1)
+        widening = 2 ** (len(depths) - 1)
+        if embed_dim % widening:
+            raise ValueError(f"embed_dim {embed_dim} must be a multiple of {widening}: {len(depths)} stages")
+        width = embed_dim // widening
         self.pool, self.embed_dim, self.stride = pool, embed_dim, 2 ** len(depths)
         self.conv1 = nn.Conv2d(in_chans, width, 3, 2, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        blocks, before = [], width
-        for stage, depth in enumerate(depths):
-            for i in range(depth):
-                after = width * 2**stage
-                blocks.append(Block(before, after, stride=2 if stage and i == 0 else 1))
-                before = after
-        self.blocks = nn.ModuleList(blocks)
+        widths = [width, *(width * 2**stage for stage, depth in enumerate(depths) for _ in range(depth))]
+        # The map is halved where the width doubles.
+        self.blocks = nn.ModuleList(Block(a, b, stride=b // a) for a, b in pairwise(widths))
 
     def grid(self, images: Tensor) -> tuple[int, int]:
-        """How many positions the last map has for images (B, C, H, W), as (rows, columns)."""
+        """Rows and columns (h, w) of the last map for images (B, C, H, W); N = h * w."""
         height, width = (math.ceil(side / self.stride) for side in images.shape[-2:])
         return height, width
 
     def forward(self, images: Tensor, layer: int | None = -1) -> Features:
-        """Encode images (B, C, H, W) of any size; layer is the ViT's, there is but one attention here."""
+        """Encode images (B, C, H, W) of any size. `layer` is the ViT's argument, and ignored."""
         x = F.relu(self.bn1(self.conv1(images)))
         for block in self.blocks:
             x = block(x)

@@ -1,13 +1,11 @@
-"""A doorway, not a room: `from ssl import DINO` works here, and so does Python's own `ssl`.
+"""A doorway: `from ssl import DINO` works in this folder, and so does Python's own `ssl`.
 
-A file called ssl.py hides the standard library's module of that name from everything that runs in this
-folder, and much needs it: `import torch` imports `asyncio`, which asks for `ssl.SSLWantReadError`, and dies.
-So this file loads the standard library's ssl from the interpreter's own folder, leaves *that* module in
-`sys.modules["ssl"]` (what an import statement hands out is whatever lies there when the file has run), and
-gives it one addition, a module `__getattr__` (PEP 562): a name that ssl does not know is looked up in
-`dino.py` or `relvit.py`, on first use. So asyncio, https, pip and tqdm never notice, and importing ssl does
-not import torch. The lesson: don't name a file like a standard module; if you must, step aside. Next to read:
-`phantom.py`.
+A file named ssl.py hides the standard library's module from everything that runs in this folder, and much
+needs it: `import torch` imports `asyncio`, which reads `ssl.SSLWantReadError` and fails. So this file loads
+the standard library's ssl from the interpreter's folder and leaves *that* module in `sys.modules["ssl"]`,
+which is what an import statement returns. It adds one thing, a module `__getattr__` (PEP 562): a name that
+ssl lacks is looked up in `dino.py` or `relvit.py`, on first use. So asyncio, https, pip and tqdm still work,
+and importing ssl does not import torch. The lesson: don't name a file like a standard module.
 """
 
 import importlib

@@ -1,239 +1,396 @@
-"""Teach a model where to look: DINO or RelViT with attention guided by SPAN, or a classifier held by ISNet.
+"""Teach a model where to look: DINO or RelViT guided by SPAN, a classifier blind to the background by ISNet.
 
-    python train.py                                 one labelled sample guides three heads, on drawn X-rays
-    python train.py --prior none --out runs/dino    the same without guidance: plain DINO
-    python train.py --data DIR --out runs/mine      your own images; the README shows how to lay them out
-    python train.py --ssl relvit --out runs/relvit  patches tell how they lie, in place of DINO
+    python train.py                                 one labelled image guides three heads, on drawn X-rays
+    python train.py --prior none --out runs/dino    the same without guidance: DINO
+    python train.py --data DIR --out runs/mine      your own images; docs/data.md shows how to lay them out
+    python train.py --ssl relvit --out runs/relvit  relations between patches in place of DINO
     python train.py --task classify --marker 1 --isnet 3 --out runs/isnet       blind to a hospital's marker
     torchrun --standalone --nproc-per-node 2 train.py   the same batches, shared by two processes or GPUs
 
-Pretraining: the labelled sample's masks become priors; the sample is registered to every training image,
-once. Each step cuts views of a batch and adds to the objective's loss (DINO's or RelViT's, see `pretrain.py`)
-the SPAN loss between the guided heads' attention and the priors seen through the same views. Classification:
-see `classify.py`. The loop is `loop.py`'s; `checkpoint.py` says what is left in --out. Next to read:
-`flags.py`.
+The file reads from top to bottom: set-up, three objectives, the loop, the command line. An objective is a
+function losses(index (B,), generator, progress) -> (loss, {name: value to log}); progress runs from 0 to 1.
 """
 
-import argparse
 import math
 import os
 import sys
 import time
-from pathlib import Path
-from typing import Any, NoReturn
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+from torch.optim import Optimizer
+from tqdm import tqdm
 
-from common.checkpoint import Unfit, build_classifier, build_encoder, check_data, check_folder, named, resumed, start
-from common.checkpoint import start_from, write_whole
-from common.models import constant_loss, exclusive, natural_range, objective
-from common.data import Hosted, load, placed
-from dino import Collapse
-from evaluate import draw, maps_of, shown_images
-from common.config import check, check_idle, parse, repeated
-from common.folder import Data
-from common.loop import rank, train
-from common.regions import agreement, foreground, keep, one_prior, outlines
-from common.measure import report
+from attention_priors import guidance, span_loss
+from common.baselines import PENALTIES, swapped
+from common.checkpoint import Damaged, DataSpec, check_folder, check_spec, data_spec, restore, resumed, save
+from common.checkpoint import start_run, write_file, write_history
+from common.classify import attention_seen, classification_loss, explained_target, natural_range
+from common.classify import supervised_layers, warn_if_constant
+from common.checks import check
+from common.config import Config, parse
+from common.data import Data, load, normalise, placed, prepared, take
+from common.measure import QUICK, report
+from common.models import build_model, lrp_rule, make_encoder, masks_of_run
 from common.page import print_tables
-from common.plots import curves
-from common.pretrain import priors_over, relations, self_distillation
-from relvit import TASKS
+from common.plots import curves, draw_maps
+from common.processes import average_gradients, command_to_resume, fail, join, rank, remedy_for
+from common.processes import stop_requests
+from common.regions import attention_masses, foreground, keep_masks, kept_masks, mask_dice, priors_over
+from common.runs import data_of, images_to_show, maps_of, measured_by
+from crops import multi_crop
+from dino import Collapse, over_processes
+from isnet_lrp import foreground_loss, isnet_background, whole_patches
+from lrp import relevance
+from relvit import cut, patch_views
 from ssl import DINO, RelViT  # the doorway ssl.py in this folder, which leaves Python's own ssl as it was
+from vit import ViT
+
+# Set-up
 
 
-def prepare(args: argparse.Namespace) -> tuple[dict[str, Data], str | None, nn.Module, Tensor | Hosted, Any]:
-    """Data by part, the sample's name, model and training images on the device, and what guides the model.
+def load_data(config: Config) -> tuple[dict[str, Data], str | None]:
+    """Images by split and the reference image's name. Raises ValueError."""
+    marker = {"marker": config.marker, "marker_kind": config.marker_kind}
+    splits, reference, notes = load(**data_of(config), **marker)
+    counts = {split: len(data.names) for split, data in splits.items()}
+    about = ", ".join(f"{n} {split}" for split, n in counts.items())
+    print(*(f"note: {note}" for note in notes), f"{config.data}: {about} images", sep="\n")
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if counts["train"] < processes:
+        images = f"{counts['train']} training images for {processes} process(es)"
+        raise ValueError(f"{config.data}: {images}; look at the column split in labels.csv")
+    return splits, reference
 
-    That is priors as from `lay_over` or None to pretrain, foreground masks (N, 1, S, S) or None to classify.
-    Raises ValueError for all that a user can get wrong; nothing is written before it returns.
+
+def foreground_masks(config: Config, train: Data, reference: str | None) -> Tensor | None:
+    """The training images' foreground (N, 1, S, S) bool, if the settings need it. Raises ValueError."""
+    if config.task != "classify" or not config.isnet and config.baseline in (None, "gated"):
+        return None
+    if config.resume and config.masks != "data":
+        return placed(kept_masks(config.out, (*train.images[:, :1].shape,)), config.device)
+    prior = config.prior, train, reference, config.prior_blur, config.align
+    registered = partial(priors_over, train.images, *prior)
+    of_run = partial(masks_of_run, data=config.data, images=train.images)
+    masks = foreground(config.masks, train, config.data, config.init, registered, of_run)
+    return placed(masks, config.device)
+
+
+# The three objectives
+
+
+def dino_objective(config: Config, dino: DINO, images: Tensor, priors: Callable | None) -> Callable:
+    """DINO's loss over random views of images (N, C, S, S) uint8, plus SPAN's with priors (B, R, S, S)."""
+    size = images.shape[-1]
+    local_size = max(1, size // 2 // config.patch_size) * config.patch_size
+    recipe = size, local_size, config.global_scale, config.local_scale, config.local_crops_number, config.flip
+
+    def losses(index: Tensor, generator: Generator, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        views, thetas = multi_crop(take(images, index).float() / 255, generator, *recipe)
+        views = [normalise(v) for v in views]  # 2 B global views, and V B local ones
+        with torch.autocast(index.device.type, torch.bfloat16, enabled=config.amp):
+            loss, features = dino(views, config.teacher_temp, config.span_layer)
+        if priors is None:
+            return loss, {}
+        attentions, grids = [f.attention for f in features], [dino.student.grid(v) for v in views]
+        thetas = thetas if config.follow else None
+        span = guidance(attentions, priors(index), thetas, grids, config.span_loss)
+        return loss + config.span_weight * span, {"loss": loss.detach(), "span_loss": span.detach()}
+
+    return losses
+
+
+def relvit_objective(config: Config, relvit: RelViT, images: Tensor, priors: Callable | None) -> Callable:
+    """RelViT's loss over patches of images (N, C, S, S) uint8, plus SPAN's with priors (B, R, S, S)."""
+    grid, p = relvit.grid, config.patch_size
+
+    def losses(index: Tensor, generator: Generator, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        x = take(images, index).float() / 255
+        views, boxes, _ = patch_views(x, grid, p, generator, mega=config.mega_patches > 0)
+        with torch.autocast(index.device.type, torch.bfloat16, enabled=config.amp):
+            loss, scores, features = relvit(normalise(views), layer=config.span_layer)
+        if priors is None:
+            return loss, scores
+        prior = F.avg_pool2d(cut(priors(index), boxes, grid, p), p).flatten(2)  # (B, R, N)
+        prior = prior * boxes[:, None, :, 2:].prod(dim=3)  # a large cell holds more of it
+        mass = prior.sum(dim=2)
+        prior = prior / mass.clamp_min(1e-12)[:, :, None]
+        span = span_loss(features.attention, prior, (mass > 0).float(), config.span_loss)
+        shown = {"loss": loss.detach(), **scores, "span_loss": span.detach()}
+        return loss + config.span_weight * span, shown
+
+    return losses
+
+
+def classifier_objective(
+    config: Config, model: nn.Module, images: Tensor, masks: Tensor | None, labels: Tensor, spec: DataSpec
+) -> Callable:
+    """The loss of images (N, C, S, S) uint8 with labels (N, K), plus ISNet's, a baseline's or RelViT's.
+
+    masks (N, 1, S, S) bool: the foreground for ISNet and most baselines.
+
+        L = L_class + weight (L_bg(image) + mean L_bg(inner layers) + mean L_span(attention) + L_fg(image))
     """
-    check(args)
-    if args.task == "classify" and args.device == "cpu":
-        torch.set_flush_denormal(True)  # relevance fades into numbers that make a CPU crawl
-    findings = (args.findings or ["all"]) if args.task == "classify" else None
-    given = args.data, args.img_size, args.seed, args.train_images, args.sample
-    parts, sample, notes = load(*given, args.marker, args.marker_kind, findings)
-    for note in notes:
-        print(f"note: {note}")
-    own = parts["train"]
-    if not own.names:
-        raise ValueError(f"{args.data}: no image is left to train on; look at the column split in labels.csv")
-    if len(own.names) < int(os.environ.get("WORLD_SIZE", 1)):
-        raise ValueError(
-            f"{args.data}: {len(own.names)} images can't be shared by {os.environ['WORLD_SIZE']} processes: "
-            "start fewer"
-        )
-    classifies = args.task == "classify"
-    if classifies:
-        check_labels(args, own)
-    if args.resume:
-        check_data(args.out, args, own)
-    args.channels, args.classes = own.images.shape[1], own.findings if classifies else []
-    args.one_class, args.images = classifies and exclusive(own.labels), named(own)
-    torch.manual_seed(args.seed)
-    encoder = build_encoder(args, args.channels)
-    if args.init and not args.resume:
-        start_from(Path(args.init), encoder)
-    if args.backbone == "vit" and classifies and (not args.init or not encoder.pos_embed.any()):
-        # At 0.02 positions are lost beside the patches, and a classifier may stand still for many epochs.
-        nn.init.trunc_normal_(encoder.pos_embed, std=0.2)
-    masked = classifies and (args.isnet or args.baseline not in (None, "gated"))
-    guides = placed(foreground(args, parts, sample), args.device) if masked else None
-    model = learner(args, encoder, encoder.grid(own.images)).to(args.device)
-    size = sum(p.numel() for p in encoder.parameters()) / 1e6
-    counts = ", ".join(f"{len(d.names)} {part}" for part, d in parts.items())
-    print(f"{args.data}: {counts} images; {size:.2f} M weights, on {args.device}")
-    images = placed(own.images, args.device)
-    if args.isnet and not args.resume:
-        args.relevance_range = natural_range(model, images, guides, own.labels.to(args.device), args)
-        print("C1 {:.4g}, C2 {:.4g}: total relevance of a plain classifier".format(*args.relevance_range))
-    if not classifies:
-        guides = priors_over(args, parts, sample, images)
-    return parts, sample, model, images, guides
+    multiclass, encoder, rule = spec.multiclass, model.encoder, lrp_rule(config)
+    layers = [] if config.isnet_layers == "none" else supervised_layers(encoder)
+
+    def losses(index: Tensor, generator: Generator, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        x, y = take(images, index), labels[index]
+        if config.relations:
+            grid, x = model.relvit.grid, x.float() / 255
+            views, _, order = patch_views(x, grid, config.patch_size, generator, shuffle=True)
+            features = encoder(normalise(views))
+            loss, scores = model.relvit.compare(features.patches, order)
+            classification = classification_loss(model.head(features.pooled), y, multiclass)
+            return loss + classification, {"classification": classification.detach(), **scores}
+        x, m = prepared(x), None if masks is None else take(masks, index).float()
+        if config.baseline == "swap":
+            x = swapped(x, m, generator)
+        if not config.isnet and config.baseline not in PENALTIES:
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=config.amp):
+                logits = model(x)
+            return classification_loss(logits.float(), y, multiclass), {}
+        masked = m.flatten(1).any(dim=1)  # images without a mask have the classification loss alone
+        mean = masked / masked.sum().clamp(min=1)  # (B,), the weights of a mean over the others
+        if config.baseline:
+            logits, penalty = PENALTIES[config.baseline](model, x, m, y, multiclass)
+            classification, penalty = classification_loss(logits, y, multiclass), (penalty * mean).sum()
+            shown = {"classification": classification.detach(), config.baseline: penalty.detach()}
+            return classification + config.baseline_weight * penalty, shown
+        m = whole_patches(m, encoder.patch_size) if isinstance(encoder, ViT) else m
+        target = explained_target(y, multiclass, config.explain, generator)
+        with attention_seen(encoder) if config.isnet_layers == "all" else nullcontext([]) as attention:
+            heatmaps, logits = relevance(model, x, target, create_graph=True, layers=layers, **rule)
+        heatmap, *inner = heatmaps if layers else [heatmaps]  # (B, C, S, S)
+        pooling = config.isnet_decay, config.isnet_e
+        background = isnet_background(heatmap, inner, attention, m, encoder.grid(x), *pooling)
+        foreground = foreground_loss(heatmap, m, *spec.relevance_range, hybrid=True)
+        parts = {
+            "classification": classification_loss(logits, y, multiclass),
+            "background": (background * mean).sum(),
+            "foreground": (foreground * mean).sum(),
+        }
+        left = config.isnet_end + (1 - config.isnet_end) * (1 + math.cos(math.pi * progress)) / 2
+        weight = config.isnet * left * (1 if multiclass else 1 / y.shape[1])  # one finding of K is explained
+        loss = parts["classification"] + weight * (parts["background"] + parts["foreground"])
+        return loss, {name: part.detach() for name, part in parts.items()}
+
+    return losses
 
 
-def learner(args: argparse.Namespace, encoder: nn.Module, grid: tuple[int, int]) -> nn.Module:
-    """What is trained around an encoder: a classifier, RelViT or DINO; grid (h, w) of the images' patches."""
-    if args.task == "classify":
-        model = build_classifier(args, encoder, len(args.classes), args.channels)
-        if args.relations:
-            model.relvit = RelViT(encoder, args.embed_dim, grid, args.relations)
-    elif args.ssl == "relvit":
-        nn.init.zeros_(encoder.pos_embed)  # unused: who uses the encoder next sees what it was trained on
-        grid = (args.mega_patches, args.mega_patches) if args.mega_patches else grid
-        model = RelViT(encoder, args.embed_dim, grid, args.relations or TASKS)
-    else:
-        model = DINO(encoder, args.embed_dim, args.out_dim, center_momentum=args.center_momentum)
-    if args.compile:
-        for module in (model.student, model.teacher) if isinstance(model, DINO) else (model.encoder,):
-            module.compile()
-    return model
+# The loop
 
 
-def check_labels(args: argparse.Namespace, train: Data) -> None:
-    """Raise ValueError for training images without labels, or with the same ones."""
-    if train.labels is None or train.labels.isnan().all():
-        raise ValueError(f"--task classify: no training image of {args.data} has a label; add labels.csv")
-    if not ((train.labels == 1).any(dim=0) & (train.labels == 0).any(dim=0)).any():
-        raise ValueError(f"--task classify: all training images of {args.data} have the same labels")
+def train(
+    config: Config, spec: DataSpec, model: nn.Module, images: Tensor, losses: Callable, saved: dict | None
+) -> list[dict]:
+    """Train on images (N, C, S, S) by an objective; returns the history, a row an epoch.
+
+    All random numbers come from one generator, whose state is in every checkpoint: a run that was stopped
+    ends at the weights of one that never was. Each process of torchrun takes its share of a batch.
+    Raises Damaged, Collapse, FloatingPointError before weights are spoiled, KeyboardInterrupt after saving.
+    """
+    generator, optimizer = Generator().manual_seed(config.seed), make_optimizer(config, model)
+    history, begun = restore(saved, model, optimizer, generator) if saved else ([], None)
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    batch = min(config.batch_size, len(images)) // processes * processes
+    steps = len(images) // batch
+    total, terminal = steps * config.epochs, sys.stderr.isatty() and not rank()
+    model.train()
+    first = len(history) * steps + (begun[1] if begun else 0)
+    bar = tqdm(total=total * batch, initial=first * batch, unit="img", smoothing=0.05, disable=not terminal)
+    with stop_requests() as stop, bar:
+        for epoch in range(len(history), config.epochs):
+            order, done, sums = begun or (torch.randperm(len(images), generator=generator), 0, {})
+            begun, started, first, order = None, time.perf_counter(), done, order.to(config.device)
+            if processes > 1:
+                dist.broadcast(order, src=0)
+            for i in range(first, steps):
+                step, index = epoch * steps + i, order[i * batch : (i + 1) * batch][rank() :: processes]
+                if rank():  # its own views, and the same again after --resume
+                    generator.manual_seed((config.seed * total + step) * processes + rank())
+                    torch.manual_seed(generator.initial_seed() + 2**40)
+                logged = train_step(config, model, losses, optimizer, index, generator, step, total)
+                sums = {name: sums.get(name, 0.0) + value for name, value in logged.items()}
+                bar.set_postfix_str(in_words(logged), refresh=False)
+                bar.update(batch)
+                if over_processes(torch.tensor(float(stop.is_set()), device=index.device)):
+                    if not rank():
+                        save(config, spec, model, optimizer, generator, history, (order.cpu(), i + 1, sums))
+                    if processes > 1:
+                        dist.barrier()  # the first process that ends makes torchrun end the others
+                    command = command_to_resume(config.out, config.keep_going)
+                    raise KeyboardInterrupt(f"{command} continues from here")
+            means = {name: value / steps for name, value in sums.items()}
+            speed = (steps - first) * batch / (time.perf_counter() - started)
+            history.append({"epoch": epoch + 1, **means, "images_per_s": round(speed, 1)})
+            if not rank():
+                save(config, spec, model, optimizer, generator, history)
+            if not terminal:
+                print(f"epoch {epoch + 1}/{config.epochs}: {in_words(means)}, {speed:.0f} img/s", flush=True)
+    return history
+
+
+def train_step(
+    config: Config, model: nn.Module, losses: Callable, optimizer: Optimizer, index: Tensor,
+    generator: Generator, step: int, total: int,
+) -> dict[str, float]:  # fmt: skip
+    """Step number `step` of `total` on images (B,); returns what to log, as means over all processes."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config, step, total)
+    optimizer.zero_grad()
+    logged, loss_of_all = {}, 0.0
+    for part in index.chunk(config.accumulate):
+        loss, found = losses(part, generator, step / total)
+        share = len(part) / len(index)
+        (loss * share).backward()
+        loss_of_all = loss_of_all + loss.detach() * share
+        for name, value in {"loss": loss.detach(), **found}.items():
+            logged[name] = logged.get(name, 0.0) + value * share
+    if dist.is_initialized():
+        average_gradients(model)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
+    if not (loss_of_all.isfinite() and norm.isfinite()):
+        sizes = f"the loss is {loss_of_all.item():.3g}, its gradient's norm {norm.item():.3g}"
+        raise FloatingPointError(f"step {step} is not taken: {sizes}. Lower --lr, or look for extreme images")
+    optimizer.step()
+    if isinstance(model, DINO):
+        model.update_teacher(cosine(step, total, config.momentum, 1.0))
+        monitor = model.health
+        if not config.keep_going:
+            monitor.check()
+        logged |= {"teacher_entropy": monitor.entropy, "kl": monitor.kl, "prototypes": monitor.prototypes()}
+    values = torch.stack([torch.as_tensor(value, device=index.device).float() for value in logged.values()])
+    return dict(zip(logged, over_processes(values).tolist()))
+
+
+def make_optimizer(config: Config, model: nn.Module) -> Optimizer:
+    """AdamW that decays matrices but neither biases nor norms."""
+    learned = [p for p in model.parameters() if p.requires_grad]
+    matrices = {"params": [p for p in learned if p.dim() > 1], "weight_decay": config.weight_decay}
+    vectors = {"params": [p for p in learned if p.dim() <= 1], "weight_decay": 0.0}
+    return torch.optim.AdamW([matrices, vectors], lr=config.lr)
+
+
+def learning_rate(config: Config, step: int, total: int) -> float:
+    """--lr at a step: rising linearly during the warm-up, then falling to 1 % as half a cosine."""
+    rising = max(1, round(config.warmup * total))
+    falling = cosine(max(0, step - rising), max(1, total - rising), config.lr, config.lr / 100)
+    return falling * min(1, (step + 1) / rising)
+
+
+def cosine(step: int, total: int, first: float, last: float) -> float:
+    """Half a cosine wave from `first` at step 0 to `last` at step `total`."""
+    return last + (first - last) * (1 + math.cos(math.pi * step / total)) / 2
+
+
+def in_words(logged: dict[str, float]) -> str:
+    """What is logged, for people."""
+    return ", ".join(f"{name} {value:.3g}" for name, value in logged.items())
 
 
 def finish(
-    args: argparse.Namespace, model: nn.Module, parts: dict, sample: str | None, history: list, guides: Any
+    config: Config, spec: DataSpec, model: nn.Module, splits: dict, reference: str, masks: Any, history: list
 ) -> None:
-    """Measure on test images, print the tables, draw the pictures; guides as from `prepare`."""
-    what = ["bias", "attention", "knn", "linear"]
-    if args.task == "pretrain":
-        model, what = model.student if isinstance(model, DINO) else model.encoder, what[1:]
-    found = report(args, model, parts, sample, what, shares=(1.0,))
+    """Measure on test images, print the tables, draw the pictures, write the metrics."""
+    train, picture = splits["train"], "heatmaps.png"
+    if config.task == "pretrain":
+        model, picture = model.student if isinstance(model, DINO) else model.encoder, "attention.png"
+    found = report(model, splits, QUICK, **measured_by(config, spec, model, splits, reference, {}))
     print_tables({"": found})
-    metrics = {name: value for name, value in history[-1].items() if name != "epoch"} | found.figures
-    if args.task == "classify":
-        warn_if_idle(args, history[-1], parts["train"].labels)
-        if guides is not None and parts["train"].has_masks.any():  # how true was the foreground?
-            metrics["mask_dice"] = agreement(guides.cpu(), parts["train"])
-    if one_prior(args):
-        write_whole(args.out / "outlines.json", outlines(args, model, parts, sample))
-    metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}  # NaN is no JSON
-    write_whole(args.out / "metrics.json", metrics)
-    picture, about = {
-        "pretrain": ("attention.png", "where the heads look"),
-        "classify": ("heatmaps.png", "what the decision rests on"),
-    }[args.task]
-    shown = shown_images(args, parts, 6)
-    draw(args.out / picture, shown, maps_of(args, model, shown.images, found.heads), args.task)
-    curves(args.out / "curves.png", {args.out.name: history})
-    print(f"wrote {args.out}/{picture} ({about}), curves.png, metrics.json, last.pt")
+    metrics = {name: value for name, value in history[-1].items() if name != "epoch"} | found.metrics
+    if config.task == "classify":
+        warn_if_constant(history[-1], train.labels, spec.multiclass)
+        if masks is not None and train.has_masks.any():
+            metrics["mask_dice"] = mask_dice(masks.cpu(), train)
+    elif config.prior not in ("none", "masks"):
+        masses = attention_masses(model, config.prior, train, reference, config.prior_blur, config.span_layer)
+        write_file(config.out / "attention_mass.json", masses)
+    write_file(config.out / "metrics.json", {k: v for k, v in metrics.items() if math.isfinite(v)})
+    write_history(config.out, history)  # a kill may have come between a checkpoint and its last row
+    shown = images_to_show(config, splits, 6)
+    maps = maps_of(config, spec, model, shown.images, found.heads, lrp_rule(config))
+    draw_maps(config.out / picture, shown, maps, signed=config.task == "classify")
+    curves(config.out / "curves.png", {config.out.name: history})
+    print(f"wrote {config.out}/{picture}, curves.png, metrics.json, last.pt")
 
 
-def warn_if_idle(args: argparse.Namespace, last: dict[str, float], labels: Tensor) -> None:
-    """Say so if a classifier is no better than one answer for all images: ISNet may stand still."""
-    reached, constant = last.get("classification", last["loss"]), constant_loss(labels, args.one_class)
-    if reached > 0.97 * constant:
-        remedy = "less --isnet" if args.isnet else "another --lr"
-        print(
-            f"note: it has hardly learned: its loss is {reached:.2f}, that of one answer for all images "
-            f"{constant:.2f}. Try another --seed, more --epochs, or {remedy}"
-        )
-
-
-def join(args: argparse.Namespace) -> None:
-    """Become one of the processes that torchrun started, if it did: the first alone prints and writes."""
-    if "RANK" not in os.environ:
-        return
-    shares = int(os.environ["WORLD_SIZE"])
-    if args.batch_size % shares:
-        raise ValueError(
-            f"--batch-size {args.batch_size} can't be shared by {shares} processes: a multiple can"
-        )
-    if args.device == "cuda":
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(args.device)
-    dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-    if rank():
-        sys.stdout = open(os.devnull, "w")
+# The command line
 
 
 def begin(argv: list[str]) -> tuple:
-    """What `train` and `finish` take, from the command line; exit status 2 for unusable input."""
-    try:
-        argv = repeated(argv)
-        args, typed = parse(argv, __doc__)
-        check_idle(args, typed)
-        if not rank():
-            check_folder(args.out, args.resume, args.overwrite)
-        args = resumed(args, typed) if args.resume else args
-        join(args)
-        parts, sample, model, images, guides = prepare(args)
-        if not args.resume and not rank():
-            start(args, argv)
-            if args.task == "classify" and guides is not None:
-                keep(args, guides.cpu())
-        return args, parts, sample, model, images, guides
-    except (ValueError, OSError) as error:
-        fail(error, 2)
-
-
-def fail(error: Exception | str, status: int) -> NoReturn:
-    """End with one line for who started it; what is unusable is said by the first process alone."""
-    if status == 1 or not rank():
-        print(f"train.py: {error}", file=sys.stderr)
-    sys.exit(status)
+    """All that `train` and `finish` need. Raises ValueError or OSError for unusable input."""
+    config, typed = parse(argv, __doc__)
+    if not rank():
+        check_folder(config.out, config.resume, config.overwrite)
+    run = resumed(config, typed) if config.resume else None
+    config = run.config if run else config
+    check(config, typed)
+    config = replace(config, device=join(config.device, config.batch_size))
+    if config.task == "classify" and config.device == "cpu":
+        torch.set_flush_denormal(True)  # relevance fades into numbers that make a CPU slow
+    splits, reference = load_data(config)
+    train = splits["train"]
+    spec = data_spec(train, config.task == "classify", config.data)
+    if run:
+        check_spec(config.out, run.spec, spec, config.data)
+    torch.manual_seed(config.seed)
+    encoder = make_encoder(config, spec.channels)
+    masks = foreground_masks(config, train, reference)
+    model = build_model(config, spec, encoder, encoder.grid(train.images)).to(config.device)
+    print(f"{sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} M weights in the encoder, on {config.device}")
+    images, spec = placed(train.images, config.device), run.spec if run else spec
+    if config.task == "classify":
+        labels = train.labels.to(config.device)
+        if config.isnet and not run:
+            given = config.lr, config.batch_size, config.explain, lrp_rule(config), config.seed
+            spec = spec._replace(relevance_range=natural_range(model, images, masks, labels, *given))
+            print("C1 {:.4g}, C2 {:.4g}: total relevance of a plain classifier".format(*spec.relevance_range))
+        losses = classifier_objective(config, model, images, masks, labels, spec)
+    else:
+        heads = config.pool_heads if config.pool == "simpool" else config.num_heads
+        prior = config.prior, train, reference, config.prior_blur, config.align, config.device, heads
+        priors = None if config.prior == "none" else priors_over(images, *prior)
+        objective = dino_objective if config.ssl == "dino" else relvit_objective
+        losses = objective(config, model, images, priors)
+    if not run and not rank():
+        start_run(config, spec, argv)
+        if masks is not None and config.masks != "data":
+            keep_masks(config.out, masks.cpu())
+    return config, spec, model, splits, reference, masks, images, losses, run and run.checkpoint
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line: exit status 0 when done, 1 for a failed training, 2 for unusable input."""
     try:
-        args, parts, sample, model, images, guides = begin(sys.argv[1:] if argv is None else argv)
-        started = time.perf_counter()
-        if args.task == "classify":
-            losses = objective(args, model, images, guides, parts["train"].labels.to(args.device))
-        else:
-            objective_of = self_distillation if args.ssl == "dino" else relations
-            losses = objective_of(args, model, images, guides)
-        history = train(args, model, images, losses)
+        try:
+            *given, images, losses, checkpoint = begin(sys.argv[1:] if argv is None else argv)
+        except (ValueError, OSError) as error:
+            fail("train.py", error, 2)
+        (config, spec, model, *_), started = given, time.perf_counter()
+        history = train(config, spec, model, images, losses, checkpoint)
         print(f"trained in {time.perf_counter() - started:.0f} s")
         if not rank():
-            finish(args, model, parts, sample, history, guides)
+            finish(*given, history)
         if dist.is_initialized():
             dist.destroy_process_group()
-    except Unfit as error:
-        fail(error, 2)
+    except Damaged as error:
+        fail("train.py", error, 2)
     except (Collapse, FloatingPointError) as error:
-        fail(error, 1)
+        fail("train.py", error, 1)
     except OSError as error:
-        fail(f"{error}: if the disk is full, free some of it, and --resume goes on", 1)
+        fail("train.py", f"{error}: if the disk is full, free some of it, and continue with --resume", 1)
     except (RuntimeError, MemoryError) as error:
-        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            fail(f"--compile can't be used here ({' '.join(str(error).split())[:150]}): leave it out", 1)
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate" not in str(error):
-            raise
-        fail("not enough memory: raise --accumulate, or lower --batch-size, --img-size or --embed-dim", 1)
+        fail("train.py", remedy_for(error), 1)
     except KeyboardInterrupt as error:
-        print(f"\nstopped; {str(error) or 'if an epoch was finished, --resume goes on after it'}")
+        print(f"\nstopped; {str(error) or 'if an epoch was finished, --resume continues after it'}")
         sys.exit(130)
 
 

@@ -1,23 +1,21 @@
-"""A Vision Transformer that says where it looked (Dosovitskiy et al. 2020, arXiv 2010.11929).
+"""A Vision Transformer that returns its attention (Dosovitskiy et al. 2020, arXiv 2010.11929).
 
 An image is cut into N patches, each patch becomes a token, a CLS token is put in front, and `depth` pre-norm
-blocks mix and transform the T = N + 1 tokens (equations numbered as in the paper):
+blocks transform the T = N + 1 tokens (equations numbered as in the paper):
 
     z_0  = [x_cls; x_1 E; ...; x_N E] + E_pos                                       (1)
     z'_l = MSA(LN(z_{l-1})) + z_{l-1},   z_l = MLP(LN(z'_l)) + z'_l                 (2), (3)
     y    = LN(z_L)                                                                  (4)
     [q, k, v] = z U_qkv,   A = softmax(q k^T / sqrt(d)),   SA(z) = A v              (5), (6), (7)
 
-Every forward returns `Features(pooled, patches, attention)`. `attention` is the CLS row of A in one block,
-the weights with which each head pooled the image. `F.scaled_dot_product_attention` never forms A, so that one
-row is computed beside it: softmax(q_cls k^T / sqrt(d)) costs O(N) time and memory, not O(N^2), and can be
-trained through, which is all that `attention_priors.py` needs. `attention_maps` gives the full A of every
-block, for pictures.
+Every forward returns `Features(pooled, patches, attention)`. `attention` is the CLS row of A in one block:
+the weights with which each head pooled the image. `F.scaled_dot_product_attention` never forms A, so this row
+is computed beside it: softmax(q_cls k^T / sqrt(d)) takes O(N) time and memory instead of O(N^2), and has a
+gradient. `attention_maps` returns the full A of every block.
 
 Parameter names and numerics (LayerNorm eps 1e-6, exact GELU) are those of the DINO release, whose state dicts
 load with strict=True once the head is dropped (timm uses the same names). Where we differ: position
-embeddings are resized to the exact grid, where DINO's code adds 0.1 to the scale factor. Next to read:
-`attention_priors.py`.
+embeddings are resized to the exact grid; DINO's code adds 0.1 to the scale factor.
 """
 
 import math
@@ -31,8 +29,8 @@ from torch import Tensor, nn
 class Features(NamedTuple):
     """What an encoder returns: pooled (B, D), patches (B, N, D) row by row, attention (B, heads, N).
 
-    `attention` holds probabilities: the pooling token's softmax row over the patches, its own column dropped
-    and the rest not renormalised, so that a head which looks at CLS itself sums to less than 1.
+    `attention` holds probabilities: the CLS token's softmax row without its own column and not renormalised,
+    so the weights of a head that looks at CLS itself sum to less than 1.
     """
 
     pooled: Tensor
@@ -52,7 +50,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, equations (5)-(7), which can hand out the first token's attention."""
+    """Multi-head self-attention, equations (5)-(7), which can return the first token's attention."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -66,7 +64,7 @@ class Attention(nn.Module):
         return self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4).unbind()
 
     def forward(self, x: Tensor, row: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Tokens (B, T, D) to tokens (B, T, D) and, if `row`, the first one's attention (B, heads, T)."""
+        """Tokens (B, T, D) to tokens (B, T, D) and, if `row`, the first token's attention (B, heads, T)."""
         q, k, v = self.split(x)
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, T, D)
         return self.proj(mixed), self.weights(q[:, :, :1], k)[:, :, 0] if row else None
@@ -101,7 +99,7 @@ class Block(nn.Module):
         self.drop_path = drop_path
 
     def keep(self, branch: Tensor) -> Tensor:
-        """Drop the branch (B, T, D) of an image with probability drop_path, and scale up those that stay."""
+        """Drop each image's branch (B, T, D) with probability drop_path, and scale up those that are kept."""
         if not self.training or self.drop_path == 0:
             return branch
         kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
@@ -118,11 +116,11 @@ class ViT(nn.Module):
 
     img_size: side of the training images in pixels, or (height, width); it sets the size of the position
     embedding, which is resized for other images. pool: None for a CLS token, or a module that maps patches
-    (B, N, D), not normalised yet, to (pooled (B, D), attention (B, N) or (B, heads, N)); then there is no
-    CLS token. registers: tokens without a place, between CLS and patches (Darcet et al. 2023, arXiv
-    2309.16588), which nothing but the attention sees.
+    (B, N, D), before the last LayerNorm, to (pooled (B, D), attention (B, N) or (B, heads, N)); then there is
+    no CLS token. registers: extra tokens without a position, between CLS and patches, which are not returned
+    (Darcet et al. 2023, arXiv 2309.16588). drop_path: stochastic depth of the last block, rising from 0.
 
-    Raises ValueError if patch_size does not divide img_size, or num_heads embed_dim.
+    Raises ValueError if patch_size does not divide img_size, or num_heads does not divide embed_dim.
     """
 
     def __init__(
@@ -140,19 +138,16 @@ class ViT(nn.Module):
     ):
         super().__init__()
         if embed_dim % num_heads:
-            raise ValueError(
-                f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}: change either"
-            )
+            raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}: change one")
         self.patch_size, self.embed_dim, self.num_heads, self.depth = patch_size, embed_dim, num_heads, depth
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         self.native_grid = self._grid(height, width)
-        self.pool = pool
+        self.pool, self.registers = pool, registers
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         if pool is None:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         if registers:
             self.reg_token = nn.Parameter(torch.randn(1, registers, embed_dim) * 1e-6)
-        self.registers = registers
         tokens = math.prod(self.native_grid) + (pool is None)
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim))
         rates = torch.linspace(0, drop_path, depth).tolist()  # deeper blocks are dropped more often
@@ -161,7 +156,7 @@ class ViT(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """As in the DINO release: truncated normal of 0.02 for linear layers and embeddings, zero biases."""
+        """As in the DINO release: truncated normal, std 0.02, for matrices and embeddings; zero biases."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -183,14 +178,14 @@ class ViT(nn.Module):
         return height // p, width // p
 
     def grid(self, images: Tensor) -> tuple[int, int]:
-        """Rows and columns (h, w) of patches that images (B, C, H, W) are cut into; N = h * w."""
+        """Rows and columns (h, w) of the patches of images (B, C, H, W); N = h * w. Raises ValueError."""
         return self._grid(*images.shape[-2:])
 
     def positions_for(self, grid: tuple[int, int]) -> Tensor:
         """The position embedding (1, T, D) for a grid (h, w), resized bicubically if it is not native."""
         if grid == self.native_grid:
             return self.pos_embed
-        extra = int(self.pool is None)  # the CLS token, which has no place in the grid
+        extra = int(self.pool is None)  # the CLS token is not part of the grid
         cls, patches = self.pos_embed[:, :extra], self.pos_embed[:, extra:]
         patches = patches.transpose(1, 2).unflatten(2, self.native_grid)  # (1, D, h0, w0)
         patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
@@ -203,17 +198,17 @@ class ViT(nn.Module):
         if self.pool is None:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + N, D)
         x = x + self.positions_for(grid) if positions else x
-        if not self.registers:
-            return x
-        registers = self.reg_token.expand(len(x), -1, -1)
-        parts = [x[:, :1], registers, x[:, 1:]] if self.pool is None else [registers, x]
-        return torch.cat(parts, dim=1)  # (B, 1 + R + N, D)
+        if self.registers:
+            first, registers = int(self.pool is None), self.reg_token.expand(len(x), -1, -1)
+            x = torch.cat([x[:, :first], registers, x[:, first:]], dim=1)  # (B, 1 + R + N, D)
+        return x
 
     def forward(self, images: Tensor, layer: int | None = -1, positions: bool = True) -> Features:
         """Encode images (B, C, H, W), H and W multiples of patch_size.
 
-        layer: the block whose CLS row is handed out as `attention`, -1 the last; None for no attention.
-        positions: False leaves the position embedding out (RelViT must not be told what it shall find).
+        layer: the block whose CLS row is returned as `attention`, -1 for the last; None for no attention.
+        positions: False leaves out the position embedding, which would give RelViT's targets away.
+        Raises ValueError for another size.
         """
         x = self.embed(images, positions)
         exposed = None if layer is None or self.pool is not None else range(self.depth)[layer]
@@ -225,16 +220,15 @@ class ViT(nn.Module):
             x = self.norm(x)
             return Features(x[:, 0], x[:, 1 + self.registers :], attention)
         x = x[:, self.registers :]
-        pooled, attention = self.pool(x)  # (4) comes after it, as in SimPool's release
-        return Features(
-            self.norm(pooled), self.norm(x), attention[:, None] if attention.dim() == 2 else attention
-        )
+        pooled, attention = self.pool(x)  # equation (4) comes after it, as in SimPool's release
+        attention = attention[:, None] if attention.dim() == 2 else attention  # (B, heads, N)
+        return Features(self.norm(pooled), self.norm(x), attention)
 
     @torch.no_grad()
     def attention_maps(self, images: Tensor) -> Tensor:
         """The full attention A of every block for images (B, C, H, W): (B, depth, heads, T, T).
 
-        Takes O(depth * heads * T^2) memory; for training use `forward`, which hands out one row.
+        It takes O(depth * heads * T^2) memory; `forward` returns one row, for training.
         """
         x, maps = self.embed(images), []
         for block in self.blocks:

@@ -1,17 +1,16 @@
-"""A run is a folder: what it was asked for, how far it came, and how it goes on.
+"""A run is a folder that can be resumed, repeated and measured.
 
-    config.json      every setting, the command line, versions and machine
-    last.pt          weights, optimizer, random states and history, after an epoch or where it was interrupted
-    metrics.jsonl    a line an epoch;  metrics.json  final figures, flat names to numbers
-    outlines.json    of heads that one prior guided: {region: share of attention that outlines it}
-    masks.pt         a classifier's foreground, if its masks didn't come with the images
+    config.json          settings, command line, versions, machine, and what was learned of the data: a record
+    last.pt              settings, weights, optimizer, random states and history, after an epoch or at Ctrl-C
+    metrics.jsonl        a line an epoch
+    metrics.json         final metrics, flat names to numbers
+    attention_mass.json  of heads guided by one prior: {region: share of the attention that its mask holds}
+    masks.pt             a classifier's foreground masks, unless they are the data's own
 
-Every file is written beside its place and then moved there, so that a kill leaves the old one or the new one,
-never half of one. Checkpoints are read with `weights_only=True`: one that would run code is refused. The
-settings say what to build, and `load_model` builds it. Next to read: `weights.py`.
+Every file is written beside its place and then moved there, so that a kill leaves the old one or the new one.
+Checkpoints are read with `weights_only=True`: one that would run code is refused.
 """
 
-import argparse
 import hashlib
 import io
 import json
@@ -20,36 +19,50 @@ import platform
 import shlex
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Generator, nn
 from torch.optim import Optimizer
 
-from common.baselines import AttentionGate, Pipeline, Segmenter
-from common.models import Classifier
-from common.folder import Data
-from resnet import ResNet
-from simpool import GAP, SimPool
-from vit import ViT
-from common.weights import fit, read_weights, sizes, unread
+from common.classify import is_multiclass
+from common.config import PER_CALL, PLACES, Config, as_config, as_json
+from common.data import Data
+from common.weights import reason
 
-FORMAT = 1  # of last.pt: what it holds, and what its settings mean
-FOUND = "command versions machine channels classes one_class images relevance_range".split()
-OF_THE_CALL = ("out", "overwrite", "resume", "keep_going", "device")  # settings that --resume may change
-PLACES = ("data", "init", "masks", "prior")  # settings that may be edited, if what they name has moved
-WORDS = (
-    "phantom parts data prior attention sample masks statistics none".split()
-)  # of these, what is no place
+FORMAT = 2  # of last.pt: what it holds, and what its settings mean
+WRITTEN = (
+    "last.pt metrics.jsonl metrics.json attention_mass.json masks.pt attention.png heatmaps.png curves.png"
+)
+WRITTEN += " compare.png compare_curves.png low_data.png report.html"
 
 
-class Unfit(ValueError):
-    """A run's files that fit neither its settings nor each other."""
+class DataSpec(NamedTuple):
+    """What a run took from its data, which its settings don't say."""
+
+    channels: int
+    classes: tuple[str, ...]  # or findings; empty in pretraining
+    multiclass: bool  # each image has one of the classes
+    images: str  # how many training images there were, and a hash of their names
+    relevance_range: tuple[float, float] | None = None  # C1 and C2 of ISNet's foreground loss
 
 
-def write_whole(path: Path, content: str | dict) -> None:
-    """Write text, or a dict as JSON if the name says so, else as torch does: whole or not at all.
+class Run(NamedTuple):
+    """A run as it lies in its folder."""
 
-    Raises OSError, the old file untouched, if there is no room.
+    config: Config
+    spec: DataSpec
+    checkpoint: dict
+
+
+class Damaged(ValueError):
+    """A checkpoint that does not fit its own settings."""
+
+
+def write_file(path: Path, content: str | dict) -> None:
+    """Write text, or a dict as JSON if the name says so, else with torch.save: whole or not at all.
+
+    Raises OSError if there is no room; the old file is untouched then.
     """
     part = path.with_name(path.name + ".part")
     try:
@@ -67,7 +80,7 @@ def write_whole(path: Path, content: str | dict) -> None:
     except BaseException as error:
         part.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            error.filename = str(path)  # which a write does not name
+            error.filename = str(path)  # which a failed write does not name
         raise
 
 
@@ -75,82 +88,67 @@ def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
     """Raise ValueError rather than touch a folder that holds something, unless asked to."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a folder")
-    empty = not out.exists() or all(path.suffix == ".part" for path in out.iterdir())  # which a kill left
-    config = out / "config.json"
-    is_run = config.exists() and '"command": "python train.py' in config.read_text()
-    if not empty and not is_run:
+    empty = not out.exists() or all(path.suffix == ".part" for path in out.iterdir())  # left by a kill
+    record = out / "config.json"
+    if not empty and not (record.exists() and '"command": "python train.py' in record.read_text()):
         raise ValueError(f"--out {out} holds something else than a run; name another folder")
     if resume and not (out / "last.pt").exists():
         stopped = "it stopped before its first epoch ended, --overwrite starts again"
-        remedy = "start without --resume" if empty else stopped
-        raise ValueError(f"--resume: there is no {out}/last.pt; {remedy}")
+        raise ValueError(f"--resume: there is no {out}/last.pt; {'drop --resume' if empty else stopped}")
     if not (empty or resume or overwrite):
-        raise ValueError(
-            f"--out {out} holds a run: --resume goes on with it, --overwrite starts again; or name another"
-        )
+        raise ValueError(f"--out {out} holds a run: --resume continues it, --overwrite starts again")
 
 
-def start(args: argparse.Namespace, argv: list[str]) -> None:
-    """Make the folder of a new run and write its config.json; what an overwritten run left is removed."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    for stale in (
-        "last.pt",
-        "metrics.jsonl",
-        "metrics.json",
-        "outlines.json",
-        "masks.pt",
-        "attention.png",
-        "heatmaps.png",
-        "curves.png",
-        "compare.png",
-        "compare_curves.png",
-        "low_data.png",
-        "report.html",
-    ):
-        (args.out / stale).unlink(missing_ok=True)
-    shutil.rmtree(args.out / "looks", ignore_errors=True)
-    config = plain(args) | {"command": shlex.join(["python", "train.py", *argv])}
-    config["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
-    config["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads, {args.device}"
-    write_whole(args.out / "config.json", config)
+def start_run(config: Config, spec: DataSpec, argv: list[str]) -> None:
+    """Make the folder of a new run and write its config.json; files of an overwritten run are removed."""
+    config.out.mkdir(parents=True, exist_ok=True)
+    for name in WRITTEN.split():
+        (config.out / name).unlink(missing_ok=True)
+    shutil.rmtree(config.out / "looks", ignore_errors=True)
+    record = as_json(config) | spec._asdict() | {"command": shlex.join(["python", "train.py", *argv])}
+    record["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
+    record["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads, {config.device}"
+    write_file(config.out / "config.json", record)
 
 
-def plain(args: argparse.Namespace) -> dict:
-    """Settings as JSON has them: paths are text."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-
-
-def named(train: Data) -> str:
-    """How many training images there are, and a short mark of their names."""
+def data_spec(train: Data, classify: bool, data: str) -> DataSpec:
+    """What a run takes from its training images. Raises ValueError if they can't be classified."""
     mark = hashlib.sha256("\n".join(train.names).encode("utf-8", "surrogateescape")).hexdigest()[:8]
-    return f"{len(train.names)} images (their names: {mark})"
+    images = f"{len(train.names)} images (hash of their names: {mark})"
+    if not classify:
+        return DataSpec(train.images.shape[1], (), False, images)
+    labels = train.labels
+    if labels is None or labels.isnan().all():
+        raise ValueError(f"--task classify: no training image of {data} has a label; add labels.csv")
+    if not ((labels == 1).any(dim=0) & (labels == 0).any(dim=0)).any():
+        raise ValueError(f"--task classify: all training images of {data} have the same labels")
+    return DataSpec(train.images.shape[1], tuple(train.findings), is_multiclass(labels), images)
 
 
-def resumed(args: argparse.Namespace, typed: set[str]) -> argparse.Namespace:
-    """The settings of the run in --out; ValueError if what was typed asks for others."""
-    saved, _ = load_run(args.out)
-    for name in typed - set(OF_THE_CALL):
-        there, asked = getattr(saved, name, None), getattr(args, name)
-        if str(asked) != str(there):  # a path is kept as text
-            flag = name.replace("_", "-")
+def check_spec(run: Path, then: DataSpec, now: DataSpec, data: str) -> None:
+    """Raise ValueError if a run learned other channels, classes or images than its data have now."""
+    for name, was, there in zip(DataSpec._fields, then[:4], now[:4]):
+        if was != there:
+            was, there = (", ".join(x) if isinstance(x, tuple) else x for x in (was, there))
             raise ValueError(
-                f"--resume: {args.out} was started with --{flag} {there}, not {asked}; drop the flag"
+                f"{run} learned {name} {was}, but {data} has {there}: restore it, or train again"
             )
-    return argparse.Namespace(**{**vars(saved), **{name: getattr(args, name) for name in OF_THE_CALL}})
 
 
 def save(
-    args: argparse.Namespace,
+    config: Config,
+    spec: DataSpec,
     model: nn.Module,
     optimizer: Optimizer,
     generator: Generator,
     history: list[dict],
     begun: tuple | None = None,
 ) -> None:
-    """Write last.pt and metrics.jsonl after an epoch; or within one, with what `train.train` has begun."""
+    """Write last.pt and metrics.jsonl; begun: (order, steps done, sums) if it is within an epoch."""
     checkpoint = {
         "format": FORMAT,
-        "settings": plain(args),
+        "settings": as_json(config),
+        "spec": spec._asdict(),
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "generator": generator.get_state(),
@@ -158,167 +156,64 @@ def save(
         "history": history,
         "begun": begun,
     }
-    write_whole(args.out / "last.pt", checkpoint)
-    write_rows(args.out, history)
+    write_file(config.out / "last.pt", checkpoint)
+    write_history(config.out, history)
 
 
-def write_rows(out: Path, history: list[dict]) -> None:
+def write_history(out: Path, history: list[dict]) -> None:
     """Write metrics.jsonl, a line an epoch."""
-    write_whole(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
+    write_file(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
+
+
+def load_run(folder: Path) -> Run:
+    """A run's settings, data spec and checkpoint. Raises ValueError if it is no run or a file is damaged."""
+    try:
+        checkpoint = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
+        if checkpoint["format"] != FORMAT:
+            version = f"format {checkpoint['format']}, here {FORMAT}"
+            raise Damaged(f"{folder} was written by another version of train.py ({version}): train again")
+        settings, spec = checkpoint["settings"], DataSpec(**checkpoint["spec"])
+        settings = {name: settings[name] for name in Config.__dataclass_fields__}
+        return Run(as_config(settings | {"out": str(folder)}), spec, checkpoint)
+    except Damaged:
+        raise
+    except OSError as error:
+        missing = error.filename or folder / "last.pt"  # torch names no file that was cut off
+        raise ValueError(f"{folder} is not a run of train.py: {missing} cannot be read") from None
+    except Exception as error:  # a damaged or foreign file fails in the unpickler in many ways
+        raise Damaged(f"{folder}/last.pt is damaged ({reason(error)})") from None
+
+
+def resumed(config: Config, typed: set[str]) -> Run:
+    """The run in --out, to be continued. Raises ValueError if other settings are asked for."""
+    run = load_run(config.out)
+    saved, asked = as_json(run.config), as_json(config)
+    try:
+        record = dict(json.loads((config.out / "config.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        raise Damaged(f"{config.out}/config.json is damaged: restore it, or train again") from None
+    for name in saved.keys() - {*PER_CALL, *PLACES}:
+        if name in typed and asked[name] != saved[name] or record.get(name) != saved[name]:
+            wanted = asked[name] if name in typed else record.get(name)
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"--resume: {config.out} was started with {flag} {saved[name]}, not {wanted}")
+    changed = {name: asked[name] for name in asked if name in PER_CALL or name in PLACES and name in typed}
+    return run._replace(config=as_config(saved | changed))
 
 
 def restore(
-    out: Path, model: nn.Module, optimizer: Optimizer, generator: Generator
+    checkpoint: dict, model: nn.Module, optimizer: Optimizer, generator: Generator
 ) -> tuple[list[dict], tuple | None]:
-    """Put everything back as `save` found it; returns the history, a row an epoch, and what is begun.
-
-    Raises Unfit.
-    """
-    _, checkpoint = load_run(out)
+    """Put everything back as `save` found it; returns the history and what is begun. Raises Damaged."""
     try:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         generator.set_state(checkpoint["generator"])
         torch.set_rng_state(checkpoint["torch_rng"])
-        history, begun = checkpoint["history"], checkpoint["begun"]
+        history, begun = [dict(row) for row in checkpoint["history"]], checkpoint["begun"]
         if begun is not None:
-            order, first, sums = begun
-            order[:first], sums.items()  # a Tensor and a dict
-        return [dict(row) for row in history], begun
+            order, steps, sums = begun
+            order[:steps], sums.items()  # a Tensor and a dict
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, IndexError) as error:
-        raise Unfit(f"{out}/last.pt does not fit its settings ({unread(error)}): train again") from None
-
-
-def load_run(folder: Path) -> tuple[argparse.Namespace, dict]:
-    """A run's settings and its checkpoint; ValueError if the folder is no run or a file is damaged."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        checkpoint = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
-        config["command"], config["task"], checkpoint["model"], checkpoint["history"]  # what every run has
-        version, settings = checkpoint.get("format"), checkpoint.get("settings", {})
-        differ = [
-            name for name in settings if name not in config or not _same(name, config[name], settings[name])
-        ]
-    except OSError as error:
-        missing = error.filename or folder / "last.pt"  # torch names no file that it finds cut off
-        raise ValueError(f"{folder} is not a run of train.py: {missing} cannot be read") from None
-    except Exception as error:  # a damaged or foreign file fails in the unpickler in many ways
-        raise ValueError(f"{folder}: config.json or last.pt is damaged ({unread(error)})") from None
-    if version != FORMAT:
-        raise ValueError(
-            f"{folder} was written by another version of train.py (format {version}, here {FORMAT}): "
-            "use that one, or train again"
-        )
-    if differ:
-        there, was = config.get(differ[0]), settings[differ[0]]
-        raise ValueError(
-            f"{folder}/config.json says {differ[0]} {there}, but it was trained with {was}: undo "
-            "that, or train anew with --config"
-        )
-    return argparse.Namespace(**config), checkpoint
-
-
-def _same(name: str, there: object, was: object) -> bool:
-    """Whether a setting is still what it was, as far as it matters."""
-    moved = name in PLACES and type(there) is type(was) is str and not {there, was} & set(WORDS)
-    return name in OF_THE_CALL or there == was or moved
-
-
-def settings_of(init: Path) -> dict:
-    """The settings of a run's folder, or those of the encoder in a file of weights. Raises ValueError."""
-    if not init.exists():
-        raise ValueError(f"--init {init}: no such file or folder")
-    return sizes(read_weights(init)[0]) if init.is_file() else vars(load_run(init)[0])
-
-
-def start_from(init: Path, encoder: nn.Module) -> None:
-    """Load the encoder of a run's folder, or of a file of weights. Raises ValueError if it doesn't fit."""
-    if not init.is_file():
-        return load_encoder(init, *load_run(init), encoder)
-    weights, left = read_weights(init)
-    try:
-        fit(weights, encoder)
-    except ValueError as error:
-        raise ValueError(f"{init}: {error}") from None
-    found, (side, _) = sizes(weights), encoder.native_grid
-    about = f"{found['embed_dim']} wide, {found['depth']} deep, patches of {found['patch_size']} px"
-    resized = f" of {found['img_size']} px resized" if found["img_size"] != side * encoder.patch_size else ""
-    without = f"; left out: {', '.join(left)}" if left else ""
-    print(f"{init}: a ViT {about}, {encoder.num_heads} heads, positions{resized or ' as they are'}{without}")
-
-
-def build_encoder(config: argparse.Namespace, in_chans: int) -> ViT | ResNet:
-    """The encoder that a run's settings describe. Raises ValueError for sizes that don't fit."""
-    D, pool = config.embed_dim, None  # None: the ViT's CLS token, the ResNet's mean
-    if config.baseline == "gated":
-        pool = AttentionGate(D)
-    elif config.pool == "simpool":
-        pool = SimPool(D, config.simpool_gamma, config.pool_heads)
-    elif config.pool == "gap" and config.backbone == "vit":
-        pool = GAP()
-    if config.backbone == "resnet":
-        resnet = ResNet(in_chans, D, pool=pool)
-        return resnet.to(memory_format=torch.channels_last) if config.channels_last else resnet
-    dimensions = config.img_size, config.patch_size, in_chans, D, config.depth, config.num_heads
-    return ViT(*dimensions, drop_path=config.drop_path, pool=pool, registers=config.registers)
-
-
-def build_classifier(
-    config: argparse.Namespace, encoder: ViT | ResNet, classes: int, in_chans: int
-) -> nn.Module:
-    """A classifier on an encoder, with what a baseline adds to it."""
-    model = Classifier(encoder, classes)
-    if config.baseline == "multitask":
-        model.segmenter = nn.Linear(encoder.embed_dim, 1)
-    if config.baseline == "pipeline":
-        return Pipeline(model, Segmenter(build_encoder(config, in_chans)))
-    return model
-
-
-def load_model(run: Path, config: argparse.Namespace, checkpoint: dict) -> nn.Module:
-    """The encoder (of the student) or the classifier of a run. Raises ValueError if it doesn't fit."""
-    try:
-        model = encoder = build_encoder(config, config.channels)
-        if config.task == "classify":
-            model = build_classifier(config, encoder, len(config.classes), config.channels)
-    except (AttributeError, TypeError, ValueError, RuntimeError) as error:  # not settings of train.py's
-        raise ValueError(f"{run}: config.json is damaged ({' '.join(str(error).split())[:120]})") from None
-    if config.task != "classify":
-        load_encoder(run, config, checkpoint, encoder)
-        return encoder
-    try:
-        model.load_state_dict({k: v for k, v in checkpoint["model"].items() if not k.startswith("relvit.")})
-    except RuntimeError:
-        raise ValueError(f"{run}: last.pt holds a model of other sizes than config.json says") from None
-    return model
-
-
-def check_data(run: Path, config: argparse.Namespace, train: Data) -> None:
-    """Raise ValueError if a run learned other channels or classes than its data have by now.
-
-    And if it goes on with other images.
-    """
-    learned = config.channels, *config.classes
-    there = train.images.shape[1], *(train.findings if config.task == "classify" else ())
-    if learned != there:
-        learned, there = (f"{c} channel(s){', '.join(['', *classes])}" for c, *classes in (learned, there))
-        raise ValueError(
-            f"{run} learned {learned}; but {config.data} has {there}: restore it, or train again"
-        )
-    if config.resume and config.images != named(train):
-        raise ValueError(
-            f"--resume: {run} was trained on {config.images}, now there are {named(train)}: restore "
-            f"{config.data}"
-        )
-
-
-def load_encoder(run: Path, config: argparse.Namespace, checkpoint: dict, encoder: nn.Module) -> None:
-    """Load a run's encoder, of a student or a classifier. Raises ValueError if it has other sizes."""
-    prefix = "student." if config.task == "pretrain" and config.ssl == "dino" else "encoder."
-    weights = {k.removeprefix(prefix): v for k, v in checkpoint["model"].items() if k.startswith(prefix)}
-    try:
-        encoder.load_state_dict(weights)
-    except RuntimeError:
-        raise ValueError(
-            f"{run}: last.pt holds an encoder of other sizes, channels or pooling than asked for"
-        ) from None
+        raise Damaged(f"last.pt does not fit its settings ({reason(error)}): train again") from None
+    return history, begun

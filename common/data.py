@@ -1,26 +1,65 @@
-"""What goes in: drawn data (`phantom.py`, `parts.py`) or a folder of pictures (`folder.py`), in three parts.
+"""Synthetic images, or a folder of pictures, as tensors in three splits: train, val and test.
 
-Drawn images come anew from a seed, each part from one of its own. On phantoms a hospital's marker may agree
-with the first finding; then there are test images with it removed, flipped, and flipped as another one.
-Next to read: `folder.py`.
+    hospital/images/a.png  b.jpg          parts/good/1.png  2.png
+    hospital/masks/heart/a.png            parts/scratched/1.png
+    hospital/labels.csv
+
+docs/data.md describes both layouts of a folder, its masks, labels and splits, and what becomes of an image.
 """
 
+import csv
+import math
+import warnings
+import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from common import plates as plates
-from common import phantom as bodies
-from common.folder import PARTS, Data, DataError, load_folder
+from common import phantom, plates
 
-DRAWN = {  # how it is drawn, its regions and its findings
-    "phantom": (bodies.phantom, bodies.REGIONS, bodies.FINDINGS),
-    "parts": (plates.industrial_parts, plates.REGIONS, plates.FINDINGS),
+SPLITS = ("train", "val", "test")
+DRAWN = {  # name: function, regions, findings
+    "phantom": (phantom.phantom, phantom.REGIONS, phantom.FINDINGS),
+    "parts": (plates.plates, plates.REGIONS, plates.FINDINGS),
 }
 DRAWN_SIZES = {"val": 200, "test": 500}
-BATCH = 250  # images at a time, where no gradient is kept
+BATCH = 250  # images at a time where no gradient is needed
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".pgm")
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP", "PPM")  # a PostScript file would run Ghostscript
+LAYOUT = "expected images/ with optional masks/<region>/ and labels.csv, or one folder of images per class"
+LABELS = {"0": 0.0, "1": 1.0, "": math.nan, "0.0": 0.0, "1.0": 1.0}  # pandas writes 1.0 beside blanks
+Loaded = tuple[dict[str, "Data"], str | None, list[str]]  # splits, the reference image's name, notes to print
+warnings.filterwarnings("ignore", module="PIL")  # about odd metadata
+
+
+class DataError(ValueError):
+    """Unusable data: one line with the file, the limit and the remedy."""
+
+
+class Data(NamedTuple):
+    """The images of a split; masks and labels may be unknown for some of them, or for all."""
+
+    images: Tensor  # (N, C, S, S) uint8
+    masks: Tensor | None  # (N, R, S, S) bool, None without any region
+    has_masks: Tensor  # (N,) bool: all R masks of an image are known
+    labels: Tensor | None  # (N, K) float32, multi-hot, NaN = unknown
+    names: list[str]
+    regions: list[str]  # R
+    findings: list[str]  # K, the class names
+
+
+def select(data: Data, index: Tensor) -> Data:
+    """The images at `index`, (M,) integer or (N,) bool, with their masks, labels and names."""
+    names = [data.names[i] for i in torch.arange(len(data.names))[index].tolist()]
+    tensors = [None if tensor is None else tensor[index] for tensor in data[:4]]
+    return Data(*tensors, names, data.regions, data.findings)
 
 
 def load(
@@ -28,115 +67,331 @@ def load(
     img_size: int,
     seed: int = 0,
     train_images: int = 1500,
-    sample: str | None = None,
+    reference: str | None = None,
     marker: float | None = None,
     marker_kind: str = "corner",
     findings: list[str] | None = None,
-) -> tuple[dict[str, Data], str | None, list[str]]:
-    """{"train", "val", "test"}, the labelled sample's name, and notes, as `load_folder` returns them.
+) -> Loaded:
+    """A folder, or a key of DRAWN (which alone uses seed, train_images and marker), as three splits.
 
-    data: one of DRAWN, drawn anew from the seed (each part from a seed of its own), or a folder, which
-    img_size, sample and findings apply to but the others don't. marker (of phantoms): the probability with
-    which a marker, of a kind that `phantom.stamp` knows, agrees with the first finding; then there are three
-    more parts, the test images with the marker "removed", "flipped" (present where it was absent), and
-    flipped with one "unseen" in training in its place. findings: None for the labels as they are, ["all"],
-    or those to classify; a single one becomes two classes, without and with it. Raises DataError.
+    marker: how likely a marker on a phantom agrees with its first finding. It adds three splits, the test
+    images with the marker "removed", "flipped" (present where it was absent), and flipped and of a kind
+    "unseen" in training. findings: a list, or ["all"], to choose labels; a single one becomes two classes,
+    without and with it. Raises DataError.
     """
     if data in DRAWN:
-        parts = _draw_parts(data, img_size, seed, train_images)
-        if sample is not None and sample not in parts["train"].names:
-            raise DataError(
-                f"sample `{sample}` is not drawn; give a name from 00000 to {train_images - 1:05d}"
-            )
-        complete = parts["train"].masks.flatten(2).any(dim=2).all(dim=1).int()
-        sample, notes = sample or parts["train"].names[int(complete.argmax())], []
+        splits, reference, notes = _draw_splits(data, img_size, seed, train_images, reference)
     else:
-        parts, sample, notes = load_folder(data, img_size, sample)
-    known = parts["train"].findings
-    if findings not in (None, ["all"]):
-        for finding in findings:
-            if finding not in known:
-                raise DataError(f"finding `{finding}` is not in {data}; it has {', '.join(known) or 'none'}")
-        keep = [known.index(finding) for finding in findings]
-        parts = {part: d._replace(labels=d.labels[:, keep], findings=findings) for part, d in parts.items()}
+        splits, reference, notes = load_folder(data, img_size, reference)
+    known = splits["train"].findings
+    chosen = known if findings in (None, ["all"]) else findings
+    if unknown := [finding for finding in chosen if finding not in known]:
+        raise DataError(f"finding `{unknown[0]}` is not in {data}; it has {', '.join(known) or 'none'}")
+    keep = [known.index(finding) for finding in chosen]
     if marker is not None:
         if data != "phantom":
-            raise DataError(f"a marker can be drawn only on phantoms, not on the images of {data}")
-        _stamp_parts(parts, marker, marker_kind, seed)
-    if findings is not None and len(parts["train"].findings) == 1:  # without and with it: two classes
-        for part, d in parts.items():
-            names = [f"no {d.findings[0]}", *d.findings]
-            parts[part] = d._replace(labels=torch.cat([1 - d.labels, d.labels], dim=1), findings=names)
-    return parts, sample, notes
+            raise DataError(f"a marker can be drawn only on phantoms, not on {data}; remove --marker")
+        _stamp_splits(splits, keep[0], marker, marker_kind, seed)
+    if findings is not None and keep:
+        chosen = [f"no {chosen[0]}", chosen[0]] if len(keep) == 1 else chosen
+        for split, d in splits.items():
+            labels = d.labels[:, keep]
+            labels = torch.cat([1 - labels, labels], dim=1) if len(keep) == 1 else labels
+            splits[split] = d._replace(labels=labels, findings=chosen)
+    return splits, reference, notes
 
 
-def _draw_parts(data: str, img_size: int, seed: int, train_images: int) -> dict[str, Data]:
-    parts, (draw, regions, findings) = {}, DRAWN[data]
-    for i, (part, n) in enumerate({"train": train_images, **DRAWN_SIZES}.items()):
-        images, masks, labels = draw(n, len(PARTS) * seed + i, img_size)
+def _draw_splits(data: str, img_size: int, seed: int, train_images: int, reference: str | None) -> Loaded:
+    splits, (draw, regions, findings) = {}, DRAWN[data]
+    for i, (split, n) in enumerate({"train": train_images, **DRAWN_SIZES}.items()):
+        images, masks, labels = draw(n, len(SPLITS) * seed + i, img_size)  # each split has its own seed
         names = [f"{k:05d}" for k in range(n)]
-        parts[part] = Data(images, masks, torch.ones(n, dtype=torch.bool), labels, names, regions, findings)
-    return parts
+        splits[split] = Data(images, masks, torch.ones(n, dtype=torch.bool), labels, names, regions, findings)
+    names, masks = splits["train"].names, splits["train"].masks
+    if reference is not None and reference not in names:
+        raise DataError(f"sample `{reference}` is not drawn; choose one from {names[0]} to {names[-1]}")
+    complete = masks.flatten(2).any(dim=2).all(dim=1).int()  # (N,): no region is empty
+    return splits, reference or names[int(complete.argmax())], []
 
 
-def _stamp_parts(parts: dict[str, Data], agreement: float, kind: str, seed: int) -> None:
-    """Put a marker on all parts, and add the test images with it removed, flipped, and with an unseen one."""
-    parts["removed"] = parts["flipped"] = parts["unseen"] = parts["test"]
-    for i, (part, data) in enumerate(parts.items()):
-        stream = np.random.default_rng([seed, min(i, 2)])  # the same for every kind of test image
-        chance = torch.from_numpy(stream.random(len(data.names)))
-        present = ((data.labels[:, 0] == 1) == (chance < agreement)) ^ (part in ("flipped", "unseen"))
-        this = bodies.UNSEEN if part == "unseen" else kind
-        if part != "removed":
-            images = bodies.stamp(data.images, present, this, data.masks, int(stream.integers(2**31)))
-            parts[part] = data._replace(images=images)
+def _stamp_splits(splits: dict[str, Data], column: int, agreement: float, kind: str, seed: int) -> None:
+    """Put markers on all splits, which agree with a column of labels; add the three splits of `load`."""
+    splits["removed"] = splits["flipped"] = splits["unseen"] = splits["test"]
+    for i, (split, data) in enumerate(splits.items()):
+        stream = np.random.default_rng([seed, min(i, 2)])  # the same for all kinds of test images
+        agrees = torch.from_numpy(stream.random(len(data.names))) < agreement
+        present = ((data.labels[:, column] == 1) == agrees) ^ (split in ("flipped", "unseen"))
+        here = phantom.UNSEEN if split == "unseen" else kind
+        if split != "removed":
+            images = phantom.stamp(data.images, present, here, data.masks, int(stream.integers(2**31)))
+            splits[split] = data._replace(images=images)
 
 
-class Hosted:
-    """Images (N, C, S, S) that a device has no room for: they stay with the host, and come as asked for.
-
-    To train on, they are as good as a tensor there.
-    """
-
-    def __init__(self, images: Tensor, device: str):
-        self.images, self.device, self.shape = images, torch.device(device), images.shape
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: Tensor) -> Tensor:
-        picked = self.images[index.to("cpu")]
-        picked = picked.pin_memory() if self.device.type == "cuda" else picked  # else the copy would block
-        return picked.to(self.device, non_blocking=True)
-
-    def split(self, size: int) -> Iterator[Tensor]:
-        """All of them, in parts, on the device."""
-        return (part.to(self.device) for part in self.images.split(size))
-
-    def cpu(self) -> Tensor:
-        """All of them, with the host."""
-        return self.images
+def placed(images: Tensor, device: str) -> Tensor:
+    """Images on the device, or in host memory if they would take half of the device's free memory."""
+    large = device.startswith("cuda") and images.nbytes > torch.cuda.mem_get_info(device)[0] / 2
+    return images if large else images.to(device)
 
 
-def placed(images: Tensor, device: str) -> Tensor | Hosted:
-    """Images on the device, for indices there; or with the host if they would take half of what is free."""
-    if device.startswith("cuda") and images.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
-        return Hosted(images, device)
-    return images.to(device)
+def take(images: Tensor, index: Tensor) -> Tensor:
+    """images[index] on the device of index (B,), wherever `placed` left the images (N, ...)."""
+    taken = images[index.to(images.device)]
+    if taken.device != index.device:
+        taken = taken.pin_memory()  # from there, the copy does not wait for the GPU
+    return taken.to(index.device, non_blocking=True)
 
 
 def batches(images: Tensor, model: nn.Module, size: int = BATCH) -> Iterator[Tensor]:
-    """Images (M, C, S, S) uint8 in parts of a size, as encoders expect them, on the model's device."""
+    """Images (M, C, S, S) uint8 in batches of `size`, normalised, on the model's device."""
     device = next(model.parameters()).device
-    for part in images.split(size):
-        yield prepared(part.to(device))
+    return (prepared(batch.to(device)) for batch in images.split(size))
 
 
 def prepared(images: Tensor) -> Tensor:
-    """Images (B, C, H, W) uint8 as encoders expect them."""
+    """Images (B, C, H, W) uint8 as the encoders expect them."""
     return normalise(images.float() / 255)
 
 
 def normalise(images: Tensor) -> Tensor:
-    """Images (B, C, H, W) in [0, 1] to about zero mean and unit deviation, as encoders expect them."""
+    """Images (B, C, H, W) in [0, 1] to about zero mean and unit deviation."""
     return (images - 0.5) / 0.25
+
+
+def load_folder(folder: str | Path, img_size: int, reference: str | None = None) -> Loaded:
+    """The images and masks of a folder, resized to S = img_size, both sides independently.
+
+    The reference image is the one asked for, else the first of train (or val, or test) with all masks; it
+    moves to train. A damaged image is skipped with a note. Raises DataError.
+    """
+    folder, notes, paths, findings, labels, split, masks = Path(folder), [], {}, [], {}, {}, {}
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder; {LAYOUT}")
+    if (folder / "images").is_dir():
+        paths = {path.name: path for path in _listed(folder / "images")}
+        findings, labels, split = _read_labels(folder / "labels.csv", paths)
+        masks = _find_masks(folder / "masks", paths, notes)
+    elif not (folder / "masks").exists() and not (folder / "labels.csv").exists():  # masks are not a class
+        paths = {f"{sub.name}/{path.name}": path for sub in _listed(folder, True) for path in _listed(sub)}
+        findings = sorted({path.parent.name for path in paths.values()})
+        labels = {name: [float(path.parent.name == f) for f in findings] for name, path in paths.items()}
+    if not paths:
+        raise DataError(f"{folder} holds no images ({' '.join(SUFFIXES)}); {LAYOUT}")
+    data = _read_images(paths, masks, img_size, notes)
+    if findings:
+        rows = [labels.get(name, [math.nan] * len(findings)) for name in data.names]
+        data = data._replace(labels=torch.tensor(rows), findings=findings)  # (N, K)
+    if not split:  # by the checksum of the names: the same for every seed, on every machine
+        order = sorted(data.names, key=lambda n: (zlib.crc32(n.encode("utf-8", "surrogateescape")), n))
+        held_out = max(1, round(0.15 * len(order))) if len(order) > 2 else 0
+        places = ["train"] * (len(order) - 2 * held_out) + ["val"] * held_out + ["test"] * held_out
+        split = dict(zip(order, places))
+    reference = _choose_reference(data, masks, split, reference, notes)
+    splits = {s: select(data, torch.tensor([split[name] == s for name in data.names])) for s in SPLITS}
+    notes += [f"{folder}: no images in {s}" for s in SPLITS if not splits[s].names]
+    return splits, reference, notes
+
+
+def _listed(folder: Path, folders: bool = False) -> list[Path]:
+    """The image files in a folder, or its folders, without hidden ones."""
+    found = (path for path in sorted(folder.iterdir()) if path.name[0] != ".")
+    return [p for p in found if (p.is_dir() if folders else p.suffix.lower() in SUFFIXES and p.is_file())]
+
+
+def _find_masks(folder: Path, images: dict[str, Path], notes: list[str]) -> dict[str, dict[str, Path]]:
+    """{region: {image name: mask file}}: by the image's full name, or else by its stem."""
+    stems, found = {}, {}
+    for name, path in images.items():
+        stems.setdefault(path.stem, []).append(name)
+    for region in _listed(folder, folders=True) if folder.is_dir() else []:
+        own = found[region.name] = {}
+        for path in _listed(region):
+            # masks/heart/a.png belongs to images/a.png, never to an images/a.jpg beside it.
+            names = [path.name] if path.name in images else stems.get(path.stem, [])
+            notes += [] if names else [f"{path} is not used: no image has this name"]
+            for name in names:
+                if own.setdefault(name, path) != path:
+                    raise DataError(f"{own[name]} and {path} are both masks of {images[name]}; remove one")
+    return found
+
+
+def _decode(path: Path) -> np.ndarray:
+    """Upright pixels (H, W) or (H, W, 3): uint8, or grey in its own depth. Raises DataError."""
+    try:
+        with Image.open(path, formats=FORMATS) as file:
+            most = Image.MAX_IMAGE_PIXELS or math.inf  # Pillow only warns
+            if min(file.size) < 8 or math.prod(file.size) > most:
+                raise ValueError(f"{file.width} x {file.height} px; the limits are 8 x 8 and {most} px")
+            image = ImageOps.exif_transpose(file)
+        if image.mode[0] not in "IF":  # I, I;16, I;16B and F are deeper than 8 bit
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
+            image = image.convert("L" if image.mode in ("1", "L") else "RGB")
+        pixels = np.asarray(image)
+        if not np.isfinite(pixels).all():
+            raise ValueError("NaN or infinite pixels")
+        return pixels
+    except Exception as error:  # Pillow raises almost anything on a damaged file, not only OSError
+        problem = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{path}: this image cannot be read ({problem}); repair or remove it") from None
+
+
+def _to_tensor(pixels: np.ndarray, height: int, width: int) -> Tensor:
+    """(H, W) or (H, W, 3) to (1 or 3, height, width) uint8."""
+    deep = pixels.dtype != np.uint8
+    if deep:  # stretch in full precision, before the resize; a constant image is black
+        pixels = pixels.astype(np.float64) - float(pixels.min())
+        pixels = (pixels / (pixels.max() or 1)).astype(np.float32)
+    resized = np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
+    resized = np.rint(255 * resized).astype(np.uint8) if deep else resized
+    image = torch.from_numpy(np.atleast_3d(resized)).permute(2, 0, 1)
+    return image[:1].clone() if (image == image[:1]).all() else image
+
+
+def read_picture(path: Path, side: int, multiple: int, channels: int) -> Tensor:
+    """One image (1, channels, H, W) uint8, its shorter side about `side` px, both multiples of `multiple`.
+
+    The longer side is at most 16 times `side`. Raises DataError if the file can't be read.
+    """
+    pixels = _decode(path)
+    height, width = pixels.shape[:2]
+    scale = min(side / min(height, width), 16 * side / max(height, width))
+    near = [max(1, round(edge * scale / multiple)) * multiple for edge in (height, width)]
+    image = _to_tensor(pixels, *near).float()  # (1 or 3, H, W)
+    image = image if len(image) == channels else image.mean(dim=0, keepdim=True).expand(channels, -1, -1)
+    return image[None].round().to(torch.uint8)
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Height and width of an image file, upright. Raises DataError if it can't be read."""
+    return _decode(path).shape[:2]
+
+
+def image_size(data: str, name: str) -> tuple[int, int]:
+    """Height and width of an image of the folder `data`, upright. Raises DataError if it can't be read."""
+    images = Path(data) / "images"
+    return picture_size((images if images.is_dir() else Path(data)) / name)
+
+
+def _read_mask(path: Path, folder: Path, image: str, shape: tuple[int, int] | None, size: int) -> Tensor:
+    """(S, S) bool: pixels from half of the mask's maximum on, so 0/1, 0/255 and soft grey are alike."""
+    if not path.resolve().is_relative_to(folder.resolve()):  # the sender of the folder may be malicious
+        raise DataError(f"{path} is a link that leads out of {folder}; replace it by a copy")
+    pixels = np.atleast_3d(_decode(path)).max(axis=2)  # (H, W); not the luminance: blue counts like white
+    if shape is not None and pixels.shape != shape:
+        mine, theirs = (f"{width} x {height} px" for height, width in (pixels.shape, shape))
+        raise DataError(f"{path} is {mine} but its image {image} is {theirs}; resize the mask to that")
+    inside = Image.fromarray(((pixels > 0) & (pixels >= pixels.max() / 2)).astype(np.float32))
+    return torch.from_numpy(np.array(inside.resize((size, size), Image.Resampling.BILINEAR)) >= 0.5)
+
+
+def by_stem(names: list[str]) -> dict[str, int]:
+    """{name without suffix: its index}, as masks name images. Raises DataError if two are alike."""
+    found: dict[str, int] = {}
+    for i, name in enumerate(names):
+        first = found.setdefault(Path(name).with_suffix("").as_posix(), i)
+        if first != i:
+            raise DataError(f"{names[first]} and {name} would have one mask's name; rename one of them")
+    return found
+
+
+def read_masks(folder: Path, data: str | None, names: list[str], size: int) -> Tensor:
+    """Masks (N, 1, S, S) bool of the images `names`: the union of the files <name> and <region>/<name>.
+
+    data: the folder of the images, or None for drawn ones, whose masks may have any size. Masks that are
+    missing are empty. Raises DataError, also if all are missing.
+    """
+    if (folder / "images").is_dir() or data and folder.resolve() == Path(data).resolve():
+        raise DataError(f"{folder} holds images, which are no masks; name the folder of the masks")
+    wanted, masks, found = by_stem(names), torch.zeros(len(names), 1, size, size, dtype=torch.bool), False
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        i = wanted.get(name, wanted.get(name.partition("/")[2]))
+        if i is not None and name[0] != "." and path.suffix.lower() in SUFFIXES and path.is_file():
+            shape, found = image_size(data, names[i]) if data else None, True
+            masks[i, 0] |= _read_mask(path, folder, names[i], shape, size)
+    if not found:
+        raise DataError(f"{folder} holds no mask of any training image; name them like `{names[0]}`")
+    return masks
+
+
+def _read_images(paths: dict[str, Path], masks: dict[str, dict], size: int, notes: list[str]) -> Data:
+    def read(name: str) -> tuple[Tensor, Tensor] | DataError:
+        """An image (C, S, S) and its masks (R, S, S), or why it is skipped."""
+        try:
+            pixels = _decode(paths[name])
+        except DataError as error:
+            return error
+        own = torch.zeros(len(masks), size, size, dtype=torch.bool)
+        for mask, files in zip(own, masks.values()):
+            if path := files.get(name):
+                mask[:] = _read_mask(path, path.parents[1], str(paths[name]), pixels.shape[:2], size)
+        return _to_tensor(pixels, size, size), own
+
+    with ThreadPoolExecutor(8) as threads:
+        bar = tqdm(threads.map(read, paths), total=len(paths), desc="reading", leave=False, delay=5)
+        results = dict(zip(paths, bar))
+    notes += [f"skipped {result}" for result in results.values() if isinstance(result, DataError)]
+    results = {name: result for name, result in results.items() if isinstance(result, tuple)}
+    if not results:
+        raise DataError(f"none of {len(paths)} images can be read; replace them ({notes[-1]})")
+    images, own = zip(*results.values())
+    channels = max(len(image) for image in images)
+    images = torch.stack([image.expand(channels, -1, -1) for image in images])  # (N, C, S, S)
+    known = torch.tensor([bool(masks) and all(name in files for files in masks.values()) for name in results])
+    return Data(images, torch.stack(own) if masks else None, known, None, list(results), list(masks), [])
+
+
+def _read_labels(path: Path, images: dict) -> tuple[list[str], dict[str, list[float]], dict[str, str]]:
+    """Findings (K), {image name: K labels}, and {image name: split}, empty without a column `split`."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else [b"file"]
+    reader, rows = csv.reader((line.decode("utf-8-sig") for line in lines), strict=True), {}
+    try:
+        header = [cell.strip() for cell in next(filter(any, reader), [])]
+        columns = [column for column in header if column not in ("file", "split", "label")]
+        twice = len(set(header)) < len(header) or "label" in header and columns
+        if "file" not in header or "" in header or twice:
+            raise ValueError(f"`{','.join(header)}` must be `file` and either `label` or findings, each once")
+        for cells in filter(any, reader):
+            row = dict(zip(header, map(str.strip, cells)))
+            if len(cells) != len(header):
+                raise ValueError(f"`{cells[0]}` has {len(cells)} cells, not {len(header)}; check the commas")
+            if row["file"] not in images:
+                raise ValueError(f"no `{row['file']}` in images/; give a name with its suffix")
+            if row["file"] in rows:
+                raise ValueError(f"`{row['file']}` is listed twice; remove one of its rows")
+            if row.get("split", "train") not in SPLITS:
+                raise ValueError(f"split `{row['split']}` is not train, val or test; use one of these")
+            for column in columns:
+                if row[column] not in LABELS:
+                    raise ValueError(f"column `{column}` holds `{row[column]}`; use 0, 1 or blank")
+            rows[row["file"]] = row
+    except UnicodeDecodeError:
+        raise DataError(f"{path}, line {reader.line_num + 1}: not UTF-8; save it as 'CSV UTF-8'") from None
+    except (ValueError, csv.Error) as error:
+        problem = " ".join(str(error).split())  # cells may hold newlines
+        raise DataError(f"{path}, line {max(1, reader.line_num)}: {problem}") from None
+    labels = {name: [LABELS[row[column]] for column in columns] for name, row in rows.items()}
+    classes = sorted({row["label"] for row in rows.values() if row.get("label")})
+    for name, row in rows.items():
+        labels[name] += [float(row["label"] == c) if row["label"] else math.nan for c in classes]
+    split = {name: rows[name]["split"] if name in rows else "train" for name in images if "split" in header}
+    return columns + classes, labels, split
+
+
+def _choose_reference(data: Data, masks: dict, split: dict, name: str | None, notes: list) -> str | None:
+    """The reference image's name; moves it to train in `split`."""
+    complete = select(data, data.has_masks).names
+    if name is None and not complete:
+        counts = ", ".join(f"{region} has {len(files)}" for region, files in masks.items())
+        notes += [f"no image has a mask in every region: {counts}"] if masks else []
+        return None
+    name = name or min(complete, key=lambda n: SPLITS.index(split[n]))  # the first of them
+    if name not in data.names:
+        raise DataError(f"sample `{name}` is no readable image; use a name like `{data.names[0]}`")
+    if name not in complete:
+        region = next((region for region, files in masks.items() if name not in files), "<region>")
+        raise DataError(f"sample `{name}` has no mask of {region}; expected masks/{region}/{name}")
+    if split[name] != "train":
+        notes.append(f"{name} moves from {split[name]} to train as the reference image")
+        split[name] = "train"
+    return name

@@ -1,239 +1,199 @@
-"""What a run is worth, in numbers, on test images that no choice was made on.
+"""What is reported of a model, measured on test images that no choice was made on.
 
-    attention   For each region the pixel average precision (AP) of an attention head, and its Dice overlap.
-                A head that was guided by masks belongs to their region; in any other run each region gets the
-                head that is best on validation images. A run guided by one labelled sample also shows its
-                prior, as it is and registered to each test image, on the attention's grid of patches and, for
-                honesty, at every pixel.
-    bias        A classifier's AUC and accuracy on test images as they were in training and, if a hospital's
-                marker was drawn on them, with the marker removed, flipped, and flipped as another one, unseen
-                in training: only these show what it relies on. The share of relevance in the foreground is
-                printed beside them, since a heatmap can look right and be wrong.
-    knn, linear, heads, finetune
-                What the encoder is good for, with all labels and with few: see `probe.py`.
-
-Next to read: `evaluate.py`.
+attention  pixel average precision (AP) and Dice of one attention head for each region: the one that masks
+           guided, otherwise the best on validation images. The prior's own AP stands beside it: as it is,
+           registered to each image at every pixel, and the same on the attention's grid of patches.
+bias       a classifier's AUC and accuracy on test images as in training and, if these have a marker, with
+           it removed, flipped, and flipped to an unseen kind. These show whether it relies on the marker.
+           The share of relevance in the foreground does not: a heatmap can look right and be wrong.
+others     how good an encoder's features are, see `probe.py`
 """
 
-import argparse
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from attention_priors import follow
-from common.models import exclusive, explained_by, relevance_of, scores_of
-from common.folder import Data, select
-from common.metrics import CannotMeasure, auc, best_threshold, dice, known_mean, localisation_ap, relevance_share
-from common.pretrain import attention_of, lay_over, make_priors
-from common.probe import PROBES, drawn, probe
-from resnet import ResNet
-from vit import ViT
+from common.data import Data, select
+from common.metrics import CannotMeasure, auc, best_threshold, dice
+from common.metrics import known_mean, localisation_ap, relevance_share
+from common.explain import attention_of, relevance_of, scores_of
+from common.probe import PROBES, draw_labelled, probe
 
 MEASURES = ["attention", "bias", *PROBES]
+QUICK = ["attention", "bias", "knn", "linear"]  # seconds a run
+Table = dict[str, dict[str, float]]  # {column: {row: value}}
+Maps = dict[str, tuple[Tensor, tuple[int, int]]]  # {name: (maps (M, R, N), their grid (h, w))}
 
 
 class Report(NamedTuple):
-    """What was found of one run."""
+    """What was measured of one model."""
 
-    figures: dict[str, float]  # flat names to numbers, as in metrics.json
-    tables: dict[str, dict[str, dict[str, float]]]  # {title: {column: {row: value}}}
-    curves: dict[str, dict[float, list[float]]]  # {probe: {share of the labels: a value a draw}}
+    metrics: dict[str, float]  # as in metrics.json
+    tables: dict[str, Table]  # by title
+    curves: dict[str, dict[float, list[float]]]  # {probe: {label fraction: a value a draw}}
     heads: dict[str, int]  # {region: the head that looks at it}
     notes: list[str]  # what can't be measured
 
 
-def measure(
-    config: argparse.Namespace, encoder: ViT | ResNet, parts: dict[str, Data], sample: str | None
-) -> tuple[dict[str, dict[str, float]], dict[str, float], dict[str, int]]:
-    """AP on the test images that have masks, {attention, prior, aligned prior ...: {region: AP}}.
-
-    Also the attention's Dice {region: overlap}, where validation images have masks to choose a threshold
-    with, and the heads {region: number}. Raises CannotMeasure without masks.
-    """
-    val, test = (select(parts[part], parts[part].has_masks) for part in ("val", "test"))
-    guided = config.task == "pretrain" and config.prior in ("sample", "masks")
-    for part, data in (("test", test), ("validation", val)):
-        if not data.names and not (guided and data is val):
-            raise CannotMeasure(f"no {part} image of {config.data} has all masks: AP can't be measured")
-    grid, layer, heads = encoder.grid(test.images), config.span_layer, torch.arange(len(test.regions))
-    chosen_on = attention_of(encoder, val.images, layer) if val.names else None  # (M, heads, N)
-    if not guided:
-        ap = localisation_ap(chosen_on, val.masks, grid).nanmean(dim=0)  # (heads, R)
-        for region in (region for region, best in zip(val.regions, ap[0]) if best.isnan()):
-            raise CannotMeasure(f"no validation image shows {region}: no head can be chosen for it")
-        heads = ap.argmax(dim=0)  # the best for each region
-    maps, attention = {}, attention_of(encoder, test.images, layer)[:, heads]  # (M, R, N)
-    if guided and config.prior == "sample":
-        whole, everyone = torch.eye(2, 3).expand(len(test.names), 2, 3), torch.arange(len(test.names))
-        maps["prior"] = follow(make_priors(config, parts, sample)[0], whole, grid)[0], grid
-        if config.align != "none":
-            laid = lay_over(config, parts, sample, test.images)(everyone)
-            maps["aligned prior, every pixel"] = laid.flatten(2), tuple(laid.shape[2:])
-            maps["aligned prior"] = follow(laid, whole, grid)[0], grid
-    maps["attention"] = attention, grid
-    table = {}
-    for what, (m, size) in maps.items():
-        ap = localisation_ap(m, test.masks, size).diagonal(dim1=1, dim2=2).nanmean(dim=0)  # (R,)
-        table[what] = dict(zip(test.regions, ap.tolist()))
-    overlap = {}
-    if chosen_on is not None:
-        best = dice(chosen_on[:, heads], val.masks, grid).nanmean(dim=1).nan_to_num(-1).argmax(dim=0)  # (R,)
-        overlap = dice(attention, test.masks, grid).nanmean(dim=1)  # (T, R)
-        overlap = dict(zip(test.regions, overlap.gather(0, best[None])[0].tolist()))
-    return table, overlap, dict(zip(test.regions, heads.tolist()))
-
-
-def measure_classifier(
-    config: argparse.Namespace, model: nn.Module, parts: dict[str, Data]
-) -> dict[str, dict[str, float]]:
-    """AUC, accuracy and the foreground's share of relevance: {set: {what: value}}.
-
-    The sets are the test images as the training images are (same) and, if there is a marker, with it removed,
-    flipped, and flipped as one unseen. Thresholds are those that are best on validation images, where these
-    have labels; of three classes or more the likeliest counts. What can't be said is NaN. Raises
-    CannotMeasure without labels.
-    """
-    test, val = parts["test"], parts["val"]
-    if test.labels is None or test.labels.isnan().all():
-        raise CannotMeasure(f"no test image of {config.data} has a label: AUC can't be measured")
-    sets = {"same": test, **{name: parts[name] for name in ("removed", "flipped", "unseen") if name in parts}}
-    one_class, table = config.one_class, {}
-    findings = dict(enumerate(test.findings))
-    if first_finding(parts):
-        del findings[0]
-    known = (k for k in findings if val.labels is not None and not val.labels[:, k].isnan().all())
-    chosen = scores_of(model, val.images, one_class)
-    thresholds = {k: best_threshold(chosen[:, k], val.labels[:, k]) for k in known}
-    for name, data in sets.items():
-        scores, labels = scores_of(model, data.images, one_class), data.labels
-        each = {f"AUC {finding}": auc(scores[:, k], labels[:, k]) for k, finding in findings.items()}
-        if len(findings) > 1 and one_class:
-            right = (scores.argmax(dim=1) == labels.argmax(dim=1))[~labels.isnan().any(dim=1)]
-        else:
-            right = [
-                ((scores[:, k] > t) == labels[:, k])[~labels[:, k].isnan()] for k, t in thresholds.items()
-            ]
-            right = torch.cat([torch.zeros(0, dtype=torch.bool), *right])
-        table[name] = {"AUC": known_mean(each.values()), **each}
-        table[name]["accuracy"] = float(right.double().mean())
-        if data.has_masks.any():
-            seen = select(data, data.has_masks)
-            R = relevance_of(config, model, seen.images)
-            share = relevance_share(R, seen.masks.any(dim=1)[:, None])
-            table[name]["relevance share"] = float(share.nanmean())
-    return table
-
-
-def first_finding(parts: dict[str, Data]) -> int:
-    """The column of labels that is asked for first: of two classes the second, "X" and not "no X"."""
-    labels = parts["train"].labels
-    return int(labels.shape[1] == 2 and exclusive(labels))
-
-
 def report(
-    config: argparse.Namespace,
     model: nn.Module,
-    parts: dict[str, Data],
-    sample: str | None,
-    only: list[str],
-    shares: tuple[float, ...],
+    splits: dict[str, Data],
+    measures: list[str],
+    fractions: tuple[float, ...] = (1.0,),
+    *,
+    multiclass: bool | None = None,
+    rule: dict | None = None,
+    layer: int = -1,
+    guided: bool = False,
+    priors: Callable[[Tensor], Maps] | None = None,
 ) -> Report:
-    """Measure one run's model on test images, as far as masks and labels allow."""
-    classifies = config.task == "classify"
-    encoder = model.encoder if classifies else model
-    found = Report({}, {}, {}, {}, [])
-    for what in only:
+    """Measure a model on test images, as far as there are masks and labels; notes say what can't be measured.
+
+    measures: of MEASURES; fractions: of labels, to probe pretrained encoders; multiclass: None for those, else
+    whether labels are classes; rule: arguments of `relevance`; layer: whose attention; guided: whether masks
+    guided the first heads; priors: those of one reference image over test images.
+    """
+    classifier = multiclass is not None
+    encoder = model.encoder if classifier else model
+    found, features = Report({}, {}, {}, {}, []), {}
+    for what in measures:
         try:
-            if what == "bias" and classifies:
-                table = found.tables["test images, in %"] = measure_classifier(config, model, parts)
-                found.figures.update(flatten_classifier(table))
+            if what == "bias" and classifier:
+                found.tables["test images, in %"] = table = measure_bias(model, splits, multiclass, rule)
+                found.metrics.update(flatten_bias(table))
             elif what == "attention":
-                table, overlap, heads = measure(config, encoder, parts, sample)
-                found.figures.update(flatten(table) | flatten({"attention": overlap}, "Dice"))
-                found.tables.update(
-                    {"AP in %": table, "Dice in %": {"attention": overlap} if overlap else {}}
-                )
+                table, overlap, heads = measure_attention(encoder, splits, layer, guided, priors)
+                found.metrics.update(flatten(table) | flatten(overlap, "Dice"))
+                found.tables.update({"AP in %": table, "Dice in %": overlap})
                 found.heads.update(heads)
-            elif what in PROBES and not (classifies and what == "finetune"):
-                probed = probe(encoder, parts, what, shares[-1:] if classifies else shares)
-                found.figures.update(flatten_probe(what, probed))
-                name = list(probed[shares[-1]])[-1]  # accuracy, of classes, else mAUC
-                curve = {share: values[name] for share, values in probed.items()}
-                found.curves[f"{what} {name}"] = curve
-                images = {share: len(drawn(parts["train"].labels, share, 0)) for share in curve}
-                rows = {f"{100 * s:g} % of labels ({images[s]})": known_mean(v) for s, v in curve.items()}
+            elif what in PROBES and not (classifier and what == "finetune"):
+                probed = probe(encoder, splits, what, (1.0,) if classifier else fractions, features)
+                found.metrics.update(flatten_probe(what, probed))
+                name = list(probed[max(probed)])[-1]  # accuracy of classes, mAUC of findings
+                curve = found.curves[f"{what} {name}"] = {f: values[name] for f, values in probed.items()}
+                images = {f: len(draw_labelled(splits["train"].labels, f, 0)) for f in curve}
+                rows = {f"{100 * f:g} % of labels ({images[f]})": known_mean(v) for f, v in curve.items()}
                 found.tables.setdefault("probes, in %", {})[f"{what} {name}"] = rows
-            elif only != MEASURES:
-                found.notes.append(f"{what} is of {'pretrained runs' if classifies else 'classifiers'} only")
+            elif list(measures) not in (MEASURES, QUICK):
+                found.notes.append(f"{what} is of {'pretrained runs' if classifier else 'classifiers'} only")
         except CannotMeasure as error:
             found.notes.append(str(error))
-    unknown = [name for name, value in found.figures.items() if math.isnan(value)]
+    unknown = [name for name, value in found.metrics.items() if math.isnan(value)]
     if unknown:
         found.notes.append(f"not defined, too few images of a kind: {', '.join(unknown)}")
     return found
 
 
-def scores_in(
-    config: argparse.Namespace, model: nn.Module, data: Data, heads: dict[str, int]
-) -> tuple[str, list[float]]:
-    """How well a run does on each image (M,), and what is meant by that: a classifier's probability of what
-    is true, or the mean AP of heads {region: number} where there are masks. NaN where it can't be said.
+def measure_attention(
+    encoder: nn.Module, splits: dict[str, Data], layer: int, guided: bool, priors: Callable | None
+) -> tuple[Table, Table, dict[str, int]]:
+    """AP {attention or a prior: {region: AP}}, Dice {attention: {region: Dice}} and heads {region: number}.
+
+    The threshold for Dice is the best on validation images with masks. Arguments: see `report`. Raises
+    CannotMeasure without masks.
     """
-    if config.task == "classify" and data.labels is not None:
-        chances, y = scores_of(model, data.images, config.one_class).sigmoid(), data.labels  # (M, K)
-        if config.one_class:
-            true = (chances * y).sum(dim=1)  # NaN if any is unknown
-            return "probability of the true class", true.tolist()
-        true = torch.where(y == 1, chances, 1 - chances).masked_fill(y.isnan(), torch.nan).nanmean(dim=1)
+    val, test = (select(splits[split], splits[split].has_masks) for split in ("val", "test"))
+    for split, data in {"test": test, "validation": val}.items():
+        if not data.names and not (guided and data is val):
+            raise CannotMeasure(f"no {split} image has all masks: AP can't be measured")
+    grid, heads = encoder.grid(test.images), torch.arange(len(test.regions))
+    chosen_on = attention_of(encoder, val.images, layer) if val.names else None  # (M, heads, N)
+    if not guided:
+        ap = localisation_ap(chosen_on, val.masks, grid).nanmean(dim=0)  # (heads, R)
+        for region in (region for region, best in zip(val.regions, ap[0]) if best.isnan()):
+            raise CannotMeasure(f"no validation image shows {region}: no head can be chosen for it")
+        heads = ap.argmax(dim=0)  # (R,)
+    attention, table, overlap = attention_of(encoder, test.images, layer)[:, heads], {}, {}  # (M, R, N)
+    maps = (priors(test.images) if priors else {}) | {"attention": (attention, grid)}
+    for name, (m, size) in maps.items():
+        ap = localisation_ap(m, test.masks, size).diagonal(dim1=1, dim2=2).nanmean(dim=0)  # (R,)
+        table[name] = dict(zip(test.regions, ap.tolist()))
+    if chosen_on is not None:
+        best = dice(chosen_on[:, heads], val.masks, grid).nanmean(dim=1).nan_to_num(-1).argmax(dim=0)  # (R,)
+        reached = dice(attention, test.masks, grid).nanmean(dim=1).gather(0, best[None])[0]  # (R,)
+        overlap["attention"] = dict(zip(test.regions, reached.tolist()))
+    return table, overlap, dict(zip(test.regions, heads.tolist()))
+
+
+def measure_bias(model: nn.Module, splits: dict[str, Data], multiclass: bool, rule: dict | None) -> Table:
+    """AUC, accuracy and share of relevance in the foreground: {test images: {metric: value}}, NaN if unknown.
+
+    The test images are "same" as in training and, with a marker, "removed", "flipped" and "unseen". Accuracy
+    is that of the likeliest of three classes or more, otherwise of the thresholds that are best on validation
+    images. Raises CannotMeasure without labels.
+    """
+    test, val, table = splits["test"], splits["val"], {}
+    if test.labels is None or test.labels.isnan().all():
+        raise CannotMeasure("no test image has a label: AUC can't be measured")
+    findings = dict(enumerate(test.findings))
+    if multiclass and len(findings) == 2:  # the second is "X", the first is "no X"
+        del findings[0]
+    chosen_on = scores_of(model, val.images, multiclass)
+    known = [k for k in findings if val.labels is not None and not val.labels[:, k].isnan().all()]
+    thresholds = {k: best_threshold(chosen_on[:, k], val.labels[:, k]) for k in known}
+    markers = [name for name in ("removed", "flipped", "unseen") if name in splits]
+    for name, data in {"same": test, **{name: splits[name] for name in markers}}.items():
+        scores, labels = scores_of(model, data.images, multiclass), data.labels
+        each = {f"AUC {finding}": auc(scores[:, k], labels[:, k]) for k, finding in findings.items()}
+        if multiclass and len(findings) > 1:
+            right = (scores.argmax(dim=1) == labels.argmax(dim=1))[~labels.isnan().any(dim=1)]
+        else:
+            columns = [(scores[:, k] > t, labels[:, k]) for k, t in thresholds.items()]
+            right = torch.cat([torch.zeros(0), *((said == y)[~y.isnan()] for said, y in columns)])
+        table[name] = {"AUC": known_mean(each.values()), **each, "accuracy": float(right.double().mean())}
+        if data.has_masks.any():
+            masked = select(data, data.has_masks)
+            R = relevance_of(model, masked.images, multiclass, rule or {})  # (M, C, S, S)
+            share = relevance_share(R, masked.masks.any(dim=1, keepdim=True))  # (M,)
+            table[name]["relevance share"] = float(share.nanmean())
+    return table
+
+
+def scores_in(
+    model: nn.Module, data: Data, heads: dict[str, int], multiclass: bool | None, layer: int
+) -> tuple[str, list[float]]:
+    """What the score of an image is, and the scores (M,), NaN if unknown; heads: {region: number}."""
+    if multiclass is not None and data.labels is not None:
+        p, y = scores_of(model, data.images, multiclass).sigmoid(), data.labels  # (M, K)
+        if multiclass:
+            return "probability of the true class", (p * y).sum(dim=1).tolist()
+        true = torch.where(y == 1, p, 1 - p).masked_fill(y.isnan(), torch.nan).nanmean(dim=1)
         return "probability of what is true, mean of the findings", true.tolist()
-    if config.task == "pretrain" and set(data.regions) == set(heads) and data.has_masks.any():
-        attention = attention_of(model, data.images, config.span_layer)[:, list(heads.values())]
+    if multiclass is None and set(data.regions) == set(heads) and data.has_masks.any():
+        attention = attention_of(model, data.images, layer)[:, list(heads.values())]
         regions = [data.regions.index(region) for region in heads]
         ap = localisation_ap(attention, data.masks[:, regions], model.grid(data.images))  # (M, R, R)
         return "mean AP", ap.diagonal(dim1=1, dim2=2).nanmean(dim=1).tolist()
     return "", [math.nan] * len(data.names)
 
 
-def decisions(config: argparse.Namespace, model: nn.Module, images: Tensor) -> list[list[str]]:
-    """What a classifier says of each image (M, C, S, S) uint8, in words: what `relevance_of` explains, if it
-    is always the same, and then the likeliest, four in all.
-    """
-    said = []
-    for chances in scores_of(model, images, config.one_class).sigmoid().tolist():
-        ranked = sorted(zip(config.classes, chances), key=lambda pair: -pair[1])
-        ranked.sort(key=lambda pair: pair[0] != explained_by(config))  # the others stay in order
-        said.append([f"{name} {100 * chance:.0f} %" for name, chance in ranked[:4]])
-    return said
-
-
-def flatten(table: dict[str, dict[str, float]], score: str = "AP") -> dict[str, float]:
-    """{what: {region: AP}} under the flat names of metrics.json: attention_mAP, attention_AP_heart ..."""
+def flatten(table: Table, score: str = "AP") -> dict[str, float]:
+    """{what: {region: AP}} as in metrics.json: attention_mAP, attention_AP_heart ..."""
     flat = {}
     for what, row in table.items():
         name = what.replace(",", "").replace(" ", "_")
         flat |= {f"{name}_{score}_{region.replace(' ', '_')}": value for region, value in row.items()}
-        flat |= {f"{name}_m{score}": known_mean(row.values())} if row else {}
+        flat[f"{name}_m{score}"] = known_mean(row.values())
     return flat
 
 
-def flatten_classifier(table: dict[str, dict[str, float]]) -> dict[str, float]:
-    """{set: {what: value}} under the flat names of metrics.json: auc_same, auc_flipped_effusion ..."""
+def flatten_bias(table: Table) -> dict[str, float]:
+    """{test images: {metric: value}} as in metrics.json: auc_same, auc_flipped_effusion ..."""
     flat = {}
     for name, column in table.items():
-        for what, value in column.items():
-            measure, *finding = (
-                what.lower().split(" ", 1) if what.startswith("AUC") else (what.replace(" ", "_"),)
-            )
-            flat["_".join([measure, name, *finding]).replace(" ", "_")] = value
+        for row, value in column.items():
+            metric, finding = ("auc", row[3:].lower()) if row.startswith("AUC") else (row, "")
+            flat[f"{metric}_{name}{finding}".replace(" ", "_")] = value
     return flat
 
 
 def flatten_probe(how: str, probed: dict[float, dict[str, list[float]]]) -> dict[str, float]:
-    """A probe's figures by flat names: linear_mAUC, and linear_mAUC_5_percent, the mean of the draws."""
+    """{fraction: {metric: values}} as in metrics.json: linear_mAUC, linear_mAUC_5_percent (their means)."""
     flat = {}
-    for share, figures in probed.items():
-        suffix = "" if share == 1 else f"_{100 * share:g}_percent"
-        flat |= {f"{how}_{name}{suffix}": known_mean(values) for name, values in figures.items()}
+    for fraction, values in probed.items():
+        suffix = "" if fraction == 1 else f"_{100 * fraction:g}_percent"
+        flat |= {f"{how}_{metric}{suffix}": known_mean(draws) for metric, draws in values.items()}
     return flat

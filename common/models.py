@@ -1,310 +1,147 @@
-"""A classifier, plain or kept off the background: an encoder, a linear layer, and ISNet's training step.
+"""Models as the settings describe them: built, started from other weights, loaded from runs."""
 
-A classifier takes what predicts the label, a hospital's marker as gladly as a heart. ISNet (`isnet_lrp.py`)
-trains it with a heatmap beside each prediction and punishes relevance outside a mask,
-
-    L = L_class + weight (L_bg(image) + mean of L_bg(inner layers) + mean of L_span(attention) + L_fg(image)),
-
-and needs the masks no more once it is trained. A convnet's weight falls along half a cosine: L_bg pulls with
-its full strength as long as any relevance is left there, and the label is learned against that pull; once a
-way past the shortcut is found, a tenth of the weight keeps to it.
-
-What hides a shortcut from these losses, and what finds it, is told in `isnet_lrp.py`. A ViT can hide it in
-its attention: the marker's token draws a head's attention off all others and adds nothing itself, so that
-what is missing tells the label. The softmax is saturated there and the token's value zero: no relevance, by
-the rules here. And where relevance alone is punished, or attention outside the mask by L_bg, that is met by
-attention saturated on one or two patches, from which little can be learned. So attention is guided as in SPAN
-(`attention_priors.py`), toward all of the foreground alike.
-
-Labels are multi-hot: findings, each present or not by itself (a sigmoid each), or classes, of which each
-image has one (a softmax). Next to read: `train.py`.
-"""
-
-import argparse
-import copy
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
-from attention_priors import span_loss
-from common.baselines import PENALTIES, swapped
-from common.data import BATCH, batches, normalise, prepared
-from isnet_lrp import background_loss, foreground_loss, relevance
-from relvit import patch_views
-from vit import Attention, Block, PatchEmbed, ViT
-
-EXPLAINED = 32  # images at a time whose relevance is asked for: each keeps its graph
-WARM_UP = 5  # epochs of a plain classifier, before its range of relevance is taken
-
-
-class Classifier(nn.Module):
-    """An encoder and a linear layer: images (B, C, H, W) to logits (B, K)."""
-
-    def __init__(self, encoder: nn.Module, classes: int):
-        super().__init__()
-        self.encoder = encoder
-        self.head = nn.Linear(encoder.embed_dim, classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.encoder(images).pooled)
+from common.baselines import AttentionGate, Pipeline, Segmenter
+from common.checkpoint import DataSpec, Run, load_run
+from common.classify import Classifier
+from common.config import Config
+from common.data import BATCH
+from common.regions import attention_masks, read_masses
+from common.weights import fit, read_weights, sizes
+from relvit import TASKS
+from resnet import ResNet
+from simpool import GAP, SimPool
+from ssl import DINO, RelViT
+from vit import ViT
 
 
-def exclusive(labels: Tensor) -> bool:
-    """Whether labels (N, K), multi-hot with NaN for unknown, give each image one class of several."""
-    known = labels[~labels.isnan().all(dim=1)]
-    return labels.shape[1] > 1 and bool((known.sum(dim=1) == 1).all())
+def build_encoder(config: Config, in_chans: int) -> ViT | ResNet:
+    """The encoder that the settings describe. Raises ValueError for sizes that don't fit."""
+    D, pool = config.embed_dim, None  # None: the ViT's CLS token, the ResNet's mean
+    if config.baseline == "gated":
+        pool = AttentionGate(D)
+    elif config.pool == "simpool":
+        pool = SimPool(D, config.simpool_gamma, config.pool_heads)
+    elif config.pool == "gap" and config.backbone == "vit":
+        pool = GAP()
+    if config.backbone == "resnet":
+        resnet = ResNet(in_chans, D, pool=pool)
+        return resnet.to(memory_format=torch.channels_last) if config.channels_last else resnet
+    dimensions = config.img_size, config.patch_size, in_chans, D, config.depth, config.num_heads
+    return ViT(*dimensions, drop_path=config.drop_path, pool=pool, registers=config.registers)
 
 
-def classification_loss(logits: Tensor, labels: Tensor, one_class: bool) -> Tensor:
-    """Cross-entropy of logits (B, K) with classes, or the mean of binary ones with the known findings."""
-    known = ~labels.isnan()
-    if one_class:
-        rows = known.all(dim=1)
-        return F.cross_entropy(logits[rows], labels[rows]) if rows.any() else logits.sum() * 0
-    losses = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num(), reduction="none")
-    return (losses * known).sum() / known.sum().clamp(min=1)
+def build_classifier(config: Config, encoder: ViT | ResNet, classes: int, in_chans: int) -> nn.Module:
+    """A classifier around an encoder, with what a baseline adds to it."""
+    model = Classifier(encoder, classes)
+    if config.baseline == "multitask":
+        model.segmenter = nn.Linear(encoder.embed_dim, 1)
+    if config.baseline == "pipeline":
+        return Pipeline(model, Segmenter(build_encoder(config, in_chans)))
+    return model
 
 
-def constant_loss(labels: Tensor, one_class: bool) -> float:
-    """The classification loss of the best answer that is the same for all images, from labels (N, K)."""
-    shares = labels.nanmean(dim=0).clamp(1e-6, 1 - 1e-6)  # (K,)
-    logits = shares.log() if one_class else shares.logit()
-    return float(classification_loss(logits.nan_to_num().expand(labels.shape), labels, one_class))
-
-
-def explained(labels: Tensor, one_class: bool, explain: str, generator: Generator) -> Tensor | Callable:
-    """What to explain of each image, as a target for `relevance`.
-
-    Of classes: the logit of the label, of a random class, or ("selective") the log-odds of the class that the
-    model holds least likely. A finding's logit is its log-odds already; so of findings one is drawn, for
-    "label" among those that are present if there are any.
-    """
-    K = labels.shape[1]
-    if one_class and explain == "selective":
-        return lambda logits: log_odds(logits, logits.argmin(dim=1))
-    wanted = torch.ones(labels.shape)
-    if explain == "label":
-        present = (labels == 1).float().cpu()
-        wanted = torch.where(present.any(dim=1, keepdim=True), present, wanted)
-    chosen = torch.multinomial(wanted, 1, generator=generator)[:, 0]
-    return F.one_hot(chosen, K).float().to(labels.device)
-
-
-def log_odds(logits: Tensor, classes: Tensor) -> Tensor:
-    """Log-odds (B,) of classes (B,) by the logits (B, K): z_c - log sum_{k != c} exp z_k."""
-    chosen = F.one_hot(classes, logits.shape[1]).bool()
-    return (logits * chosen).sum(dim=1) - logits.masked_fill(chosen, -torch.inf).logsumexp(dim=1)
-
-
-def supervised_layers(encoder: nn.Module, which: str) -> list[nn.Module]:
-    """The modules whose outputs' relevance is supervised besides the image's, unless `which` is none.
-
-    All normalisations, so that the units within a block are among them, and the patches and blocks of a ViT.
-    """
-    kinds = nn.BatchNorm2d, nn.LayerNorm, PatchEmbed, Block
-    layers = [m for m in encoder.modules() if isinstance(m, kinds)]
-    if encoder.pool is not None:  # the last norm runs twice then, on the patches for nothing
-        layers = [m for m in layers if m is not getattr(encoder, "norm", None)]
-    return [] if which == "none" else layers
-
-
-def rule(args: argparse.Namespace) -> dict[str, float | bool]:
-    """The relevance rule that the settings ask for, as arguments of `relevance`."""
-    return {"epsilon": args.lrp_epsilon, "gamma": args.lrp_gamma, "signed": True}
-
-
-def whole_patches(masks: Tensor, patch_size: int) -> Tensor:
-    """Masks (B, 1, H, W), 0 or 1, grown to the patches that they touch.
-
-    So ISNet's for a ViT: patches are embedded by a linear map, which can't leave out some of their pixels.
-    """
-    touched = F.max_pool2d(masks, patch_size)
-    return touched.repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)
-
-
-def isnet_losses(
-    model: Classifier, images: Tensor, masks: Tensor, target: Tensor | Callable, args: argparse.Namespace
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The background losses (B,), the image's heatmap (B, C, H, W) and the logits (B, K), to train through.
-
-    masks (B, 1, H, W), 1 in the foreground. To the background loss of the heatmap come the mean of those of
-    the supervised layers' relevance, where a position counts as background if it covers no foreground at all,
-    and the mean SPAN loss of the attention, whose prior is even over the positions that cover some.
-    """
-    layers = supervised_layers(model.encoder, args.isnet_layers)
-    with attention_seen(model.encoder if args.isnet_layers == "all" else None) as attention:
-        heatmaps, logits = relevance(model, images, target, **rule(args), create_graph=True, layers=layers)
-    heatmap, *inner = heatmaps if layers else [heatmaps]
-    loss = background_loss(heatmap, masks, args.isnet_decay, args.isnet_e)
-    h, w = model.encoder.grid(images)
-    for R in inner:
-        if R.dim() == 3:  # tokens (B, T, D): a CLS token, perhaps, before the N patches
-            R = R[:, R.shape[1] - h * w :].transpose(1, 2).unflatten(2, (h, w))  # (B, D, h, w)
-        covers = F.adaptive_max_pool2d(masks, R.shape[2:])
-        loss = loss + background_loss(R, covers, args.isnet_decay, args.isnet_e) / len(inner)
-    covers = F.adaptive_max_pool2d(masks, (h, w)).flatten(2)  # (B, 1, N)
-    prior, maps = covers / covers.sum(dim=2, keepdim=True).clamp(min=1), len(attention)
-    for A in attention:
-        A = A[:, :, A.shape[2] - h * w :]  # (B, heads, N)
-        loss = loss + span_loss(A, prior.expand_as(A), covers.amax(dim=2).expand(A.shape[:2])) / maps
-    return loss, heatmap, logits
-
-
-@contextmanager
-def attention_seen(encoder: nn.Module | None) -> Iterator[list[Tensor]]:
-    """Collects two maps (B, heads, T) for each attention layer of an encoder that runs meanwhile.
-
-    They say how much the CLS token looks at each token, and how much all tokens do on average. An encoder
-    without CLS gives, in place of the first, the attention (B, heads, N) of its pooling, if that is learned.
-    """
-    seen: list[Tensor] = []
-    pool = None if encoder is None else encoder.pool
-
-    def look(attention: Attention, inputs: tuple[Tensor]) -> None:
-        q, k, _ = attention.split(inputs[0])
-        weights = Attention.weights(q, k)  # (B, heads, T, T)
-        seen.extend([] if pool is not None else [weights[:, :, 0]])
-        seen.append(weights.mean(dim=2))
-
-    modules = [] if encoder is None else [m for m in encoder.modules() if isinstance(m, Attention)]
-    hooks = [m.register_forward_pre_hook(look) for m in modules]
-    if pool is not None and any(p.requires_grad for p in pool.parameters()):
-        hooks.append(
-            encoder.register_forward_hook(lambda m, inputs, features: seen.append(features.attention))
-        )
+def load_model(folder: Path, run: Run) -> nn.Module:
+    """The classifier of a run, or its encoder (the student's). Raises ValueError if it does not fit."""
+    encoder = build_encoder(run.config, run.spec.channels)
+    if run.config.task != "classify":
+        load_encoder(folder, run, encoder)
+        return encoder
+    model = build_classifier(run.config, encoder, len(run.spec.classes), run.spec.channels)
+    weights = {k: v for k, v in run.checkpoint["model"].items() if not k.startswith("relvit.")}
     try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
+        model.load_state_dict(weights)
+    except RuntimeError:
+        raise ValueError(f"{folder}: last.pt holds a model of other sizes than its settings") from None
+    return model
 
 
-def natural_range(
-    model: Classifier, images: Tensor, masks: Tensor, labels: Tensor, args: argparse.Namespace
-) -> list[float]:
-    """C1 and C2 for the foreground loss, from a plain classifier's heatmaps (Bassi et al. 2022).
-
-    A copy of the model is trained for WARM_UP epochs without ISNet; with mean and deviation of its total |R|,
-    all of which belongs into the foreground, C1 = max(mean / 5, mean - 3 sd) and C2 = mean + 3 sd. Arguments
-    as for `objective`.
-    """
-    plain, generator = copy.deepcopy(model).train(), Generator().manual_seed(args.seed)
-    optimizer, one_class = torch.optim.AdamW(plain.parameters(), lr=args.lr), exclusive(labels)
-    for _ in range(WARM_UP):
-        order = torch.randperm(len(images), generator=generator).to(images.device)
-        for index in order.split(args.batch_size):
-            if len(index) == 1:  # has no variance to normalise by
-                continue
-            loss = classification_loss(plain(prepared(images[index])), labels[index], one_class)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    plain.eval()
-    total = []
-    has_mask = torch.cat([part.flatten(1).any(dim=1) for part in masks.split(BATCH)])
-    for index in has_mask.nonzero()[:512, 0].split(64):
-        target = explained(labels[index], one_class, args.explain, generator)
-        heatmap, _ = relevance(plain, prepared(images[index]), target, **rule(args))
-        total.append(heatmap.detach().abs().sum(dim=(1, 2, 3)))
-    mean, sd = torch.cat(total).mean().item(), torch.cat(total).std(correction=0).item()
-    c1, c2 = max(mean / 5, mean - 3 * sd), mean + 3 * sd
-    if not 0 < c1 < c2 < math.inf:
-        raise FloatingPointError(
-            f"a plain classifier's relevance has no range (mean {mean:.3g}, deviation {sd:.3g}): give masks "
-            "to more images, or lower --lr"
+def load_encoder(folder: Path, run: Run, encoder: nn.Module) -> None:
+    """Load a run's encoder, of a student or a classifier. Raises ValueError if it has other sizes."""
+    dino = run.config.task == "pretrain" and run.config.ssl == "dino"
+    prefix, weights = "student." if dino else "encoder.", run.checkpoint["model"]
+    try:
+        encoder.load_state_dict(
+            {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
         )
-    return [c1, c2]
+    except RuntimeError:
+        raise ValueError(
+            f"{folder} holds an encoder of other sizes, channels or pooling than asked for"
+        ) from None
 
 
-def objective(
-    args: argparse.Namespace, model: Classifier, images: Tensor, masks: Tensor | None, labels: Tensor
-) -> Callable[[Tensor, Generator, float], tuple[Tensor, dict[str, Tensor]]]:
-    """The training loss as losses(index (B,), generator, share of the training done): (loss, what to log).
+def start_from(init: Path, encoder: nn.Module) -> None:
+    """Load the encoder of a run, or a file of published weights. Raises ValueError if it does not fit."""
+    if not init.is_file():
+        return load_encoder(init, load_run(init), encoder)
+    weights, left = read_weights(init)
+    try:
+        fit(weights, encoder)
+    except ValueError as error:
+        raise ValueError(f"{init}: {error}") from None
+    found, size = sizes(weights), encoder.native_grid[0] * encoder.patch_size
+    about = f"{found['embed_dim']} wide, {found['depth']} deep, patches of {found['patch_size']} px"
+    resized = f"positions of {found['img_size']} px" + (" resized" if found["img_size"] != size else "")
+    without = f"; left out: {', '.join(left)}" if left else ""
+    print(f"{init}: a ViT {about}, {encoder.num_heads} heads, {resized}{without}")
 
-    images (N, C, S, S) uint8, masks (N, 1, S, S) bool, needed with --isnet and most baselines, labels (N, K)
-    multi-hot, NaN for unknown. With --isnet, args.relevance_range is C1 and C2. With --relations, the model
-    has a `relvit`, which learns them from the same shuffled patches.
+
+def make_encoder(config: Config, channels: int) -> nn.Module:
+    """A new encoder, or that of --init. Raises ValueError."""
+    encoder = build_encoder(config, channels)
+    if config.init and not config.resume:
+        start_from(config.init, encoder)
+    if config.task == "classify" and config.backbone == "vit":
+        if not config.init or not encoder.pos_embed.any():
+            # At 0.02 positions are lost beside the patches, and some classifiers do not learn.
+            nn.init.trunc_normal_(encoder.pos_embed, std=0.2)
+    return encoder
+
+
+def build_model(config: Config, spec: DataSpec, encoder: nn.Module, grid: tuple[int, int]) -> nn.Module:
+    """What is trained around an encoder: a classifier, RelViT or DINO. grid (h, w): the images' patches."""
+    if config.task == "classify":
+        model = build_classifier(config, encoder, len(spec.classes), spec.channels)
+        if config.relations:
+            model.relvit = RelViT(encoder, config.embed_dim, grid, config.relations)
+    elif config.ssl == "relvit":
+        nn.init.zeros_(encoder.pos_embed)  # unused: who uses the encoder next sees what it was trained on
+        grid = (config.mega_patches, config.mega_patches) if config.mega_patches else grid
+        model = RelViT(encoder, config.embed_dim, grid, config.relations or TASKS)
+    else:
+        model = DINO(encoder, config.embed_dim, config.out_dim, center_momentum=config.center_momentum)
+    for relvit in (m for m in model.modules() if isinstance(m, RelViT)):
+        chance = ", ".join(f"{task} {value:.3g}" for task, value in relvit.chance.items())
+        print(f"a constant prediction reaches {chance}")
+    if config.compile:
+        for module in (model.student, model.teacher) if isinstance(model, DINO) else (model.encoder,):
+            module.compile()
+    return model
+
+
+def masks_of_run(folder: Path, data: str, images: Tensor) -> Tensor:
+    """The union (M, 1, H, W) bool of the masks of a run's guided heads, for images (M, C, H, W) uint8.
+
+    Raises ValueError.
     """
-    one_class = exclusive(labels)
-
-    def losses(index: Tensor, generator: Generator, done: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
-        known = labels[index]
-        if args.relations:
-            views = images[index].float() / 255, model.relvit.grid, args.patch_size, generator
-            views, _, order = patch_views(*views, shuffle=True)
-            features = model.encoder(normalise(views))
-            loss, shown = model.relvit.compare(features.patches, order)
-            classification = classification_loss(model.head(features.pooled), known, one_class)
-            loss = loss + classification
-            return loss, {"loss": loss.detach(), "classification": classification.detach(), **shown}
-        x, inside = prepared(images[index]), None if masks is None else masks[index].float()
-        if args.baseline == "swap":
-            x = swapped(x, inside, generator)
-        if not args.isnet and args.baseline not in PENALTIES:
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=args.amp):
-                logits = model(x)
-            loss = classification_loss(logits.float(), known, one_class)
-            return loss, {"loss": loss.detach()}
-        has_mask = inside.flatten(1).any(dim=1)  # the others have no loss but that of classification
-        share = has_mask / has_mask.sum().clamp(min=1)
-        if args.baseline:
-            logits, penalty = PENALTIES[args.baseline](model, x, inside, known, one_class)
-            classification, penalty = classification_loss(logits, known, one_class), (penalty * share).sum()
-            loss = classification + args.baseline_weight * penalty
-            return loss, {"loss": loss.detach(), "classification": classification.detach()} | {
-                args.baseline: penalty.detach()
-            }
-        if isinstance(model.encoder, ViT):
-            inside = whole_patches(inside, model.encoder.patch_size)
-        target = explained(known, one_class, args.explain, generator)
-        background, heatmap, logits = isnet_losses(model, x, inside, target, args)
-        foreground = foreground_loss(heatmap, inside, *args.relevance_range, hybrid=True)
-        parts = {
-            "classification": classification_loss(logits, known, one_class),
-            "background": (background * share).sum(),
-            "foreground": (foreground * share).sum(),
-        }
-        explained_share = 1 if one_class else 1 / known.shape[1]  # one finding of K, as in the mean of all
-        left = args.isnet_end + (1 - args.isnet_end) * (1 + math.cos(math.pi * done)) / 2
-        weight = args.isnet * left * explained_share
-        loss = parts["classification"] + weight * (parts["background"] + parts["foreground"])
-        return loss, {"loss": loss.detach(), **{name: part.detach() for name, part in parts.items()}}
-
-    return losses
+    run, masses = load_run(folder), read_masses(folder)
+    if images.shape[1] != run.spec.channels:
+        raise ValueError(
+            f"{folder} learned from {run.spec.channels} channels, these images have {images.shape[1]}"
+        )
+    if run.config.data != data:
+        print(
+            f"note: {folder} was trained on {run.config.data}; look at its masks for {data}: --export-masks"
+        )
+    encoder, layer = load_model(folder, run), run.config.span_layer
+    masks = (attention_masks(encoder, masses, x, layer) for x in images.split(BATCH))
+    return torch.cat([m.any(dim=1, keepdim=True) for m in masks])
 
 
-@torch.no_grad()
-def scores_of(model: nn.Module, images: Tensor, one_class: bool) -> Tensor:
-    """Log-odds (M, K) of classes, or logits of findings, of images (M, C, S, S) uint8, in evaluation mode."""
-    model.eval()
-    logits = torch.cat([model(x).cpu() for x in batches(images, model)])
-    if not one_class:
-        return logits
-    return torch.stack(
-        [log_odds(logits, torch.full((len(logits),), k)) for k in range(logits.shape[1])], dim=1
-    )
-
-
-def relevance_of(config: argparse.Namespace, model: nn.Module, images: Tensor) -> Tensor:
-    """LRP heatmaps (M, C, S, S) of the first finding, the second of two classes, the likeliest of more."""
-
-    def target(logits: Tensor) -> Tensor:
-        if not config.one_class:
-            return logits[:, 0]
-        likeliest = logits.argmax(dim=1)
-        return log_odds(logits, likeliest if logits.shape[1] > 2 else torch.ones_like(likeliest))
-
-    model.eval()
-    heatmaps = (relevance(model, x, target, **rule(config))[0] for x in batches(images, model, EXPLAINED))
-    return torch.cat([R.detach().cpu() for R in heatmaps])
-
-
-def explained_by(config: argparse.Namespace) -> str:
-    """What `relevance_of` explains, in words."""
-    if config.one_class and len(config.classes) > 2:
-        return "the likeliest class"
-    return config.classes[int(config.one_class)]
+def lrp_rule(config: Config) -> dict[str, float | bool]:
+    """The relevance rule of the settings, as arguments of `relevance`."""
+    return {"epsilon": config.lrp_epsilon, "gamma": config.lrp_gamma, "signed": True}

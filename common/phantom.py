@@ -1,20 +1,15 @@
-"""Drawn chest X-rays: exact masks, no download, and enough in them to show a method in minutes.
+"""Synthetic chest X-rays with exact masks: no download, and enough variation to compare methods in minutes.
 
 An image is a stack of soft shapes in body coordinates (u to the image's right, v down; the trunk spans about
-[-1, 1]): trunk, spine, ribs, clavicles, mediastinum, two lungs, heart, and up to four findings. A random
-affine pose carries image pixels to body coordinates, so no two patients stand alike; shape, contrast,
-exposure and noise vary as well.
+[-1, 1]): trunk, bones, mediastinum, lungs, heart, and findings. Pose, shape, exposure and noise vary.
 
-- masks: `left lung`, `right lung`, `heart`. Sides are the patient's, as in radiology: the left lung is on the
-  image's right, and the heart leans to it. A lung's mask ends where the heart covers it.
-- labels, each present or not by itself: `enlarged heart`, `effusion`, `nodule`, `opacity`.
+Sides are the patient's, as in radiology: the left lung is on the image's right, and the heart leans to it.
+A lung's mask ends where the heart covers it. Findings are present or absent independently of each other.
 
-`stamp` adds a shortcut to a finding with which it happens to agree: a hospital's marker beside the body (in
-one corner or anywhere), a tint of all that is no region, or a frame.
-
-Image i of a seed is the same whatever the number of images: each has its own random stream. Everything is
-batched tensor work, thousands of images a second. Next to read: `parts.py`.
+Every image has its own random stream, so image i of a seed does not depend on the number of images.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -23,52 +18,51 @@ from torch import Generator, Tensor
 
 REGIONS = ["left lung", "right lung", "heart"]
 FINDINGS = ["enlarged heart", "effusion", "nodule", "opacity"]
-MARKERS, UNSEEN = ["corner", "anywhere", "tint", "border"], "disc"  # the last is for test images alone
+MARKERS, UNSEEN = ["corner", "anywhere", "tint", "border"], "disc"  # UNSEEN is for test images alone
 PREVALENCE = 0.3  # of each finding
-NUMBERS = 64  # random numbers an image may use for pose, shape, contrast and findings
+NUMBERS = 64  # random numbers per image for pose, shape, contrast and findings
 BATCH = 256
 
 
-def phantom(n: int, seed: int, img_size: int = 64, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+def phantom(n: int, seed: int, img_size: int = 64) -> tuple[Tensor, Tensor, Tensor]:
     """Draw n chest X-rays from a seed.
 
     Returns images (n, 1, S, S) uint8, masks (n, 3, S, S) bool in the order of REGIONS, and labels (n, 4)
-    float, 0 or 1, in the order of FINDINGS. Raises ValueError for n or img_size out of range.
+    float, 0 or 1, in the order of FINDINGS. Raises ValueError for n < 1 or img_size < 16.
     """
     if n < 1 or img_size < 16:
-        raise ValueError(
-            f"phantom: {n} images of {img_size} px asked for: at least 1 image of at least 16 px is needed"
-        )
+        raise ValueError(f"phantom: {n} images of {img_size} px, but 1 image of 16 px is the minimum")
+    return in_batches(_draw, n, seed, img_size, NUMBERS)
+
+
+def in_batches(draw: Callable, n: int, seed: int, size: int, numbers: int) -> tuple[Tensor, Tensor, Tensor]:
+    """draw(uniform (B, numbers), normal (B, size, size)) for n images, each with its own random stream."""
     drawn = []
     for start in range(0, n, BATCH):
         streams = [np.random.default_rng([seed, i]) for i in range(start, min(start + BATCH, n))]
-        numbers = np.stack([stream.random(NUMBERS, dtype=np.float32) for stream in streams])
-        noise = np.stack(
-            [stream.standard_normal((img_size, img_size), dtype=np.float32) for stream in streams]
-        )
-        drawn.append(_draw(torch.from_numpy(numbers).to(device), torch.from_numpy(noise).to(device)))
-    images, masks, labels = (torch.cat(parts).cpu() for parts in zip(*drawn))
-    return images, masks, labels
+        uniform = np.stack([stream.random(numbers, dtype=np.float32) for stream in streams])
+        normal = np.stack([stream.standard_normal((size, size), dtype=np.float32) for stream in streams])
+        drawn.append(draw(torch.from_numpy(uniform), torch.from_numpy(normal)))
+    return tuple(torch.cat(tensors) for tensors in zip(*drawn))
 
 
 def stamp(
     images: Tensor, present: Tensor, kind: str = "corner", masks: Tensor | None = None, seed: int = 0
 ) -> Tensor:
-    """Copies of images (n, C, S, S) uint8 with a shortcut of one kind, where present (n,) bool.
+    """Copies of images (n, C, S, S) uint8 with a marker, a shortcut for classifiers, where present (n,) bool.
 
-    corner: a bright L in the upper right corner, a tenth of the width (few regions reach it); anywhere: the
-    same L where it touches no region, for each image elsewhere (by the seed); tint: all that is no region
-    10 % of the range brighter; border: a bright frame; disc: in the lower left corner. masks (n, R, S, S)
-    bool are needed by anywhere and tint. Raises ValueError for another kind, without them, for images of less
-    than 24 px, or if regions leave no place.
+    corner: a bright L in the upper right corner, a tenth of the width; anywhere: the L at a random place
+    outside all regions; tint: everything outside the regions 10 % of the range brighter; border: a bright
+    frame; disc: a bright disc in the lower left corner. anywhere and tint need masks (n, R, S, S) bool.
+    Raises ValueError for another kind, missing masks, images under 24 px, or if regions leave no place.
     """
     n, S = len(images), images.shape[-1]
     if kind not in [*MARKERS, UNSEEN]:
-        raise ValueError(f"marker {kind} is none of {', '.join(MARKERS)}, {UNSEEN}")
+        raise ValueError(f"marker {kind} is not one of {', '.join(MARKERS)}, {UNSEEN}")
     if S < 24:
-        raise ValueError(f"images of {S} px are too small for a marker: take 24 px or more")
+        raise ValueError(f"images of {S} px are too small for a marker: use 24 px or more")
     if kind in ("anywhere", "tint") and masks is None:
-        raise ValueError(f"marker {kind} lies beside the regions: give masks")
+        raise ValueError(f"marker {kind} lies outside the regions: give masks")
     if kind == "tint":
         outside = ~masks.any(dim=1, keepdim=True) & present[:, None, None, None]
         return (images + 25 * outside.int()).clamp(max=255).to(torch.uint8)
@@ -85,7 +79,7 @@ def stamp(
     if kind == "anywhere":
         free = F.max_pool2d(masks.any(dim=1, keepdim=True).float(), size, stride=1) == 0
         if not free.flatten(1).any(dim=1).all():
-            raise ValueError("an image has no place for a marker beside its regions: take another kind")
+            raise ValueError("an image has no place for a marker outside its regions: use another kind")
         chosen = torch.multinomial(free.flatten(1).float(), 1, generator=Generator().manual_seed(seed))
         places.flatten(1).scatter_(1, chosen, 1.0)
     else:
@@ -95,11 +89,11 @@ def stamp(
 
 
 def _draw(numbers: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A batch: numbers (B, NUMBERS) in [0, 1) and normal noise (B, S, S) become images, masks, labels."""
+    """Images, masks and labels from numbers (B, NUMBERS) in [0, 1) and normal noise (B, S, S)."""
     columns = iter(numbers.unbind(1))
     soft = 3.0 / noise.shape[-1]  # an edge is about a pixel and a half wide
 
-    def draw(low: float, high: float) -> Tensor:  # one number for each image, uniform
+    def draw(low: float, high: float) -> Tensor:  # one uniform number per image
         return (low + (high - low) * next(columns))[:, None, None]  # (B, 1, 1)
 
     def happens(probability: float) -> Tensor:
@@ -113,34 +107,28 @@ def _draw(numbers: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         p, q = du * angle.cos() + dv * angle.sin(), dv * angle.cos() - du * angle.sin()
         return (1 - torch.sqrt((p / a) ** 2 + (q / b) ** 2 + 1e-6)) * torch.minimum(a, b)
 
-    # The pose: an affine map from the image to the body.
-    steps = (torch.arange(noise.shape[-1], device=noise.device) + 0.5) / noise.shape[-1] * 2 - 1
+    # Pose: an affine map from the image to the body.
+    steps = (torch.arange(noise.shape[-1]) + 0.5) / noise.shape[-1] * 2 - 1
     x, y = steps[None, None, :] - draw(-0.18, 0.18), steps[None, :, None] - draw(-0.15, 0.2)
     tilt, width, height = draw(-0.2, 0.2), draw(0.68, 1.0), draw(0.72, 1.1)
     u = (x * tilt.cos() + y * tilt.sin()) / width  # (B, S, S)
     v = (y * tilt.cos() - x * tilt.sin()) / height
 
-    # The findings, and what they change in shape.
+    # Findings.
     big_heart, effusion, nodule, opacity = (happens(PREVALENCE) for _ in FINDINGS)
     side = {name: happens(0.5) * 2 - 1 for name in FINDINGS[1:]}  # +1: the image's right, the patient's left
 
-    # Trunk, narrower at the neck, and what is bright inside it.
+    # Trunk, narrower at the neck, and bones.
     shoulder = 0.92 - 0.55 * torch.sigmoid((draw(-0.98, -0.86) - v) * 14)
     trunk = inside(shoulder - u.abs() * (1 + 0.08 * v))
     spine = torch.exp(-((u / 0.085) ** 2)) * (0.8 + 0.2 * torch.cos(v * draw(26, 32)))
     middle = torch.exp(-((u / draw(0.16, 0.22)) ** 4))
-    ribs = torch.cos(
-        (v + draw(0.35, 0.55) * (u.abs() - 0.35) ** 2 + 0.25 * u.abs()) * draw(19, 24) + draw(0, 6.28)
-    )
-    ribs = ribs.clamp(min=0.3) - 0.3
-    collar = draw(-0.8, -0.72)
-    clavicles = (
-        torch.exp(-(((v - collar + 0.22 * u.abs()) / 0.05) ** 2))
-        * inside(u.abs() - 0.08)
-        * inside(0.8 - u.abs())
-    )
+    ribs = v + draw(0.35, 0.55) * (u.abs() - 0.35) ** 2 + 0.25 * u.abs()
+    ribs = torch.cos(ribs * draw(19, 24) + draw(0, 6.28)).clamp(min=0.3) - 0.3
+    clavicles = torch.exp(-(((v - draw(-0.8, -0.72) + 0.22 * u.abs()) / 0.05) ** 2))
+    clavicles = clavicles * inside(u.abs() - 0.08) * inside(0.8 - u.abs())
 
-    # Lungs: eggs cut off by a domed diaphragm; the heart lies over them.
+    # Lungs: eggs cut off by a domed diaphragm, with the heart in front.
     lungs, bases = [], []
     for direction in (1, -1):  # the patient's left lung is on the image's right
         u0, v0, a, b = draw(0.42, 0.5) * direction, draw(-0.2, -0.08), draw(0.28, 0.36), draw(0.54, 0.68)
@@ -150,22 +138,20 @@ def _draw(numbers: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dome = bases[-1] + 0.9 * (u - u0 + 0.06 * direction) ** 2 - v
         lungs.append(torch.minimum(egg, dome))
     size = draw(0.22, 0.29) * (1 + big_heart * draw(0.28, 0.5))
-    heart = ellipse(
-        draw(0.06, 0.14) + 0.25 * (size - 0.22), draw(0.1, 0.24), size * draw(1.1, 1.3), size, draw(0.3, 0.8)
-    )
+    u0, v0 = draw(0.06, 0.14) + 0.25 * (size - 0.22), draw(0.1, 0.24)
+    heart = ellipse(u0, v0, size * draw(1.1, 1.3), size, draw(0.3, 0.8))
     left, right = (inside(torch.minimum(lung, -heart)) for lung in lungs)
     heart, air = inside(heart), inside(torch.maximum(*lungs))
 
-    # Intensities: bone and fluid bright, air dark.
+    # Intensities: bone and fluid are bright, air is dark.
     tissue = draw(0.42, 0.62)
     image = tissue + 0.06 * spine + 0.06 * middle + 0.08 * clavicles + 0.05 * (v > 0.5) * (v - 0.5)
     depth = draw(0.24, 0.42)
     image = image - depth * air * (1 - 0.75 * middle) + draw(0.06, 0.13) * ribs * (0.4 + 0.6 * air)
     image = image + heart * air * depth + heart * draw(0.07, 0.16)
-    field = {+1: left, -1: right}
-    where = {name: torch.where(at > 0, field[1], field[-1]) for name, at in side.items()}
+    where = {name: torch.where(at > 0, left, right) for name, at in side.items()}
     base = torch.where(side["effusion"] > 0, *bases)
-    level = base - draw(0.04, 0.28) - 0.35 * (u.abs() - 0.45)  # the meniscus climbs toward the chest wall
+    level = base - draw(0.04, 0.28) - 0.35 * (u.abs() - 0.45)  # the meniscus climbs towards the chest wall
     image = image + effusion * where["effusion"] * inside(v - level) * depth * draw(0.5, 0.9)
     spot = ellipse(draw(0.36, 0.55) * side["nodule"], draw(-0.45, 0.15), *(draw(0.06, 0.1),) * 2, draw(0, 1))
     image = image + nodule * where["nodule"] * inside(spot) * draw(0.12, 0.26)

@@ -1,60 +1,43 @@
-"""Drawn industrial parts under a fixed camera, with defects and their exact masks: visual quality assurance.
+"""Synthetic industrial plates under a fixed camera, with defects and exact masks: visual quality assurance.
 
-A brushed plate with a bore, four holes and a sticker lies on a dark belt, always in nearly the same place:
-a shift of two pixels, a turn of two degrees, another light. So the statistics of unlabelled images say where
-to look, and priors may come from them (`--prior statistics`).
+A brushed plate with a bore, four holes and a sticker lies on a dark belt, shifted by up to two pixels and
+turned by up to two degrees. So the statistics of unlabelled images show where to look (`--prior statistics`).
 
-- masks: `plate` (metal that is left), `holes` (bore and holes that were drilled), `defect` (all defects of an
-  image together; often empty).
-- labels, each present or not by itself: `scratch`, `missing hole`, `chip` (off the plate's edge), `stain`,
-  `misplacement` (of the sticker; its mask is where it lies and where it should).
-
-Image i of a seed is the same whatever the number of images: each has its own random stream. Claim 4 is
-measured on these plates. Next to read: `symbols.py`.
+Masks: `plate` is the metal that is left, `holes` the bore and the drilled holes, `defect` the union of an
+image's defects, often empty. A misplaced sticker's mask is where it lies and where it should lie.
 """
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.phantom import in_batches
+
 REGIONS = ["plate", "holes", "defect"]
 FINDINGS = ["scratch", "missing hole", "chip", "stain", "misplacement"]
-PREVALENCE = 0.2  # of each finding: a third of all parts are good
-NUMBERS = 48  # random numbers an image may use
-BATCH = 256
-HOLES = [(-0.52, -0.34), (0.52, -0.34), (-0.52, 0.34), (0.52, 0.34)]  # (u, v), in the plate's coordinates
+PREVALENCE = 0.2  # of each finding: a third of all plates are good
+NUMBERS = 48  # random numbers per image
+HOLES = [(-0.52, -0.34), (0.52, -0.34), (-0.52, 0.34), (0.52, 0.34)]  # (u, v) in the plate's coordinates
 STICKER = (0.36, 0.0)
 
 
-def industrial_parts(n: int, seed: int, img_size: int = 64, device: str = "cpu") -> tuple[Tensor, ...]:
-    """Draw n parts from a seed.
+def plates(n: int, seed: int, img_size: int = 64) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw n plates from a seed.
 
     Returns images (n, 1, S, S) uint8, masks (n, 3, S, S) bool in the order of REGIONS, and labels (n, 5)
-    float, 0 or 1, in the order of FINDINGS. Raises ValueError for n or img_size out of range.
+    float, 0 or 1, in the order of FINDINGS. Raises ValueError for n < 1 or img_size < 64 (no defect is lost).
     """
     if n < 1 or img_size < 64:
-        raise ValueError(
-            f"parts: {n} images of {img_size} px asked for: at least 1 of at least 64 px, lest defects vanish"
-        )
-    drawn = []
-    for start in range(0, n, BATCH):
-        streams = [np.random.default_rng([seed, i]) for i in range(start, min(start + BATCH, n))]
-        numbers = np.stack([stream.random(NUMBERS, dtype=np.float32) for stream in streams])
-        noise = np.stack(
-            [stream.standard_normal((img_size, img_size), dtype=np.float32) for stream in streams]
-        )
-        drawn.append(_draw(torch.from_numpy(numbers).to(device), torch.from_numpy(noise).to(device)))
-    images, masks, labels = (torch.cat(tensors).cpu() for tensors in zip(*drawn))
-    return images, masks, labels
+        raise ValueError(f"parts: {n} images of {img_size} px, but 1 image of 64 px is the minimum")
+    return in_batches(_draw, n, seed, img_size, NUMBERS)
 
 
 def _draw(numbers: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A batch: numbers (B, NUMBERS) in [0, 1) and normal noise (B, S, S) become images, masks, labels."""
+    """Images, masks and labels from numbers (B, NUMBERS) in [0, 1) and normal noise (B, S, S)."""
     columns = iter(numbers.unbind(1))
     soft = 3.0 / noise.shape[-1]  # an edge is about a pixel and a half wide
 
-    def draw(low: float, high: float) -> Tensor:  # one number for each image, uniform
+    def draw(low: float, high: float) -> Tensor:  # one uniform number per image
         return (low + (high - low) * next(columns))[:, None, None]  # (B, 1, 1)
 
     def inside(signed: Tensor) -> Tensor:  # 1 where signed > 0, with a soft edge
@@ -71,15 +54,15 @@ def _draw(numbers: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     def turned(u: Tensor, v: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
         return u * angle.cos() + v * angle.sin(), v * angle.cos() - u * angle.sin()
 
-    # The camera is fixed: the plate hardly moves.
-    steps = (torch.arange(noise.shape[-1], device=noise.device) + 0.5) / noise.shape[-1] * 2 - 1
+    # Pose: the camera is fixed, so the plate hardly moves.
+    steps = (torch.arange(noise.shape[-1]) + 0.5) / noise.shape[-1] * 2 - 1
     x, y = steps[None, None, :], steps[None, :, None]
     u, v = turned(x - draw(-0.06, 0.06), y - draw(-0.06, 0.06), draw(-0.035, 0.035))
     scratch, missing, chip, stain, misplaced = ((draw(0, 1) < PREVALENCE).float() for _ in FINDINGS)
 
-    # The plate and what is cut from it.
+    # The plate, chips off its edge, and holes.
     whole = inside(box(u, v, 0.74, 0.56, corner=0.12))
-    along, edge = draw(-0.85, 0.85), (draw(0, 1) * 4).floor()  # which of the four sides, and where on it
+    along, edge = draw(-0.85, 0.85), (draw(0, 1) * 4).floor()  # a side of the plate
     u0 = torch.where(edge < 2, along * 0.62, (2 * edge - 5) * 0.74)
     v0 = torch.where(edge < 2, (2 * edge - 1) * 0.56, along * 0.44)
     bite = whole * chip * disc(u0, v0, draw(0.09, 0.16))
@@ -91,7 +74,7 @@ def _draw(numbers: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     holes = holes * (1 - bite)
     metal = whole * (1 - bite) * (1 - holes)
 
-    # The sticker: where it should be, or shifted and turned.
+    # The sticker, in its place or shifted and turned.
     away, turn = draw(0, 6.28), draw(0.15, 0.5) * (draw(0, 1) - 0.5).sign()
     shift = misplaced * draw(0.06, 0.13)
     p, q = u - STICKER[0] - shift * away.cos(), v - STICKER[1] - shift * away.sin()
@@ -99,7 +82,7 @@ def _draw(numbers: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     sticker = inside(box(p, q, 0.12, 0.18))
     bars = (torch.cos(p * 78) > 0) * inside(box(p, q, 0.09, 0.1))
 
-    # Scratches and stains, on the metal: their middle lies above or below the bore, so they are never lost.
+    # Scratches and stains lie above or below the bore, so that they are always visible.
     def beside() -> tuple[Tensor, Tensor]:
         side = (draw(0, 1) - 0.5).sign()
         return turned(u - draw(-0.6, 0.6), v - side * draw(0.28, 0.42), draw(0, 3.14))
@@ -110,7 +93,7 @@ def _draw(numbers: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     wide, lobes = draw(0.1, 0.17), 1 + 0.25 * torch.cos(3 * torch.atan2(q, p) + draw(0, 6.28))
     blot = stain * inside(wide * lobes - torch.sqrt((p / 1.3) ** 2 + q**2 + 1e-6)) * metal
 
-    # Light, and the grain of brushed metal: noise smoothed along the brush.
+    # Light, and the grain of brushed metal: noise smoothed in one direction.
     grain = F.avg_pool2d(noise[:, None], (1, 9), 1, (0, 4), count_include_pad=False)[:, 0] * 3
     belt, steel = draw(0.06, 0.14), draw(0.5, 0.66)
     image = belt + (steel - belt) * metal + draw(0.01, 0.025) * grain * metal

@@ -1,8 +1,7 @@
-"""Pictures of what a model looks at, with one fixed colour scale, so that they can be compared.
+"""Figures. Maps have one colour scale everywhere, so that panels can be compared.
 
-Attention is shown relative to a uniform map (1 = no preference, 8 = eight times its share), from 0 to SCALE,
-in every figure; relevance in units of its mean absolute value, from -SCALE to SCALE. No panel is stretched to
-its own maximum. Colours are Okabe and Ito's, which the colour-blind can tell apart. Next to read: `page.py`.
+Attention is shown in units of a uniform map, from 0 to SCALE; relevance in units of its mean absolute value,
+from -SCALE to SCALE. Colours are Okabe and Ito's, which colour-blind readers can tell apart.
 """
 
 from itertools import cycle
@@ -16,6 +15,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
+
+from common.data import Data
 
 COLOURS = ["#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#0072B2", "#D55E00"]
 LINES = COLOURS[5:] + COLOURS[:5]  # the dark ones first
@@ -32,17 +33,16 @@ def map_grid(
     outlined: str = "true regions",
     side: float = 1.15,
 ) -> None:
-    """Rows: images. Columns: the image, its masks (if there are any), titled `outlined`, each map over it.
+    """Write a figure with a row for each image: the image, its masks (titled `outlined`), maps over it.
 
-    images (B, C, H, W) in [0, 1], masks (B, R, H, W), columns {title: (B, h, w)}: attention over patches, or,
-    if signed, relevance in units of its mean size, red where it speaks for the decision and blue where
-    against. side: width of a panel, in inches.
+    images (B, C, H, W) in [0, 1], masks (B, R, H, W), columns {title: maps (B, h, w)}: attention over patches
+    or, if signed, relevance / mean |relevance|: red is evidence for, blue against. side: inches a panel.
     """
     titles = ["image"] + [outlined] * (masks is not None) + list(columns)
     B, (H, W) = len(images), images.shape[-2:]
     lines = max(title.count("\n") for title in titles)
-    # at least as high as the colour bar's label is long
-    size = (side * len(titles) + 0.7, max(side * B * min(3, H / W), 1.1) + 0.6 + 0.13 * lines)
+    height = max(side * B * min(3, H / W), 1.1)  # room for the colour bar's label
+    size = (side * len(titles) + 0.7, height + 0.6 + 0.13 * lines)
     figure, axes = plt.subplots(B, len(titles), figsize=size, squeeze=False, layout="constrained")
     how = {"cmap": "bwr" if signed else "magma", "vmin": -SCALE if signed else 0, "vmax": SCALE}
     for b, row in enumerate(axes):
@@ -52,9 +52,8 @@ def map_grid(
             if b == 0:
                 ax.set_title(title, fontsize=7)
         for r in range(0 if masks is None else len(regions)):
-            row[1].contour(
-                masks[b, r].float().numpy(), levels=[0.5], colors=COLOURS[r % len(COLOURS)], linewidths=1
-            )
+            colour = COLOURS[r % len(COLOURS)]
+            row[1].contour(masks[b, r].float().numpy(), levels=[0.5], colors=colour, linewidths=1)
         for ax, maps in zip(row[len(titles) - len(columns) :], columns.values()):
             heat = maps[b][None, None] * (1 if signed else maps[b].numel())  # 1 = uniform
             heat = F.interpolate(heat, size=(H, W), mode="bilinear", align_corners=False)[0, 0]
@@ -63,20 +62,24 @@ def map_grid(
     bar.set_label("relevance / mean |relevance|" if signed else "attention / uniform", fontsize=7)
     bar.ax.tick_params(labelsize=6)
     if masks is not None:
-        colours = [COLOURS[r % len(COLOURS)] for r in range(len(regions))]
-        lines = [plt.Line2D([], [], color=c, label=name) for c, name in zip(colours, regions)]
+        lines = [plt.Line2D([], [], color=c, label=r) for r, c in zip(regions, cycle(COLOURS))]
         figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), fontsize=7, frameon=False)
     figure.savefig(path, dpi=120, bbox_inches="tight")  # the title of a narrow panel is wider than it
     plt.close(figure)
 
 
+def draw_maps(path: Path, shown: Data, maps: dict[str, Tensor], signed: bool) -> None:
+    """`map_grid` of maps {title: (M, h, w)} over images and their true regions."""
+    masks = shown.masks if shown.has_masks.any() else None
+    map_grid(path, shown.images.float() / 255, masks, shown.regions, maps, signed)
+
+
 def curves(path: Path, histories: dict[str, list[dict]]) -> None:
-    """Curves over epochs, a panel a quantity, a line a run: {run: [{"epoch": e, name: value, ...}, ...]}."""
+    """Write training curves, a panel a quantity, a line a run: {run: [{"epoch": e, name: value}, ...]}."""
     names = list(dict.fromkeys(name for history in histories.values() for name in history[-1]))
     names = [name for name in names if name not in ("epoch", "images_per_s")]
-    figure, axes = plt.subplots(
-        1, len(names), figsize=(2.4 * len(names), 2.1), squeeze=False, layout="constrained"
-    )
+    size = (2.4 * len(names), 2.1)
+    figure, axes = plt.subplots(1, len(names), figsize=size, squeeze=False, layout="constrained")
     for ax, name in zip(axes[0], names):
         for (run, history), colour in zip(histories.items(), cycle(LINES)):
             values = [row.get(name, np.nan) for row in history]
@@ -94,27 +97,25 @@ def curves(path: Path, histories: dict[str, list[dict]]) -> None:
 
 
 def low_data(path: Path, runs: dict[str, dict[str, dict[float, list[float]]]]) -> None:
-    """Scores over the share of labels, a panel a probe, a line a run with a band from least to largest draw.
-
-    runs {run: {probe: {share: a value a draw}}}; the scores in percent.
+    """Write curves of scores over label fractions, a panel a probe, a line a run with its range over draws:
+    runs {run: {probe: {fraction: a value a draw}}}, all in [0, 1].
     """
     probes = list(dict.fromkeys(probe for found in runs.values() for probe in found))
+    size = (2.9 * len(probes), 2.6)
     figure, axes = plt.subplots(
-        1, len(probes), figsize=(2.9 * len(probes), 2.6), squeeze=False, sharey=True, layout="constrained"
+        1, len(probes), figsize=size, squeeze=False, sharey=True, layout="constrained"
     )
     for ax, probe in zip(axes[0], probes):
         for (run, found), colour in zip(runs.items(), cycle(LINES)):
             values = found.get(probe, {})
-            shares = [100 * share for share in values]
-            low, mean, high = (
-                [100 * float(f(v)) for v in values.values()] for f in (np.min, np.mean, np.max)
-            )
-            ax.plot(shares, mean, color=colour, marker="o", markersize=3, label=run)
-            ax.fill_between(shares, low, high, color=colour, alpha=0.2, linewidth=0)
+            x = [100 * fraction for fraction in values]
+            low, mean, high = ([100 * f(v) for v in values.values()] for f in (np.min, np.mean, np.max))
+            ax.plot(x, mean, color=colour, marker="o", markersize=3, label=run)
+            ax.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
         ax.set_xscale("log")
-        ax.set_xticks(shares, [f"{share:g}" for share in shares])
+        ax.set_xticks(x, [f"{percent:g}" for percent in x])
         ax.minorticks_off()
-        ax.set_xlabel("share of labels, %", fontsize=8)
+        ax.set_xlabel("label fraction, %", fontsize=8)
         ax.set_ylabel(f"{probe}, %", fontsize=8)
         ax.tick_params(labelsize=7)
     axes[0][0].legend(fontsize=7, frameon=False)

@@ -1,93 +1,195 @@
-"""From one mask to all: where ISNet's foreground comes from, when not every image has been outlined.
+"""Regions of images: priors for SPAN, and masks made from priors or attention for ISNet.
+
+Priors lie over one image and are registered to the others. Foreground masks come from:
 
     data        the masks that come with the images
-    prior       the labelled sample's masks, registered to each image (SPAN's priors, `attention_priors.py`)
-    attention   what the guided heads of the run --init look at
-    RUN         the same, of another run's folder: a convnet can't start from a ViT
+    prior       the reference image's masks, registered to each image
+    attention   the guided heads of the run --init
+    RUN         the guided heads of another run: a convnet can't start from a ViT
     DIR         masks of any other tool: DIR/<region>/<image's name>, or DIR/<image's name>, as large as the
                 image, upright if its EXIF turns it; of several regions the union
 
-Attention becomes a mask by equation (7) of `attention_priors.py`: the pixels most looked at that cover the
-prior, in the image that it belongs to, hold a share of the attention; the fewest that hold as much are the
-mask elsewhere. No label is used but the prior. Claim 8 (one mask is enough) rests on this file. Next to read:
-`baselines.py`.
+Attention A_r of head r becomes a mask of the fewest pixels that hold the share m_r of it:
+
+    M_r = the fewest pixels x with  sum A_r(x) >= m_r                                  (7) `masks_held`
+    m_r = the least share that covers 95 % of the prior, where the prior is true       (7) `mass_held`
+
+Much of what matters lies at a region's border, so the mask covers the prior and does not keep its area.
 """
 
-import argparse
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from attention_priors import mass_held, masks_held
-from common.checkpoint import load_model, load_run, write_whole
-from common.data import BATCH, DRAWN
-from common.folder import Data, by_stem, image_size, read_masks
-from common.pretrain import attention_of, lay_over, make_priors
-from common.weights import unread
+from attention_priors import align, bend, blurred, carry, follow, priors_from_masks, priors_from_statistics
+from common.checkpoint import write_file
+from common.data import BATCH, DRAWN, Data, by_stem, image_size, placed, read_masks, take
+from common.explain import attention_of
+from common.weights import reason
 
-
-def one_prior(config: argparse.Namespace) -> bool:
-    """Whether a run's heads were guided by priors that hold for all images at once."""
-    return config.task == "pretrain" and config.prior not in ("none", "masks")
+# Priors
 
 
-def outlines(
-    config: argparse.Namespace, encoder: nn.Module, parts: dict[str, Data], sample: str | None
-) -> dict[str, float]:
-    """The share of attention, 0 to 1, that outlines each region, {region: share} by guided head."""
-    priors, names = make_priors(config, parts, sample)
-    train = parts["train"]
-    only = [train.names.index(sample)] if config.prior == "sample" else slice(BATCH)
-    true_of = train.images[only]  # priors that no image gave are true of images on average
-    regions = priors >= priors.amax(dim=(1, 2), keepdim=True) / 2
-    attention = attention_of(encoder, true_of, config.span_layer)[:, : len(names)]
-    return dict(zip(names, mass_held(attention, encoder.grid(true_of), regions).tolist()))
+def make_priors(prior: str, train: Data, reference: str | None, blur: float) -> tuple[Tensor, list[str]]:
+    """Priors (R, S, S) over one image and their names. prior: sample, statistics or a .npy file.
+
+    reference: the labelled image of `train`. blur: as in `priors_from_masks`. Raises ValueError.
+    """
+    if prior == "sample":
+        if reference is None:
+            raise ValueError("--prior sample: no image has a mask for every region; outline one")
+        masks = train.masks[train.names.index(reference)]
+        empty = [region for region, mask in zip(train.regions, masks) if not mask.any()]
+        if empty:
+            raise ValueError(
+                f"the masks of {reference} are empty for {', '.join(empty)}: choose another --sample"
+            )
+        return priors_from_masks(masks, blur), train.regions
+    if prior == "statistics":
+        names = ["mean", "deviation", "cluster 1", "cluster 2"]
+        return priors_from_statistics(train.images, blur=blur), names
+    try:
+        priors = torch.from_numpy(np.load(prior, allow_pickle=False)).float()
+    except Exception as error:  # np.load fails on foreign files in many ways
+        known = "sample, masks, statistics, none, or a .npy file"
+        raise ValueError(f"--prior {prior} is not {known} ({type(error).__name__}: {error})") from None
+    S = train.images.shape[-1]
+    if priors.dim() != 3 or not len(priors) or priors.shape[1:] != (S, S):
+        raise ValueError(f"--prior {prior} is an array {tuple(priors.shape)}: make it (R, {S}, {S})")
+    if not (priors.isfinite() & (priors >= 0)).all() or not priors.flatten(1).any(dim=1).all():
+        raise ValueError(f"--prior {prior}: each prior must be finite, not negative, and not empty")
+    return priors_from_masks(priors, blur), [f"prior {r}" for r in range(len(priors))]
 
 
-def guided_masks(run: Path, data: str, images: Tensor) -> Tensor:
-    """What a run's guided heads outline in images (M, C, H, W) uint8 of some data, united: (M, 1, H, W) bool.
+def register(reference: Tensor, images: Tensor, device: str, deformable: bool) -> tuple[Tensor, Tensor]:
+    """The reference image (C, S, S) registered to images (N, C, S, S): theta (N, 2, 3) and flow (N, 2, k, k).
 
+    Without deformation the flow is zero.
+    """
+    thetas, flows, reference = [], [], reference.to(device)
+    for part in tqdm(images.split(BATCH), desc="registering", leave=False, disable=None):
+        part = part.to(device)
+        thetas.append(align(reference, part))
+        flow = bend(reference, part, thetas[-1]) if deformable else torch.zeros(len(part), 2, 1, 1)
+        flows.append(flow.to(device))
+    return torch.cat(thetas), torch.cat(flows)
+
+
+def priors_over(
+    images: Tensor, prior: str, train: Data, reference: str | None, blur: float, how: str,
+    device: str = "cpu", heads: int | None = None,
+) -> Callable[[Tensor], Tensor]:  # fmt: skip
+    """A function from indices (B,) of images (N, C, S, S) to the priors (B, R, S, S) that lie over them.
+
+    prior, reference, blur: as in `make_priors`; or "masks", those of all images, which are `train`'s then.
+    how: bend, affine or none registers the reference image to each image. heads: how many can be guided.
     Raises ValueError.
     """
-    config, checkpoint = load_run(run)
-    if images.shape[1] != config.channels:
-        raise ValueError(
-            f"{run} learned from {config.channels} channels, these images have {images.shape[1]}"
-        )
-    if config.data != data:
-        print(
-            f"note: {run} learned to look at {config.data}; check that its masks fit {data}: --export-masks"
-        )
-    encoder, shares = load_model(run, config, checkpoint), read_outlines(run, config)
-    united = (masks_of(config, encoder, shares, x).any(dim=1, keepdim=True) for x in images.split(BATCH))
-    return torch.cat(list(united))
+    if prior == "masks":
+        priors, names = None, train.regions
+        if not train.has_masks.any():
+            raise ValueError("--prior masks: no training image has a mask for every region")
+    else:
+        priors, names = make_priors(prior, train, reference, blur)
+    if heads is not None:
+        if len(names) > heads:
+            listed = f"{len(names)} priors ({', '.join(names)})"
+            raise ValueError(f"{listed} but {heads} heads: raise --num-heads (--pool-heads with SimPool)")
+        print("guided heads:", ", ".join(f"{i} {name}" for i, name in enumerate(names)), flush=True)
+        if prior == "sample" and how != "none":
+            print(f"registering {reference} to {len(images)} images ...", flush=True)
+    if prior == "masks":
+        masks = placed(train.masks, device)
+        return lambda index: blurred(take(masks, index).float(), blur)  # a missing mask stays empty
+    priors = priors.to(device)
+    if prior != "sample" or how == "none":
+        return lambda index: priors.expand(len(index), *priors.shape)
+    theta, flow = register(train.images[train.names.index(reference)], images, device, how == "bend")
+    return lambda index: carry(priors, theta[index], flow[index])
 
 
-def read_outlines(run: Path, config: argparse.Namespace) -> dict[str, float]:
-    """What `outlines` found at the end of a run. Raises ValueError for a run without one prior, or end."""
-    if not one_prior(config):
-        raise ValueError(f"{run} has no heads that one prior guided: train one with --prior sample")
+def prior_maps(
+    images: Tensor, train: Data, reference: str, blur: float, how: str, grid: tuple[int, int]
+) -> dict[str, tuple[Tensor, tuple[int, int]]]:
+    """The reference image's priors as maps over images (M, C, S, S): {name: (maps (M, R, h * w), (h, w))}.
+
+    As they are, registered to each image at every pixel, and registered on the grid of patches.
+    """
+    whole, everyone = torch.eye(2, 3).expand(len(images), 2, 3), torch.arange(len(images))
+    maps = {"prior": (follow(make_priors("sample", train, reference, blur)[0], whole, grid)[0], grid)}
+    if how != "none":
+        registered = priors_over(images, "sample", train, reference, blur, how)(everyone)
+        maps["aligned prior, every pixel"] = registered.flatten(2), tuple(registered.shape[2:])
+        maps["aligned prior"] = follow(registered, whole, grid)[0], grid
+    return maps
+
+
+# Masks from attention
+
+
+def mass_held(attention: Tensor, grid: tuple[int, int], regions: Tensor, covered: float = 0.95) -> Tensor:
+    """m_r of equation (7): the share (R,) of attention in the most attended pixels that cover a region.
+
+    attention (B, R, N) on a grid (h, w) of images that the regions (R, H, W) bool are true of, on average at
+    least. covered: the fraction of a region's pixels, 0 to 1.
+    """
+    maps, order = _upsampled(attention, grid, regions.shape[1:]).sort(dim=2, descending=True)  # (B, R, H * W)
+    inside = regions.flatten(1).expand(order.shape).gather(2, order).float()
+    reached = inside.cumsum(dim=2) / inside.sum(dim=2, keepdim=True).clamp(min=1)
+    enough = (reached.mean(dim=0) < covered).sum(dim=1).clamp(max=order.shape[2] - 1)  # (R,)
+    return maps.cumsum(dim=2).mean(dim=0).gather(1, enough[:, None])[:, 0]
+
+
+def masks_held(attention: Tensor, grid: tuple[int, int], size: tuple[int, int], mass: Tensor) -> Tensor:
+    """Equation (7): masks (B, R, H, W) bool, the fewest pixels that hold mass (R,) of attention (B, R, N)."""
+    maps, order = _upsampled(attention, grid, size).sort(dim=2, descending=True)
+    kept = maps.cumsum(dim=2) - maps < mass[:, None]  # what is held before a pixel does not suffice yet
+    return torch.zeros_like(kept).scatter(2, order, kept).unflatten(2, size)
+
+
+def _upsampled(attention: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Attention (B, R, N) at every pixel, (B, R, H * W), summing to 1."""
+    maps = F.interpolate(attention.float().unflatten(2, grid), size=tuple(size), mode="bilinear").flatten(2)
+    return maps / maps.sum(dim=2, keepdim=True).clamp_min(1e-12)
+
+
+def attention_masses(
+    encoder: nn.Module, prior: str, train: Data, reference: str | None, blur: float, layer: int
+) -> dict[str, float]:
+    """m_r of the heads that priors guided, {region: share}; the priors as in `make_priors`."""
+    priors, names = make_priors(prior, train, reference, blur)
+    # Priors that no single image gave are true of images on average.
+    images = train.images[[train.names.index(reference)] if prior == "sample" else slice(BATCH)]
+    regions = priors >= priors.amax(dim=(1, 2), keepdim=True) / 2
+    attention = attention_of(encoder, images, layer)[:, : len(names)]
+    return dict(zip(names, mass_held(attention, encoder.grid(images), regions).tolist()))
+
+
+def read_masses(run: Path) -> dict[str, float]:
+    """What a run found by `attention_masses` when it ended. Raises ValueError if there is no such file."""
     try:
-        shares = json.loads((run / "outlines.json").read_text())
-        plain = all(Path(name).name == name not in ("", "..") for name in shares)  # they become files' names
-        if shares and plain and all(0 <= share <= 1 for share in shares.values()):
-            return shares
+        masses = json.loads((run / "attention_mass.json").read_text())
+        plain = all(Path(name).name == name not in ("", "..") for name in masses)  # they become file names
+        if masses and plain and all(0 <= mass <= 1 for mass in masses.values()):
+            return masses
     except (OSError, ValueError, AttributeError, TypeError):
         pass
-    raise ValueError(f"{run}/outlines.json can't be used: train.py writes it at the end of a run")
+    missing = f"{run}/attention_mass.json is missing or damaged"
+    raise ValueError(f"{missing}: train.py writes it at the end of a run whose heads one prior guided")
 
 
-def masks_of(
-    config: argparse.Namespace, encoder: nn.Module, shares: dict[str, float], images: Tensor
-) -> Tensor:
-    """What the first R heads outline, by their shares of attention: (M, R, H, W) of images (M, C, H, W)."""
-    mass, grid = torch.tensor(list(shares.values())), encoder.grid(images)
-    attention = attention_of(encoder, images, config.span_layer)[:, : len(mass)].split(BATCH)
+def attention_masks(encoder: nn.Module, masses: dict[str, float], images: Tensor, layer: int) -> Tensor:
+    """Masks (M, R, H, W) bool of the first R heads in images (M, C, H, W), by their share of attention."""
+    mass, grid = torch.tensor(list(masses.values())), encoder.grid(images)
+    attention = attention_of(encoder, images, layer)[:, : len(mass)].split(BATCH)
     return torch.cat([masks_held(part, grid, tuple(images.shape[2:]), mass) for part in attention])
 
 
@@ -98,82 +200,81 @@ def write_mask(path: Path, mask: Tensor, size: tuple[int, int]) -> None:
     picture.resize(size[::-1], Image.Resampling.NEAREST).save(path)
 
 
-def foreground(args: argparse.Namespace, parts: dict[str, Data], sample: str | None) -> Tensor:
-    """The union of the training images' masks, (N, 1, S, S) bool; empty where there is none.
+def export_masks(
+    out: Path, data: str, encoder: nn.Module, masses: dict, splits: dict[str, Data], layer: int
+) -> int:
+    """Write attention masks of all images as PNGs, out/<region>/<image's name>.png; returns how many.
 
-    Prints for how many there is one, and how well masks that weren't given agree with those that were. Raises
-    ValueError.
+    They are as large as the images on disk; of synthetic data, the training images are written. Raises
+    ValueError rather than write into a folder that holds something.
     """
-    train, where = parts["train"], Path(args.init if args.masks == "attention" else args.masks)
-    if args.resume and args.masks != "data":
-        return kept(args, len(train.names))
-    if args.masks == "data":
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--export-masks {out} holds something already; name a new folder")
+    drawn, written = data in DRAWN, 0
+    by_stem([] if drawn else [name for split in splits.values() for name in split.names])
+    for split in ["train"] if drawn else ["train", "val", "test"]:
+        if not splits[split].names:
+            continue
+        masks = attention_masks(encoder, masses, splits[split].images, layer)
+        for name, of_image in zip(splits[split].names, masks):
+            size = of_image.shape[1:] if drawn else image_size(data, name)
+            for region, mask in zip(masses, of_image):
+                write_mask((out / region / name).with_suffix(".png"), mask, size)
+                written += 1
+    return written
+
+
+# The foreground of training images
+
+
+def foreground(
+    source: str, train: Data, data: str, init: Path | None, registered: Callable, of_run: Callable
+) -> Tensor:
+    """The foreground of the training images, (N, 1, S, S) bool, empty where there is none.
+
+    source: data, prior, attention (of the run init), or a folder. registered() makes the priors over the
+    training images, as `priors_over` does; of_run(folder) the masks by a run's attention. Prints for how many
+    images there is a mask, and how well such masks agree with the data's own. Raises ValueError.
+    """
+    folder = Path(init if source == "attention" else source)
+    if source == "data":
         if not train.has_masks.any():
-            asked = "--isnet" if args.isnet else f"--baseline {args.baseline}"
-            raise ValueError(
-                f"{asked}: no training image of {args.data} has all regions' masks; add some or use --masks"
-            )
+            raise ValueError("no training image has a mask for every region; add some, or use --masks")
         masks = train.masks.any(dim=1, keepdim=True) & train.has_masks[:, None, None, None]
-    elif args.masks == "prior":
-        laid = lay_over(args, parts, sample, train.images)
-        everyone = torch.arange(len(train.names)).split(BATCH)
-        masks = torch.cat([(laid(index) > 0.5).any(dim=1, keepdim=True) for index in everyone])
-    elif (where / "config.json").is_file():
-        masks = guided_masks(where, args.data, train.images)
+    elif source == "prior":
+        over, everyone = registered(), torch.arange(len(train.names)).split(BATCH)
+        masks = torch.cat([(over(index) > 0.5).any(dim=1, keepdim=True) for index in everyone])
+    elif (folder / "last.pt").is_file():
+        masks = of_run(folder)
     else:
-        masks = read_masks(where, None if args.data in DRAWN else args.data, train.names, args.img_size)
+        masks = read_masks(folder, None if data in DRAWN else data, train.names, train.images.shape[-1])
     found = int(masks.flatten(1).any(dim=1).sum())
     if not found:
-        raise ValueError(f"--masks {args.masks}: the masks of all training images are empty; look at some")
-    if args.masks != "data":
-        given = train.has_masks.any()
-        dice = f"; Dice {100 * agreement(masks, train):.1f} % with those given" if given else ""
-        print(f"masks from {args.masks}: of {found} of {len(masks)} training images{dice}")
+        raise ValueError(f"--masks {source}: the masks of all training images are empty; look at some")
+    if source != "data":
+        given = (
+            f"; Dice {100 * mask_dice(masks, train):.1f} % with those given" if train.has_masks.any() else ""
+        )
+        print(f"masks from {source}: of {found} of {len(masks)} training images{given}")
     return masks
 
 
-def keep(args: argparse.Namespace, masks: Tensor) -> None:
-    """Write masks (N, 1, S, S) bool beside the run, so that --resume needs nothing else."""
-    if args.masks != "data":
-        write_whole(args.out / "masks.pt", torch.from_numpy(np.packbits(masks.numpy())))
-
-
-def kept(args: argparse.Namespace, n: int) -> Tensor:
-    """The n masks (n, 1, S, S) bool that `keep` wrote. Raises ValueError."""
-    shape = n, 1, args.img_size, args.img_size
-    try:
-        bits = np.unpackbits(torch.load(args.out / "masks.pt", weights_only=True).numpy())
-        return torch.from_numpy(bits[: math.prod(shape)].reshape(shape).astype(bool))
-    except Exception as error:  # a damaged file fails in the unpickler in many ways
-        raise ValueError(f"{args.out}/masks.pt can't be read ({unread(error)}): train again") from None
-
-
-def agreement(masks: Tensor, data: Data) -> float:
+def mask_dice(masks: Tensor, data: Data) -> float:
     """Mean Dice of masks (N, 1, S, S) with the union of the data's own, over the images that have them."""
     own, masks = data.masks[data.has_masks].any(dim=1), masks[data.has_masks][:, 0]
     both, size = (own & masks).sum(dim=(1, 2)), own.sum(dim=(1, 2)) + masks.sum(dim=(1, 2))
     return float((2 * both / size).nanmean())
 
 
-def export_masks(
-    run: Path, config: argparse.Namespace, encoder: nn.Module, parts: dict[str, Data], out: Path
-) -> int:
-    """Write a run's attention masks as PNGs, out/<region>/<image's name>.png; returns how many.
+def keep_masks(run: Path, masks: Tensor) -> None:
+    """Write masks (N, 1, S, S) bool into a run's folder, for --resume."""
+    write_file(run / "masks.pt", torch.from_numpy(np.packbits(masks.numpy())))
 
-    As large as the images on disk, so that they line up; of drawn data, the training images'. Raises
-    ValueError rather than write into a folder that holds something.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--export-masks {out} is there already, and holds something; name a new folder")
-    data, shares, written = config.data, read_outlines(run, config), 0
-    by_stem([name for part in parts.values() for name in part.names] if data not in DRAWN else [])
-    for part in ["train"] if data in DRAWN else ["train", "val", "test"]:
-        if not parts[part].names:
-            continue
-        masks = masks_of(config, encoder, shares, parts[part].images)
-        for name, of_image in zip(parts[part].names, masks):
-            size = of_image.shape[1:] if data in DRAWN else image_size(data, name)
-            for region, mask in zip(shares, of_image):
-                write_mask((out / region / name).with_suffix(".png"), mask, size)
-                written += 1
-    return written
+
+def kept_masks(run: Path, shape: tuple[int, ...]) -> Tensor:
+    """The masks (N, 1, S, S) bool that `keep_masks` wrote. Raises ValueError."""
+    try:
+        bits = np.unpackbits(torch.load(run / "masks.pt", weights_only=True).numpy())
+        return torch.from_numpy(bits[: math.prod(shape)].reshape(shape).astype(bool))
+    except Exception as error:  # a damaged file fails in the unpickler in many ways
+        raise ValueError(f"{run}/masks.pt can't be read ({reason(error)}): train again") from None

@@ -1,18 +1,15 @@
-"""Weights from elsewhere: DINO, DeiT, timm, DINOv2, SimPool ... become our ViT, and ours go out again.
+"""Published weights in and out: DINO, DeiT, timm, DINOv2, SimPool ... become our ViT, and ours are exported.
 
-A state dict is known by its keys, whatever holds it (teacher, student, model, state_dict) and stands before
-them (module., backbone. ...). What differs from `vit.py` is worked in, so that the features stay the same:
+A state dict is recognised by its keys, whatever holds it (teacher, student, model, state_dict) and prefixes
+them (module., backbone. ...). Differences from `vit.py` are folded into the weights; features stay the same:
 
-    LayerScale (timm, DINOv2)      x + gamma f(x)        gamma goes into the last matrix of f
-    ImageNet's mean and deviation  (x - m) / s           into the patch embedding, from (x - 1/2) / (1/4);
-                                                         assumed of all colour weights
-    grey images                    three equal channels  their kernels are summed
-    registers, distillation token  tokens without place  `registers`, the token with its position added
-    no position for CLS            pos_embed of N        a zero before it
-    another size of images         N differs             resized bicubically, as `ViT.positions_for` does
+    LayerScale x + gamma f(x)             gamma is multiplied into the last matrix of f
+    ImageNet's (x - m) / s                into the patch embedding; assumed of all colour weights
+    grey images                           the kernels of the three channels are summed
+    registers, distillation token         `registers`, with the token's position added
+    no position for CLS, another size     a zero is added; positions are resized, as `ViT.positions_for` does
 
-Heads are left out. What has other operations inside (SwiGLU, normalised queries, rotary positions) is
-refused, and the key that tells is named. Next to read: `probe.py`.
+Heads are left out. Other operations (SwiGLU, normalised queries, rotary positions) are refused by their keys.
 """
 
 import argparse
@@ -30,140 +27,104 @@ from vit import ViT
 
 HOLDERS = ["teacher", "student", "model", "state_dict", "model_state_dict"]
 FIRST, BIAS = "patch_embed.proj.weight", "patch_embed.proj.bias"
-HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # of attention, by width, in all releases named here
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # attention heads by width, in all releases named here
 DROPPED = "head head_dist heads fc classifier pre_logits mask_token projector predictor pool".split()
 LAYERS = ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"]  # of a block
-MEAN, DEVIATION = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+SIMPOOL = [f"pool.{name}" for name in ("norm_patches.weight", "norm_patches.bias", "wq.weight", "wk.weight")]
+MEAN, DEVIATION = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]  # (3, 1, 1)
 
 
-def unread(error: Exception) -> str:
-    """Why a file can't be read, in short; what would run code is named."""
+def reason(error: Exception) -> str:
+    """Why a file cannot be read, in a few words; code that it would run is named."""
     text = " ".join(str(error).split())
-    if code := re.search(r"nsupported (?:global: )?GLOBAL (\S+)", text):
-        return f"it holds {code[1]}, which might run code"
-    if isinstance(error, pickle.UnpicklingError):  # torch's own words are advice to open it nevertheless
-        return "it is no file of tensors"
+    if isinstance(error, pickle.UnpicklingError):  # torch's own message advises to load it without safety
+        code = re.search(r"nsupported (?:global: )?GLOBAL (\S+)", text)
+        return f"it holds {code[1]}, which might run code" if code else "it is no file of tensors"
     return f"{type(error).__name__}: {text[:80]}"
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """A ViT's weights under the names of `vit.ViT`, and the names of what was left out.
+    """A ViT's weights (a whole training's teacher) under the names of `vit.ViT`, and what was left out.
 
-    Of a whole training the teacher's, as DINO's authors use. Nothing in the file is run. Raises ValueError
-    for a file that can't be read or holds no such ViT.
+    No code in the file is run. Raises ValueError for a file that cannot be read or holds no such ViT.
     """
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file  # only who has such files needs it
+            from safetensors.torch import load_file  # an optional package
 
             found = load_file(path)
         else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's own settings
+            with torch.serialization.safe_globals([argparse.Namespace]):  # DINO saves its settings as one
                 found = torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError:
-        raise ValueError(f"{path}: to read it, pip install safetensors") from None
-    except Exception as error:  # a damaged or foreign file fails in the unpickler in many ways
-        wanted = "is it whole? it must be a dict of tensors"
-        raise ValueError(f"{path} can't be read as weights: {wanted} ({unread(error)})") from None
+    except Exception as error:  # damaged and foreign files make the unpickler fail in many ways
+        raise ValueError(f"{path} can't be read as weights, a dict of tensors: {reason(error)}") from None
     found = found if isinstance(found, dict) else {}
     if "history" in found:
         raise ValueError(f"{path} belongs to a run of train.py: name its folder, {path.parent}")
     found = next((found[holder] for holder in HOLDERS if isinstance(found.get(holder), dict)), found)
     found = {str(k): v for k, v in found.items()}
-    before = [k.removesuffix(FIRST) for k in found if k.endswith(FIRST)]
-    if not before:
-        raise ValueError(f"{path} holds no ViT that is known here: no name in it ends in {FIRST}")
-    weights = {k.removeprefix(before[0]): v for k, v in found.items() if k.startswith(before[0])}
-    beside = {k.removeprefix("module.").split(".")[0] for k in found if not k.startswith(before[0])}
+    prefix = next((k.removesuffix(FIRST) for k in found if k.endswith(FIRST)), "")
+    weights = {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
     try:
         known, left = translated({k: v.float() for k, v in weights.items() if isinstance(v, Tensor)})
-        damaged = [k for k, v in known.items() if not v.isfinite().all()]
-    except (KeyError, ValueError, IndexError, AttributeError, TypeError, RuntimeError) as error:
-        reason = f"it lacks {error.args[0]}" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise ValueError(f"{path} holds no ViT that is known here: {reason}") from None
-    if damaged:
+    except Exception as error:  # a foreign file may have tensors of any number and shape
+        why = f"it lacks {error.args[0]}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise ValueError(f"{path} holds no ViT that is known here: {why}") from None
+    if damaged := [k for k, v in known.items() if not v.isfinite().all()]:
         raise ValueError(f"{path}: {damaged[0]} is not finite; take another checkpoint")
-    return known, sorted({*left, *beside})
+    others = {k.removeprefix("module.").split(".")[0] for k in found if not k.startswith(prefix)}
+    return known, sorted({*left, *others})
 
 
 def translated(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """The published names and parts as ours; and what is left out. Raises ValueError, or KeyError."""
-    w = {
-        k.replace("simpool.", "pool.").replace("register_tokens", "reg_token"): v for k, v in weights.items()
-    }
-    for constant in (
-        "pool.beta",
-        "pool.gamma",
-        "pool.eps",
-    ):  # the norm takes the first out, we set the second
-        w.pop(constant, None)
+    """Published names and parts as ours, and what is left out. Raises ValueError or KeyError."""
+    constants = ("simpool.beta", "simpool.gamma", "simpool.eps")  # the norm cancels beta, ours sets gamma
+    names = {k: k.replace("simpool.", "pool.").replace("register_tokens", "reg_token") for k in weights}
+    w = {name: weights[k] for k, name in names.items() if k not in constants}
     if "dist_token" in w:
         w["reg_token"] = w.pop("dist_token") + w["pos_embed"][:, 1:2]
         w["pos_embed"] = torch.cat([w["pos_embed"][:, :1], w["pos_embed"][:, 2:]], dim=1)
     if "cls_token" in w and math.isqrt(w["pos_embed"].shape[1]) ** 2 == w["pos_embed"].shape[1]:
         w["pos_embed"] = F.pad(w["pos_embed"], (0, 0, 1, 0))  # a zero for CLS
     known = [FIRST, BIAS, "pos_embed", "norm.weight", "norm.bias"]
-    known += [k for k in ("cls_token", "reg_token") if k in w]
-    if "pool.wq.weight" in w:
-        known += [
-            f"pool.{name}" for name in ("norm_patches.weight", "norm_patches.bias", "wq.weight", "wk.weight")
-        ]
-    for i in range(depth_of(w)):
-        for scale, last in (("ls1.gamma", "attn.proj"), ("ls2.gamma", "mlp.fc2")):
-            gamma = w.pop(f"blocks.{i}.{scale}", torch.ones(()))
-            w[f"blocks.{i}.{last}.weight"] = w[f"blocks.{i}.{last}.weight"] * gamma.reshape(-1, 1)
-            w[f"blocks.{i}.{last}.bias"] = w[f"blocks.{i}.{last}.bias"] * gamma
-        w.setdefault(f"blocks.{i}.attn.qkv.bias", torch.zeros(len(w[f"blocks.{i}.attn.qkv.weight"])))
-        known += [f"blocks.{i}.{layer}.{kind}" for layer in LAYERS for kind in ("weight", "bias")]
-    left = [k for k in w if k not in known]
-    strange = [k for k in left if k.split(".")[0] not in DROPPED]
+    known += [k for k in ("cls_token", "reg_token", *SIMPOOL) if k in w]
+    for i in range(sizes(w)["depth"]):
+        block = f"blocks.{i}"
+        for scale, last in (("ls1", "attn.proj"), ("ls2", "mlp.fc2")):
+            gamma = w.pop(f"{block}.{scale}.gamma", torch.ones(()))
+            w[f"{block}.{last}.weight"] = w[f"{block}.{last}.weight"] * gamma.reshape(-1, 1)
+            w[f"{block}.{last}.bias"] = w[f"{block}.{last}.bias"] * gamma
+        w.setdefault(f"{block}.attn.qkv.bias", torch.zeros(len(w[f"{block}.attn.qkv.weight"])))
+        known += [f"{block}.{layer}.{kind}" for layer in LAYERS for kind in ("weight", "bias")]
+    strange = [k for k in w if k not in known and k.split(".")[0] not in DROPPED]
     missing = [k for k in known if k not in w]
     if strange or missing:
         raise ValueError(f"it {'has' if strange else 'lacks'} {', '.join((strange or missing)[:4])}")
     places = w["pos_embed"].shape[1] - ("cls_token" in w)
-    if w[FIRST].dim() != 4 or w["pos_embed"].dim() != 3 or math.isqrt(places) ** 2 != places:
-        raise ValueError(f"its patches or its {places} places are no square")
-    return {k: w[k] for k in known}, [k.split(".")[0] for k in left]
-
-
-def depth_of(weights: dict[str, Tensor]) -> int:
-    """How many blocks there are."""
-    return 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks."))
+    if w["pos_embed"].dim() != 3 or math.isqrt(places) ** 2 != places:
+        raise ValueError(f"its {places} positions are not a square grid of patches")
+    return {k: w[k] for k in known}, [k.split(".")[0] for k in w if k not in known]
 
 
 def sizes(weights: dict[str, Tensor]) -> dict[str, int | str]:
-    """The settings of train.py that build a ViT for such weights; num_heads None for a width of nobody's."""
+    """The settings of train.py that build a ViT for such weights; num_heads is None for an unknown width."""
     D, _, patch_size, _ = weights[FIRST].shape
+    depth = 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks."))
     pool = "cls" if "cls_token" in weights else "simpool" if "pool.wq.weight" in weights else "gap"
     side = math.isqrt(weights["pos_embed"].shape[1] - (pool == "cls"))
-    return {
-        "backbone": "vit",
-        "img_size": side * patch_size,
-        "patch_size": patch_size,
-        "embed_dim": D,
-        "depth": depth_of(weights),
-        "num_heads": HEADS.get(D),
-        "pool": pool,
-        "pool_heads": 1,
-        "simpool_gamma": 1.25,
-        "registers": weights["reg_token"].shape[1] if "reg_token" in weights else 0,
-    }
+    registers = weights["reg_token"].shape[1] if "reg_token" in weights else 0
+    found = {"backbone": "vit", "img_size": side * patch_size, "patch_size": patch_size, "embed_dim": D}
+    found |= {"depth": depth, "num_heads": HEADS.get(D), "registers": registers}
+    return found | {"pool": pool, "pool_heads": 1, "simpool_gamma": 1.25}
 
 
 def fit(weights: dict[str, Tensor], vit: ViT) -> None:
-    """Load weights from `read_weights` into a ViT of their sizes, for images (x - 1/2) / (1/4) of any size.
-
-    Raises ValueError if they don't fit.
-    """
+    """Load weights into a ViT for images (x - 1/2) / (1/4). Raises ValueError if they don't fit."""
     w, ours = dict(weights), vit.state_dict()
-    kernel = w[FIRST]  # (D, C, p, p)
-    if kernel.shape[1] == 3:
-        inner = ((0.5 - MEAN) / DEVIATION)[:, None, None] * kernel
-        w[BIAS] = w[BIAS] + inner.sum(dim=(1, 2, 3))
-        kernel = kernel * (0.25 / DEVIATION)[:, None, None]
-    if kernel.shape[1] == 3 and ours[FIRST].shape[1] == 1:
-        kernel = kernel.sum(dim=1, keepdim=True)
-    w[FIRST] = kernel
+    if w[FIRST].shape[1] == 3:
+        w[BIAS] = w[BIAS] + ((0.5 - MEAN) / DEVIATION * w[FIRST]).sum(dim=(1, 2, 3))
+        w[FIRST] = w[FIRST] * (0.25 / DEVIATION)
+        w[FIRST] = w[FIRST].sum(dim=1, keepdim=True) if ours[FIRST].shape[1] == 1 else w[FIRST]
     first = int("cls_token" in w)
     patches = w["pos_embed"][:, first:]
     side = math.isqrt(patches.shape[1])
@@ -171,37 +132,27 @@ def fit(weights: dict[str, Tensor], vit: ViT) -> None:
         patches = patches.transpose(1, 2).unflatten(2, (side, side))
         patches = F.interpolate(patches, size=vit.native_grid, mode="bicubic").flatten(2).transpose(1, 2)
         w["pos_embed"] = torch.cat([w["pos_embed"][:, :first], patches], dim=1)
-    theirs = {**sizes(weights), "channels": weights[FIRST].shape[1]}
-    own = {name: getattr(vit, name) for name in ("patch_size", "embed_dim", "depth", "registers")}
-    # a grey ViT takes colour weights, summed
-    own["channels"] = 3 if theirs["channels"] == 3 and ours[FIRST].shape[1] == 1 else ours[FIRST].shape[1]
-    differ = [f"{name} {theirs[name]}, not {value}" for name, value in own.items() if theirs[name] != value]
-    try:
-        vit.load_state_dict(w)
-    except RuntimeError:
-        raise ValueError(
-            f"the weights don't fit: they have {'; '.join(differ) or 'another layout'}"
-        ) from None
+    for k in w | ours:
+        theirs, own = (list(x[k].shape) if k in x else "missing" for x in (w, ours))
+        if theirs != own:
+            raise ValueError(f"the weights don't fit: {k} is {theirs} in the file, {own} in the model")
+    vit.load_state_dict(w)
 
 
 def exported(vit: ViT) -> dict[str, Tensor]:
-    """A ViT as a plain state dict, which timm or DINO's code load with strict=True.
+    """A ViT as a plain state dict, which timm's or DINO's code loads with strict=True.
 
-    With registers as timm's `VisionTransformer(reg_tokens=R, no_embed_class=True)` has them; SimPool's code
-    wants its constant `simpool.beta` besides. Of colour images it expects ImageNet's mean and deviation then,
-    of grey ones (x - 1/2) / (1/4). Raises ValueError for another pooling than CLS or SimPool, for a SimPool
-    whose heads or gamma a file can't tell, or with registers.
+    Colour images must then be normalised by ImageNet's mean and deviation, grey ones as (x - 1/2) / (1/4).
+    For R registers, timm needs `reg_tokens=R, no_embed_class=True`; SimPool's code needs its `simpool.beta`.
+    Raises ValueError for a pooling that others cannot build from a file.
     """
-    if not (vit.pool is None or isinstance(vit.pool, SimPool) and not vit.registers):
-        raise ValueError("--export writes ViTs with a CLS token, or with SimPool and no registers")
-    if isinstance(vit.pool, SimPool) and (vit.pool.num_heads, vit.pool.gamma) != (1, 1.25):
-        how = f"{vit.pool.num_heads} heads and gamma {vit.pool.gamma}"
-        raise ValueError(f"--export: SimPool with {how} can't be told from one head and gamma 1.25 in a file")
+    pool, R = vit.pool, vit.registers
+    if pool and not (isinstance(pool, SimPool) and (pool.num_heads, pool.gamma, R) == (1, 1.25, 0)):
+        raise ValueError("--export: the ViT must have CLS, or SimPool with 1 head, gamma 1.25, no registers")
     w = {k.replace("pool.", "simpool."): v.detach().cpu().clone() for k, v in vit.state_dict().items()}
     if w[FIRST].shape[1] == 3:
-        w[FIRST] = w[FIRST] / (0.25 / DEVIATION)[:, None, None]
-        inner = ((0.5 - MEAN) / DEVIATION)[:, None, None] * w[FIRST]
-        w[BIAS] = w[BIAS] - inner.sum(dim=(1, 2, 3))
-    if vit.registers:  # the CLS token has no position of its own there
+        w[FIRST] = w[FIRST] / (0.25 / DEVIATION)
+        w[BIAS] = w[BIAS] - ((0.5 - MEAN) / DEVIATION * w[FIRST]).sum(dim=(1, 2, 3))
+    if vit.registers:  # timm's CLS token has no position of its own then
         w["cls_token"], w["pos_embed"] = w["cls_token"] + w["pos_embed"][:, :1], w["pos_embed"][:, 1:]
     return w

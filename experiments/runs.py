@@ -1,159 +1,242 @@
-"""Which runs show what: the claims and their bars, and the rows of the README's tables. Only words and names.
+"""The evidence: all runs, the claims that they test, and a runner.
 
-`reproduce.sh` makes the runs, each named EXPERIMENT-SEED, and `tables.py` fills the README from them. A
-claim is a line of CLAIMS: its number, what is claimed, the paper's figure, the bar here, EXPERIMENT FIGURE,
-and what is taken off: nothing, an experiment (. is the same) and, if it is another one, its figure; or "A
-from B": then it is the share of the way from B to A. Next to read: `tables.py`.
+    python -m experiments.runs           3 seeds of claims 1 to 7, then all tables (under 3 hours on 2 cores)
+    python -m experiments.runs --all     and claim 8, longer DINO, baselines, shortcuts, ablations, costs
+    python -m experiments.runs --quick   1 seed of some runs; prints their tables (12 minutes)
+
+Two runs train at a time, on one core each. Finished runs are skipped, stopped ones resumed.
 """
 
-ABLATIONS = {
-    "span": "default: KL, last block, global crops, bent alignment, blur 2.5 %",
-    "affine_alignment": "affine alignment only",
-    "no_alignment": "no alignment",
-    "no_following": "priors don't follow the crops",
-    "mse": "MSE in place of KL",
-    "dice": "Dice in place of KL",
-    "layer_before": "second-last block guided",
-    "local_crops": "2 local crops besides",
-    "no_blur": "prior not blurred",
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO
+
+ROOT = Path(__file__).parents[1]
+ISNET = {"resnet": "--isnet 3", "vit": "--isnet 1"}  # weights chosen on seeds 10 and 11, which no table has
+BASELINES = ["multitask --baseline-weight 100", "gain --baseline-weight 10", "rrr --baseline-weight 1"]
+BASELINES += ["gated", "pipeline", "swap"]  # weights chosen on seed 10
+LABELS = "--task classify --backbone"
+PLATES = "--data parts --lr 5e-4 --teacher-temp 0.01 --global-scale 0.7 1 --keep-going"
+HALF = "--train-images 750"  # of SPAN's images
+GUIDED = {  # experiment: flags; SPAN against DINO, and ISNet against a marker
+    "span": "",
+    "dino": "--prior none",
+    "masks": "--prior masks",
+    "parts_span": f"{PLATES} --prior statistics",
+    "parts_dino": f"{PLATES} --prior none",
+    "unmarked_resnet": f"{LABELS} resnet",
+    "plain_resnet": f"{LABELS} resnet --marker 1",
+    "isnet_resnet": f"{LABELS} resnet --marker 1 {ISNET['resnet']}",
+    "unmarked_vit": f"{LABELS} vit",
+    "plain_vit": f"{LABELS} vit --marker 1",
+    "isnet_vit": f"{LABELS} vit --marker 1 {ISNET['vit']}",
+}
+POOLINGS = {  # SimPool with labels, beside the unmarked classifiers, and without
+    "vit_gap_labels": f"{LABELS} vit --pool gap",
+    "vit_simpool_labels": f"{LABELS} vit --pool simpool",
+    "resnet_simpool_labels": "--task classify --pool simpool",
+    "vit_cls_dino": f"{HALF} --prior none",
+    "vit_gap_dino": f"{HALF} --prior none --pool gap",
+    "vit_simpool_dino": f"{HALF} --prior none --pool simpool",
+    "resnet_gap_dino": f"{HALF} --prior none --backbone resnet",
+    "resnet_simpool_dino": f"{HALF} --prior none --backbone resnet --pool simpool",
+    "vit_simpool_span": f"{HALF} --pool simpool",
+}
+SPAN_CHANGES = {  # one thing changed at a time, at seed 0
+    "affine_alignment": "--align affine",
+    "no_alignment": "--align none",
+    "no_following": "--no-follow",
+    "mse": "--span-loss mse",
+    "dice": "--span-loss dice",
+    "layer_before": "--span-layer -2",
+    "local_crops": "--local-crops-number 2",
+    "no_blur": "--prior-blur 0",
+}
+RESNET_CHANGES = {
+    "pixels_only": "--isnet-layers none",
+    "epsilon_rule": "--lrp-gamma 0",
+    "one_logit": "--explain label",
+    "mean_pooling": "--isnet-decay 1",
+    "large_e": "--isnet-e 1",
+    "constant_weight": "--isnet-end 1",
+}
+VIT_CHANGES = {"vit_unguided": "--isnet-layers relevance", "vit_pixels_only": "--isnet-layers none"}
+
+
+def few_labels() -> dict[str, str]:
+    """RelViT and DINO before labels or beside them; all but `half` and `relvit_long` see as many images."""
+    runs = {}
+    for symbols, E in {"symbols50": 30, "symbols500": 6}.items():  # E: epochs with labels after pretraining
+        encoder = "--backbone vit --embed-dim 64 --depth 3 --num-heads 4 --batch-size 32 --lr 1e-3"
+        images = f"{encoder} --data data/{symbols}-{{seed}}"
+        label = f"--task classify {images}"
+        relations = "--relations relations distances angles positions"
+        runs[f"scratch_{symbols}"] = f"{label} --epochs {2 * E}"
+        runs[f"joint_{symbols}"] = f"{label} --epochs {2 * E} {relations}"
+        runs[f"half_{symbols}"] = f"{label} --epochs {E}"
+        before = {"relvit": f"{E} --ssl relvit", "relvit_long": f"{5 * E} --ssl relvit", "dino": f"{E}"}
+        for how, epochs in before.items():
+            runs[f"pre_{how}_{symbols}"] = f"{images} --keep-going --prior none --epochs {epochs}"
+            runs[f"tuned_{how}_{symbols}"] = f"{label} --epochs {E} --init runs/pre_{how}_{symbols}-{{seed}}"
+    return runs
+
+
+def against_shortcuts() -> dict[str, str]:
+    """Baselines, other shortcuts, and masks from one reference image."""
+    runs = {"span_marked": "--marker 1"}
+    for backbone, isnet in ISNET.items():
+        label = f"{LABELS} {backbone} --marker 1"
+        runs |= {f"{how.split()[0]}_{backbone}": f"{label} --baseline {how}" for how in BASELINES}
+        runs[f"isnet_prior_{backbone}"] = f"{label} {isnet} --masks prior"
+        attention = f"{label} --masks runs/span_marked-{{seed}}"
+        runs[f"isnet_attention_{backbone}"] = f"{attention} {isnet}"
+        for how in ("swap", "pipeline"):
+            runs[f"{how}_attention_{backbone}"] = f"{attention} --baseline {how}"
+    for kind in ("anywhere", "tint", "border"):
+        label = f"--task classify --marker 1 --marker-kind {kind}"
+        runs |= {f"plain_{kind}": label, f"isnet_{kind}": f"{label} {ISNET['resnet']}"}
+        runs |= {f"{way}_{kind}": f"{label} --baseline {way}" for way in ("swap", "pipeline")}
+        runs |= {f"vit_plain_{kind}": f"{label} --backbone vit"}
+        runs |= {f"vit_isnet_{kind}": f"{label} --backbone vit {ISNET['vit']}"}
+    return runs
+
+
+def changed() -> dict[str, str]:
+    """DINO's longer training; SPAN and ISNet with one thing changed."""
+    label = "--task classify --marker 1"
+    resnet = {name: f"{label} {ISNET['resnet']} {how}" for name, how in RESNET_CHANGES.items()}
+    vit = {name: f"{label} --backbone vit {ISNET['vit']} {how}" for name, how in VIT_CHANGES.items()}
+    return {"dino_long": "--prior none --epochs 60"} | SPAN_CHANGES | resnet | vit
+
+
+def seeded(experiments: dict[str, str], seeds: Iterable[int] = (0, 1, 2)) -> dict[str, str]:
+    """{experiment: flags} as {experiment-seed: flags}; {seed} in the flags becomes the seed."""
+    runs = {(name, seed): flags.format(seed=seed) for seed in seeds for name, flags in experiments.items()}
+    return {f"{name}-{seed}": f"--seed {seed} {flags}".strip() for (name, seed), flags in runs.items()}
+
+
+MAIN = seeded(GUIDED | POOLINGS | few_labels())  # claims 1 to 7
+RUNS = MAIN | seeded(against_shortcuts()) | seeded(changed(), [0])
+QUICK = r"(span|dino|(unmarked|plain|isnet)_resnet|resnet_simpool_labels|(?!.*_long_).*_symbols50)-0"
+PROBED = {"dino": "span", "parts_dino": "parts_span"}  # also with few labels, side by side
+PICTURES = {  # results/NAME.png: what evaluate.py measures, and the runs that stand side by side
+    "compare": "attention span dino",
+    "pooling": "attention vit_cls_dino vit_simpool_dino vit_simpool_span",
+    "isnet": "bias isnet_resnet plain_resnet pixels_only",
+    "one_mask": "bias isnet_attention_resnet pipeline_resnet swap_resnet rrr_resnet gain_resnet"
+    " multitask_resnet gated_resnet",
 }
 
-SHORTCUT = {
-    "unmarked": "no marker in training",
-    "plain": "plain",
-    "multitask": "multi-task",
-    "gated": "attention-gated",
-    "gain": "GAIN",
-    "rrr": "right for the right reasons",
-    "pipeline": "segmenter, then classifier",
-    "swap": "backgrounds swapped",
-    "isnet": "**ISNet, true masks**",
-    "isnet_prior": "**ISNet, one mask, registered**",
-    "isnet_attention": "**ISNet, one mask, SPAN's attention**",
-    "pipeline_attention": "segmenter, then classifier, the same mask",
-    "swap_attention": "backgrounds swapped, the same mask",
-}
-KINDS = {
-    "anywhere": "an L anywhere beside the regions",
-    "tint": "a tint of the background",
-    "border": "a frame",
-}
-AGAINST = {  # ... and what is trained with them
-    "plain": "ResNet, plain",
-    "isnet": "**ResNet, ISNet**",
-    "pipeline": "ResNet, segmenter, then classifier",
-    "swap": "ResNet, backgrounds swapped",
-    "vit_plain": "ViT, plain",
-    "vit_isnet": "**ViT, ISNet**",
-}
-FAILURES = {
-    "isnet_resnet": "ResNet, as it should be",
-    "plain_resnet": "no ISNet at all",
-    "pixels_only": "relevance of the image alone, no inner layers",
-    "epsilon_rule": "epsilon rule in place of gamma = 3",
-    "one_logit": "the label's logit explained, not log-odds",
-    "mean_pooling": "mean over the background, not ranked",
-    "large_e": "E = 1, as published, in place of 0.1",
-    "constant_weight": "weight of 3 to the end",
-    "isnet_vit": "ViT, as it should be",
-    "vit_unguided": "relevance alone, attention unguided",
-    "vit_pixels_only": "relevance of the image alone",
-}
-POOLINGS = {  # what was learned: {experiment: (how it was pooled, what to compare it with)}
-    "enlarged heart, with labels": {
-        "unmarked_vit": ("ViT, CLS", None),
-        "vit_gap_labels": ("ViT, mean", "unmarked_vit"),
-        "vit_simpool_labels": ("**ViT, SimPool**", "unmarked_vit"),
-        "unmarked_resnet": ("ResNet, mean", None),
-        "resnet_simpool_labels": ("**ResNet, SimPool**", "unmarked_resnet"),
-    },
-    "without labels, DINO": {
-        "vit_cls_dino": ("ViT, CLS", None),
-        "vit_gap_dino": ("ViT, mean", "vit_cls_dino"),
-        "vit_simpool_dino": ("**ViT, SimPool**", "vit_cls_dino"),
-        "vit_simpool_span": ("**ViT, SimPool, guided by SPAN**", "vit_cls_dino"),
-        "resnet_gap_dino": ("ResNet, mean", None),
-        "resnet_simpool_dino": ("**ResNet, SimPool**", "resnet_gap_dino"),
-    },
-}
-FEW_LABELS = {
-    "scratch": "labels alone",
-    "joint": "labels and relations together",
-    "tuned_relvit": "RelViT, then labels",
-    "tuned_dino": "DINO, then labels",
-    "half": "labels alone, half the steps",
-    "tuned_relvit_long": "RelViT 5 times as long, then labels",
-}
-COSTS = {  # tables of benchmark.py's ratios: what the rows are, and {the ratio: the head of its column}
-    "floors": (
-        "training step, over",
-        {
-            "training step / its operations' floor": "its operations as large matrix products",
-            "training step / its bytes' floor": "its bytes as large copies",
-        },
-    ),
-    "exposure": (
-        "attention layer, over the same without its row",
-        {
-            "attention layer with its row / without": "with its row",
-            "attention layer written out / without its row": "written out",
-        },
-    ),
-    "isnet_costs": (
-        "ISNet over plain",
-        {
-            "training step, ISNet / plain": "training step",
-            "memory kept for the backward pass, ISNet / plain": "memory kept for the backward pass",
-        },
-    ),
-}
-CLAIMS = """
-1 | SPAN's attention mAP, above DINO's best heads | +58.7 | 58.7 | span attention_mAP | dino
-1 | ... above DINO's after longer training | | 58.7 | span attention_mAP | dino_long
-1 | ... above the prior as it is | | 15 | span attention_mAP | . prior_mAP
-1 | ... above the aligned prior, on the same grid | | 0 | span attention_mAP | . aligned_prior_mAP
-1 | ... above it at every pixel | | 0 | span attention_mAP | . aligned_prior_every_pixel_mAP
-1 | ... to that with all images' masks | | -1 | span attention_mAP | masks
-2 | SPAN transfers: linear layer's mAUC, above DINO's | +2.2 | 2.2 | span linear_mAUC | dino
-2 | ... fine-tuned | | 2.2 | span finetune_mAUC | dino
-2 | ... each head's patches (our readout) | | 2.2 | span heads_mAUC | dino
-3 | With 1 % of labels: linear layer, above DINO's | | 0 | span linear_mAUC_1_percent | dino
-3 | ... 5 % | | 0 | span linear_mAUC_5_percent | dino
-3 | ... 10 % | | 0 | span linear_mAUC_10_percent | dino
-3 | With 1 % of labels: each head's patches | | 0 | span heads_mAUC_1_percent | dino
-3 | ... 5 % | | 0 | span heads_mAUC_5_percent | dino
-3 | ... 10 % | | 0 | span heads_mAUC_10_percent | dino
-4 | Priors from statistics, parts: linear layer, above DINO's | | 0 | parts_span linear_mAUC | parts_dino
-4 | ... each head's patches | | 0 | parts_span heads_mAUC | parts_dino
-4 | ... attention mAP | | 0 | parts_span attention_mAP | parts_dino
-5 | ISNet, ResNet: AUC with the marker flipped | | 85 | isnet_resnet flipped |
-5 | ... to the marker as in training | | -5 | isnet_resnet flipped | . same
-5 | ... to training without marker | | -5 | isnet_resnet flipped | unmarked_resnet same
-5 | ISNet, ViT: AUC with the marker flipped | | 85 | isnet_vit flipped |
-5 | ... to the marker as in training | | -5 | isnet_vit flipped | . same
-5 | ... to training without marker | | -5 | isnet_vit flipped | unmarked_vit same
-6 | RelViT, then 50 labels a class: to alone | | 0 | tuned_relvit_symbols50 accuracy | scratch_symbols50
-6 | ... 5 times as long, same label steps | | 0 | tuned_relvit_long_symbols50 accuracy | half_symbols50
-6 | ... relations and labels together | | 0 | joint_symbols50 accuracy | scratch_symbols50
-6 | RelViT, then 500 labels a class: to alone | | 0 | tuned_relvit_symbols500 accuracy | scratch_symbols500
-6 | ... 5 times as long, same label steps | | 0 | tuned_relvit_long_symbols500 accuracy | half_symbols500
-6 | ... relations and labels together | | 0 | joint_symbols500 accuracy | scratch_symbols500
-7 | SimPool on the heart, labels, ViT: AP, to CLS | | 0 | vit_simpool_labels attention_AP_heart | unmarked_vit
-7 | ... ResNet, to the mean | | 0 | resnet_simpool_labels attention_AP_heart | unmarked_resnet
-7 | ... without labels (DINO), ViT, to CLS | | 0 | vit_simpool_dino attention_AP_heart | vit_cls_dino
-7 | ... ResNet, to the mean | | 0 | resnet_simpool_dino attention_AP_heart | resnet_gap_dino
-7 | ... linear layer, ViT, to CLS | | 0 | vit_simpool_dino linear_mAUC | vit_cls_dino
-8 | One mask, registered, ResNet: flipped, to as in training | | -5 | isnet_prior_resnet flipped | . same
-8 | ... share of true masks' gain, % | | 80 | isnet_prior_resnet flipped | isnet_resnet from plain_resnet
-8 | ... ViT: flipped, to as in training | | -5 | isnet_prior_vit flipped | . same
-8 | ... share of true masks' gain, % | | 80 | isnet_prior_vit flipped | isnet_vit from plain_vit
-8 | One mask, attention, ResNet: flipped, to as in training | | -5 | isnet_attention_resnet flipped | . same
-8 | ... share of true masks' gain, % | | 80 | isnet_attention_resnet flipped | isnet_resnet from plain_resnet
-8 | ... ViT: flipped, to as in training | | -5 | isnet_attention_vit flipped | . same
-8 | ... share of true masks' gain, % | | 80 | isnet_attention_vit flipped | isnet_vit from plain_vit
-"""
-TRANSFER = {  # title: (experiment, what to compare it with)
-    "DINO": ("dino", None),
-    "**SPAN**": ("span", "dino"),
-}
-PLATES = {"DINO": ("parts_dino", None), "**SPAN, priors from statistics**": ("parts_span", "parts_dino")}
+
+def needed(name: str) -> set[str]:
+    """The runs that a run starts from, or whose attention becomes its masks."""
+    return set(re.findall(r"runs/(\S+)", RUNS[name]))
+
+
+def command(name: str, folder: Path) -> list[str] | None:
+    """The words after `python` that start or resume a run in its folder; None if it is finished."""
+    if (folder / "metrics.json").exists():
+        return None
+    how = "--resume" if (folder / "last.pt").exists() else "--overwrite"
+    return ["train.py", "--out", f"runs/{name}", how, *RUNS[name].split()]
+
+
+def python(words: list[str], log: IO | None = None) -> int:
+    """Run `python WORDS` on one core, its output in an open file if there is one; returns the exit status."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.call([sys.executable, *words], cwd=ROOT, env=environment, stdout=log, stderr=log)
+
+
+def two_at_a_time(commands: dict[str, list[str]]) -> None:
+    """Run {name: command}, output in runs/NAME.log. Ctrl-C stops the two that run and starts no others."""
+
+    def run(name: str, words: list[str]) -> None:
+        print(name, flush=True)
+        with (ROOT / f"runs/{name}.log").open("a" if "--resume" in words else "w") as log:
+            if python(words, log):
+                print(f"{name} did not finish, see runs/{name}.log", flush=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, commands, commands.values()))
+
+
+def train(names: list[str]) -> None:
+    """Draw the data that these runs need, and train them: last those that start from another run."""
+    (ROOT / "runs").mkdir(exist_ok=True)
+    flags = " ".join(RUNS[name] for name in names)
+    for folder, n, seed in sorted(set(re.findall(r"(data/symbols(\d+)-(\d))", flags))):
+        if not (ROOT / folder / "labels.csv").exists():
+            shutil.rmtree(ROOT / folder, ignore_errors=True)  # drawn in part
+            python(["-m", "common.symbols", folder, "--train", n, "--seed", seed])
+    for later in (False, True):
+        commands = {n: command(n, ROOT / "runs" / n) for n in names if bool(needed(n)) == later}
+        two_at_a_time({name: words for name, words in commands.items() if words})
+
+
+def probe(names: list[str], readouts: list[str]) -> None:
+    """Measure features with all labels and with few, of pairs that have not been measured so."""
+    commands = {}
+    for name in names:
+        experiment, _, seed = name.rpartition("-")
+        file = ROOT / "runs" / name / "metrics.json"
+        if experiment in PROBED and file.exists():
+            if f"{readouts[-1]}_mAUC_1_percent" not in file.read_text():
+                pair = [f"runs/{PROBED[experiment]}-{seed}", f"runs/{name}"]
+                commands[f"{name}.probe"] = ["evaluate.py", *pair, "--all", "--only", *readouts]
+    two_at_a_time(commands)
+
+
+def draw() -> None:
+    """Make the pictures in results/ of finished runs with seed 0."""
+    shutil.copy(ROOT / "runs/span-0/low_data.png", ROOT / "results")
+    for picture, words in PICTURES.items():
+        measure, *experiments = words.split()
+        folders = [f"runs/{experiment}-0" for experiment in experiments]
+        if all((ROOT / folder / "metrics.json").exists() for folder in folders):
+            python(["evaluate.py", *folders, "--only", measure])
+            shutil.copy(ROOT / folders[0] / "compare.png", ROOT / f"results/{picture}.png")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--quick", action="store_true", help="one seed of some runs; prints their tables")
+    which.add_argument("--all", action="store_true", help="all runs, and what they cost")
+    parser.add_argument("--only", metavar="PATTERN", help="train matching runs and what they need")
+    parser.add_argument("--list", action="store_true", help="print the runs and their flags, and stop")
+    args = parser.parse_args(argv)
+    names = [n for n in (RUNS if args.all or args.only else MAIN) if re.fullmatch(QUICK, n) or not args.quick]
+    if args.only:
+        names = [name for name in names if re.search(args.only, name)]
+        names = sorted(set(names).union(*map(needed, names)))
+    if not names:
+        parser.error(f"--only {args.only}: no run has such a name, see --all --list")
+    if args.list:
+        print("\n".join(f"{name} {RUNS[name]}" for name in names))
+        return
+    try:
+        train(names)
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")
+    if args.only:
+        return
+    probe(names, ["linear", "heads"] if args.quick else ["linear", "heads", "finetune"])
+    tables = ["-m", "experiments.tables", "runs"]
+    if args.quick:
+        sys.exit(python([*tables, "--only", "claims", "few_labels", "transfer"]))
+    if args.all:
+        python(["-m", "experiments.benchmark", "--json", "results/benchmark.json"])
+    python(tables)
+    draw()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""DINO computes the published numbers, trains only the student, and says so when it collapses."""
+"""DINO computes the published numbers, trains only the student, and names a collapse."""
 
 import math
 import os
@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dino import DINO, Collapse, DINOHead, DINOLoss, Health
+from dino import DINO, Collapse, CollapseMonitor, DINOHead, DINOLoss
 from resnet import ResNet
 from vit import ViT
 
@@ -20,12 +20,16 @@ def golden(name: str) -> dict[str, torch.Tensor]:
     return {k: torch.from_numpy(v) for k, v in np.load(GOLDEN / name).items()}
 
 
+def small_dino(center_momentum: float = 0.9, **options) -> DINO:
+    torch.manual_seed(0)
+    return DINO(ViT(16, 4, 1, 12, 2, 3, **options), 12, 16, 16, 8, center_momentum)
+
+
 def test_the_head_equals_the_published_one_under_its_published_names():
     numbers = golden("dino_head.npz")
     head = DINOHead(48, 64, hidden_dim=96, bottleneck_dim=32)
-    head.load_state_dict(
-        {k.removeprefix("weight."): v for k, v in numbers.items() if "weight." in k}, strict=True
-    )
+    weights = {k.removeprefix("weight."): v for k, v in numbers.items() if "weight." in k}
+    head.load_state_dict(weights, strict=True)
     torch.testing.assert_close(head(numbers["features"]), numbers["output"], rtol=1e-5, atol=1e-6)
 
 
@@ -34,22 +38,10 @@ def test_three_steps_of_the_loss_and_its_centre_equal_the_published_ones():
     loss = DINOLoss(64, float(numbers["student_temp"]), float(numbers["center_momentum"]))
     for step in ("step0", "step1", "step2"):
         temperature = float(numbers["teacher_temp_schedule"][numbers[f"{step}.epoch"]])
-        student, teacher = (numbers[f"{step}.{who}"].unflatten(0, (-1, 4)) for who in ("student", "teacher"))
-        torch.testing.assert_close(
-            loss(student, teacher, temperature), numbers[f"{step}.loss"], rtol=1e-5, atol=0
-        )
+        scores = [numbers[f"{step}.{who}"].unflatten(0, (-1, 4)) for who in ("student", "teacher")]
+        found = loss(*scores, temperature)
+        torch.testing.assert_close(found, numbers[f"{step}.loss"], rtol=1e-5, atol=0)
         torch.testing.assert_close(loss.center, numbers[f"{step}.center_after"], rtol=1e-5, atol=1e-7)
-
-
-def test_a_dino_release_s_backbone_loads_strictly():
-    weights = {
-        k.removeprefix("weight."): v for k, v in golden("dino_vit.npz").items() if k.startswith("weight.")
-    }
-    checkpoint = {"backbone." + k: v for k, v in weights.items()} | {
-        "head.last_layer.weight_v": torch.zeros(2, 2)
-    }
-    backbone = {k.removeprefix("backbone."): v for k, v in checkpoint.items() if k.startswith("backbone.")}
-    ViT(32, 8, 3, 48, 3, 3).load_state_dict(backbone, strict=True)
 
 
 def test_a_view_is_never_compared_with_itself():
@@ -61,13 +53,10 @@ def test_a_view_is_never_compared_with_itself():
     torch.testing.assert_close(loss(student, teacher, 0.05), sum(pairs) / 8)
 
 
-def small_dino(**options) -> DINO:
-    torch.manual_seed(0)
-    return DINO(ViT(16, 4, 1, 12, 2, 3), 12, out_dim=16, hidden_dim=16, bottleneck_dim=8, **options)
-
-
-def test_only_the_student_learns_and_the_teacher_follows_as_its_moving_average():
-    dino = small_dino()
+def test_only_the_student_learns_and_the_teacher_is_its_moving_average():
+    dino, images = small_dino(drop_path=0.5).train(), torch.rand(8, 1, 16, 16)
+    assert torch.equal(dino.teacher(images).pooled, dino.teacher(images).pooled)  # without noise
+    assert not torch.equal(dino.student(images).pooled, dino.student(images).pooled)
     loss, features = dino([torch.rand(6, 1, 16, 16), torch.rand(12, 1, 8, 8)])
     loss.backward()
     assert [f.pooled.shape for f in features] == [(6, 12), (12, 12)]
@@ -80,85 +69,6 @@ def test_only_the_student_learns_and_the_teacher_follows_as_its_moving_average()
         dino.student.patch_embed.proj.weight.add_(1)
     dino.update_teacher(0.75)
     torch.testing.assert_close(dino.teacher.patch_embed.proj.weight, before + 0.25)
-
-
-def test_the_loss_falls_when_the_student_learns_to_predict_the_teacher():
-    dino = small_dino()
-    dino.student_head = DINOHead(12, 16, 16, 8)  # no longer the teacher's copy
-    dino.loss.eval()  # the centre rests
-    views = [torch.rand(16, 1, 16, 16)]
-    optimizer = torch.optim.AdamW([p for p in dino.parameters() if p.requires_grad], lr=1e-3)
-    losses = []
-    for _ in range(40):
-        loss, _ = dino(views)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
-
-
-def test_the_teacher_s_targets_have_no_noise_of_their_own():
-    dino = DINO(
-        ViT(16, 4, 1, 12, 2, 3, drop_path=0.5), 12, out_dim=16, hidden_dim=16, bottleneck_dim=8
-    ).train()
-    images = torch.rand(8, 1, 16, 16)
-    assert torch.equal(dino.teacher(images).pooled, dino.teacher(images).pooled)
-    assert not torch.equal(dino.student(images).pooled, dino.student(images).pooled)
-
-
-# Collapse
-
-
-def watch(probabilities: torch.Tensor, steps: int = 300) -> Health:
-    health = Health(probabilities.shape[-1], patience=50)
-    for _ in range(steps):
-        health.update(probabilities)
-    return health
-
-
-def test_entropy_kl_and_prototypes_in_use_are_what_they_should_be():
-    own = watch(torch.eye(8))  # eight images, each its own prototype
-    assert own.entropy < 0.01 and abs(own.kl - math.log(8)) < 0.01 and own.prototypes() == 8
-    pair = watch(torch.eye(8)[[0, 0, 0, 1]])
-    assert pair.prototypes() == 2 and abs(pair.kl - 0.5623) < 0.01
-    own.check()
-    pair.check()
-
-
-def test_uniform_outputs_are_named_with_what_to_change():
-    with pytest.raises(Collapse, match="uniform: every image gets .* lower --teacher-temp"):
-        watch(torch.full((8, 32), 1 / 32)).check()
-
-
-def test_a_single_prototype_is_named_with_what_to_change():
-    with pytest.raises(Collapse, match="one prototype: every image gets .* raise --teacher-temp"):
-        watch(torch.eye(32)[[3] * 8]).check()
-
-
-def test_a_few_bad_steps_are_not_a_collapse():
-    health = watch(torch.full((8, 32), 1 / 32), steps=40)
-    health.check()
-    for _ in range(20):
-        health.update(torch.eye(32)[:8])
-    assert health.steps_below == 0
-
-
-@pytest.mark.parametrize(
-    "kind, teacher_temp, center_momentum", [("uniform", 5.0, 0.9), ("one prototype", 0.04, 1.0)]
-)
-def test_training_provokes_both_kinds_of_collapse(kind, teacher_temp, center_momentum):
-    """Without sharpening the outputs become uniform; without centring one takes all (their Figure 7)."""
-    dino = small_dino(center_momentum=center_momentum)
-    optimizer = torch.optim.AdamW([p for p in dino.parameters() if p.requires_grad], lr=3e-3)
-    with pytest.raises(Collapse, match=kind):
-        for _ in range(600):
-            loss, _ = dino([torch.rand(16, 1, 16, 16)], teacher_temp)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            dino.update_teacher(0.9)
-            dino.health.check()
 
 
 def test_a_teacher_with_batch_norm_normalises_by_its_own_batch():
@@ -180,17 +90,67 @@ def test_a_teacher_with_batch_norm_normalises_by_its_own_batch():
     assert not dino.teacher.blocks[0].training and not any(m.training for m in dino.eval().teacher.modules())
 
 
-def test_centre_and_health_are_those_of_all_processes_batches_together(tmp_path):
+# Collapse
+
+
+def monitored(probabilities: torch.Tensor, steps: int = 300) -> CollapseMonitor:
+    monitor = CollapseMonitor(probabilities.shape[-1], patience=50)
+    for _ in range(steps):
+        monitor.update(probabilities)
+    return monitor
+
+
+def test_the_monitor_measures_entropy_kl_and_prototypes_in_use():
+    own = monitored(torch.eye(8))  # eight images, each its own prototype
+    assert own.entropy < 0.01 and abs(own.kl - math.log(8)) < 0.01 and own.prototypes() == 8
+    pair = monitored(torch.eye(8)[[0, 0, 0, 1]])
+    assert pair.prototypes() == 2 and abs(pair.kl - 0.5623) < 0.01
+    pair.check()
+
+
+def test_a_few_bad_steps_are_not_a_collapse_but_many_are_named_with_a_remedy():
+    uniform, one = torch.full((8, 32), 1 / 32), torch.eye(32)[[3] * 8]
+    monitor = monitored(uniform, steps=40)
+    monitor.check()
+    for _ in range(20):
+        monitor.update(torch.eye(32)[:8])
+    assert monitor.steps_below == 0
+    for outputs, line in (
+        (uniform, "uniform: every image gets .* lower --teacher-temp"),
+        (one, "one prototype: every image gets .* raise --teacher-temp"),
+    ):
+        with pytest.raises(Collapse, match=line):
+            monitored(outputs).check()
+
+
+@pytest.mark.parametrize(
+    "kind, teacher_temp, center_momentum", [("uniform", 5.0, 0.9), ("one prototype", 0.04, 1.0)]
+)
+def test_training_provokes_both_kinds_of_collapse(kind, teacher_temp, center_momentum):
+    """Without sharpening the outputs become uniform; without centring one prototype wins (their Figure 7)."""
+    dino = small_dino(center_momentum)
+    optimizer = torch.optim.AdamW([p for p in dino.parameters() if p.requires_grad], lr=3e-3)
+    with pytest.raises(Collapse, match=kind):
+        for _ in range(600):
+            loss, _ = dino([torch.rand(16, 1, 16, 16)], teacher_temp)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            dino.update_teacher(0.9)
+            dino.health.check()
+
+
+def test_centre_and_monitor_average_over_all_processes(tmp_path):
     """Two forks see half of the teacher's outputs each; one process sees all."""
     torch.manual_seed(0)
     teacher, threads = torch.randn(2, 8, 6), torch.get_num_threads()
     torch.set_num_threads(1)  # as forked processes must
 
     def after(scores):
-        loss, health = DINOLoss(6), Health(6)
+        loss, monitor = DINOLoss(6), CollapseMonitor(6)
         loss(scores, scores, 0.04)
-        health.update(loss.teacher_probabilities(scores, 0.04))
-        return [loss.center, health.entropy, health.kl, health.usage]
+        monitor.update(loss.teacher_probabilities(scores, 0.04))
+        return [loss.center, monitor.entropy, monitor.kl, monitor.usage]
 
     processes = []
     for rank in range(2):

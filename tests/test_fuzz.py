@@ -1,4 +1,4 @@
-"""Thousands of damaged files: each is read, skipped with a note, or refused in one line."""
+"""Damaged files, thousands with -m slow: each is read, skipped with a note, or refused in one line."""
 
 import io
 import random
@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 import train
-from common.checkpoint import load_model, load_run
-from common.folder import DataError, load_folder
+from common.checkpoint import load_run
+from common.data import DataError, load_folder
+from common.models import load_model
 
 ROWS = "file,split,heart,note\na.png,train,1,0\nb.png,val,0,1\nc.png,test,,0\n"
 
@@ -64,51 +65,55 @@ def pictures():
             yield suffix, file.getvalue()
 
 
-def test_damaged_images_are_skipped_or_read_but_never_break_the_loading(tmp_path):
+def few_or_many(few: int, many: int):
+    return pytest.mark.parametrize("n", [few, pytest.param(many, marks=pytest.mark.slow)])
+
+
+@few_or_many(100, 2000)
+def test_damaged_images_are_skipped_or_read_but_never_break_the_loading(n, tmp_path):
     chance, whole, read, skipped = random.Random(0), list(pictures()), 0, 0
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "whole.png").write_bytes(whole[0][1])
-    for _ in range(10):
-        for i in range(200):
+    for _ in range(n // 100):
+        for i in range(100):
             suffix, content = chance.choice(whole)
             (tmp_path / "images" / f"{i}.{suffix}").write_bytes(damaged(content, chance))
-        parts, _, notes = load_folder(tmp_path, 8)
+        splits, _, notes = load_folder(tmp_path, 8)
         assert all("\n" not in note for note in notes)
-        read += sum(len(part.names) for part in parts.values())
-        skipped += sum("is skipped" in note for note in notes)
+        read += sum(len(data.names) for data in splits.values())
+        skipped += sum(note.startswith("skipped ") for note in notes)
         for path in (tmp_path / "images").glob("[0-9]*"):
             path.unlink()
-    assert read > 200 and skipped > 200  # both ways are met
+    assert read > n / 10 and skipped > n / 10  # both ways are met
 
 
-def test_damaged_tables_are_refused_with_their_line_or_understood(tmp_path):
+@few_or_many(50, 1000)
+def test_damaged_tables_are_refused_with_their_line_or_understood(n, tmp_path):
     chance, refused = random.Random(0), 0
     (tmp_path / "images").mkdir()
     for name in "abc":
         Image.new("L", (8, 8), 90).save(tmp_path / "images" / f"{name}.png")
-    for _ in range(1000):
+    for _ in range(n):
         (tmp_path / "labels.csv").write_bytes(damaged(ROWS.encode(), chance))
         try:
-            parts, _, _ = load_folder(tmp_path, 8)
-            assert sum(len(part.names) for part in parts.values()) == 3
+            splits, _, _ = load_folder(tmp_path, 8)
+            assert sum(len(data.names) for data in splits.values()) == 3
         except DataError as error:
             assert "labels.csv, line " in str(error) and "\n" not in str(error)
             refused += 1
-    assert 100 < refused < 1000
+    assert n / 10 < refused < n
 
 
 @pytest.fixture(scope="module", params=["--task classify --isnet 1", "--prior none"])
-def run(request, tmp_path_factory):
+def run(request, few_test_images, tmp_path_factory):
     out = tmp_path_factory.mktemp("fuzz") / "run"
     argv = "--train-images 8 --embed-dim 8 --depth 1 --num-heads 2 --epochs 1 --batch-size 8 --out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("common.data.DRAWN_SIZES", {"val": 4, "test": 4})
-        train.main([*request.param.split(), *argv.split(), str(out)])
+    train.main([*request.param.split(), *argv.split(), str(out)])
     return out
 
 
 def damaged_runs(run, folder, n):
-    """A folder n times, in turn with a damaged checkpoint and with damaged settings."""
+    """A folder n times, in turn with a damaged checkpoint and with a damaged record."""
     chance = random.Random(0)
     for i in range(n):
         for name in ("config.json", "last.pt"):
@@ -117,28 +122,29 @@ def damaged_runs(run, folder, n):
         yield folder
 
 
-def test_damaged_runs_are_refused_or_read_and_run_no_code(run, tmp_path):
+@few_or_many(30, 600)
+def test_damaged_runs_are_refused_or_read_and_run_no_code(n, run, tmp_path):
     refused = 0
-    for folder in damaged_runs(run, tmp_path, 600):
+    for folder in damaged_runs(run, tmp_path, n):
         try:
-            load_model(folder, *load_run(folder))
+            load_model(folder, load_run(folder))
         except ValueError as error:
             assert str(folder) in str(error) and "\n" not in str(error)
             refused += 1
-    assert refused > 100
+    assert refused > n / 10
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "last.pt"]
 
 
-def test_damaged_runs_are_refused_in_one_line_or_go_on(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("common.data.DRAWN_SIZES", {"val": 4, "test": 4})
+@few_or_many(10, 100)
+def test_damaged_runs_are_refused_in_one_line_or_go_on(n, run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "finish", lambda *args: None)  # which takes longest
     refused = 0
-    for folder in damaged_runs(run, tmp_path, 100):
+    for folder in damaged_runs(run, tmp_path, n):
         try:
             train.main(["--out", str(folder), "--resume"])
         except SystemExit as stop:
             assert stop.code == 2 and capsys.readouterr().err.split("\r")[-1].strip().count("\n") == 0
             refused += 1
         capsys.readouterr()
-    assert refused > 50
+    assert refused > n / 3
     assert {path.name for path in tmp_path.iterdir()} <= {"config.json", "last.pt", "metrics.jsonl"}

@@ -1,159 +1,76 @@
-"""Pooling and self-supervision on the command line, and the probes that measure them."""
+"""Pooling and self-supervision on the command line: what trains is measured, guided and handed on."""
 
-import json
-
-import numpy as np
 import pytest
 import torch
+from conftest import TINY, metrics_of
 
 import evaluate
-from common import pretrain
-from common import symbols
 import train
-from common.checkpoint import build_encoder, load_model, load_run
-from common.data import load
+from common.checkpoint import load_run
+from common.config import parse
+from common.models import build_encoder, load_model
 
-TINY = "--train-images 32 --embed-dim 24 --depth 2 --num-heads 3 --batch-size 8 --epochs 2"
-TINY = TINY.split()
-SMALL = "--task classify --train-images 32 --embed-dim 16 --depth 1 --num-heads 2 --batch-size 8 --epochs 2"
-SMALL = SMALL.split()
+pytestmark = pytest.mark.usefixtures("few_test_images")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def few_test_images():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("common.data.DRAWN_SIZES", {"val": 8, "test": 8})
-        yield
+def trained(out, *flags: str) -> tuple[dict, dict]:
+    """The metrics and the weights of a run."""
+    train.main([*TINY, *flags, "--out", str(out)])
+    return metrics_of(out), load_run(out).checkpoint["model"]
 
 
-POOLINGS = ["--backbone vit --pool gap", "--backbone vit --pool simpool", "--backbone resnet --pool simpool"]
-
-
-@pytest.mark.parametrize("pooling", [*POOLINGS, "--backbone resnet"])
-@pytest.mark.parametrize("task", ["pretrain", "classify"])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["pretrain --prior none", "classify"])
+@pytest.mark.parametrize("pooling", ["vit --pool gap", "vit --pool simpool", "resnet --pool simpool", "resnet"])
 def test_every_pooling_trains_with_and_without_labels_and_is_measured(pooling, task, tmp_path):
-    argv = [*TINY, "--task", task, *pooling.split()] + (["--prior", "none"] if task == "pretrain" else [])
-    train.main([*argv, "--out", str(tmp_path / "run")])
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert (
-        0 < metrics["attention_AP_heart"] < 1
-        and 0 <= metrics["knn_mAUC"] <= 1
-        and 0 <= metrics["linear_mAUC"] <= 1
-    )
-    evaluate.main([str(tmp_path / "run"), "--only", "attention", "knn"])  # the same encoder is built again
+    metrics, _ = trained(tmp_path / "run", "--task", *task.split(), "--backbone", *pooling.split())
+    assert 0 < metrics["attention_AP_heart"] < 1
+    assert 0 <= metrics["knn_mAUC"] <= 1 and 0 <= metrics["linear_mAUC"] <= 1
+    evaluate.main([str(tmp_path / "run"), "--only", "attention", "knn"])  # builds the same encoder again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["--pool simpool", "--backbone resnet --pool simpool", "--ssl relvit"])
-def test_priors_guide_attention_whatever_pools_and_whatever_the_objective_is(how, tmp_path):
-    argv = [*TINY, *how.split(), "--epochs", "10", "--train-images", "48", "--lr", "5e-3"]
-    before, after = tmp_path / "before", tmp_path / "after"
-    train.main([*argv, "--span-weight", "0", "--out", str(before)])
-    train.main([*argv, "--out", str(after)])
-    free, guided = (
-        json.loads((out / "metrics.json").read_text())["attention_mAP"] for out in (before, after)
-    )
-    assert guided > free + 0.2
+def test_priors_guide_attention_whatever_pools_and_whatever_the_objective(how, tmp_path):
+    flags = [*how.split(), "--depth", "2", "--epochs", "10", "--train-images", "48", "--lr", "5e-3"]
+    free, _ = trained(tmp_path / "free", *flags, "--span-weight", "0")
+    guided, _ = trained(tmp_path / "guided", *flags)
+    assert guided["attention_mAP"] > free["attention_mAP"] + 0.2
 
 
-def test_relvit_shows_its_tasks_beside_chance_and_hands_its_encoder_on(tmp_path, capsys):
-    out = tmp_path / "relvit"
-    argv = [*TINY, "--ssl", "relvit", "--prior", "none", "--mega-patches", "3", "--out", str(out)]
-    train.main([*argv, "--relations", "relations", "distances"])
-    bar = capsys.readouterr().err
-    assert "relations=" in bar and "distances=" in bar and "(chance " in bar and "angles" not in bar
-    started = [
-        "--task",
-        "classify",
-        "--train-images",
-        "16",
-        "--epochs",
-        "1",
-        "--lr",
-        "1e-9",
-        "--init",
-        str(out),
-    ]
-    train.main([*started, "--out", str(tmp_path / "tuned")])
-    before, after = (load_run(tmp_path / name)[1]["model"] for name in ("relvit", "tuned"))
-    name = "encoder.blocks.0.attn.qkv.weight"
+def test_relvit_shows_its_tasks_beside_chance_and_a_classifier_starts_from_its_encoder(tmp_path, capsys):
+    how = "--ssl relvit --prior none --mega-patches 3 --relations relations distances"
+    _, before = trained(tmp_path / "relvit", *how.split())
+    said = capsys.readouterr().out
+    assert "a constant prediction reaches relations 0.111, distances" in said and "angles" not in said
+    assert "relations 0." in said.split("epoch 1/2")[1]
+    assert not before["encoder.pos_embed"].any()  # measured without positions
+    argv = f"--task classify --train-images 16 --epochs 1 --lr 1e-9 --init {tmp_path}/relvit"
+    train.main([*argv.split(), "--out", str(tmp_path / "tuned")])
+    after, name = load_run(tmp_path / "tuned").checkpoint["model"], "encoder.blocks.0.attn.qkv.weight"
     torch.testing.assert_close(before[name], after[name])
-
-
-def test_upstream_the_encoder_is_measured_without_positions_and_a_classifier_gets_some(tmp_path):
-    out = tmp_path / "relvit"
-    train.main([*TINY, "--ssl", "relvit", "--prior", "none", "--out", str(out)])
-    assert not load_run(out)[1]["model"]["encoder.pos_embed"].any()
-    argv = ["--task", "classify", "--train-images", "16", "--epochs", "1", "--lr", "1e-9", "--init", str(out)]
-    train.main([*argv, "--out", str(tmp_path / "tuned")])
-    assert 0.15 < load_run(tmp_path / "tuned")[1]["model"]["encoder.pos_embed"].std() < 0.25
+    assert 0.15 < after["encoder.pos_embed"].std() < 0.25
 
 
 def test_a_large_cell_holds_more_of_a_prior():
-    args, _ = train.parse([*TINY, *"--ssl relvit --mega-patches 2 --span-weight 1".split()])
-    relvit = train.RelViT(build_encoder(args, 1), 24, (2, 2))
-    seen = []
+    config, _ = parse([*TINY, *"--ssl relvit --mega-patches 2 --span-weight 1".split()])
+    relvit, seen = train.RelViT(build_encoder(config, 1), 24, (2, 2)), []
     relvit.register_forward_hook(lambda module, inputs, output: seen.append(output[2].attention))
-    even = torch.ones(4, 1, 64, 64)
-    losses = pretrain.relations(args, relvit, torch.randint(256, (4, 1, 64, 64)).byte(), lambda index: even)
-    generator = torch.Generator().manual_seed(0)
-    span = losses(torch.arange(4), generator)[1]["span_loss"]
-    boxes = pretrain.patch_views(
-        torch.rand(4, 1, 64, 64), (2, 2), 8, torch.Generator().manual_seed(0), mega=True
-    )[1]
+    images, even = torch.randint(256, (4, 1, 64, 64)).byte(), torch.ones(4, 1, 64, 64)
+    losses = train.relvit_objective(config, relvit, images, lambda index: even)
+    span = losses(torch.arange(4), torch.Generator().manual_seed(0), 0.0)[1]["span_loss"]
+    seeded = torch.Generator().manual_seed(0)
+    boxes = train.patch_views(images.float(), (2, 2), 8, seeded, mega=True)[1]
     area = boxes[:, None, :, 2:].prod(dim=3)
-    prior, attention = area / area.sum(dim=2, keepdim=True), seen[0][:, :1]
-    attention = attention / attention.sum(dim=2, keepdim=True)
-    want = (prior * (prior / attention).log()).sum(dim=2).mean()
-    torch.testing.assert_close(span, want.detach())
+    prior, attention = (p / p.sum(dim=2, keepdim=True) for p in (area, seen[0][:, :1]))
+    torch.testing.assert_close(span, (prior * (prior / attention).log()).sum(dim=2).mean().detach())
     assert prior.std() > 0.03
 
 
 def test_a_classifier_that_learns_relations_beside_its_labels_is_used_without_them(tmp_path):
-    out = tmp_path / "joint"
-    train.main([*SMALL, "--backbone", "vit", "--relations", "relations", "positions", "--out", str(out)])
-    metrics = json.loads((out / "metrics.json").read_text())
+    how = "--task classify --backbone vit --relations relations positions"
+    metrics, weights = trained(tmp_path / "joint", *how.split())
     assert {"classification", "relations", "positions", "auc_same"} <= set(metrics)
-    config, checkpoint = load_run(out)
-    model = load_model(out, config, checkpoint)
+    assert any(name.startswith("relvit.heads") for name in weights)
+    model = load_model(tmp_path / "joint", load_run(tmp_path / "joint"))
     assert not any("relvit" in name for name in model.state_dict())
-    assert any(name.startswith("relvit.heads") for name in checkpoint["model"])
-
-
-# Symbols
-
-
-def test_symbols_are_drawn_from_their_seed_into_a_folder_that_is_read_as_it_is(tmp_path, monkeypatch):
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        argv = ["symbols.py", str(tmp_path / name), "--train", "2", "--size", "32", "--seed", str(seed)]
-        monkeypatch.setattr("sys.argv", argv)
-        symbols.main()
-    name = "images/train_disc_0001.png"
-    a, b, c = ((tmp_path / folder / name).read_bytes() for folder in "abc")
-    assert a == b != c
-    parts, _, notes = load(str(tmp_path / "a"), 32)
-    assert {part: len(data.names) for part, data in parts.items()} == {"train": 20, "val": 200, "test": 1000}
-    assert sorted(parts["train"].findings) == sorted(symbols.CLASSES) and not notes
-    assert (parts["train"].labels.sum(dim=0) == 2).all() and parts["train"].images.shape[1] == 3
-
-
-@pytest.mark.parametrize("flags", ["--train 0", "--size 4", "--seed -1", ""])
-def test_a_folder_that_holds_something_and_sizes_that_cannot_be_are_refused(
-    flags, tmp_path, monkeypatch, capsys
-):
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "notes.txt").write_text("mine")
-    folder = tmp_path / ("new" if flags else "old")
-    monkeypatch.setattr("sys.argv", ["symbols.py", str(folder), *flags.split()])
-    with pytest.raises(SystemExit) as stop:
-        symbols.main()
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and ("must be at least" in said) == bool(flags) and "Traceback" not in said
-    assert not (tmp_path / "new").exists() and len(list((tmp_path / "old").iterdir())) == 1
-
-
-def test_every_symbol_shows_and_differs_from_the_others():
-    v, u = np.mgrid[:40, :40] / 20 - 1
-    drawn = np.stack([symbols.symbol(kind, u, v) for kind in symbols.CLASSES])
-    assert (0.1 < drawn.mean(axis=(1, 2))).all() and (drawn.mean(axis=(1, 2)) < 0.9).all()
-    apart = (drawn[:, None] != drawn[None]).mean(axis=(2, 3))
-    assert (apart + np.eye(len(drawn)) > 0.1).all()

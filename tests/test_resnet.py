@@ -1,4 +1,4 @@
-"""The ResNet has the ViT's face, and the shapes of its paper."""
+"""The ResNet has the interface of the ViT and the shapes of its paper."""
 
 import pytest
 import torch
@@ -19,22 +19,11 @@ def test_features_are_the_last_map_row_by_row_and_its_mean(size):
     torch.testing.assert_close(features.attention, torch.full((2, 1, h * w), 1 / (h * w)))
 
 
-def test_a_pooling_module_supplies_features_and_attention():
-    class First(nn.Module):
-        def forward(self, x):
-            return x[:, 0], torch.eye(x.shape[1])[:1].expand(len(x), -1)
-
-    features = ResNet(1, 16, pool=First())(torch.rand(2, 1, 32, 32))
-    assert torch.equal(features.pooled, features.patches[:, 0]) and features.attention.shape == (2, 1, 16)
-
-
 def test_the_shortcut_is_the_identity_unless_the_shape_changes():
     encoder = ResNet(3, 16, (2, 1))
-    kinds = [len(block.shortcut) for block in encoder.blocks]
-    assert kinds == [0, 0, 2]
-    block = encoder.blocks[0].eval()
+    assert [len(block.shortcut) for block in encoder.blocks] == [0, 0, 2]
+    block, x = encoder.blocks[0].eval(), torch.rand(1, 8, 4, 4)
     nn.init.zeros_(block.bn2.weight)
-    x = torch.rand(1, 8, 4, 4)
     assert torch.equal(block(x), x)  # equation (1) with F = 0
 
 

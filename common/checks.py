@@ -1,0 +1,85 @@
+"""Settings that make no sense are refused by one line that names the value, the limit and the remedy."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from torch import Generator
+
+from common.baselines import PENALTIES
+from common.config import Config, option
+from crops import random_crops
+
+
+def check(config: Config, typed: set[str]) -> None:
+    """Raise ValueError, naming value, limit and remedy, for settings that make no sense or have no effect."""
+    limits = {f.name: f.metadata["within"] for f in fields(Config) if f.metadata["within"]}
+    limits |= {"span_layer": (-config.depth, config.depth - 1), "accumulate": (1, config.batch_size)}
+    for f in fields(Config):
+        value, needs = getattr(config, f.name), f.metadata["needs"].split()
+        if f.name in limits and value is not None:
+            low, high = limits[f.name]
+            if not low <= value <= high:  # NaN is not within either
+                raise ValueError(f"{option(f)} {value}: it must lie between {low:g} and {high:g}")
+        if needs and f.name in typed and not config.resume and not any(met(config, need) for need in needs):
+            if config.task == "classify" and needs[0].startswith("ssl"):
+                needs = ["task=pretrain"]
+            flags = " or ".join(f"--{need.replace('=', ' ')}" for need in needs)
+            raise ValueError(f"{option(f)} does nothing without {flags}")
+    for scale in (config.global_scale, config.local_scale):
+        random_crops(1, scale, Generator())  # raises ValueError for an impossible scale
+    check_device(config.device)
+    check_pairs(config)
+
+
+def met(config: Config, need: str) -> bool:
+    """Whether a setting is there (NAME) or is one of some values (NAME=A|B); --ssl only in pretraining."""
+    name, _, values = need.partition("=")
+    found = getattr(config, name)
+    if name == "ssl" and config.task != "pretrain":
+        return False
+    return found in values.split("|") if values else found not in (None, 0)
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError if a device can't be used."""
+    if device.split(":")[0] not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {device} is unknown: choose auto, cpu, cuda or mps")
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0][:150]
+        raise ValueError(f"--device {device} can't be used, try --device cpu ({reason})") from None
+
+
+def check_pairs(c: Config) -> None:
+    """Raise ValueError for settings that exclude each other."""
+    classify, vit, most = c.task == "classify", c.backbone == "vit", c.img_size // c.patch_size
+    relational = bool(c.relations) if classify else c.ssl == "relvit"
+    plain = not (c.isnet or c.baseline in PENALTIES or c.relations)
+    guided = not classify and c.prior != "none"
+    from_run = c.resume or c.init and c.init.is_dir()
+    some_masks = c.masks in ("data", "prior", "attention") or c.resume or Path(c.masks).is_dir()
+    known_prior = c.prior in ("sample", "masks", "statistics", "none") or Path(c.prior).is_file()
+    heads_fit = c.pool != "simpool" or c.embed_dim % c.pool_heads == 0
+    # fmt: off
+    for wrong, line in [
+        (c.mega_patches > most, f"--mega-patches {c.mega_patches}: more than the {most} patches a side"),
+        (not known_prior, f"--prior {c.prior} is not sample, masks, statistics, none, or a .npy file"),
+        (not heads_fit, f"--pool-heads {c.pool_heads} must divide --embed-dim {c.embed_dim}: change either"),
+        (c.masks == "prior" and c.prior == "none", "--masks prior needs a prior: leave out --prior none"),
+        (c.masks == "attention" and not from_run, "--masks attention needs --init RUN; or say --masks RUN"),
+        (not some_masks, f"--masks {c.masks} is neither data, prior, attention, nor a folder"),
+        (c.isnet and not classify, "--isnet needs --task classify"),
+        (c.baseline and not classify, "--baseline needs --task classify"),
+        (c.baseline and (c.isnet or c.relations), "--baseline excludes --isnet and --relations: choose one"),
+        (c.amp and classify and not plain, "--amp is for pretraining and plain classifiers; leave it out"),
+        (c.compile and classify, "--compile is for pretraining: LRP follows each operation; leave it out"),
+        (c.pool == "cls" and not vit, "--pool cls needs --backbone vit; a ResNet has gap or simpool"),
+        (relational and not vit, "RelViT (--ssl relvit, --relations) needs --backbone vit"),
+        (relational and c.isnet, "--relations moves patches, and --isnet's masks don't follow: choose one"),
+        (guided and c.pool == "gap", "--pool gap has no attention to guide: add --prior none"),
+    ]:
+        # fmt: on
+        if wrong:
+            raise ValueError(line)

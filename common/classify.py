@@ -1,0 +1,153 @@
+"""A classifier, its loss, and what ISNet needs of it while it trains.
+
+Labels are multi-hot: findings, each present or not (a sigmoid each), or classes, of which each image has one
+(multiclass, a softmax). NaN is unknown.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from common.data import prepared, take
+from isnet_lrp import log_odds, relevance_range
+from lrp import relevance
+from vit import Attention, Block, PatchEmbed
+
+WARM_UP = 5  # epochs of the plain classifier that C1 and C2 are taken from
+
+
+class Classifier(nn.Module):
+    """An encoder and a linear layer: images (B, C, H, W) to logits (B, K)."""
+
+    def __init__(self, encoder: nn.Module, classes: int):
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(encoder.embed_dim, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.encoder(images).pooled)
+
+
+def is_multiclass(labels: Tensor) -> bool:
+    """Whether labels (N, K), NaN for unknown, give each image one class of several."""
+    known = labels[~labels.isnan().all(dim=1)]
+    return labels.shape[1] > 1 and bool((known.sum(dim=1) == 1).all())
+
+
+def classification_loss(logits: Tensor, labels: Tensor, multiclass: bool) -> Tensor:
+    """Cross-entropy of logits (B, K) with classes, or the mean of binary ones over the known findings."""
+    known = ~labels.isnan()
+    if multiclass:
+        rows = known.all(dim=1)
+        return F.cross_entropy(logits[rows], labels[rows]) if rows.any() else logits.sum() * 0
+    losses = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num(), reduction="none")
+    return (losses * known).sum() / known.sum().clamp(min=1)
+
+
+def constant_loss(labels: Tensor, multiclass: bool) -> float:
+    """The classification loss of the best constant prediction for labels (N, K)."""
+    rates = labels.nanmean(dim=0).clamp(1e-6, 1 - 1e-6)  # (K,)
+    logits = rates.log() if multiclass else rates.logit()
+    return float(classification_loss(logits.nan_to_num().expand(labels.shape), labels, multiclass))
+
+
+def explained_target(
+    labels: Tensor, multiclass: bool, explain: str, generator: Generator
+) -> Tensor | Callable:
+    """What to explain of each image, as a target for `relevance`; labels (B, K).
+
+    Of classes: the logit of the label, of a random class (Stochastic ISNet), or ("selective") the log-odds of
+    the class that the model holds least likely. A finding's logit is its log-odds already; so of findings one
+    is drawn, for "label" among the present ones if there are any.
+    """
+    K = labels.shape[1]
+    if multiclass and explain == "selective":
+        return lambda logits: log_odds(logits, logits.argmin(dim=1))
+    wanted = torch.ones(labels.shape)
+    if explain == "label":
+        present = (labels == 1).float().cpu()
+        wanted = torch.where(present.any(dim=1, keepdim=True), present, wanted)
+    chosen = torch.multinomial(wanted, 1, generator=generator)[:, 0]
+    return F.one_hot(chosen, K).float().to(labels.device)
+
+
+def supervised_layers(encoder: nn.Module) -> list[nn.Module]:
+    """The modules whose outputs' relevance ISNet supervises beside the image's.
+
+    All normalisations, so that units within a block are among them, and the patches and blocks of a ViT.
+    """
+    kinds = nn.BatchNorm2d, nn.LayerNorm, PatchEmbed, Block
+    layers = [m for m in encoder.modules() if isinstance(m, kinds)]
+    if encoder.pool is not None:  # the last norm runs twice then, once on patches that nothing depends on
+        layers = [m for m in layers if m is not getattr(encoder, "norm", None)]
+    return layers
+
+
+@contextmanager
+def attention_seen(encoder: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects two maps (B, heads, T) for each attention layer of an encoder that runs meanwhile.
+
+    They hold how much the CLS token attends to each token, and how much all tokens do on average. An encoder
+    without CLS gives, in place of the first, the attention (B, heads, N) of its pooling, if that is learned.
+    """
+    seen: list[Tensor] = []
+
+    def collect(attention: Attention, inputs: tuple[Tensor]) -> None:
+        q, k, _ = attention.split(inputs[0])
+        weights = Attention.weights(q, k)  # (B, heads, T, T)
+        seen.extend([weights[:, :, 0]] if encoder.pool is None else [])
+        seen.append(weights.mean(dim=2))
+
+    def collect_pooling(module: nn.Module, inputs: tuple[Tensor], features) -> None:
+        seen.append(features.attention)
+
+    hooks = [m.register_forward_pre_hook(collect) for m in encoder.modules() if isinstance(m, Attention)]
+    if encoder.pool is not None and any(p.requires_grad for p in encoder.pool.parameters()):
+        hooks.append(encoder.register_forward_hook(collect_pooling))
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def natural_range(
+    model: Classifier, images: Tensor, masks: Tensor, labels: Tensor, lr: float, batch_size: int,
+    explain: str, rule: dict, seed: int,
+) -> tuple[float, float]:  # fmt: skip
+    """C1 and C2 of the foreground loss: `relevance_range` of a plain classifier's heatmaps.
+
+    A copy of the model is trained for WARM_UP epochs without ISNet on images (N, C, S, S) uint8; heatmaps are
+    of up to 512 images with masks (N, 1, S, S). Raises FloatingPointError if their relevance has no range.
+    """
+    plain, generator = copy.deepcopy(model).train(), Generator().manual_seed(seed)
+    optimizer, multiclass = torch.optim.AdamW(plain.parameters(), lr=lr), is_multiclass(labels)
+    for _ in range(WARM_UP):
+        order = torch.randperm(len(images), generator=generator).to(labels.device)
+        for index in order.split(batch_size):
+            if len(index) == 1:  # has no variance to normalise by
+                continue
+            loss = classification_loss(plain(prepared(take(images, index))), labels[index], multiclass)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    plain.eval()
+    totals = []
+    masked = masks.flatten(1).any(dim=1).nonzero()[:512, 0].to(labels.device)
+    for index in masked.split(64):
+        target = explained_target(labels[index], multiclass, explain, generator)
+        heatmap, _ = relevance(plain, prepared(take(images, index)), target, **rule)
+        totals.append(heatmap.detach().abs().sum(dim=(1, 2, 3)))
+    return relevance_range(torch.cat(totals))
+
+
+def warn_if_constant(last: dict[str, float], labels: Tensor, multiclass: bool) -> None:
+    """Print a warning if a classifier, by its last losses, is no better than a constant prediction."""
+    loss, constant = last.get("classification", last["loss"]), constant_loss(labels, multiclass)
+    if loss > 0.97 * constant:
+        why = f"classification loss {loss:.2f} is no better than a constant prediction ({constant:.2f})"
+        print(f"warning: {why}: try another --seed or --lr, more --epochs, or a smaller --isnet")

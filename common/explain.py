@@ -1,0 +1,64 @@
+"""What models say about images (M, C, S, S) uint8, in evaluation mode: attention, scores, relevance."""
+
+import torch
+from torch import Tensor, nn
+
+from common.data import batches
+from isnet_lrp import log_odds
+from lrp import relevance
+from resnet import ResNet
+from simpool import GAP
+
+EXPLAINED = 32  # images at a time whose relevance is computed: each keeps its graph
+
+
+@torch.no_grad()
+def attention_of(encoder: nn.Module, images: Tensor, layer: int) -> Tensor:
+    """One block's attention (M, heads, N)."""
+    encoder.eval()
+    return torch.cat([encoder(x, layer=layer).attention.cpu() for x in batches(images, encoder)])
+
+
+def pools_evenly(encoder: nn.Module) -> bool:
+    """Whether an encoder pools its patches by their mean: there is no attention to show."""
+    return encoder.pool is None if isinstance(encoder, ResNet) else isinstance(encoder.pool, GAP)
+
+
+@torch.no_grad()
+def scores_of(model: nn.Module, images: Tensor, multiclass: bool) -> Tensor:
+    """Log-odds (M, K) of classes, or logits of findings."""
+    model.eval()
+    logits = torch.cat([model(x).cpu() for x in batches(images, model)])
+    if not multiclass:
+        return logits
+    return torch.stack(
+        [log_odds(logits, torch.full((len(logits),), k)) for k in range(logits.shape[1])], dim=1
+    )
+
+
+def relevance_of(model: nn.Module, images: Tensor, multiclass: bool, rule: dict) -> Tensor:
+    """LRP heatmaps (M, C, S, S) of the first finding, the second of two classes, the likeliest of more."""
+
+    def target(logits: Tensor) -> Tensor:
+        if not multiclass:
+            return logits[:, 0]
+        likeliest = logits.argmax(dim=1)
+        return log_odds(logits, likeliest if logits.shape[1] > 2 else torch.ones_like(likeliest))
+
+    model.eval()
+    heatmaps = (relevance(model, x, target, **rule)[0] for x in batches(images, model, EXPLAINED))
+    return torch.cat([R.detach().cpu() for R in heatmaps])
+
+
+def explained_class(classes: list[str], multiclass: bool) -> str:
+    """What `relevance_of` explains, in words."""
+    return "the likeliest class" if multiclass and len(classes) > 2 else classes[int(multiclass)]
+
+
+def decisions(model: nn.Module, images: Tensor, multiclass: bool, classes: list[str]) -> list[list[str]]:
+    """A classifier's words for each image: first what `relevance_of` explains, then the likeliest."""
+    said, explained = [], explained_class(classes, multiclass)
+    for chances in scores_of(model, images, multiclass).sigmoid().tolist():
+        ranked = sorted(zip(classes, chances), key=lambda pair: (pair[0] != explained, -pair[1]))
+        said.append([f"{name} {100 * chance:.0f} %" for name, chance in ranked[:4]])
+    return said

@@ -1,0 +1,91 @@
+"""Processes that train together (torchrun), and requests to stop."""
+
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Event
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dino import over_processes
+
+
+def rank() -> int:
+    """The number of this process among those that torchrun started; 0 if it is alone."""
+    return int(os.environ.get("RANK", 0))
+
+
+def join(device: str, batch_size: int) -> str:
+    """Join the processes that torchrun started, if it did, and return this one's device.
+
+    Only the first process prints. Raises ValueError if a batch can't be shared evenly.
+    """
+    if "RANK" not in os.environ:
+        return device
+    processes = int(os.environ["WORLD_SIZE"])
+    if batch_size % processes:
+        raise ValueError(
+            f"--batch-size {batch_size} can't be shared by {processes} processes: take a multiple"
+        )
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def fail(script: str, said: Exception | str, status: int) -> NoReturn:
+    """End a script with one line; of several processes, the first alone says what input is unusable."""
+    if status == 1 or not rank():
+        print(f"{script}: {said}", file=sys.stderr)
+    sys.exit(status)
+
+
+def remedy_for(error: Exception) -> str:
+    """One line for an error of memory or of torch.compile. Raises any other error again."""
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"--compile can't be used here ({' '.join(str(error).split())[:150]}): leave it out"
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate" in str(error):
+        return "not enough memory: raise --accumulate, or lower --batch-size, --img-size or --embed-dim"
+    raise error
+
+
+def average_gradients(model: nn.Module) -> None:
+    """Replace gradients by their means over all processes, in one message."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    means = over_processes(torch.cat([g.flatten() for g in gradients]))
+    for g, mean in zip(gradients, means.split([g.numel() for g in gradients])):
+        g.copy_(mean.view_as(g))
+
+
+@contextmanager
+def stop_requests() -> Iterator[Event]:
+    """An event that Ctrl-C or SIGTERM sets, so that a step is finished first; Ctrl-C again stops at once."""
+    asked = Event()
+
+    def ask(number: int, frame: Any) -> None:
+        if asked.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def command_to_resume(out: os.PathLike, keep_going: bool) -> str:
+    """The command line that continues the run in `out`."""
+    torchrun = ["torchrun", "--standalone", "--nproc-per-node", os.environ.get("WORLD_SIZE", "1")]
+    words = torchrun if "RANK" in os.environ else ["python"]
+    return shlex.join([*words, "train.py", "--out", str(out), "--resume", *["--keep-going"] * keep_going])

@@ -1,0 +1,365 @@
+"""Layer-wise relevance propagation (LRP): how much each pixel contributes to a score, for any PyTorch model.
+
+LRP distributes a score backwards, layer by layer. Here every rule is a change of the gradient g that arrives
+at an operation's output, so one backward pass computes all relevance:
+
+    R = x * (changed gradient d score / d x)                                                         (1)
+    linear, convolution    z = w x + b         g <- g z / (z + eps sign z)                           (2)
+    the same with gamma    z' = w' x + b'      g <- g z / (z' + eps sign z'), back through z'        (3)
+                           w' = w + gamma max(w, 0), b' likewise
+    or, if signed          z' = z + gamma (z + sign(z) |w| |x|) / 2, the rest as in (3)              (4)
+    elementwise            y = f(x)            g <- g f(x) / x instead of g f'(x)                    (5)
+    layer and group norm   the deviation is a constant; subtracting the mean stays linear            (6)
+    batch norm             mean and deviation are constants; not folded into the layer before it     (7)
+    a @ b, a * b           both depend on the input: g <- g / 2, half of the relevance to each       (8)
+    input layer            z' = z - max(w, 0) low - min(w, 0) high for pixels in [low, high]         (9)
+
+(2) epsilon, (3) gamma and (9) z^B rule: Montavon et al. 2019. (5), (6), (8): AttnLRP, Achtibat et al. 2024,
+arXiv 2402.05602. (3) is made for x >= 0 and z >= 0, as around a ReLU; elsewhere z' can be 0 where z is not,
+and relevance explodes. (4), the generalised gamma rule, favours contributions with the sign of z. It equals
+(3) for x, z >= 0 and keeps z / z' in [0, 1] for all signs. Operations without a rule keep their gradient,
+which is exact if they are piecewise linear. KEEPS_GRADIENT lists them; any other operation gets one warning.
+
+`LRP` is a `TorchFunctionMode`: it sees conv2d, gelu, matmul ... as any model calls them, in place or not, but
+no custom `autograd.Function`. The rules act only in `explain`: outputs and ordinary gradients are exact, so
+one forward serves prediction and relevance. Relevance can be differentiated again (`isnet_lrp.py`).
+"""
+
+import types
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+class _Share(torch.autograd.Function):
+    """g top / (z + eps sign z). A derivative by hand, since every layer needs it twice."""
+
+    @staticmethod
+    def forward(ctx, g: Tensor, top: Tensor, z: Tensor, epsilon: float) -> Tensor:
+        ctx.epsilon = epsilon
+        ctx.save_for_backward(g, top, z)  # not the quotient, which would be one more map to keep
+        return g * top / torch.add(z, _sign(z), alpha=epsilon)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        g, top, z = ctx.saved_tensors
+        d = torch.add(z, _sign(z), alpha=ctx.epsilon)
+        grad = grad / d
+        to_g = grad * top
+        return to_g, grad * g, -to_g * g / d, None
+
+
+class _Route(torch.autograd.Function):
+    """Returns y. Ordinary gradients go to y; while explaining, g top / (z + eps sign z), or g, goes to z."""
+
+    @staticmethod
+    def forward(ctx, rules: "LRP", y: Tensor, z: Tensor, top: Tensor | None = None, epsilon: float = 0.0):
+        ctx.rules, ctx.epsilon = rules, epsilon
+        ctx.save_for_backward(*(() if top is None else (top, z)))
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        if not ctx.rules.explaining:
+            return None, g, None, None, None
+        if ctx.saved_tensors:
+            top, z = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in ctx.saved_tensors)
+            g = _Share.apply(g, top, z, ctx.epsilon).to(g.dtype)
+        return None, None, g, None, None
+
+
+class _Variance(torch.autograd.Function):
+    """The variance (C,) of x (B, C, ...) around its mean (C,). It keeps only x for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, mean: Tensor) -> Tensor:
+        ctx.save_for_backward(x, mean)
+        ctx.dims, ctx.shape = [0, *range(2, x.dim())], (-1,) + (1,) * (x.dim() - 2)
+        return (x - mean.view(ctx.shape)).square().mean(ctx.dims)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        x, mean = ctx.saved_tensors
+        return (x - mean.view(ctx.shape)) * (g * (2 * x.shape[1] / x.numel())).view(ctx.shape), None
+
+
+def _sign(z: Tensor) -> Tensor:
+    return torch.ones((), dtype=z.dtype, device=z.device).copysign(z.detach())  # never 0
+
+
+class LRP(TorchFunctionMode):
+    """Within this context, every operation on what depends on the watched input follows its relevance rule.
+
+    epsilon: the stabiliser of (2). gamma: 0 for the epsilon rule; more favours contributions of one sign, by
+    (3) or, if signed, by (4). Use `watch(images)`, the model, `explain(score, inputs)`. Raises ValueError.
+    """
+
+    def __init__(self, epsilon: float = 1e-6, gamma: float = 0.0, signed: bool = False):
+        super().__init__()
+        if not (epsilon >= 0 and gamma >= 0):
+            raise ValueError(f"LRP: epsilon {epsilon} and gamma {gamma} must not be negative")
+        self.epsilon, self.gamma, self.signed, self.explaining = epsilon, gamma, signed, False
+        self.depends = WeakIdKeyDictionary()  # what depends on the watched input: a set, all values are True
+        self.successor = WeakIdKeyDictionary()  # a tensor changed in place: the result, computed out of place
+        self.warned: set[str] = set()
+        self.box: list[Tensor] = []  # the input and its bounds, for rule (9)
+
+    def watch(self, images: Tensor) -> Tensor:
+        """Mark the input whose relevance is asked for; returns it, requiring a gradient."""
+        images = images if images.requires_grad else images.detach().requires_grad_()
+        self.depends[images] = True
+        return images
+
+    def explain(self, score: Tensor, inputs: list[Tensor], create_graph: bool = False) -> list[Tensor]:
+        """The changed gradients of the scores' sum with respect to inputs."""
+        self.explaining = True
+        try:
+            return list(torch.autograd.grad(self.current(score).sum(), inputs, create_graph=create_graph))
+        finally:
+            self.explaining = False
+
+    def __exit__(self, *error) -> None:
+        super().__exit__(*error)
+        self.depends.clear()
+        self.successor.clear()
+
+    def active(self, t) -> bool:
+        """Whether t is a tensor that depends on the input."""
+        return isinstance(t, Tensor) and t in self.depends
+
+    def current(self, t):
+        """What stands for t now: itself, or the result of in-place operations on it."""
+        while isinstance(t, Tensor) and t in self.successor:
+            t = self.successor[t]
+        return t
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if self.explaining or not any(map(self.active, tree_leaves((args, kwargs)))):
+            return func(*args, **kwargs)
+        name = func.__name__.strip("_")
+        if name in COMPOSITE:
+            with self:
+                return _reenter(func)(*args, **kwargs)
+        with torch._C.DisableTorchFunction():  # hides what is done here from a context around this one
+            return self.operate(func, name, args, kwargs)
+
+    def operate(self, func, name: str, args, kwargs):
+        """Apply one operation with its rule, out of place; note what depends on the input."""
+        changed = None
+        if name in IN_PLACE or func.__name__ == name + "_":
+            name = IN_PLACE.get(name, name)
+            twin = getattr(torch.Tensor, name, None) or getattr(F, name, None)
+            if callable(twin):
+                func, changed = twin, self.current(args[0])
+            else:  # copy_ and others have no twin
+                name = "setitem"
+        elif kwargs.get("inplace"):
+            kwargs, changed = {**kwargs, "inplace": False}, self.current(args[0])
+        args, kwargs = tree_map(self.current, (args, kwargs))
+        y = RULES[name](self, func, *args, **kwargs) if name in RULES else func(*args, **kwargs)
+        written = (args[0], args[0]._base) if name == "setitem" else ()  # a slice and its whole
+        new = [t for t in tree_leaves((y, written)) if isinstance(t, Tensor) and t.requires_grad]
+        if new and not (name in RULES or name in KEEPS_GRADIENT or name in self.warned):
+            self.warned.add(name)
+            warnings.warn(f"LRP: no rule for '{name}'. {NO_RULE}", stacklevel=3)
+        for t in new:
+            self.depends[t] = True
+        if changed is not None and y is not changed:  # dropout returns its input in evaluation
+            self.depends[changed], self.successor[changed] = True, y
+        return y
+
+    def linear(self, op: Callable, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        """z = op(x, w, b) with rules (2) to (4), or (9) at the watched input."""
+        part = lambda change: [v if v is None else change(v) for v in (w, b)]  # noqa: E731
+        z = ruled = op(x, w, b)
+        if self.active(w):
+            return self.half(z, x, w)
+        if self.box and x is self.box[0]:
+            _, low, high = self.box
+            positive, negative = part(lambda v: v.clamp(min=0)), part(lambda v: v.clamp(max=0))
+            return _Route.apply(self, z, z - op(low, *positive) - op(high, *negative), z, 1e-9)
+        if self.gamma and self.signed:
+            sized = op(x.abs(), *part(torch.abs))  # |w| |x|
+            ruled = (1 + self.gamma / 2) * z + (self.gamma / 2 * _sign(z)) * sized
+        elif self.gamma:
+            ruled = op(x, *part(lambda v: v + self.gamma * v.clamp(min=0)))
+        return _Route.apply(self, z, ruled, z, self.epsilon)
+
+    def constant(self, x: Tensor) -> Tensor:
+        """x, without relevance."""
+        return _Route.apply(self, x, x.detach())
+
+    def half(self, y: Tensor, *factors) -> Tensor:
+        """Rule (8) for the product y of factors; if only one depends on the input, y is linear in it."""
+        return _Route.apply(self, y, y / 2) if all(map(self.active, factors)) else y
+
+    # The rules: each takes (func, *args, **kwargs) and returns the operation's exact output.
+    def _layer(self, func, input, weight, bias=None, *args, **kwargs) -> Tensor:
+        return self.linear(lambda x, w, b: func(x, w, b, *args, **kwargs), input, weight, bias)
+
+    def _matmul(self, func, a, b, *args, **kwargs) -> Tensor:
+        if self.active(a):
+            return self.linear(lambda x, w, _: func(x, w, *args, **kwargs), a, b)
+        return self.linear(lambda x, w, _: func(w, x, *args, **kwargs), b, a)
+
+    def _bias_first(self, func, b, x, w, **kwargs) -> Tensor:
+        return self.linear(lambda x, w, b: func(b, x, w, **kwargs), x, w, b)
+
+    def _times(self, func, a, b, *args, **kwargs):
+        return self.half(func(a, b, *args, **kwargs), a, b)
+
+    def _over(self, func, a, b, *args, **kwargs):
+        """Quotients: a divisor that depends on the input is a constant, like the deviation in (6)."""
+        return func(a, self.constant(b) if self.active(b) else b, *args, **kwargs)
+
+    def _elementwise(self, func, input, *args, **kwargs) -> Tensor:
+        y = func(input, *args, **kwargs)
+        return _Route.apply(self, y, input, y, 1e-9) if self.active(input) else y
+
+    def _norm(self, func, input, groups, weight=None, bias=None, eps=1e-5, *args) -> Tensor:
+        """Rule (6). groups: the normalized_shape of a layer norm, or the number of groups of a group norm."""
+        y = func(input, groups, weight, bias, eps)
+        if isinstance(groups, int):
+            rows = input.reshape(len(input), groups, -1)
+            weight, bias = (v if v is None else v.view(-1, *[1] * (input.dim() - 2)) for v in (weight, bias))
+        else:
+            rows = input.flatten(-len(groups))
+        centred = rows - rows.mean(dim=-1, keepdim=True)
+        deviation = (centred.square().mean(dim=-1, keepdim=True) + eps).sqrt()
+        z = (centred / self.constant(deviation)).view_as(input)
+        return _Route.apply(self, y, z * (1 if weight is None else weight) + (0 if bias is None else bias))
+
+    def _batch_norm(self, func, input, mean, var, weight=None, bias=None, training=False, eps=1e-5, **kw):
+        """Rule (7), with the batch's statistics in training mode and the running ones in evaluation mode."""
+        y = func(input, mean, var, weight, bias, training, eps=eps, **kw)
+        shape = (-1,) + (1,) * (input.dim() - 2)
+        if training:
+            mean = input.mean([0, *range(2, input.dim())])
+            mean, var = self.constant(mean), self.constant(_Variance.apply(input, mean.detach()))
+        scale = (var + eps).rsqrt() * (1 if weight is None else weight)
+        shift = (0 if bias is None else bias) - mean * scale
+        return _Route.apply(self, y, torch.addcmul(shift.view(shape), input, scale.view(shape)))
+
+    def _attention(
+        self, func, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **kw
+    ):
+        """Softmax attention: two products, (8), and a softmax, which keeps its gradient."""
+        if dropout_p:
+            raise ValueError("LRP: attention dropout must be 0 while relevance is asked for")
+        q, k, v = query, key, value  # (..., Q, d), (..., T, d), (..., T, d)
+        y = func(q, k, v, attn_mask, 0.0, is_causal, scale=scale, **kw)
+        scores = (q @ k.transpose(-2, -1)) * (q.shape[-1] ** -0.5 if scale is None else scale)  # (..., Q, T)
+        scores = self.half(scores, q, k)
+        if is_causal:
+            attn_mask = torch.ones_like(scores, dtype=torch.bool).tril()
+        if attn_mask is not None:
+            allowed = attn_mask.dtype == torch.bool
+            scores = scores.masked_fill(~attn_mask, -torch.inf) if allowed else scores + attn_mask
+        z = scores.softmax(dim=-1) @ v
+        return _Route.apply(self, y, self.half(z, q if self.active(q) else k, v))
+
+
+SMOOTH = "relu6 elu selu celu gelu silu mish sigmoid logsigmoid tanh softplus softsign hardtanh hardswish "
+SMOOTH += "hardsigmoid clamp clamp_min clamp_max threshold square sqrt exp log pow"
+FAMILIES = {
+    "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d": LRP._layer,
+    "matmul bmm mm rmatmul": LRP._matmul,
+    "addmm baddbmm": LRP._bias_first,
+    "mul rmul multiply": LRP._times,
+    "div truediv divide true_divide": LRP._over,
+    SMOOTH: LRP._elementwise,
+    "layer_norm group_norm": LRP._norm,
+    "batch_norm": LRP._batch_norm,
+    "scaled_dot_product_attention": LRP._attention,
+}
+RULES = {name: rule for names, rule in FAMILIES.items() for name in names.split()}
+NO_RULE = "Operations without a rule keep their gradient, which is exact if they are piecewise linear."
+KEEPS_GRADIENT = set(
+    # Views, copies, choices of elements ("get" stands for properties such as x.T)
+    "get getitem setitem reshape reshape_as view view_as flatten unflatten ravel transpose permute movedim t "
+    "squeeze unsqueeze expand expand_as broadcast_to contiguous clone to type type_as float double half cpu "
+    "bfloat16 cuda requires_grad unbind split split_with_sizes tensor_split chunk narrow select unfold fold "
+    "diagonal tril triu flip roll tile repeat repeat_interleave stack cat concat hstack vstack pad where "
+    "index_select index_copy index_add index_put gather scatter scatter_add masked_select masked_fill "
+    "pixel_shuffle pixel_unshuffle channel_shuffle interpolate nan_to_num "
+    # Sums, means and other piecewise linear functions; pooling is added below
+    "add radd sub rsub subtract neg positive sum mean cumsum diff relu leaky_relu prelu rrelu abs sign round "
+    "max min amax amin maximum minimum cummax cummin sort topk median dropout dropout1d dropout2d dropout3d "
+    # Not linear: x * gradient still sums to a norm; softmax keeps its gradient in AttnLRP, and so do losses
+    "norm vector_norm linalg_norm linalg_vector_norm std softmax log_softmax logsumexp cross_entropy "
+    "nll_loss mse_loss l1_loss kl_div binary_cross_entropy_with_logits".split()
+)
+POOLS = "avg_pool adaptive_avg_pool max_pool adaptive_max_pool".split()
+KEEPS_GRADIENT |= {f"{pool}{n}d{end}" for pool in POOLS for n in "123" for end in ("", "_with_indices")}
+IN_PLACE = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div"}
+COMPOSITE = {"multi_head_attention_forward", "normalize"}  # Python functions of operations that have rules
+
+
+def _reenter(func: types.FunctionType) -> types.FunctionType:
+    """The same Python function, which calls operations through the context but not itself again."""
+    unaware = {k: lambda *args: False for k in func.__globals__ if k.startswith("has_torch_function")}
+    return types.FunctionType(func.__code__, func.__globals__ | unaware, func.__name__, func.__defaults__)
+
+
+def relevance(
+    model: Callable,
+    images: Tensor,
+    target: Tensor | Callable,
+    epsilon: float = 1e-6,
+    gamma: float = 0.0,
+    input_rule: tuple[float, float] | None = None,
+    create_graph: bool = False,
+    signed: bool = False,
+    layers: Sequence[nn.Module] = (),
+) -> tuple[Tensor, Tensor] | tuple[list[Tensor], Tensor]:
+    """The signed LRP heatmap (B, C, H, W) of a classifier (B, C, H, W) -> (B, K), and its output.
+
+    target: labels (B,), whose logits are explained; weights (B, K) of a sum of logits; or a function of the
+    output to scores (B,). epsilon, gamma, signed: see `LRP`. input_rule: the range (low, high) of the pixels,
+    for rule (9) in the first layer. create_graph: to train through the heatmap. layers: modules, each called
+    once; then a list takes the heatmap's place: it and the relevance of each module's output, in this order.
+    Without biases, softmax and gates an image's relevance sums to its score. Raises ValueError for images
+    that are not floats, an output or a target of another shape, labels out of range.
+    """
+    if not images.is_floating_point() or not len(images):
+        raise ValueError(f"relevance needs float images, not {images.dtype} {tuple(images.shape)}")
+    bounds = [torch.full_like(images, bound, requires_grad=True) for bound in input_rule or ()]
+    seen: dict[nn.Module, Tensor] = {}
+    with torch.enable_grad(), LRP(epsilon, gamma, signed) as rules, ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_hook(lambda m, _, y: seen.update({m: y})))
+        inputs = [rules.watch(images), *bounds]
+        rules.box = inputs if bounds else []
+        output = rules.current(model(inputs[0]))
+        if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(images):
+            raise ValueError(f"relevance needs output (B, K), not {getattr(output, 'shape', type(output))}")
+        inner = [rules.current(y[0] if isinstance(y, tuple) else y) for y in (seen[m] for m in layers)]
+        gradients = rules.explain(_score(output, target), inputs + inner, create_graph)
+    products = [x * g for x, g in zip(inputs + inner, gradients)]
+    heatmap = sum(products[: len(inputs)])
+    return ([heatmap, *products[len(inputs) :]] if layers else heatmap), output
+
+
+def _score(output: Tensor, target: Tensor | Callable) -> Tensor:
+    """The quantity (B,) to explain."""
+    if callable(target):
+        score = target(output)
+    elif target.is_floating_point():
+        if target.shape != output.shape:
+            raise ValueError(f"weights {tuple(target.shape)}, output {tuple(output.shape)}; labels: .long()")
+        score = (output * target).sum(dim=1)
+    elif target.min() < 0 or target.max() >= output.shape[1]:
+        raise ValueError(f"target {target.tolist()} out of range: the model has {output.shape[1]} outputs")
+    else:
+        score = output.gather(1, target[:, None])[:, 0]
+    if score.shape != (len(output),):
+        raise ValueError(f"a target must give one score an image, ({len(output)},), not {tuple(score.shape)}")
+    return score

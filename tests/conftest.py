@@ -1,0 +1,66 @@
+"""Fixtures that several test files share: small runs of train.py on few images."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+import train
+from common.checkpoint import load_run
+from common.runs import images_to_show
+
+TINY = "--train-images 32 --embed-dim 24 --depth 1 --num-heads 3 --batch-size 8 --epochs 2".split()
+SMALL = "--task classify --train-images 32 --embed-dim 16 --depth 1 --num-heads 2 --batch-size 8 --epochs 2".split()
+
+
+@pytest.fixture(scope="session")
+def few_test_images():
+    """Only 8 validation and 8 test images are drawn, and one of them is shown, which saves a second a run."""
+    real = images_to_show
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("common.data.DRAWN_SIZES", {"val": 8, "test": 8})
+        for script in (train, evaluate):
+            patch.setattr(script, "images_to_show", lambda config, splits, n: real(config, splits, 1))
+        yield
+
+
+@pytest.fixture(scope="session")
+def span_run(few_test_images, tmp_path_factory) -> Path:
+    """A finished run: SPAN with DINO, guided by one reference image. Read it, don't change it."""
+    out = tmp_path_factory.mktemp("runs") / "span"
+    train.main([*TINY, "--out", str(out)])
+    return out
+
+
+@pytest.fixture(scope="session")
+def dino_run(few_test_images, tmp_path_factory) -> Path:
+    """A finished run of DINO alone, on the images of `span_run`."""
+    out = tmp_path_factory.mktemp("runs") / "dino"
+    train.main([*TINY, "--prior", "none", "--out", str(out)])
+    return out
+
+
+@pytest.fixture
+def refused(capsys) -> Callable:
+    """Runs a script's main, which must end with one line, exit status 2, and no traceback; returns the line."""
+
+    def run(main: Callable, *argv: str) -> str:
+        with pytest.raises(SystemExit) as stop:
+            main(list(argv))
+        error = capsys.readouterr().err.split("\r")[-1].strip()  # after what progress bars have wiped out
+        assert stop.value.code == 2 and "\n" not in error
+        return error
+
+    return run
+
+
+def metrics_of(run: Path) -> dict[str, float]:
+    return json.loads((run / "metrics.json").read_text())
+
+
+def same_weights(*runs: Path) -> bool:
+    first, second = (load_run(run).checkpoint["model"] for run in runs)
+    return all(torch.equal(first[name], second[name]) for name in first)

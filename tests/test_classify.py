@@ -1,0 +1,181 @@
+"""Classification, plain and with ISNet: what is explained, what is supervised, and what it costs in use."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Generator, nan
+
+import train
+from common.checkpoint import DataSpec
+from common.classify import Classifier, attention_seen, classification_loss, constant_loss, explained_target
+from common.classify import is_multiclass, natural_range, supervised_layers
+from common.config import parse
+from common.models import build_classifier, build_encoder
+from isnet_lrp import log_odds
+from resnet import ResNet
+from simpool import GAP, SimPool
+from vit import ViT
+
+ENCODERS = {"resnet": lambda: ResNet(1, 16), "vit": lambda: ViT(16, 4, 1, 12, 2, 3)}
+LABELS = torch.tensor([[0.0], [1]] * 4)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def losses_of(name: str, words: str = "", labels: torch.Tensor = LABELS, masks=None, spec=None):
+    """A classifier on random images of 16 px, and its objective with ISNet."""
+    config, _ = parse(f"--task classify --isnet 1 --isnet-decay 0.9 --isnet-end 1 --lrp-gamma 3 {words}".split())
+    model = Classifier(ENCODERS[name](), labels.shape[1])
+    images = torch.randint(256, (len(labels), 1, 16, 16), dtype=torch.uint8)
+    if masks is None:
+        masks = torch.zeros(len(labels), 1, 16, 16, dtype=torch.bool)
+        masks[:, :, 4:12, 4:12] = True
+    spec = DataSpec(1, (), is_multiclass(labels), "", (1.0, 20.0))
+    return model, train.classifier_objective(config, model, images, masks, labels, spec)
+
+
+def test_classes_exclude_each_other_and_findings_do_not():
+    assert is_multiclass(torch.tensor([[1, 0], [0, 1], [nan, nan]]))
+    assert not is_multiclass(torch.tensor([[1.0, 0], [1, 1]])) and not is_multiclass(torch.tensor([[1.0], [0]]))
+
+
+def test_unknown_findings_do_not_count():
+    logits, labels = torch.randn(3, 2), torch.tensor([[1, nan], [0, 1], [nan, nan]])
+    known = torch.stack([logits[0, 0], logits[1, 0], logits[1, 1]])
+    expected = F.binary_cross_entropy_with_logits(known, torch.tensor([1.0, 0, 1]))
+    torch.testing.assert_close(classification_loss(logits, labels, False), expected)
+    classes = torch.tensor([[1.0, 0], [0, 1], [nan, nan]])
+    expected = F.cross_entropy(logits[:2], torch.tensor([0, 1]))
+    torch.testing.assert_close(classification_loss(logits, classes, True), expected)
+    assert classification_loss(logits, torch.full((3, 2), nan), True) == 0
+
+
+def test_a_constant_prediction_loses_the_labels_entropy():
+    y = torch.tensor([1.0, 1, 1, 0])
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert constant_loss(torch.stack([1 - y, y], dim=1), True) == pytest.approx(entropy)
+    findings = torch.stack([y, torch.tensor([1.0, 0, nan, nan])], dim=1)  # 4 and 2 are known
+    assert constant_loss(findings, False) == pytest.approx((4 * entropy + 2 * math.log(2)) / 6)
+
+
+def test_of_classes_the_label_a_random_one_or_the_least_likely_is_explained():
+    labels, generator = torch.eye(3)[[0, 2, 1, 1]], Generator().manual_seed(0)
+    assert torch.equal(explained_target(labels, True, "label", generator), labels)
+    drawn = torch.stack([explained_target(labels, True, "random", generator) for _ in range(100)])
+    assert (drawn.sum(dim=2) == 1).all() and (drawn.mean(dim=(0, 1)) > 0.2).all()
+    logits = torch.tensor([[3.0, -1, 0]])
+    target = explained_target(labels, True, "selective", generator)
+    torch.testing.assert_close(target(logits), log_odds(logits, torch.tensor([1])))
+
+
+def test_of_findings_one_logit_is_explained_the_label_s_if_one_is_present():
+    labels, generator = torch.tensor([[0.0, 1, 1], [0, 0, 0], [nan, nan, 1]]), Generator().manual_seed(0)
+    drawn = torch.stack([explained_target(labels, False, "label", generator) for _ in range(200)])
+    assert (drawn.sum(dim=2) == 1).all()
+    assert drawn[:, 0, 0].sum() == 0 and (drawn[:, 0, 1:].mean(dim=0) > 0.3).all()
+    assert (drawn[:, 1].mean(dim=0) > 0.2).all() and (drawn[:, 2, 2] == 1).all()
+
+
+def test_one_of_several_findings_has_its_share_of_the_loss():
+    """Its logit is explained alone, while the classification loss is the mean of all findings' losses."""
+    labels = torch.tensor([[0.0, 1, 1], [1, 0, 0], [1, 1, 0], [0, 0, 0]])
+    _, losses = losses_of("resnet", "--findings all", labels)
+    loss, logged = losses(torch.arange(4), Generator().manual_seed(0), 0.0)
+    isnet = logged["background"] + logged["foreground"]
+    torch.testing.assert_close(loss.detach(), logged["classification"] + isnet / 3)
+
+
+def test_the_weight_of_isnet_falls_as_half_a_cosine_to_its_share():
+    _, losses = losses_of("resnet", "--isnet 3 --isnet-end 0.2")
+    for progress, weight in ((0.0, 3.0), (0.25, 0.6 + 2.4 * (2 + 2**0.5) / 4), (0.5, 1.8), (1.0, 0.6)):
+        loss, found = losses(torch.arange(4), Generator().manual_seed(0), progress)
+        punished = found["background"] + found["foreground"]
+        torch.testing.assert_close(loss.detach(), found["classification"] + weight * punished)
+
+
+def test_images_without_a_mask_only_teach_the_classification():
+    masks = torch.zeros(8, 1, 16, 16, dtype=torch.bool)
+    masks[:4, :, 4:12, 4:12] = True
+    _, losses = losses_of("resnet", masks=masks)
+    _, logged = losses(torch.arange(4, 8), Generator().manual_seed(0), 0.0)
+    assert logged["background"] == logged["foreground"] == 0 < logged["classification"]
+
+
+def test_training_with_isnet_leaves_a_plain_model_behind():
+    """No parameter, hook or operation more than the plain classifier has, so no cost in use."""
+    model, losses = losses_of("resnet")
+    before = copy.deepcopy(model)
+    loss, logged = losses(torch.arange(4), Generator().manual_seed(0), 0.0)
+    loss.backward()
+    assert set(logged) == {"classification", "background", "foreground"}
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+    x = torch.rand(2, 1, 16, 16)
+    before.load_state_dict(model.state_dict())
+    assert str(model) == str(before) and torch.equal(model.eval()(x), before.eval()(x))
+
+
+def test_c1_and_c2_are_found_from_the_images_with_masks_and_leave_the_model_as_it_was():
+    model = Classifier(ENCODERS["vit"](), 1)
+    images, masks = torch.randint(256, (8, 1, 16, 16), dtype=torch.uint8), torch.zeros(8, 1, 16, 16).bool()
+    masks[:4, :, 4:12, 4:12] = True
+    before = copy.deepcopy(model.state_dict())
+    given = model, images, masks, LABELS, 1e-3, 4, "selective", {"epsilon": 0.01, "signed": True}, 0
+    c1, c2 = natural_range(*given)
+    assert 0 < c1 < c2 and (c1, c2) == natural_range(*given)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_layers_to_supervise_exist_in_every_encoder(name):
+    assert len(supervised_layers(ENCODERS[name]())) > 3
+
+
+def test_what_the_cls_token_and_all_tokens_attend_to_in_each_block_is_seen_and_can_be_trained_through():
+    encoder, images = ViT(16, 4, 1, 12, 2, 3), torch.rand(2, 1, 16, 16)
+    maps = encoder.attention_maps(images)  # (B, depth, heads, T, T)
+    with attention_seen(encoder) as seen:
+        encoder(images)
+    assert len(seen) == 4 and all(not m._forward_pre_hooks for m in encoder.modules())
+    for block in range(2):
+        torch.testing.assert_close(seen[2 * block], maps[:, block, :, 0])
+        torch.testing.assert_close(seen[2 * block + 1], maps[:, block].mean(dim=2))
+    seen[2].square().sum().backward()
+    assert encoder.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
+    simpools = {ViT(16, 4, 1, 12, 2, 3, pool=SimPool(12)): 3, ResNet(1, 16, pool=SimPool(16)): 1}
+    for encoder, count in (simpools | {ResNet(1, 16): 0, ViT(16, 4, 1, 12, 2, 3, pool=GAP()): 2}).items():
+        with attention_seen(encoder) as seen:
+            features = encoder(images)
+        assert len(seen) == count and (encoder not in simpools or seen[-1] is features.attention)
+
+
+@pytest.mark.parametrize("flags", ["--pool gap", "--pool simpool", "--pool gap --registers 2"])
+def test_isnet_trains_vits_of_every_pooling_and_with_registers(flags):
+    config, _ = parse(f"--task classify --isnet 1 --backbone vit --depth 1 --findings all {flags}".split())
+    model = build_classifier(config, build_encoder(config, 1), 2, 1)
+    images, masks = torch.randint(256, (2, 1, 64, 64), dtype=torch.uint8), torch.zeros(2, 1, 64, 64).bool()
+    masks[..., 16:40, 16:40] = True
+    spec = DataSpec(1, ("a", "b"), True, "", (1.0, 20.0))
+    losses = train.classifier_objective(config, model, images, masks, torch.eye(2), spec)
+    losses(torch.arange(2), Generator().manual_seed(0), 0.0)[0].backward()
+    assert model.encoder.patch_embed.proj.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_isnet_s_foreground_for_a_vit_is_made_of_whole_patches(name, monkeypatch):
+    """A patch's embedding is linear: it can't leave out those of its pixels that lie in the background."""
+    seen, real = [], train.isnet_background
+    monkeypatch.setattr(train, "isnet_background", lambda *args: seen.append(args[3]) or real(*args))
+    masks = torch.zeros(8, 1, 16, 16, dtype=torch.bool)
+    masks[:, :, 3:6, 5] = True
+    _, losses = losses_of(name, masks=masks)
+    losses(torch.arange(8), Generator().manual_seed(0), 0.0)
+    if name == "vit":
+        masks[:, :, 0:8, 4:8] = True  # two patches of 4 x 4
+    assert torch.equal(seen[0], masks.float())

@@ -1,0 +1,180 @@
+"""Command-line options: where settings come from, and which are refused."""
+
+import json
+from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
+
+import pytest
+
+from common.checks import check
+from common.config import Config, as_config, as_json, parse, parser_of
+
+ROOT = Path(__file__).parents[1]
+
+
+def refused(capsys, words: str) -> str:
+    """The line with which argparse refuses a command line."""
+    with pytest.raises(SystemExit) as stop:
+        parse(words.split())
+    assert stop.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_defaults_follow_the_task_and_the_backbone():
+    config, typed = parse([])
+    assert (config.task, config.backbone, config.embed_dim, config.lr, config.pool) == (
+        "pretrain",
+        "vit",
+        96,
+        2e-3,
+        "cls",
+    )
+    assert typed == set() and config.pool_heads == 6 and parse(["--prior", "none"])[0].pool_heads == 1
+    config = parse(["--task", "classify"])[0]
+    assert (config.backbone, config.pool, config.lrp_gamma, config.findings) == (
+        "resnet",
+        "gap",
+        3.0,
+        ("enlarged heart",),
+    )
+    assert parse("--task classify --backbone vit".split())[0].lr == 5e-4
+    assert parse("--task classify --data folder".split())[0].findings is None
+
+
+def test_a_setting_can_not_be_changed_and_survives_json():
+    config = parse("--global-scale 0.3 0.9 --init .".split()[:3])[0]
+    with pytest.raises(FrozenInstanceError):
+        config.lr = 1.0
+    assert as_config(json.loads(json.dumps(as_json(config)))) == config
+
+
+def test_underscores_and_the_names_in_dino_s_and_timm_s_scripts_are_understood():
+    theirs = "--output_dir o --data_path d --momentum_teacher 0.9 --global_crops_scale 0.5 1 --hflip 0.5"
+    theirs += " --local_crops_scale 0.1 0.3 --drop_path_rate 0.1 --patch_size=4 --sample my_image"
+    ours = "--out o --data d --momentum 0.9 --global-scale 0.5 1 --flip 0.5"
+    ours += " --local-scale 0.1 0.3 --drop-path 0.1 --patch-size 4 --sample my_image"
+    assert parse(theirs.split()) == parse(ours.split())
+    assert parse(theirs.split())[0].sample == "my_image"
+
+
+def test_a_misspelt_flag_gets_a_suggestion(capsys):
+    assert refused(capsys, "--epoch 3").endswith("unknown argument --epoch; did you mean --epochs?")
+    assert "did you mean --embed-dim?" in refused(capsys, "--embed_dims 3")
+    assert refused(capsys, "--quux").endswith("unknown argument --quux")
+
+
+def test_help_shows_every_flag_with_its_default(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"], "What it does.\n\n    an example\n\nmore")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "What it does." in text and "an example" in text
+    assert all(
+        f"--{f.name.replace('_', '-')}".replace("--follow", "--no-follow") in text for f in fields(Config)
+    )
+    assert "(default: pretrain 64, classify 16)" in text and "(default: 0.4, 1.0)" in text
+
+
+def run_folder(tmp_path: Path, words: str, **edited) -> Path:
+    """The folder of a run that was started with these flags, its config.json perhaps edited."""
+    record = (
+        as_json(parse(words.split())[0]) | {"command": f"python train.py {words}", "channels": 1} | edited
+    )
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    return tmp_path
+
+
+def test_config_repeats_a_run_and_what_is_typed_beside_it_wins(tmp_path):
+    words = "--task classify --backbone vit --isnet 2 --marker 1 --seed 3 --global-scale 0.5 0.9 --device cpu"
+    run = run_folder(tmp_path, f"{words} --overwrite --out {tmp_path}")
+    again = parse(["--config", str(run / "config.json"), "--seed", "4", "--device", "cpu"])[0]
+    before = parse(f"{words} --out {tmp_path}".split())[0]
+    assert as_json(again) == as_json(before) | {"seed": 4}  # and --overwrite is not repeated
+    assert parse(["--config", str(run)])[0].seed == 3  # its folder will do
+
+
+def test_settings_edited_in_config_json_count(tmp_path, capsys):
+    run = run_folder(tmp_path, "", prior_blur=0.1, follow=False, amp=True)
+    config, _ = parse(["--config", str(run)])
+    assert (config.prior_blur, config.follow, config.amp) == (0.1, False, True)
+    for name, value, said in [
+        ("epoch", 3, "unknown argument --epoch=3; did you mean --epochs?"),
+        ("epochs", "many", "argument --epochs: invalid int value: 'many'"),
+        ("prior", None, ""),
+    ]:
+        run_folder(tmp_path, "", **{name: value})
+        assert not said or said in refused(capsys, f"--config {run}")
+    for text in ("{}", "[1]", "no json"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match="is not a run, nor its config.json"):
+            parse(["--config", str(run)])
+    with pytest.raises(ValueError, match="nowhere is not a run"):
+        parse(["--config", "nowhere"])
+
+
+def test_init_brings_the_encoder_s_sizes_and_typed_ones_win(tmp_path):
+    run = run_folder(tmp_path, "--embed-dim 24 --depth 2 --num-heads 3 --patch-size 4")
+    config, _ = parse(["--task", "classify", "--init", str(run), "--depth", "1"])
+    assert (config.backbone, config.embed_dim, config.depth, config.patch_size) == ("vit", 24, 1, 4)
+    assert config.lr == 5e-4 and config.init == run  # the defaults of a ViT that classifies
+    with pytest.raises(ValueError, match="is no resnet: leave out --backbone; for its masks alone, --masks"):
+        parse(["--task", "classify", "--init", str(run), "--backbone", "resnet"])
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--epochs 0", "--epochs 0: it must lie between 1 and"),
+        ("--lr nan", "--lr nan: it must lie between"),
+        ("--warmup 5", "--warmup 5.0: it must lie between 0 and 1"),
+        ("--seed -1", "--seed -1: it must lie between 0 and"),
+        ("--span-layer 4", "--span-layer 4: it must lie between -4 and 3"),
+        ("--accumulate 65", "--accumulate 65: it must lie between 1 and 64"),
+        ("--global-scale 0.9 0.4", "0 < a <= b <= 1"),
+        ("--device abacus", "--device abacus is unknown: choose auto, cpu, cuda or mps"),
+        ("--pool simpool --simpool-gamma 0", "--simpool-gamma 0.0: it must lie between 0.1 and 10"),
+        ("--pool simpool --pool-heads 5", "--pool-heads 5 must divide --embed-dim 96"),
+        ("--pool gap", "--pool gap has no attention to guide: add --prior none"),
+        ("--backbone resnet --prior none --pool cls", "--pool cls needs --backbone vit"),
+        ("--ssl relvit --mega-patches 9", "--mega-patches 9: more than the 8 patches a side"),
+        ("--ssl relvit --backbone resnet --pool simpool", "needs --backbone vit"),
+        ("--task classify --backbone vit --isnet 1 --relations angles", "masks don't follow: choose one"),
+        ("--isnet 1", "--isnet needs --task classify"),
+        ("--task classify --isnet 1 --amp", "--amp is for pretraining and plain classifiers"),
+        ("--task classify --compile", "--compile is for pretraining"),
+        ("--task classify --baseline swap --isnet 1", "--baseline excludes --isnet"),
+        ("--task classify --isnet 1 --masks nowhere", "neither data, prior, attention, nor a folder"),
+        ("--task classify --isnet 1 --masks attention", "--masks attention needs --init RUN; or say --masks RUN"),
+    ],
+)  # fmt: skip
+def test_settings_that_make_no_sense_are_refused_by_value_limit_and_remedy(words, message):
+    with pytest.raises(ValueError) as error:
+        check(*parse(words.split()))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "words, needed",
+    [
+        ("--pool-heads 2", "--pool simpool"),
+        ("--ssl relvit --momentum 0.5", "--ssl dino"),
+        ("--ssl relvit --no-follow", "--ssl dino"),
+        ("--task classify --momentum 0.5", "--task pretrain"),
+        ("--pool simpool --span-layer 0", "--pool cls"),
+        ("--relations angles", "--ssl relvit or --task classify"),
+        ("--task classify --isnet-e 1", "--isnet"),
+        ("--task classify --prior statistics", "--task pretrain or --masks prior"),
+        ("--marker-kind tint", "--marker"),
+        ("--backbone resnet --prior none --registers 2", "--backbone vit"),
+    ],
+)
+def test_a_typed_flag_without_effect_is_refused_by_what_it_needs(words, needed):
+    with pytest.raises(ValueError, match=f"does nothing without {needed}$"):
+        check(*parse(words.split()))
+
+
+def test_no_flag_is_lost():
+    """People's commands go on working: the flags of the first release."""
+    flags = set(parser_of()._option_string_actions)
+    recorded = json.loads((ROOT / "results" / "runs.json").read_text())
+    typed = {word for run in recorded.values() for word in run["command"].split() if word.startswith("--")}
+    assert typed <= flags

@@ -1,0 +1,247 @@
+"""Runs side by side, and any picture of any size: metrics, tables, attention, masks, relevance."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, TINY, metrics_of
+from PIL import Image
+
+import evaluate
+import train
+from common.checkpoint import load_run
+from common.data import load
+from common.explain import decisions
+from common.models import load_model
+from common.regions import attention_masks, make_priors, read_masks, read_masses
+from vit import ViT
+
+pytestmark = pytest.mark.usefixtures("few_test_images")
+
+
+@pytest.fixture
+def two_runs(span_run, dino_run, tmp_path) -> list[str]:
+    """Copies of two runs, to write into."""
+    return [str(shutil.copytree(run, tmp_path / run.name)) for run in (span_run, dino_run)]
+
+
+def test_runs_are_compared_side_by_side_on_the_same_images(two_runs, capsys):
+    evaluate.main([*two_runs, "--rows", "2", "--only", "attention"])
+    table = capsys.readouterr().out
+    assert "8 test images of 64 px; this takes about" in table
+    assert "span: aligned prior" in table and "dino: attention" in table and "mean" in table
+    assert min(Image.open(Path(two_runs[0]) / "compare.png").size) > 100
+    assert f"{100 * metrics_of(Path(two_runs[0]))['attention_mAP']:.1f}" in table  # what train.py measured
+
+
+def test_all_labels_are_the_default_and_few_of_them_are_measured_on_request(two_runs, capsys, monkeypatch):
+    monkeypatch.setattr("evaluate.FRACTIONS", (0.25, 1.0))
+    monkeypatch.setattr("common.probe.DRAWS", 1)
+    monkeypatch.setattr("common.probe.STEPS", 10)
+    before = [metrics_of(Path(run)) for run in two_runs]
+    evaluate.main([*two_runs, "--only", "linear", "finetune", "--all"])
+    said = capsys.readouterr().out
+    assert "AP in %" not in said and "25 % of labels" in said and "dino: finetune mAUC" in said
+    for run, old in zip(two_runs, before):
+        found = metrics_of(Path(run))
+        new = {f"{how}_mAUC{part}" for how in ("linear", "finetune") for part in ("", "_25_percent")}
+        assert set(found) == set(old) | new
+        assert found["linear_mAUC"] == pytest.approx(old["linear_mAUC"])  # train.py and evaluate.py agree
+    for picture in ("low_data.png", "compare_curves.png", "compare.png"):
+        assert min(Image.open(Path(two_runs[0]) / picture).size) > 100
+    evaluate.main([two_runs[0], "--only", "linear"])
+    assert "25 % of labels" not in capsys.readouterr().out
+
+
+def test_runs_of_which_one_cannot_be_measured_are_shown_on_the_same_images(tmp_path, capsys):
+    """Masks for a training and a test image: enough for a guided run, none to choose another's heads on."""
+    data = tmp_path / "data"
+    rows = ["file,split"]
+    for folder in ("images", "masks/heart"):
+        (data / folder).mkdir(parents=True)
+    for i in range(12):
+        Image.new("L", (16, 16), 20 * i).save(data / "images" / f"{i}.png")
+        rows.append(f"{i}.png,{'train' if i < 4 else 'val' if i < 6 else 'test'}")
+    for i in (0, 9):
+        Image.fromarray(np.eye(16, dtype=np.uint8) * 255).save(data / "masks" / "heart" / f"{i}.png")
+    (data / "labels.csv").write_text("\n".join(rows))
+    argv = [*TINY[2:], *"--epochs 1 --img-size 16 --patch-size 4 --keep-going --data".split(), str(data)]
+    train.main([*argv, "--out", str(tmp_path / "span")])
+    train.main([*argv, "--prior", "none", "--out", str(tmp_path / "dino")])
+    capsys.readouterr()
+    for order in (["span", "dino"], ["dino", "span"]):
+        evaluate.main([*(str(tmp_path / name) for name in order), "--only", "attention"])
+        assert "dino: no validation image" in capsys.readouterr().out
+    evaluate.main([str(tmp_path / "span"), "--export-masks", str(tmp_path / "out")])
+    assert sorted(p.name for p in (tmp_path / "out" / "heart").iterdir()) == sorted(f"{i}.png" for i in range(12))
+
+
+def test_metrics_keep_a_run_s_own_relevance_rule_when_runs_are_compared(tmp_path):
+    for name, gamma in {"a": "3", "b": "0"}.items():
+        train.main([*SMALL, "--epochs", "1", "--lrp-gamma", gamma, "--out", str(tmp_path / name)])
+    before = metrics_of(tmp_path / "b")
+    evaluate.main([str(tmp_path / "a"), str(tmp_path / "b"), "--only", "bias"])
+    assert metrics_of(tmp_path / "b") == before
+
+
+def test_without_labelled_test_images_a_classifier_is_trained_but_not_measured(tmp_path, capsys):
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    rows = ["file,label,split"]
+    for i, name in enumerate("abcdefgh"):
+        Image.new("L", (16, 16), 30 * i).save(tmp_path / "data" / "images" / f"{name}.png")
+        rows.append(f"{name}.png,{'cat' if i % 2 else 'dog'},train")
+    (tmp_path / "data" / "labels.csv").write_text("\n".join(rows))
+    argv = "--task classify --img-size 16 --embed-dim 8 --epochs 1 --batch-size 4".split()
+    train.main([*argv, "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")])
+    assert "auc_same" not in metrics_of(tmp_path / "run")
+    capsys.readouterr()
+    evaluate.main([str(tmp_path / "run")])
+    said = capsys.readouterr().out
+    for what in ("AUC", "AP", "knn", "linear"):
+        assert f"{what} can't be measured" in said
+    assert "compare.png" in said  # a picture there is
+
+
+def test_what_can_not_be_compared_or_asked_is_refused_in_one_line(two_runs, tmp_path, refused, capsys):
+    train.main([*TINY, "--epochs", "1", "--seed", "1", "--align", "none", "--out", str(tmp_path / "other")])
+    capsys.readouterr()
+    assert "differ in seed: compare runs on the same images" in refused(evaluate.main, two_runs[0], f"{tmp_path}/other")
+    assert "invalid choice: 'atention'" in refused_by_argparse(capsys, two_runs[0], "--only", "atention")
+    assert "did you mean --html?" in refused_by_argparse(capsys, two_runs[0], "--htm")
+    assert "runs are measured on their own data" in refused(evaluate.main, two_runs[0], "--data", "parts")
+    assert "no such file or folder" in refused(evaluate.main, "nowhere")
+    for beside in (["--html"], ["--rows", "9"], ["--only", "knn"], ["--export", "x.pth"], [two_runs[1]]):
+        line = refused(evaluate.main, two_runs[0], *beside, "--image", "x.png")
+        assert "takes one run and no other flags" in line
+
+
+def refused_by_argparse(capsys, *argv: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(list(argv))
+    assert stop.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+# Masks
+
+
+def test_exported_masks_come_back_as_they_went(span_run, tmp_path, capsys, refused):
+    evaluate.main([str(span_run), "--export-masks", str(tmp_path / "masks")])
+    assert "wrote 96 masks" in capsys.readouterr().out
+    run, train_split = load_run(span_run), load("phantom", 64, 0, 32)[0]["train"]
+    masks = attention_masks(load_model(span_run, run), read_masses(span_run), train_split.images, -1)
+    again = read_masks(tmp_path / "masks", None, train_split.names, 64)
+    assert torch.equal(again, masks.any(dim=1, keepdim=True))
+    line = refused(evaluate.main, str(span_run), "--export-masks", str(tmp_path / "masks"))
+    assert "holds something already; name a new folder" in line
+
+
+def test_a_run_that_did_not_end_or_was_not_guided_makes_no_masks(span_run, dino_run, tmp_path, refused):
+    (tmp_path / "last.pt").write_bytes((span_run / "last.pt").read_bytes())
+    out = "--export-masks", str(tmp_path / "masks")
+    for content in (None, '{"../heart": 0.5}', '{"..": 0.5}', '{"": 0.5}', '{"heart": 7}', "[1]", "{}"):
+        if content:
+            (tmp_path / "attention_mass.json").write_text(content)
+        assert "attention_mass.json is missing or damaged" in refused(evaluate.main, str(tmp_path), *out)
+    assert not (tmp_path / "masks").exists()
+    assert "whose heads one prior guided" in refused(evaluate.main, str(dino_run), *out)
+
+
+# Pictures
+
+
+@pytest.fixture
+def wide(tmp_path) -> Path:
+    pixels = np.random.default_rng(0).integers(256, size=(90, 200, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "wide.jpg")
+    return tmp_path / "wide.jpg"
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list:
+    """The arguments of every picture that is drawn."""
+    seen = []
+    monkeypatch.setattr(evaluate, "map_grid", lambda *args, **how: seen.append((args, how)))
+    return seen
+
+
+def test_guided_heads_get_masks_of_their_regions_and_every_head_is_shown(
+    two_runs, wide, drawn, monkeypatch, capsys
+):
+    monkeypatch.setattr("common.runs.load", None)  # the run's folder is enough: its data may be gone
+    run = Path(two_runs[0])
+    evaluate.main([str(run), "--image", str(wide)])
+    out = run / "looks" / "wide.jpg"
+    path, image, masks, names, maps = drawn[0][0]
+    assert path == out / "attention.png" and f"{wide}: 4 file(s) in {out}" in capsys.readouterr().out
+    assert image.shape == (1, 1, 64, 144) and masks.shape == (1, 3, 64, 144)
+    assert names == ["left lung", "right lung", "heart"]
+    titles = ["head 0\nleft lung", "head 1\nright lung", "head 2\nheart"]
+    assert {name: m.shape for name, m in maps.items()} == dict.fromkeys(titles, (1, 8, 18))
+    for name, mask in zip(names, masks[0]):
+        written = Image.open(out / "masks" / f"{name}.png")
+        assert written.size == (200, 90)  # the picture's own
+        shrunk = np.asarray(written.resize((144, 64), Image.Resampling.NEAREST)) > 0
+        assert (shrunk == mask.numpy()).mean() > 0.95
+    (run / "attention_mass.json").unlink()  # a run that was stopped is shown like published weights
+    evaluate.main([str(run), "--image", str(wide)])
+    assert drawn[1][0][3] == ["head 0", "head 1", "head 2"]
+
+
+def test_masks_cover_the_prior_of_the_reference_image(span_run):
+    splits, reference, _ = load("phantom", 64, 0, 32)
+    train_split = splits["train"]
+    image = train_split.images[[train_split.names.index(reference)]]
+    masks = attention_masks(load_model(span_run, load_run(span_run)), read_masses(span_run), image, -1)
+    for mask, prior in zip(masks[0], make_priors("sample", train_split, reference, 0.025)[0]):
+        region = prior >= prior.max() / 2
+        assert 0.95 <= (mask & region).sum() / region.sum() <= 1
+
+
+def test_a_classifier_s_decision_gets_a_heatmap_and_its_probability(wide, tmp_path, drawn, capsys):
+    train.main([*SMALL, "--epochs", "1", "--findings", "all", "--out", str(tmp_path / "run")])
+    evaluate.main([str(tmp_path / "run"), "--image", str(wide)])
+    ((path, _, _, _, maps), how), = drawn  # fmt: skip  and no other: a mean attends to nothing
+    assert path.name == "relevance.png" and path.parent.name == "wide.jpg" and how["signed"]
+    ((title, heatmap),) = maps.items()
+    what, *chances = title.split("\n")
+    assert heatmap.shape == (1, 64, 144) and what == "relevance for enlarged heart" and len(chances) == 4
+    assert any(chance.startswith("enlarged heart ") for chance in chances)
+
+
+def test_what_is_explained_is_said_even_if_it_is_unlikely():
+    class Sure(torch.nn.Linear):
+        def forward(self, images):
+            return torch.arange(6.0).expand(len(images), -1)
+
+    images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+    assert [word[0] for word in decisions(Sure(1, 1), images, False, list("abcdef"))[0]] == ["a", "f", "e", "d"]
+    assert [word[0] for word in decisions(Sure(1, 1), images, True, list("abcdef"))[1]] == ["f", "e", "d", "c"]
+
+
+def test_heads_of_published_weights_get_masks_that_hold_most_of_their_attention(wide, tmp_path, drawn, monkeypatch):
+    torch.manual_seed(0)
+    torch.save(ViT(32, 8, 3, 64, 1, 1).state_dict(), tmp_path / "vit.pth")
+    monkeypatch.chdir(tmp_path)
+    evaluate.main(["vit.pth", "--image", str(wide), "--img-size", "48", "--num-heads", "1"])
+    path, image, masks, names, _ = drawn[0][0]
+    assert path.parent.parent == Path("vit.pth-looks")
+    assert image.shape == (1, 3, 48, 104) and names == ["head 0"] and 0.3 < masks.float().mean() < 0.7
+
+
+def test_pictures_of_one_name_each_get_their_own_and_one_that_cannot_be_read_stops_none(
+    tmp_path, monkeypatch, drawn, refused
+):
+    torch.save(ViT(16, 8, 3, 32, 1, 2).state_dict(), tmp_path / "vit.pth")
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        Image.new("L", (16, 16)).save(tmp_path / folder / "1.png")
+    pictures = "--num-heads", "2", "--image"
+    evaluate.main(["vit.pth", *pictures, "a/1.png", "b/1.png"])
+    paths = [args[0] for args, _ in drawn]
+    assert paths == [Path(f"vit.pth-looks/{name}/attention.png") for name in ("1.png", "1_1.png")]
+    assert "none.png: this image cannot be read" in refused(evaluate.main, "vit.pth", *pictures, "none.png", "a/1.png")
+    assert len(drawn) == 3

@@ -1,0 +1,325 @@
+"""LRP equals its reference implementations on any model, and its heatmaps can be trained through."""
+
+import copy
+import gc
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from isnet_lrp import background_loss, foreground_loss
+from lrp import LRP, relevance
+from vit import ViT
+
+pytestmark = pytest.mark.filterwarnings("error")  # no operation of a known model lacks a rule
+TARGET = torch.tensor([0, 1, 2, 0])
+
+
+def golden(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    arrays = np.load(Path(__file__).parent / "golden" / name)
+    numbers = {k: torch.from_numpy(arrays[k]) for k in arrays if arrays[k].dtype.kind != "U"}
+    return numbers, {k.removeprefix("weight."): v for k, v in numbers.items() if k.startswith("weight.")}
+
+
+def doubles(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def logit(output: torch.Tensor, target: torch.Tensor = TARGET) -> torch.Tensor:
+    return output.gather(1, target[:, None])[:, 0]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("epsilon, zbox", [("1e-06", ""), ("0.25", ""), ("0.25", "zbox.")])
+def test_the_epsilon_and_z_box_rules_equal_zennit_s(epsilon, zbox):
+    numbers, weights = golden("lrp_cnn.npz")
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 12, 3, padding=1)]
+    layers += [nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(192, 10), nn.ReLU(), nn.Linear(10, 4)]
+    cnn, images, target = nn.Sequential(*layers).double(), numbers[zbox + "images"], numbers["target"]
+    cnn.load_state_dict(weights)
+    R, output = relevance(cnn, images, target, float(epsilon), input_rule=(0.0, 1.0) if zbox else None)
+    per_unit = R / logit(output, target)[:, None, None, None]
+    expected = numbers[zbox + "relevance_per_unit_logit" + ("" if zbox else f".eps_{epsilon}")]
+    torch.testing.assert_close(per_unit, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_the_rules_for_transformers_equal_lxt_s():
+    (_, weights), (numbers, _) = golden("dino_vit.npz"), golden("lrp_vit_attnlrp.npz")
+    vit = ViT(32, 8, 3, 48, 3, 3)
+    vit.load_state_dict(weights)
+    vit = vit.double()
+    R, _ = relevance(lambda x: vit(x).pooled, numbers["images"], lambda y: y @ numbers["direction"], 1e-12)
+    torch.testing.assert_close(R, numbers["relevance"], rtol=1e-5, atol=1e-6)
+
+
+def test_the_gamma_rule_equals_a_computation_layer_by_layer():
+    first, second, gamma, epsilon = nn.Linear(6, 5).double(), nn.Linear(5, 3).double(), 0.4, 0.01
+    x = doubles(4, 6).abs()
+    a = first(x).relu()
+    R = F.one_hot(TARGET, 3) * second(a)
+    for inputs, layer in ((a, second), (x, first)):
+        w, b = (v + gamma * v.clamp(min=0) for v in (layer.weight, layer.bias))
+        z = inputs @ w.T + b
+        R = inputs * ((R / (z + epsilon * torch.where(z >= 0, 1, -1))) @ w)
+    found, _ = relevance(nn.Sequential(first, nn.ReLU(), second), x, TARGET, epsilon, gamma)
+    torch.testing.assert_close(found, R)
+
+
+def test_the_signed_gamma_rule_equals_a_computation_contribution_by_contribution():
+    """R_i = sum_j R_j c_ij (1 + gamma [c_ij has the sign of z_j]) / (the same summed over i)."""
+    layer, gamma, x, weights = nn.Linear(6, 5, bias=False).double(), 0.7, doubles(4, 6), doubles(4, 5)
+    c = x[:, None] * layer.weight  # (B, 5, 6)
+    z = c.sum(dim=2, keepdim=True)
+    favoured = c * (1 + gamma * (c.sign() == z.sign()))
+    R = (weights[:, :, None] * z * favoured / favoured.sum(dim=2, keepdim=True)).sum(dim=1)
+    torch.testing.assert_close(relevance(layer, x, weights, 0.0, gamma, signed=True)[0], R)
+
+
+def cnn() -> nn.Module:
+    """Batch norm, ReLU in place, a depthwise convolution; no biases."""
+    layers = [nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU(True), nn.MaxPool2d(2)]
+    layers += [nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False), nn.BatchNorm2d(6), nn.ReLU(True)]
+    for norm in (layers[1], layers[5]):
+        norm.running_var.uniform_(0.5, 2)
+        nn.init.uniform_(norm.weight, 0.5, 2)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(96, 3, bias=False))
+
+
+class Mixed(nn.Module):
+    """A reused ReLU and a sum in place, group norm, a gate, functional calls, normalisation."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = (nn.Conv2d(i, 6, 3, padding=1) for i in (3, 6))
+        self.norm, self.relu = nn.GroupNorm(2, 6), nn.ReLU(inplace=True)
+        self.gate, self.head = nn.Linear(6, 6), nn.Linear(12, 3)
+
+    def forward(self, x):
+        x = self.relu(self.conv1(x))
+        y = self.norm(self.conv2(x))
+        y += x
+        y = F.silu(self.relu(y)) * torch.sigmoid(self.gate(y.mean((2, 3))))[:, :, None, None]
+        return self.head(torch.cat([y.amax((2, 3)), F.normalize(F.avg_pool2d(y, 2).mean((2, 3)))], 1))
+
+
+def transformer() -> nn.Module:
+    """Six tokens of 16 dimensions: attention, layer norm, GELU."""
+    layer = nn.TransformerEncoderLayer(16, 2, 16, 0.0, "gelu", batch_first=True, norm_first=True)
+    return nn.Sequential(nn.Conv2d(3, 6, 2, 2), nn.Flatten(2), layer, nn.Flatten(), nn.Linear(96, 3))
+
+
+MODELS = {"cnn": cnn, "mixed": Mixed, "transformer": transformer}
+
+
+@pytest.mark.parametrize("gamma, signed", [(0.0, False), (10.0, False), (10.0, True)])
+def test_without_biases_the_relevance_of_images_and_inner_layers_sums_to_the_logit(gamma, signed):
+    model, images = cnn().double().eval(), doubles(4, 3, 8, 8)
+    alone, output = relevance(model, images, TARGET, 1e-10, gamma, signed=signed)
+    with torch.no_grad():  # relevance switches gradients on for itself
+        inner = {"layers": [model[-1], model[1]]}  # in the order asked for
+        (R, head, first), _ = relevance(model, images, TARGET, 1e-10, gamma, signed=signed, **inner)
+    for found in (R, first):
+        torch.testing.assert_close(found.sum(dim=(1, 2, 3)), logit(output), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(head, F.one_hot(TARGET, 3) * output)
+    assert torch.equal(R, alone) and not any(m._forward_hooks for m in model)
+
+
+def test_in_training_the_batch_s_statistics_are_constants():
+    """The heatmap is that of the same network with the batch's mean and deviation as fixed numbers."""
+    model, images = cnn().double().train(), doubles(4, 3, 8, 8)
+    for norm in (model[1], model[5]):
+        nn.init.normal_(norm.bias)
+        norm.momentum = 1.0  # so that the running statistics become the batch's
+    twin = copy.deepcopy(model).eval()
+    found, _ = relevance(model, images, TARGET, 1e-9, 3.0, signed=True)
+    for i, n in ((1, 4 * 64), (5, 4 * 16)):
+        twin[i].running_mean, twin[i].running_var = model[i].running_mean, model[i].running_var * (n - 1) / n
+    torch.testing.assert_close(found, relevance(twin, images, TARGET, 1e-9, 3.0, signed=True)[0])
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("training", [False, True])
+def test_within_the_context_output_and_gradients_of_a_plain_loss_are_exact(name, training):
+    model, images, results = MODELS[name]().double().train(training), doubles(4, 3, 8, 8), []
+    for inside in (False, True):
+        twin, x = copy.deepcopy(model), images.clone().requires_grad_()
+        with LRP(1e-6, 0.5) as rules:
+            output = rules.current(twin(rules.watch(x) if inside else x))
+            F.cross_entropy(output, TARGET).backward()
+        results.append((output, x.grad, *[p.grad for p in twin.parameters()], *twin.buffers()))
+    assert torch.equal(results[0][0], results[1][0])
+    for exact, found in zip(*results):
+        torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("gamma, signed, box", [(0.0, 0, None), (0.5, 0, None), (10.0, 1, (0, 1))])
+@pytest.mark.parametrize("training", [False, True])
+def test_no_term_of_the_isnet_loss_is_lost_in_double_backward(name, gamma, signed, box, training):
+    """Its gradient agrees with finite differences along a random direction through all weights."""
+    model = MODELS[name]().double().train(training)
+    weights = list(model.parameters())
+    for p in weights:
+        if not p.any():  # max(w, 0) has a kink there
+            nn.init.normal_(p, std=0.3)
+    images, mask, labels = doubles(3, 3, 8, 8).sigmoid(), torch.zeros(3, 1, 8, 8).double(), TARGET[:3]
+    mask[:, :, 2:6, 2:6] = 1
+
+    def loss() -> torch.Tensor:
+        target = 2 * F.one_hot(labels, 3).double() - 1
+        R, output = relevance(model, images, target, 0.05, gamma, box, create_graph=True, signed=signed)
+        isnet = background_loss(R, mask, decay=0.9) + foreground_loss(R, mask, c1=5.0, c2=7.0)
+        return F.cross_entropy(output, labels) + isnet.mean()
+
+    gradient = torch.autograd.grad(loss(), weights)
+    # As long in each weight as its gradient is short, so that no weight hides another's part.
+    directions = [torch.randn_like(p) / (g.norm() + 1e-4) for p, g in zip(weights, gradient)]
+    originals = [p.detach().clone() for p in weights]
+
+    def moved(step: float) -> float:
+        for p, original, d in zip(weights, originals, directions):
+            p.data.copy_(original + step * d)
+        return loss().item()
+
+    found = sum((g * d).sum() for g, d in zip(gradient, directions)).item()
+    steps = (1e-7, 1e-8, 1e-9)  # the loss has kinks; one of the steps meets none
+    differences = [(moved(step) - moved(-step)) / (2 * step) for step in steps]
+    assert min(abs(found - difference) for difference in differences) < 1e-4 * max(1, abs(found))
+
+
+def write(change, x: torch.Tensor) -> torch.Tensor:
+    change(canvas := torch.zeros_like(x))
+    return F.gelu(canvas)
+
+
+w, one = doubles(3, 6), torch.ones(4, 1, 2).double()
+CONSERVED = {
+    "linear": lambda x: F.linear(input=x, weight=w),
+    "convolution": lambda x: F.conv1d(x[:, :, None], w[:, :, None], bias=None, stride=1)[:, :, 0],
+    "addmm": lambda x: torch.addmm(torch.zeros(1).double(), x, w.T),
+    "constants": lambda x: (x @ w.T) * torch.ones_like(x[:, :3]) / x.detach().norm(),
+    "product": lambda x: x[:, :3] * x[:, 3:],
+    "quotient": lambda x: x / (1 + x.norm(dim=1, keepdim=True)),
+    "attention": lambda x: F.scaled_dot_product_attention(query=one, key=one, value=(x @ w.T)[:, None])[:, 0],
+    "index_copy": lambda x: torch.zeros_like(x).index_copy(1, torch.arange(6), x),
+    "shapes": lambda x: x.view(4, 2, 3).mT.flatten(1).unsqueeze(2).expand(-1, -1, 2).reshape(4, -1)[:, 1::2],
+    "parts": lambda x: torch.cat([x.chunk(2, 1)[1], x.split(4, 1)[0], torch.stack(list(x))], 1),
+    "sums": lambda x: (1 - x - 1).cumsum(1) + x.mean(1, keepdim=True),
+    "maxima": lambda x: torch.stack([x.amax(1), x.max(1)[0], x.sort(1)[0][:, 3], x.median(1)[0]], 1),
+    "pooling": lambda x: F.max_pool1d(F.avg_pool1d(F.interpolate(x[:, None], size=12), 2), 2)[:, 0],
+    "rectifiers": lambda x: F.leaky_relu(x) + x.abs() + torch.where(x > 0, x, 0) + F.relu(-x),
+    "norm": lambda x: x.norm(dim=1, keepdim=True).expand(-1, 3),
+    "in place": lambda x: write(lambda c: (c.add_(x), c.mul_(2), F.relu_(c), c.masked_fill_(x > 1, 0)), x),
+    "dropout": lambda x: F.dropout(F.silu(x), 0.5, training=False, inplace=True),
+    "setitem": lambda x: write(lambda c: c.__setitem__((slice(None), slice(4)), x[:, :4]), x),
+    "copy_": lambda x: write(lambda c: c[:, :4].copy_(x[:, :4]), x),
+}
+
+
+@pytest.mark.parametrize("name", CONSERVED)
+def test_operations_conserve_relevance_however_they_are_called(name):
+    x = doubles(4, 6)
+    R, output = relevance(CONSERVED[name], x, TARGET, 1e-10)
+    torch.testing.assert_close(output, CONSERVED[name](x))
+    torch.testing.assert_close(R.sum(dim=1), logit(output), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name, f", [("sin", torch.sin), ("einsum", lambda x: torch.einsum("bi->bi", x))])
+def test_an_operation_without_a_rule_is_named_once_and_keeps_its_gradient(name, f):
+    x = doubles(4, 6).requires_grad_()
+    with pytest.warns(UserWarning, match=f"no rule for '{name}'.* if they are piecewise linear") as caught:
+        R, _ = relevance(lambda x: f(f(x)), x, TARGET)
+    torch.testing.assert_close(R, x * torch.autograd.grad(logit(f(f(x))).sum(), x)[0])
+    assert len(caught) == 1
+
+
+MASK = torch.ones(5, 5).tril().bool()
+INFINITE = torch.zeros(5, 5).double().masked_fill(~MASK, -torch.inf)
+ATTENTION = {
+    "bool": lambda x: F.scaled_dot_product_attention(x, x, x, MASK),
+    "float": lambda x: F.scaled_dot_product_attention(x, x, x, INFINITE),
+    "causal": lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True),
+    "baddbmm": lambda x: torch.baddbmm(INFINITE, x * 4**-0.5, x.mT).softmax(-1) @ x,
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_masked_attention_has_the_relevance_of_attention_written_out(name):
+    x, written = doubles(4, 5, 4), lambda x: (x @ x.mT / 2).masked_fill(~MASK, -torch.inf).softmax(-1) @ x
+    found, expected = (relevance(lambda x: f(x).mean(1), x, TARGET)[0] for f in (ATTENTION[name], written))
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_context_leaves_nothing_behind_after_an_exception_and_nests():
+    model, images = Mixed(), torch.rand(4, 3, 8, 8)
+    expected, _ = relevance(model, images, TARGET)
+    with pytest.raises(ZeroDivisionError), LRP(gamma=3.0) as rules:
+        watched = rules.watch(images)
+        model(watched)
+        raise ZeroDivisionError
+    assert not rules.depends and not rules.successor and not images.requires_grad
+    with LRP(gamma=3.0) as outer:
+        torch.testing.assert_close(relevance(model, outer.watch(images), TARGET)[0], expected)
+
+
+def test_relevance_stays_in_float32_under_autocast():
+    model, images = cnn(), torch.rand(4, 3, 8, 8)
+    expected, _ = relevance(model, images, TARGET)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, _ = relevance(model, images, TARGET)
+    assert found.dtype == torch.float32 and F.cosine_similarity(found.flatten(), expected.flatten(), 0) > 0.95
+
+
+def test_nothing_of_a_step_outlives_it():
+    """No tensor keeps itself alive, or memory would grow from step to step."""
+    model, traces = cnn(), []
+    model[2] = nn.SiLU(inplace=True)
+    for layer in (model[0], model[1], model[4]):
+        layer.register_forward_hook(lambda module, inputs, output: traces.append(weakref.ref(output)))
+    gc.disable()
+    try:
+        R, output = relevance(model, torch.rand(4, 3, 8, 8), TARGET, gamma=0.5, create_graph=True)
+        (R.square().sum() + output.sum()).backward()
+        traces += [weakref.ref(R), weakref.ref(output)]
+        del R, output
+        assert len(traces) == 5 and all(trace() is None for trace in traces)
+    finally:
+        gc.enable()
+
+
+FLAT, IMAGES = nn.Flatten(), torch.rand(4, 1, 3, 3)
+REFUSED = {
+    "out of range: the model has 9 outputs": (FLAT, IMAGES, TARGET + 7),
+    r"output \(B, K\)": (nn.Identity(), IMAGES, TARGET),
+    r"labels: \.long\(\)": (FLAT, IMAGES, TARGET.float()),
+    "one score an image": (FLAT, IMAGES, lambda output: output),
+    "dropout must be 0": (lambda x: F.scaled_dot_product_attention(x, x, x, None, 0.5), IMAGES, TARGET),
+    "float images": (FLAT, IMAGES.to(torch.uint8), TARGET),
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_input_that_does_not_fit_is_refused(line):
+    with pytest.raises(ValueError, match=line):
+        relevance(*REFUSED[line])
+
+
+def test_a_layer_keeps_three_maps_to_train_through_its_relevance():
+    """Its output and the gradients before and after the rule: no quotient and no denominator."""
+    kept, maps, images = {}, [], torch.rand(4, 3, 9, 9)
+    hooks = lambda t: kept.update({t.data_ptr(): t}) or t, lambda t: t  # noqa: E731
+    for depth in (2, 6):
+        kept.clear()
+        layers = [nn.Conv2d(3, 3, 3, padding=1, bias=False) for _ in range(depth)] + [nn.Flatten()]
+        with torch.autograd.graph.saved_tensors_hooks(*hooks):
+            relevance(nn.Sequential(*layers), images, TARGET, create_graph=True)
+        maps.append(sum(t.shape == images.shape for t in kept.values()))
+    assert maps[1] - maps[0] == 3 * 4
