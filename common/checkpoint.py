@@ -26,7 +26,7 @@ from torch import Generator, nn
 from torch.optim import Optimizer
 
 from common.classify import is_multiclass
-from common.config import PER_CALL, PLACES, Config, as_config, as_json
+from common.config import KEYWORDS, PER_CALL, PLACES, Config, as_config, as_json
 from common.data import Data
 from common.weights import reason
 
@@ -192,12 +192,14 @@ def resumed(config: Config, typed: set[str]) -> Run:
         record = dict(json.loads((config.out / "config.json").read_text()))
     except (OSError, ValueError, TypeError):
         raise Damaged(f"{config.out}/config.json is damaged: restore it, or train again") from None
-    for name in saved.keys() - {*PER_CALL, *PLACES}:
-        if name in typed and asked[name] != saved[name] or record.get(name) != saved[name]:
+    moved = {name for name in PLACES if not {saved[name], asked[name]} & KEYWORDS}
+    for name in saved.keys() - {*PER_CALL, *moved}:
+        edited = name not in PLACES and record.get(name) != saved[name]  # data may have moved
+        if name in typed and asked[name] != saved[name] or edited:
             wanted = asked[name] if name in typed else record.get(name)
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(f"--resume: {config.out} was started with {flag} {saved[name]}, not {wanted}")
-    changed = {name: asked[name] for name in asked if name in PER_CALL or name in PLACES and name in typed}
+    changed = {name: asked[name] for name in asked if name in PER_CALL or name in moved and name in typed}
     return run._replace(config=as_config(saved | changed))
 
 

@@ -34,7 +34,8 @@ DEFAULTS = {  # by --task, by --backbone, and by both
 }
 ENCODER = "backbone img_size patch_size embed_dim depth num_heads registers pool pool_heads simpool_gamma"
 PER_CALL = ("out", "overwrite", "resume", "keep_going", "device")  # --resume may change these
-PLACES = ("data", "init", "masks", "prior")  # ... and these, if what they name has moved
+PLACES = ("data", "init", "masks", "prior")  # ... and these, if a file or folder that they name has moved
+KEYWORDS = {*"phantom parts data prior attention sample masks statistics none".split(), None}  # no such names
 RECORDED = (
     "command versions machine channels classes multiclass images relevance_range".split()
 )  # no settings
@@ -210,6 +211,8 @@ def parser_of(doc: str = "") -> Parser:
 def parse(argv: list[str], doc: str = "") -> tuple[Config, set[str]]:
     """The settings of a command line, and the names of those that were typed. Raises ValueError."""
     typed = vars(parser_of(doc).parse_args(argv))
+    if "config" in typed and "resume" in typed:
+        raise ValueError("--config starts a new run, --resume continues one: leave out either")
     saved = read_settings(typed.pop("config"), "--config") if "config" in typed else {}
     encoder = encoder_of(typed["init"]) if "init" in typed else {}
     given = saved | encoder | typed
