@@ -1,4 +1,4 @@
-"""Teach a model where to look: DINO or RelViT guided by SPAN, a classifier blind to the background by ISNet.
+"""Teach a model where to look: DINO or RelViT guided by SPAN, a classifier penalised for its background by ISNet.
 
     python train.py                                 one labelled image guides three heads, on drawn X-rays
     python train.py --prior none --out runs/dino    the same without guidance: DINO

@@ -40,7 +40,7 @@ def test_each_concept_file_alone_in_an_empty_folder_imports(tmp_path):
     for name in names:
         (tmp_path / name).mkdir()
         (tmp_path / name / f"{name}.py").write_text((ROOT / f"{name}.py").read_text())
-    code = f"import sys\nfor name in {names}: sys.path[0] = name; __import__(name)"
+    code = f"import sys\nfor name in {names}: sys.path[0] = name; __import__(name); del sys.modules[name]"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
