@@ -11,7 +11,7 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -44,18 +44,16 @@ CLASSIFIERS = {  # name: flags of the plain classifier, added flags, images
     for name, flags in {"ResNet": RESNET, "ViT": VIT}.items()
     for way in ("multitask", "gain", "rrr", "pipeline", "gated", "swap")
 }
-Ratio = tuple[float, float, float]  # lower quartile, median, upper quartile
 
 
-def ratio(a: Callable, b: Callable, runs: int) -> Ratio:
-    """time(b) / time(a) over paired runs, after one pair to warm up."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+def ratio(a: Callable, b: Callable, runs: int) -> tuple[float, float, float]:
+    """Quartiles of time(b) / time(a) over paired runs, after one pair to warm up."""
 
     def seconds(work: Callable) -> float:
-        wait()
         started = time.perf_counter()
         work()
-        wait()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         return time.perf_counter() - started
 
     pairs = [(seconds(a), seconds(b)) for _ in range(runs + 1)]
@@ -80,15 +78,11 @@ def classifier(flags: str, shape: tuple[int, ...], device: str) -> tuple[Callabl
 
 def kept_bytes(loss: Callable) -> int:
     """The memory that a loss keeps for its backward pass."""
-    kept = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    kept: list[Tensor] = []  # held, so that no address is used twice
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         loss()
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    storages = [tensor.untyped_storage() for tensor in kept]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def attention_layer(tokens: int, exposed: str, device: str) -> Callable:
@@ -130,34 +124,21 @@ def pillow_view(picture: Image.Image, size: int) -> Tensor:
     return pixels.permute(2, 0, 1).float() / 255
 
 
-def attention_costs(runs: int, device: str) -> dict[str, Ratio]:
-    """Exposing the attention row, and writing out the whole attention matrix, over neither."""
-    rows = {}
-    for tokens in (64, 256, 1024, 4096):
-        none, row, whole = (attention_layer(tokens, how, device) for how in ("none", "row", "all"))
-        rows[f"attention layer with its row / without: {tokens} tokens"] = ratio(none, row, runs)
-        rows[f"attention layer written out / without its row: {tokens} tokens"] = ratio(none, whole, runs)
-    return rows
-
-
-def classifier_costs(runs: int, device: str) -> dict[str, Ratio]:
-    """Train steps, memory and use of classifiers, over those of the plain one."""
-    rows = {}
+def measured(runs: int, device: str) -> Iterator[tuple[str, tuple[float, float, float]]]:
+    """The name of each ratio, and its lower quartile, median and upper quartile."""
+    for tokens in (64, 256, 1024, 4096):  # over neither the row nor the matrix
+        none, row, whole = (attention_layer(tokens, exposed, device) for exposed in ("none", "row", "all"))
+        yield f"attention layer with its row / without: {tokens} tokens", ratio(none, row, runs)
+        yield f"attention layer written out / without its row: {tokens} tokens", ratio(none, whole, runs)
     for name, (flags, added, shape) in CLASSIFIERS.items():
         plain, plain_use = classifier(flags, shape, device)
         other, use = classifier(f"{flags} {added}", shape, device)
-        pair = (lambda: plain().backward()), (lambda: other().backward())
-        rows[f"training step, {name}"] = ratio(*pair, runs)
+        yield f"training step, {name}", ratio(lambda: plain().backward(), lambda: other().backward(), runs)
         if "ISNet /" in name:
-            rows[f"memory kept for the backward pass, {name}"] = (kept_bytes(other) / kept_bytes(plain),) * 3
+            yield f"memory kept for the backward pass, {name}", (kept_bytes(other) / kept_bytes(plain),) * 3
         elif "gated" in name or "pipeline" in name:  # of the others a plain model remains
-            rows[f"use, {name}"] = ratio(plain_use, use, runs)
-    return rows
-
-
-def view_costs(runs: int, device: str) -> dict[str, Ratio]:
-    """Views made one by one with Pillow, over views made a batch at a time."""
-    rows, generator = {}, Generator().manual_seed(0)
+            yield f"use, {name}", ratio(plain_use, use, runs)
+    generator = Generator().manual_seed(0)
     for size, channels in ((64, 1), (64, 3), (224, 3)):
         images = phantom(64, seed=0, img_size=size)[0].repeat(1, channels, 1, 1)
         pictures = [Image.fromarray(x.permute(1, 2, 0).squeeze(2).numpy()) for x in images]
@@ -167,12 +148,13 @@ def view_costs(runs: int, device: str) -> dict[str, Ratio]:
             views = crop(images.float() / 255, random_crops(64, (0.4, 1.0), generator), size)
             return distort(views, generator, blur=0.55, solarise=0.1)
 
+        def one_by_one() -> Tensor:
+            return torch.stack([pillow_view(picture, size) for picture in pictures])
+
         for threads in sorted({1, os.cpu_count()}):
             torch.set_num_threads(threads)
             name = f"{size} px, {channels} channel(s), {threads} thread(s)"
-            one_by_one = lambda: torch.stack([pillow_view(picture, size) for picture in pictures])
-            rows[f"views a second, batched / Pillow one by one: {name}"] = ratio(batched, one_by_one, runs)
-    return rows
+            yield f"views a second, batched / Pillow one by one: {name}", ratio(batched, one_by_one, runs)
 
 
 def main() -> None:
@@ -185,12 +167,12 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # as train.py does for classifiers
-    how = args.runs, args.device
-    rows = attention_costs(*how) | classifier_costs(*how) | view_costs(*how)
-    for name, (low, median, high) in rows.items():
-        print(f"{name:90} {median:7.3f}   ({low:.3f} to {high:.3f})")
+    ratios = {}
+    for name, (low, median, high) in measured(args.runs, args.device):
+        print(f"{name:90} {median:7.3f}   ({low:.3f} to {high:.3f})", flush=True)
+        ratios[name] = [round(x, 3) for x in (low, median, high)]
     if args.json:
-        write_file(args.json, {name: [round(x, 3) for x in row] for name, row in rows.items()})
+        write_file(args.json, ratios)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 ROOT = Path(__file__).parents[1]
-ISNET = {"resnet": "--isnet 3", "vit": "--isnet 1"}  # weights chosen on seeds 10 and 11, which no table has
+ISNET = {"resnet": "--isnet 3", "vit": "--isnet 1"}  # chosen on seeds 10 and 11, which are in no table
 BASELINES = ["multitask --baseline-weight 100", "gain --baseline-weight 10", "rrr --baseline-weight 1"]
 BASELINES += ["gated", "pipeline", "swap"]  # weights chosen on seed 10
 LABELS = "--task classify --backbone"
@@ -108,14 +108,6 @@ def against_shortcuts() -> dict[str, str]:
     return runs
 
 
-def changed() -> dict[str, str]:
-    """DINO's longer training; SPAN and ISNet with one thing changed."""
-    label = "--task classify --marker 1"
-    resnet = {name: f"{label} {ISNET['resnet']} {how}" for name, how in RESNET_CHANGES.items()}
-    vit = {name: f"{label} --backbone vit {ISNET['vit']} {how}" for name, how in VIT_CHANGES.items()}
-    return {"dino_long": "--prior none --epochs 60"} | SPAN_CHANGES | resnet | vit
-
-
 def seeded(experiments: dict[str, str], seeds: Iterable[int] = (0, 1, 2)) -> dict[str, str]:
     """{experiment: flags} as {experiment-seed: flags}; {seed} in the flags becomes the seed."""
     runs = {(name, seed): flags.format(seed=seed) for seed in seeds for name, flags in experiments.items()}
@@ -123,7 +115,10 @@ def seeded(experiments: dict[str, str], seeds: Iterable[int] = (0, 1, 2)) -> dic
 
 
 MAIN = seeded(GUIDED | POOLINGS | few_labels())  # claims 1 to 7
-RUNS = MAIN | seeded(against_shortcuts()) | seeded(changed(), [0])
+CHANGED = {"dino_long": "--prior none --epochs 60"} | SPAN_CHANGES
+for guided, changes in {"isnet_resnet": RESNET_CHANGES, "isnet_vit": VIT_CHANGES}.items():
+    CHANGED |= {name: f"{GUIDED[guided]} {flags}" for name, flags in changes.items()}
+RUNS = MAIN | seeded(against_shortcuts()) | seeded(CHANGED, [0])
 QUICK = r"(span|dino|(unmarked|plain|isnet)_resnet|resnet_simpool_labels|(?!.*_long_).*_symbols50)-0"
 PROBED = {"dino": "span", "parts_dino": "parts_span"}  # also with few labels, side by side
 PICTURES = {  # results/NAME.png: what evaluate.py measures, and the runs that stand side by side
@@ -148,7 +143,7 @@ def command(name: str, folder: Path) -> list[str] | None:
     return ["train.py", "--out", f"runs/{name}", how, *RUNS[name].split()]
 
 
-def python(words: list[str], log: IO | None = None) -> int:
+def python(*words: str, log: IO | None = None) -> int:
     """Run `python WORDS` on one core, its output in an open file if there is one; returns the exit status."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.call([sys.executable, *words], cwd=ROOT, env=environment, stdout=log, stderr=log)
@@ -160,7 +155,7 @@ def two_at_a_time(commands: dict[str, list[str]]) -> None:
     def run(name: str, words: list[str]) -> None:
         print(name, flush=True)
         with (ROOT / f"runs/{name}.log").open("a" if "--resume" in words else "w") as log:
-            if python(words, log):
+            if python(*words, log=log):
                 print(f"{name} did not finish, see runs/{name}.log", flush=True)
 
     with ThreadPoolExecutor(2) as pool:
@@ -174,7 +169,7 @@ def train(names: list[str]) -> None:
     for folder, n, seed in sorted(set(re.findall(r"(data/symbols(\d+)-(\d))", flags))):
         if not (ROOT / folder / "labels.csv").exists():
             shutil.rmtree(ROOT / folder, ignore_errors=True)  # drawn in part
-            python(["-m", "common.symbols", folder, "--train", n, "--seed", seed])
+            python("-m", "common.symbols", folder, "--train", n, "--seed", seed)
     for later in (False, True):
         commands = {n: command(n, ROOT / "runs" / n) for n in names if bool(needed(n)) == later}
         two_at_a_time({name: words for name, words in commands.items() if words})
@@ -185,11 +180,11 @@ def probe(names: list[str], readouts: list[str]) -> None:
     commands = {}
     for name in names:
         experiment, _, seed = name.rpartition("-")
-        file = ROOT / "runs" / name / "metrics.json"
-        if experiment in PROBED and file.exists():
-            if f"{readouts[-1]}_mAUC_1_percent" not in file.read_text():
-                pair = [f"runs/{PROBED[experiment]}-{seed}", f"runs/{name}"]
-                commands[f"{name}.probe"] = ["evaluate.py", *pair, "--all", "--only", *readouts]
+        metrics = ROOT / "runs" / name / "metrics.json"
+        known = not metrics.exists() or f"{readouts[-1]}_mAUC_1_percent" in metrics.read_text()
+        if experiment in PROBED and not known:
+            pair = [f"runs/{PROBED[experiment]}-{seed}", f"runs/{name}"]
+            commands[f"{name}.probe"] = ["evaluate.py", *pair, "--all", "--only", *readouts]
     two_at_a_time(commands)
 
 
@@ -200,7 +195,7 @@ def draw() -> None:
         measure, *experiments = words.split()
         folders = [f"runs/{experiment}-0" for experiment in experiments]
         if all((ROOT / folder / "metrics.json").exists() for folder in folders):
-            python(["evaluate.py", *folders, "--only", measure])
+            python("evaluate.py", *folders, "--only", measure)
             shutil.copy(ROOT / folders[0] / "compare.png", ROOT / f"results/{picture}.png")
 
 
@@ -231,10 +226,10 @@ def main(argv: list[str] | None = None) -> None:
     probe(names, ["linear", "heads"] if args.quick else ["linear", "heads", "finetune"])
     tables = ["-m", "experiments.tables", "runs"]
     if args.quick:
-        sys.exit(python([*tables, "--only", "claims", "few_labels", "transfer"]))
+        sys.exit(python(*tables, "--only", "claims", "few_labels", "transfer"))
     if args.all:
-        python(["-m", "experiments.benchmark", "--json", "results/benchmark.json"])
-    python(tables)
+        python("-m", "experiments.benchmark", "--json", "results/benchmark.json")
+    python(*tables)
     draw()
 
 

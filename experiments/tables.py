@@ -37,6 +37,19 @@ SHORTCUT = {
     "pipeline_attention": "segmenter, then classifier, the same mask",
     "swap_attention": "backgrounds swapped, the same mask",
 }
+POOLINGS = [  # title, experiment, and what it is compared with
+    ("with labels: ViT, CLS, best head", "unmarked_vit", ""),
+    ("with labels: ViT, mean", "vit_gap_labels", "unmarked_vit"),
+    ("with labels: **ViT, SimPool**", "vit_simpool_labels", "unmarked_vit"),
+    ("with labels: ResNet, mean", "unmarked_resnet", ""),
+    ("with labels: **ResNet, SimPool**", "resnet_simpool_labels", "unmarked_resnet"),
+    ("DINO: ViT, CLS, best head", "vit_cls_dino", ""),
+    ("DINO: ViT, mean", "vit_gap_dino", "vit_cls_dino"),
+    ("DINO: **ViT, SimPool**", "vit_simpool_dino", "vit_cls_dino"),
+    ("DINO: **ViT, SimPool, guided by SPAN**", "vit_simpool_span", "vit_cls_dino"),
+    ("DINO: ResNet, mean", "resnet_gap_dino", ""),
+    ("DINO: **ResNet, SimPool**", "resnet_simpool_dino", "resnet_gap_dino"),
+]
 FEW_LABELS = {
     "scratch": "labels alone",
     "joint": "labels and relations together",
@@ -45,6 +58,14 @@ FEW_LABELS = {
     "half": "labels alone, half the steps",
     "tuned_relvit_long": "RelViT 5 times as long, then labels",
 }
+LOCALISATION = {  # title: experiment, and what is measured
+    "prior": ("span", "prior"),
+    "registered prior": ("span", "aligned_prior"),
+    "**attention, one reference image**": ("span", "attention"),
+    "attention, all masks": ("masks", "attention"),
+    "DINO, best head chosen on validation images": ("dino", "attention"),
+}
+READOUTS = {"linear": "linear layer", "heads": "each head's patches", "finetune": "fine-tuned"}
 COSTS = {  # {table: what the names of its rows contain}; the first that fits
     "isnet_costs": "ISNet / plain",
     "baseline_costs": "/ plain",
@@ -60,42 +81,21 @@ class Row(NamedTuple):  # figures of one experiment, beside those of a reference
     reference: str = ""
 
 
-def of_pretraining() -> dict[str, tuple[str, list[Row]]]:
-    """Header and rows of the tables of SPAN and DINO."""
+def layout() -> dict[str, tuple[str, list[Row]]]:
+    """Header and rows of all tables of runs."""
     regions = ["AP_left_lung", "AP_right_lung", "AP_heart", "mAP"]
-    sources = {
-        "prior": ("span", "prior"),
-        "registered prior": ("span", "aligned_prior"),
-        "**attention, one reference image**": ("span", "attention"),
-        "attention, all masks": ("masks", "attention"),
-        "DINO, best heads": ("dino", "attention"),
-    }
-    where = [Row(title, run, [f"{of}_{x}" for x in regions]) for title, (run, of) in sources.items()]
+    where = [Row(title, run, [f"{of}_{x}" for x in regions]) for title, (run, of) in LOCALISATION.items()]
     ablation = [Row("default settings", "span", ["attention_mAP"])]
     ablation += [Row(f"`{flag}`", run, ["attention_mAP"], "span") for run, flag in SPAN_CHANGES.items()]
     parts = [f"attention_{x}" for x in ("AP_plate", "AP_holes", "AP_defect", "mAP")]
     plates = [Row("DINO", "parts_dino", parts), Row("**SPAN, priors from statistics**", "parts_span", parts)]
-    fractions = ["_1_percent", "_5_percent", "_10_percent", "_25_percent", ""]
-    transfer = {"": [], "parts_": []}
-    readouts = {"linear": "linear layer", "heads": "each head's patches", "finetune": "fine-tuned"}
-    for how, readout in readouts.items():
-        figures = [f"{how}_mAUC{fraction}" for fraction in fractions]
+    transfer: dict[str, list[Row]] = {"": [], "parts_": []}
+    for how, readout in READOUTS.items():
+        figures = [f"{how}_mAUC{n}" for n in ("_1_percent", "_5_percent", "_10_percent", "_25_percent", "")]
         for data, rows in transfer.items():
             rows.append(Row(f"DINO: {readout}", f"{data}dino", figures))
             rows.append(Row(f"**SPAN**: {readout}", f"{data}span", figures, f"{data}dino"))
-    labels = "mean AUC of findings; labels: | 1 % | 5 % | 10 % | 25 % | all"
-    return {
-        "localisation": ("pixel AP | left lung | right lung | heart | mAP", where),
-        "ablation": ("one flag added | attention mAP", ablation),
-        "transfer": (labels, transfer[""]),
-        "parts": ("attention AP, best heads | plate | holes | defect | mAP", plates),
-        "parts_transfer": (labels, transfer["parts_"]),
-    }
-
-
-def of_classifiers() -> dict[str, tuple[str, list[Row]]]:
-    """Header and rows of the tables of ISNet, SimPool and RelViT."""
-    shortcut, kinds = [], []
+    shortcut, kinds, few = [], [], []
     for backbone, name in BACKBONES.items():
         for how, title in SHORTCUT.items():
             figures = [*AUC, "relevance_share_same", "mask_dice"]
@@ -109,33 +109,25 @@ def of_classifiers() -> dict[str, tuple[str, list[Row]]]:
     changes["isnet_vit"] = "ViT, ISNet"
     changes |= {run: f"ViT, ISNet `{flag}`" for run, flag in VIT_CHANGES.items()}
     failures = [Row(title, run, [*AUC[:3], "relevance_share_same"]) for run, title in changes.items()]
-    poolings = {  # experiment: title, and what it is compared with
-        "unmarked_vit": ("with labels: ViT, CLS", ""),
-        "vit_gap_labels": ("with labels: ViT, mean", "unmarked_vit"),
-        "vit_simpool_labels": ("with labels: **ViT, SimPool**", "unmarked_vit"),
-        "unmarked_resnet": ("with labels: ResNet, mean", ""),
-        "resnet_simpool_labels": ("with labels: **ResNet, SimPool**", "unmarked_resnet"),
-        "vit_cls_dino": ("DINO: ViT, CLS", ""),
-        "vit_gap_dino": ("DINO: ViT, mean", "vit_cls_dino"),
-        "vit_simpool_dino": ("DINO: **ViT, SimPool**", "vit_cls_dino"),
-        "vit_simpool_span": ("DINO: **ViT, SimPool, guided by SPAN**", "vit_cls_dino"),
-        "resnet_gap_dino": ("DINO: ResNet, mean", ""),
-        "resnet_simpool_dino": ("DINO: **ResNet, SimPool**", "resnet_gap_dino"),
-    }
-    figures = ["attention_AP_heart", "knn_mAUC", "linear_mAUC"]
-    few = []
     for n in (50, 500):
         for how, title in FEW_LABELS.items():
             alone = "" if how == "scratch" else f"scratch_symbols{n}"
             few.append(Row(f"{n} labels a class: {title}", f"{how}_symbols{n}", ["accuracy_same"], alone))
+    pooling = ["attention_AP_heart", "knn_mAUC", "linear_mAUC"]
+    labels = "mean AUC of findings; labels: | 1 % | 5 % | 10 % | 25 % | all"
     header = "AUC | shortcut as in training | removed | flipped | another one"
     return {
+        "localisation": ("pixel AP | left lung | right lung | heart | mAP", where),
+        "ablation": ("one flag added | attention mAP", ablation),
+        "transfer": (labels, transfer[""]),
+        "parts": ("attention AP, heads chosen on validation images | plate | holes | defect | mAP", plates),
+        "parts_transfer": (labels, transfer["parts_"]),
         "shortcut": (f"{header} | relevance in lungs and heart | Dice of masks", shortcut),
         "kinds": (header, kinds),
         "failures": ("AUC | as in training | removed | flipped | relevance in lungs and heart", failures),
         "pooling": (
             "500 test images | attention on the heart, AP | k-NN, AUC | linear, AUC",
-            [Row(title, run, figures, other) for run, (title, other) in poolings.items()],
+            [Row(title, run, pooling, other) for title, run, other in POOLINGS],
         ),
         "few_labels": ("symbols | accuracy", few),
     }
@@ -143,22 +135,23 @@ def of_classifiers() -> dict[str, tuple[str, list[Row]]]:
 
 def collect(runs: Path) -> dict[str, dict]:
     """{run: command, seed, versions, machine and metrics} of the finished runs in a folder."""
-    found = {}
-    for path in sorted(runs.glob("*/metrics.json")):
-        if not (path.parent / "config.json").exists():
-            continue  # evaluate.py's metrics of published weights
-        config = json.loads((path.parent / "config.json").read_text())
-        about = {key: config[key] for key in ("command", "seed", "versions", "machine")}
-        found[path.parent.name] = about | {k: round(v, 5) for k, v in json.loads(path.read_text()).items()}
-    if not found:
+    results = {}
+    for path in sorted(runs.glob("*/config.json")):  # published weights have metrics alone
+        if (metrics := path.with_name("metrics.json")).exists():
+            config = json.loads(path.read_text())
+            results[path.parent.name] = {
+                key: config[key] for key in ("command", "seed", "versions", "machine")
+            }
+            results[path.parent.name] |= {k: round(v, 5) for k, v in json.loads(metrics.read_text()).items()}
+    if not results:
         raise SystemExit(f"experiments.tables: {runs} holds no finished run; the tables stay as they are")
-    return found
+    return results
 
 
 def points(runs: dict, experiment: str, figure: str) -> dict[int, float]:
     """{seed: percentage} of a figure, over the runs EXPERIMENT-SEED that have it."""
-    found = [run for name, run in runs.items() if name.rsplit("-", 1)[0] == experiment]
-    return {run["seed"]: 100 * run[figure] for run in found if figure in run}
+    named = [run for name, run in runs.items() if name.rpartition("-")[0] == experiment]
+    return {run["seed"]: 100 * run[figure] for run in named if figure in run}
 
 
 def gaps(a: dict[int, float], b: dict[int, float]) -> list[float]:
@@ -191,12 +184,13 @@ def compared(runs: dict, header: str, rows: list[Row]) -> str:
     """The rows that were measured: figures, in brackets their differences to the reference, and seeds."""
     lines = []
     for row in rows:
-        found = [points(runs, row.experiment, figure) for figure in row.figures]
-        cells = [spread(list(values.values())) for values in found]
-        for i, values in enumerate(found):
-            gap = gaps(values, points(runs, row.reference, row.figures[i]))
+        measured = [points(runs, row.experiment, figure) for figure in row.figures]
+        cells = [spread(list(values.values())) for values in measured]
+        for i, figure in enumerate(row.figures):
+            gap = gaps(measured[i], points(runs, row.reference, figure))
             cells[i] += f" ({spread(gap, '+')})" if gap else ""
-        lines += [[row.title, *cells, str(len(found[0]))]] if any(found) else []
+        if any(measured):
+            lines.append([row.title, *cells, str(len(measured[0]))])
     return markdown(f"{header} | seeds", lines)
 
 
@@ -204,38 +198,39 @@ def measured(runs: dict, claim: Claim) -> list[str]:
     """A claim's row: the paper's figure, bar, mean, interval, and in how many seeds it reaches the bar."""
     experiment, figure = claim.figure.split()
     values, sign = points(runs, experiment, figure), ""
-    found = list(values.values())
+    results = list(values.values())
     if claim.minus:
         start = points(runs, *[*claim.minus.split(), figure][:2])
-        found, sign = gaps(values, start), "+"
+        results, sign = gaps(values, start), "+"
     if claim.end:
         end, sign = points(runs, claim.end, figure), ""
         seeds = sorted(values.keys() & start.keys() & end.keys())
-        found = [100 * (values[s] - start[s]) / (end[s] - start[s]) for s in seeds]
-    holds = f"{sum(x >= claim.bar for x in found)} of {len(found)}" if found else "not measured"
-    row = [str(claim.number), claim.text, claim.paper, f"{claim.bar:g}"]
-    return [*row, spread(found, sign), interval(found, sign), holds]
+        results = [100 * (values[s] - start[s]) / (end[s] - start[s]) for s in seeds]
+    bar, holds = "", claim.verdict
+    if claim.bar is not None:
+        bar, holds = f"{claim.bar:g}", f"{sum(x >= claim.bar for x in results)} of {len(results)}"
+    row = [str(claim.number), claim.text, claim.paper, bar, spread(results, sign), interval(results, sign)]
+    return [*row, holds if results else "not measured"]
 
 
 def of_claims(runs: dict) -> dict[str, str]:
     """All claims; and their summary: the first of each number, and which others do not hold in every seed."""
     header = "no. | claim, in points | paper | at least | here | 95 % interval | holds in seeds"
-    rows, short = [measured(runs, claim) for claim in claims()], {}
+    rows, first, others = [measured(runs, claim) for claim in claims()], {}, {}
     for row in rows:
-        held, _, seeds = row[-1].partition(" of ")
-        head = short.setdefault(row[0], [*row, ""])
-        if held != seeds and row[:2] != head[:2]:
-            head[-1] += f"{'; ' * bool(head[-1])}{row[1]}: {row[4]} ({row[-1]})"
-    also = "other comparisons that do not hold in every seed"
-    return {
-        "claims": markdown(header, rows, 2),
-        "summary": markdown(f"{header} | {also}", list(short.values()), 2),
-    }
+        number, text, _, _, here, _, holds = row
+        held, _, seeds = holds.partition(" of ")
+        if first.setdefault(number, row) is not row and held != seeds and holds != "no claim":
+            value = f"{here.split(' ')[0]} ({holds})" if seeds else holds
+            others[number] = [*others.get(number, []), f"{text}: {value}"]
+    summary = [[*row, "; ".join(others.get(number, []))] for number, row in first.items()]
+    header_too = f"{header} | other comparisons that do not hold in every seed"
+    return {"claims": markdown(header, rows, 2), "summary": markdown(header_too, summary, 2)}
 
 
 def of_costs(costs: dict[str, list[float]]) -> dict[str, str]:
     """Medians and quartiles of benchmark.py's ratios."""
-    rows = {table: [] for table in COSTS}
+    rows: dict[str, list] = {table: [] for table in COSTS}
     for name, (low, median, high) in costs.items():
         table = next(table for table, word in COSTS.items() if word in name)
         rows[table].append([name, f"{median:.2f}" + (f" ({low:.2f} to {high:.2f})" if low < high else "")])
@@ -244,10 +239,11 @@ def of_costs(costs: dict[str, list[float]]) -> dict[str, str]:
 
 def tables(runs: dict, costs: dict[str, list[float]]) -> dict[str, str]:
     """All tables, by name."""
-    made = {name: compared(runs, *table) for name, table in (of_pretraining() | of_classifiers()).items()}
-    first = {name: run for name, run in runs.items() if run["seed"] == 0}
-    made["failures"] = compared(first, *of_classifiers()["failures"])
-    return of_claims(runs) | made | of_costs(costs)
+    seed_0 = {name: run for name, run in runs.items() if run["seed"] == 0}
+    of_runs = {
+        name: compared(seed_0 if name == "failures" else runs, *table) for name, table in layout().items()
+    }
+    return of_claims(runs) | of_runs | of_costs(costs)
 
 
 def fill(text: str, made: dict[str, str]) -> str:

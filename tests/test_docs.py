@@ -1,5 +1,6 @@
 """README.md and docs/: the snippets run, and the flags, files and commands in them exist."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -137,6 +138,12 @@ def test_every_file_exists():
     modules = re.findall(r"python -m ((?:common|experiments)\.\w+)", TEXT)
     named |= {f"{module.replace('.', '/')}.py" for module in modules}
     assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_the_readme_explains_what_an_epoch_prints(span_run):
+    epoch = json.loads((span_run / "metrics.jsonl").read_text().splitlines()[0])
+    for name in epoch.keys() - {"epoch", "images_per_s"}:
+        assert f"`{name}`" in DOCS[ROOT / "README.md"], name
 
 
 def test_the_readme_is_short_and_lists_every_file_of_the_root():
