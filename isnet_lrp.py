@@ -26,9 +26,9 @@ A network can satisfy the loss and keep its shortcut. Each part closes one way t
     a patch embedding covers background      `whole_patches`: it cannot leave out some pixels of a patch
 
 On absence: a unit that its bias activates and the marker silences has no relevance where the marker is.
-Elsewhere its relevance goes to the bias and never to a pixel, but it shows in the unit's own layer. None of
-this is proof. LRP distributes activations, so evidence that silences units is nearly invisible to it: a frame
-or a tint around the foreground gets past the loss. Test on images where the shortcut contradicts the label.
+Elsewhere its relevance goes to the bias and to no pixel, but it shows in the unit's own layer. None of this
+is proof: LRP hardly sees evidence that silences units, so a frame or a tint around the foreground gets past
+the loss. Test on images where the shortcut contradicts the label.
 
 Where we differ:
 
@@ -156,10 +156,9 @@ def relevance_range(totals: Tensor) -> tuple[float, float]:
     mean, sd = totals.mean().item(), totals.std(correction=0).item()
     c1, c2 = max(mean / 5, mean - 3 * sd), mean + 3 * sd
     if not 0 < c1 < c2 < math.inf:
-        raise FloatingPointError(
-            f"a plain classifier's relevance has no range (mean {mean:.3g}, deviation {sd:.3g}): give masks "
-            "to more images, or lower --lr"
-        )
+        sizes = f"mean {mean:.3g}, deviation {sd:.3g}"
+        remedy = "give masks to more images, or lower the learning rate"
+        raise FloatingPointError(f"a plain classifier's relevance has no range ({sizes}): {remedy}")
     return c1, c2
 
 

@@ -11,14 +11,13 @@ gamma = (1 - alpha) / 2: 1 is the mean, infinity the maximum; the paper uses 1.2
 There are no value weights, so only the attention can choose; the authors find that it outlines objects.
 
 The paper's Algorithm 1 writes many poolings (its Table 1) as one loop: a vector u asks the patches for
-attention a = h(q . k) and becomes a mean of their values, weighted by a. These are the ones that `--pool` of
-train.py selects:
+attention a = h(q . k) and becomes a mean of their values, weighted by a:
 
-    --pool     u starts as    q . k                   a                     u becomes                  steps
-    cls        learned        W_Q LN(u) . W_K LN(X)   softmax, by head      u + W_O (W_V LN(X) a),     depth
+               u starts as    q . k                   a                     u becomes                  steps
+    ViT's CLS  learned        W_Q LN(u) . W_K LN(X)   softmax, by head      u + W_O (W_V LN(X) a),     depth
                                                                             then an MLP (`vit.py`)
-    gap        mean of X      -                       1 / N                 X a                        1
-    simpool    mean of X      W_Q u . W_K LN(X)       softmax               (V^gamma a)^(1/gamma)      1
+    GAP        mean of X      -                       1 / N                 X a                        1
+    SimPool    mean of X      W_Q u . W_K LN(X)       softmax               (V^gamma a)^(1/gamma)      1
 
 Where we differ from the published code: the minimum in (16) is over each image, not over the batch, so that
 an embedding does not depend on the other images. Powers are computed in float32, relative to the maximum, so
