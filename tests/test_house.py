@@ -13,12 +13,16 @@ SCRIPTS = ["train", "evaluate"]
 STOREYS = [CONCEPTS, ["common"], SCRIPTS, ["experiments"]]
 
 
-def imported(path: Path) -> set[str]:
-    """The top-level names of all modules that a file imports at any place, by their first part."""
-    nodes = list(ast.walk(ast.parse(path.read_text())))
-    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-    return {name.split(".")[0] for name in names}
+def names_in(source: str) -> tuple[set[str], set[str]]:
+    """All modules that a source imports at any place, `a.b` also as `from a import b`; and all names in it."""
+    modules, names = set(), set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        names |= {getattr(node, field, None) for field in ("id", "attr", "name", "arg")}
+    return modules, names
 
 
 def test_the_root_holds_the_concepts_and_the_two_scripts():
@@ -30,9 +34,9 @@ def test_a_storey_imports_only_itself_and_what_lies_below(storey):
     above = {name for names in STOREYS[storey + 1 :] for name in names}
     beside = set(STOREYS[storey]) if STOREYS[storey] in (CONCEPTS, SCRIPTS) else set()
     for name in STOREYS[storey]:
-        files = [ROOT / f"{name}.py"] if (ROOT / f"{name}.py").exists() else (ROOT / name).glob("*.py")
-        for path in files:
-            assert not imported(path) & (above | beside - {name}), path
+        for path in [ROOT / f"{name}.py", *(ROOT / name).glob("*.py")]:
+            modules, _ = names_in(path.read_text() if path.exists() else "")
+            assert not {module.split(".")[0] for module in modules} & (above | beside - {name}), path
 
 
 def test_each_concept_file_alone_in_an_empty_folder_imports(tmp_path):
@@ -44,8 +48,21 @@ def test_each_concept_file_alone_in_an_empty_folder_imports(tmp_path):
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
+def sees_all_settings(source: str) -> bool:
+    modules, names = names_in(source)
+    return "common.config" in modules or bool({"Config", "config"} & names)
+
+
+@pytest.mark.parametrize(
+    "use",
+    ["from common.config import parse", "from common import config as c", "x.Config", "def f(config): 0"],
+)
+def test_a_use_of_all_settings_is_noticed(use):
+    assert sees_all_settings(use) and not sees_all_settings(f'"""{use}"""')
+
+
 def test_no_file_but_the_config_s_users_sees_all_settings():
     """Functions take the values that they need, so that a reader sees what they depend on."""
-    allowed = {"config.py", "checks.py", "models.py", "runs.py", "checkpoint.py"}  # make, check, use and store them
-    users = {path.name for path in (ROOT / "common").glob("*.py") if "Config" in path.read_text()}
-    assert users <= allowed
+    allowed = {"config", "checks", "models", "runs", "checkpoint"}  # make, check, use and store them
+    paths = [*(ROOT / "common").glob("*.py"), *(ROOT / f"{name}.py" for name in CONCEPTS)]
+    assert {path.stem for path in paths if sees_all_settings(path.read_text())} <= allowed

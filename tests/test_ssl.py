@@ -6,30 +6,20 @@ from pathlib import Path
 
 import pytest
 
-SAME_FOLDER = "import ssl, os; print(os.path.dirname(ssl.__file__) == os.path.dirname(os.__file__))"
-UNKNOWN = "import ssl\ntry: ssl.nonsense\nexcept AttributeError as e: print(e)"
+SNIPPETS = {  # what each prints
+    "import sys, ssl; print('torch' in sys.modules)": "False",
+    "import ssl, os; print(os.path.dirname(ssl.__file__) == os.path.dirname(os.__file__))": "True",
+    "import ssl; print(type(ssl.create_default_context()).__name__)": "SSLContext",
+    "import asyncio, urllib.request as r, tqdm.auto, torch; print(r.HTTPSHandler.__name__)": "HTTPSHandler",
+    "import pip._internal.cli.main, ssl; print(ssl.SSLError.__name__)": "SSLError",
+    "from ssl import DINO, DINOHead, DINOLoss, SSLContext; import dino; print(DINO is dino.DINO)": "True",
+    "import torch; from ssl import RelViT; print(RelViT.__module__)": "relvit",
+    "import ssl\ntry: ssl.nonsense\nexcept AttributeError as e: print(e)": "module 'ssl' has no attribute 'nonsense'",
+}
 
 
-@pytest.mark.parametrize(
-    "code, printed",
-    [
-        ("import sys, ssl; print('torch' in sys.modules)", "False"),
-        (SAME_FOLDER, "True"),
-        ("import ssl; print(type(ssl.create_default_context()).__name__)", "SSLContext"),
-        (
-            "import asyncio, urllib.request as r, tqdm.auto, torch; print(r.HTTPSHandler.__name__)",
-            "HTTPSHandler",
-        ),
-        ("import pip._internal.cli.main; import ssl; print(ssl.SSLError.__name__)", "SSLError"),
-        (
-            "from ssl import DINO, DINOHead, DINOLoss, SSLContext; import dino; print(DINO is dino.DINO)",
-            "True",
-        ),
-        ("import torch; from ssl import RelViT; print(RelViT.__module__)", "relvit"),
-        (UNKNOWN, "module 'ssl' has no attribute 'nonsense'"),
-    ],
-)
-def test_a_fresh_interpreter_in_this_folder_finds_the_standard_library_and_our_methods(code, printed):
+@pytest.mark.parametrize("code", SNIPPETS)
+def test_a_fresh_interpreter_in_this_folder_finds_the_standard_library_and_our_methods(code):
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
-    assert done.stdout.strip() == printed, done.stderr
+    assert done.stdout.strip() == SNIPPETS[code], done.stderr

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from vit import Features, ViT
+from simpool import GAP
+from vit import ViT
 
-GOLDEN = Path(__file__).parent / "golden"
+IMAGES = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
 def small(**options) -> ViT:
@@ -18,7 +18,8 @@ def small(**options) -> ViT:
 
 
 def test_features_and_attention_equal_those_of_the_published_vit():
-    golden = {k: torch.from_numpy(v) for k, v in np.load(GOLDEN / "dino_vit.npz").items()}
+    arrays = np.load(Path(__file__).parent / "golden" / "dino_vit.npz")
+    golden = {k: torch.from_numpy(v) for k, v in arrays.items()}
     img, patch, *size = [int(golden[f"config.{name}"]) for name in ("img", "patch", "dim", "depth", "heads")]
     vit = ViT(img, patch, 3, *size).eval()
     weights = {k.removeprefix("weight."): v for k, v in golden.items() if k.startswith("weight.")}
@@ -37,54 +38,47 @@ def test_features_and_attention_equal_those_of_the_published_vit():
 
 @pytest.mark.parametrize("layer", [0, 1, -1, -3])
 def test_the_returned_row_is_the_cls_row_of_the_full_map_in_every_block(layer):
-    vit, images = small(), torch.rand(2, 1, 16, 16)
-    maps = vit.attention_maps(images)
-    torch.testing.assert_close(vit(images, layer=layer).attention, maps[:, layer, :, 0, 1:])
+    vit = small()
+    maps = vit.attention_maps(IMAGES)
+    torch.testing.assert_close(vit(IMAGES, layer=layer).attention, maps[:, layer, :, 0, 1:])
     torch.testing.assert_close(maps.sum(dim=-1), torch.ones(2, 3, 3, 17))
 
 
 def test_returning_attention_changes_neither_features_nor_their_gradient_and_has_one_of_its_own():
-    vit, images = small(), torch.rand(2, 1, 16, 16)
-    results = []
-    for layer in (None, -1):
-        vit.zero_grad()
-        features = vit(images, layer=layer)
-        features.pooled.square().sum().backward()
-        results.append((features.pooled, vit.blocks[-1].attn.qkv.weight.grad.clone()))
-    assert vit(images, layer=None).attention is None
-    assert all(torch.equal(a, b) for a, b in zip(*results))
-    vit.zero_grad()
-    vit(images).attention[:, 0, 5].sum().backward()
-    assert vit.blocks[-1].attn.qkv.weight.grad.abs().sum() > 0
+    vit = small()
+    weights = vit.blocks[-1].attn.qkv.weight
+    alone, beside = vit(IMAGES, layer=None), vit(IMAGES)
+    assert alone.attention is None and torch.equal(alone.pooled, beside.pooled)
+    gradients = (
+        torch.autograd.grad(features.pooled.square().sum(), weights)[0] for features in (alone, beside)
+    )
+    assert torch.equal(*gradients)
+    assert torch.autograd.grad(vit(IMAGES).attention[:, 0, 5].sum(), weights)[0].any()
 
 
 def test_memory_of_the_row_grows_with_the_number_of_patches_and_not_with_its_square():
-    def row_bytes(side: int) -> int:
-        """Bytes that autograd keeps because the row is returned."""
-        vit, images, kept = small(img_size=side).requires_grad_(), torch.rand(1, 1, side, side), {}
-        for layer in (None, -1):
-            held = []
-            with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t.nbytes) or t, lambda t: t):
-                vit(images, layer=layer)
-            kept[layer] = sum(held)
-        return kept[-1] - kept[None]
+    def kept_bytes(side: int, layer: int | None) -> int:
+        kept, vit = [], small(img_size=side)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+            vit(torch.rand(1, 1, side, side), layer=layer)
+        return sum(kept)
 
-    small_grid, large_grid = row_bytes(16), row_bytes(64)  # 16 times the patches
-    assert small_grid > 0 and large_grid < 17 * small_grid
+    few, many = (kept_bytes(side, -1) - kept_bytes(side, None) for side in (16, 64))  # 16 times the patches
+    assert few > 0 and many < 17 * few
 
 
 def test_other_image_sizes_get_resized_positions():
     vit = small()
-    features = vit(torch.rand(2, 1, 8, 24))
-    assert vit.grid(torch.rand(2, 1, 8, 24)) == (2, 6)
+    images = torch.rand(2, 1, 8, 24)
+    features = vit(images)
+    assert vit.grid(images) == (2, 6)
     assert features.patches.shape == (2, 12, 12) and features.attention.shape == (2, 3, 12)
     assert torch.equal(vit.positions_for((4, 4)), vit.pos_embed)
-    with torch.no_grad():  # a constant embedding stays constant
-        vit.pos_embed.fill_(0.7)
-    torch.testing.assert_close(vit.positions_for((2, 6)), torch.full((1, 13, 12), 0.7))
-    with torch.no_grad():  # one that depends on the row alone still does
+    with torch.no_grad():  # an embedding that depends on the row alone still does
         vit.pos_embed[:, 1:] = torch.arange(4.0).repeat_interleave(4)[None, :, None]
-    rows = vit.positions_for((2, 6))[0, 1:, 0].view(2, 6)
+    resized = vit.positions_for((2, 6))
+    assert torch.equal(resized[:, 0], vit.pos_embed[:, 0])  # CLS has no place to be resized
+    rows = resized[0, 1:, 0].view(2, 6)
     torch.testing.assert_close(rows, rows[:, :1].expand(2, 6))
     assert rows[1, 0] > rows[0, 0] + 1
 
@@ -97,29 +91,15 @@ def test_a_vit_for_oblong_images_reads_patches_row_by_row():
     assert [i for i in range(8) if not torch.equal(tokens[i], tokens[0])] == [4]
 
 
-def test_without_positions_the_order_of_patches_means_nothing():
-    vit, images = small(), torch.rand(1, 1, 16, 16)
-    swapped = torch.cat([images[:, :, 8:], images[:, :, :8]], dim=2)  # exchanges whole rows of patches
-    torch.testing.assert_close(vit(images, positions=False).pooled, vit(swapped, positions=False).pooled)
-    assert not torch.allclose(vit(images).pooled, vit(swapped).pooled, atol=1e-5)
-
-
 def test_a_pool_replaces_the_cls_token_and_the_last_norm_comes_after_it():
     """In this order as in SimPool's release: before the pool, it would be undone by the shift of (16)."""
-    seen = []
-
-    class Mean(nn.Module):
-        def forward(self, patches):
-            seen.append(patches)
-            return patches.mean(dim=1), torch.full(patches.shape[:2], 1 / patches.shape[1])
-
-    vit = small(pool=Mean(), registers=2)
-    features = vit(torch.rand(2, 1, 16, 16))
-    assert isinstance(features, Features) and seen[0].shape == (2, 16, 12)
+    patches, vit = [], small(pool=GAP(), registers=2)
+    vit.pool.register_forward_hook(lambda module, inputs, output: patches.extend(inputs))
+    features = vit(IMAGES)
+    assert patches[0].shape == (2, 16, 12) and features.attention.shape == (2, 1, 16)
     assert not hasattr(vit, "cls_token") and vit.pos_embed.shape == (1, 16, 12)
-    torch.testing.assert_close(features.pooled, vit.norm(seen[0].mean(dim=1)))
-    torch.testing.assert_close(features.patches, vit.norm(seen[0]))
-    assert features.attention.shape == (2, 1, 16)
+    torch.testing.assert_close(features.pooled, vit.norm(patches[0].mean(dim=1)))
+    torch.testing.assert_close(features.patches, vit.norm(patches[0]))
 
 
 def test_stochastic_depth_drops_whole_branches_and_keeps_the_mean():
