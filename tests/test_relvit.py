@@ -1,5 +1,6 @@
 """RelViT's targets are the published ones, its views give nothing away, and it learns its tasks."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -16,29 +17,33 @@ def seeded(seed: int = 0) -> Generator:
     return Generator().manual_seed(seed)
 
 
+def places(height: int, width: int) -> torch.Tensor:
+    """An image of two channels, every pixel of which holds its place in [0, 1]."""
+    return torch.stack(
+        torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
+    )
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_targets_are_the_published_ones_ordered_and_shuffled(task):
     golden = np.load(Path(__file__).parent / "golden" / "relvit_targets.npz")
     side, order = int(golden["side"]), torch.from_numpy(golden["permutation"])[None]
     targets, published = relation_targets(side, side), {"positions": "abs_positions"}.get(task, task)
-    for found, how in ((targets[task], "ordered"), (shuffled(targets, order)[task][0], "shuffled")):
+    for target, how in ((targets[task], "ordered"), (shuffled(targets, order)[task][0], "shuffled")):
         expected = torch.from_numpy(golden[f"{how}.{published}"])
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-4 if task == "angles" else 1e-5)
+        torch.testing.assert_close(target, expected, rtol=1e-5, atol=2e-4 if task == "angles" else 1e-5)
 
 
 def test_targets_of_a_grid_that_is_not_square_and_what_a_constant_reaches():
     targets, angles = relation_targets(2, 3), np.zeros((6, 6))
-    places = [(y, x) for y in range(2) for x in range(3)]
-    for i, (y, x) in enumerate(places):
-        assert targets["positions"][i] == i
-        for j, (y2, x2) in enumerate(places):
-            assert targets["relations"][i, j] == 3 * (np.sign(y - y2) + 1) + np.sign(x - x2) + 1
-            a, b = (x + 1.5, y + 1.0), (x2 + 1.5, y2 + 1.0)  # moved by half of the columns and of the rows
-            cosine = (a[0] * b[0] + a[1] * b[1]) / (np.hypot(*a) * np.hypot(*b) + 1e-4)
-            angles[i, j] = 0 if i == j else np.arccos(cosine)
-            distance = 2 * np.hypot(y - y2, x - x2) / 5**0.5 - 1
-            assert targets["distances"][i, j].item() == pytest.approx(distance, abs=1e-6)
+    for (i, y, x), (j, y2, x2) in itertools.product([(i, *divmod(i, 3)) for i in range(6)], repeat=2):
+        assert targets["relations"][i, j] == 3 * (np.sign(y - y2) + 1) + np.sign(x - x2) + 1
+        a, b = (x + 1.5, y + 1.0), (x2 + 1.5, y2 + 1.0)  # moved by half of the columns and of the rows
+        angles[i, j] = i != j and np.arccos(np.dot(a, b) / (np.hypot(*a) * np.hypot(*b) + 1e-4))
+        distance = 2 * np.hypot(y - y2, x - x2) / 5**0.5 - 1
+        assert targets["distances"][i, j].item() == pytest.approx(distance, abs=1e-6)
     np.testing.assert_allclose(targets["angles"], 2 * angles / angles.max() - 1, atol=1e-3)
+    assert targets["positions"].tolist() == list(range(6))
     levels, d = chance(targets), targets["distances"]
     counts = np.bincount(targets["relations"].flatten())
     assert levels["relations"] == pytest.approx(counts.max() / 36) and levels["positions"] == 1 / 6
@@ -46,11 +51,9 @@ def test_targets_of_a_grid_that_is_not_square_and_what_a_constant_reaches():
 
 
 def test_whole_boxes_cut_an_image_into_itself_and_an_order_moves_its_patches():
-    images = torch.rand(2, 3, 8, 12, generator=seeded())
-    boxes = patch_boxes(2, 2, 3, seeded(), shrink=1.0)
+    images, boxes = torch.rand(2, 3, 8, 12, generator=seeded()), patch_boxes(2, 2, 3, seeded(), shrink=1.0)
     torch.testing.assert_close(cut(images, boxes, (2, 3), 4), images)
-    order = torch.tensor([[5, 1, 2, 3, 4, 0]] * 2)
-    moved = cut(images, boxes.gather(1, order[..., None].expand(-1, -1, 4)), (2, 3), 4)
+    moved = cut(images, boxes[:, [5, 1, 2, 3, 4, 0]], (2, 3), 4)
     torch.testing.assert_close(moved[:, :, :4, :4], images[:, :, 4:, 8:])
     torch.testing.assert_close(moved[:, :, :4, 4:8], images[:, :, :4, 4:8])
 
@@ -60,10 +63,10 @@ def test_boxes_stay_within_their_cells_which_fill_the_image(mega):
     cells = patch_boxes(2000, 3, 4, seeded(), shrink=1.0, mega=mega).view(2000, 3, 4, 4)
     boxes = patch_boxes(2000, 3, 4, seeded(), shrink=0.8, mega=mega).view(2000, 3, 4, 4)
     corner, size = cells.split(2, dim=-1)
-    torch.testing.assert_close(size[..., 0].sum(dim=1), torch.ones(2000, 4))
-    torch.testing.assert_close(size[..., 1].sum(dim=2), torch.ones(2000, 3))
-    torch.testing.assert_close(corner[:, 1:, :, 0], (corner + size)[:, :-1, :, 0])
-    torch.testing.assert_close(corner[:, :, 1:, 1], (corner + size)[:, :, :-1, 1])
+    for axis, dim in enumerate((1, 2)):  # cells begin where the one before ends, and the last ends at 1
+        starts, ends = corner[..., axis].movedim(dim, 0), (corner + size)[..., axis].movedim(dim, 0)
+        torch.testing.assert_close(starts[1:], ends[:-1])
+        torch.testing.assert_close(ends[-1], torch.ones_like(ends[-1]))
     inner = boxes[..., :2] - corner
     assert (inner >= -1e-6).all() and (inner <= 0.2 * size + 1e-6).all()
     torch.testing.assert_close(boxes[..., 2:], 0.8 * size)
@@ -76,7 +79,7 @@ def test_boxes_stay_within_their_cells_which_fill_the_image(mega):
 def test_each_patch_changes_its_colours_on_its_own_and_stays_in_range():
     views = torch.rand(3, 3, 8, 16, generator=seeded())
     changed = jitter(views, 4, seeded())
-    assert changed.shape == views.shape and changed.min() >= 0 and changed.max() <= 1
+    assert changed.min() >= 0 and changed.max() <= 1
     torch.testing.assert_close(jitter(views, 4, seeded(), strength=0.0), views)
     grey = jitter(torch.full((20, 1, 8, 8), 0.5), 4, seeded()).unflatten(3, (2, 4)).unflatten(2, (2, 4))
     level = grey[:, 0, :, 0, :, 0]
@@ -87,19 +90,16 @@ def test_each_patch_changes_its_colours_on_its_own_and_stays_in_range():
 
 @pytest.mark.parametrize("mega", [False, True])
 def test_a_shuffled_view_says_where_each_patch_was_cut(mega):
-    y, x = torch.meshgrid(torch.linspace(0, 1, 32), torch.linspace(0, 1, 48), indexing="ij")
-    images = torch.stack([y, x]).expand(6, 2, 32, 48)  # every pixel holds its place
+    images = places(32, 48).expand(6, 2, 32, 48)
     views, boxes, order = patch_views(images, (2, 3), 8, seeded(), mega=mega, shuffle=True)
-    assert views.shape == (6, 2, 16, 24)
+    assert views.shape == (6, 2, 16, 24) and (order != torch.arange(6)).any()
     assert torch.equal(order.sort(dim=1).values, torch.arange(6).expand(6, 6))
-    assert (order != torch.arange(6)).any()
     means = F.avg_pool2d(cut(images, boxes, (2, 3), 8), 8).flatten(2)  # (B, 2, N)
     centres = (boxes[:, :, :2] + boxes[:, :, 2:] / 2).transpose(1, 2)
     torch.testing.assert_close(means, centres, rtol=0, atol=0.02)
     back = centres.gather(2, order.argsort(dim=1)[:, None].expand(-1, 2, -1)).unflatten(2, (2, 3))
     assert (back[:, 0, 0] < back[:, 0, 1]).all() and (back[:, 1].diff(dim=2) > 0).all()  # in order again
-    plain, _, none = patch_views(images, (2, 3), 8, seeded(), mega=mega)
-    assert none is None and plain.shape == views.shape
+    assert patch_views(images, (2, 3), 8, seeded(), mega=mega)[2] is None
 
 
 def test_large_cells_are_averaged():
@@ -139,18 +139,16 @@ def test_without_positions_the_order_of_patches_carries_no_information():
     torch.manual_seed(0)
     model = RelViT(ViT(16, 4, 1, 18, 2, 2), 18, (4, 4)).eval()
     images, boxes = torch.rand(2, 1, 16, 16), patch_boxes(2, 4, 4, seeded())
-    order = torch.stack([torch.randperm(16) for _ in range(2)])[..., None]
-    mixed = model(cut(images, boxes.gather(1, order.expand(-1, -1, 4)), (4, 4), 4), order[..., 0])
-    whole = model(cut(images, boxes, (4, 4), 4))
-    expected = whole[2].patches.gather(1, order.expand(-1, -1, 18))
-    torch.testing.assert_close(mixed[2].patches, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(mixed[0], whole[0])
+    order = torch.randperm(16)
+    loss, _, mixed = model(cut(images, boxes[:, order], (4, 4), 4), order.expand(2, 16))
+    expected, _, whole = model(cut(images, boxes, (4, 4), 4))
+    torch.testing.assert_close(mixed.patches, whole.patches[:, order], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss, expected)
 
 
 def test_it_learns_where_patches_lie():
     torch.manual_seed(0)
-    y, x = torch.meshgrid(torch.linspace(0, 1, 16), torch.linspace(0, 1, 16), indexing="ij")
-    images = torch.stack([y, x]).expand(8, 2, 16, 16)  # every patch shows its place
+    images = places(16, 16).expand(8, 2, 16, 16)
     model = RelViT(ViT(16, 4, 2, 36, 2, 2), 36, (4, 4))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(120):
@@ -163,15 +161,15 @@ def test_it_learns_where_patches_lie():
     assert metrics["angles"] < 0.7 * model.chance["angles"]
 
 
-@pytest.mark.parametrize(
-    "grid, tasks, dim, message",
-    [
-        ((1, 8), TASKS, 18, "1x8 patches have no relations"),
-        ((2, 2), (), 18, "no task; choose from relations"),
-        ((2, 2), ("relation",), 18, "unknown task 'relation'; choose from relations"),
-        ((2, 2), TASKS, 8, "embed_dim 8 is too small for 9 relations"),
-    ],
-)
-def test_tasks_that_cannot_be_learned_are_named(grid, tasks, dim, message):
-    with pytest.raises(ValueError, match=message):
-        RelViT(ViT(16, 8, 1, dim, 1, 1), dim, grid, tasks)
+REFUSED = {
+    "1x8 patches have no relations": (18, (1, 8), TASKS),
+    "no task; choose from relations": (18, (2, 2), ()),
+    "unknown task 'relation'; choose from relations": (18, (2, 2), ("relation",)),
+    "embed_dim 8 is too small for 9 relations": (8, (2, 2), TASKS),
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_tasks_that_cannot_be_learned_are_named(line):
+    with pytest.raises(ValueError, match=line):
+        RelViT(torch.nn.Identity(), *REFUSED[line])
