@@ -19,14 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-
 def random_crops(
-    n: int,
-    scale: tuple[float, float],
-    generator: Generator,
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    n: int, scale: tuple[float, float], generator: Generator, ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: float = 0.0,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Draw n random resized crops: theta (n, 2, 3), on the CPU.
 
     scale: smallest and largest fraction of the image's area, in (0, 1]; ratio: of width to height, relative
@@ -89,15 +85,10 @@ def distort(images: Tensor, generator: Generator, blur: float = 0.5, solarise: f
 
 
 def multi_crop(
-    images: Tensor,
-    generator: Generator,
-    size: int,
-    local_size: int = 0,
-    global_scale: tuple[float, float] = (0.4, 1.0),
-    local_scale: tuple[float, float] = (0.1, 0.4),
-    locals_number: int = 0,
-    flip: float = 0.0,
-) -> tuple[list[Tensor], list[Tensor]]:
+    images: Tensor, generator: Generator, size: int, local_size: int = 0,
+    global_scale: tuple[float, float] = (0.4, 1.0), local_scale: tuple[float, float] = (0.1, 0.4),
+    locals_number: int = 0, flip: float = 0.0,
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """DINO's views of images (B, C, H, W) in [0, 1], one entry per resolution, and their theta.
 
     The first entry holds two global views of `size` px (2 B, C, size, size): the first of every image, always

@@ -96,14 +96,9 @@ def foreground_loss(heatmap: Tensor, mask: Tensor, c1: float, c2: float, hybrid:
 
 
 def isnet_background(
-    heatmap: Tensor,
-    layers: list[Tensor],
-    attention: list[Tensor],
-    mask: Tensor,
-    grid: tuple[int, int],
-    decay: float = 1.0,
-    E: float = 1.0,
-) -> Tensor:
+    heatmap: Tensor, layers: list[Tensor], attention: list[Tensor], mask: Tensor, grid: tuple[int, int],
+    decay: float = 1.0, E: float = 1.0,
+) -> Tensor:  # fmt: skip
     """L_bg(R) + mean_l L_bg(R_l) + mean_a L_att(A_a) of (1): (B,).
 
     heatmap (B, C, H, W) and mask (B, 1, H, W) as in `background_loss`. layers: relevance of inner layers,

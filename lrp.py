@@ -310,16 +310,10 @@ def _reenter(func: types.FunctionType) -> types.FunctionType:
 
 
 def relevance(
-    model: Callable,
-    images: Tensor,
-    target: Tensor | Callable,
-    epsilon: float = 1e-6,
-    gamma: float = 0.0,
-    input_rule: tuple[float, float] | None = None,
-    create_graph: bool = False,
-    signed: bool = False,
+    model: Callable, images: Tensor, target: Tensor | Callable, epsilon: float = 1e-6, gamma: float = 0.0,
+    input_rule: tuple[float, float] | None = None, create_graph: bool = False, signed: bool = False,
     layers: Sequence[nn.Module] = (),
-) -> tuple[Tensor, Tensor] | tuple[list[Tensor], Tensor]:
+) -> tuple[Tensor, Tensor] | tuple[list[Tensor], Tensor]:  # fmt: skip
     """The signed LRP heatmap (B, C, H, W) of a classifier (B, C, H, W) -> (B, K), and its output.
 
     target: labels (B,), whose logits are explained; weights (B, K) of a sum of logits; or a function of the

@@ -133,13 +133,9 @@ def jitter(views: Tensor, patch_size: int, generator: Generator, strength: float
 
 
 def patch_views(
-    images: Tensor,
-    grid: tuple[int, int],
-    patch_size: int,
-    generator: Generator,
-    mega: bool = False,
+    images: Tensor, grid: tuple[int, int], patch_size: int, generator: Generator, mega: bool = False,
     shuffle: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """A view of each image (B, C, H, W) in [0, 1], whose patches are cut and changed one by one.
 
     Returns views (B, C, h * patch_size, w * patch_size), the boxes (B, N, 4) that they were cut from, and, if

@@ -37,8 +37,8 @@ class Block(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.shortcut = nn.Sequential()
         if stride > 1 or in_chans != width:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_chans, width, 1, stride, bias=False), nn.BatchNorm2d(width)
+            self.shortcut.append(nn.Conv2d(in_chans, width, 1, stride, bias=False)).append(
+                nn.BatchNorm2d(width)
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,12 +55,9 @@ class ResNet(nn.Module):
     """
 
     def __init__(
-        self,
-        in_chans: int = 3,
-        embed_dim: int = 64,
-        depths: tuple[int, ...] = (1, 1, 1),
+        self, in_chans: int = 3, embed_dim: int = 64, depths: tuple[int, ...] = (1, 1, 1),
         pool: nn.Module | None = None,
-    ):
+    ):  # fmt: skip
         super().__init__()
         widening = 2 ** (len(depths) - 1)
         if embed_dim % widening:

@@ -124,18 +124,10 @@ class ViT(nn.Module):
     """
 
     def __init__(
-        self,
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int = 16,
-        in_chans: int = 3,
-        embed_dim: int = 384,
-        depth: int = 12,
-        num_heads: int = 6,
-        mlp_ratio: float = 4.0,
-        drop_path: float = 0.0,
-        pool: nn.Module | None = None,
-        registers: int = 0,
-    ):
+        self, img_size: int | tuple[int, int] = 224, patch_size: int = 16, in_chans: int = 3,
+        embed_dim: int = 384, depth: int = 12, num_heads: int = 6, mlp_ratio: float = 4.0,
+        drop_path: float = 0.0, pool: nn.Module | None = None, registers: int = 0,
+    ):  # fmt: skip
         super().__init__()
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}: change one")
@@ -171,9 +163,9 @@ class ViT(nn.Module):
         for side in (height, width):
             if side % p or side < p:
                 near = " or ".join(str(n * p) for n in (side // p, side // p + 1) if n)
+                remedy = f"use a multiple of {p}, such as {near}"
                 raise ValueError(
-                    f"an image of {height}x{width} px cannot be cut into patches of {p} px: "
-                    f"use a multiple of {p}, such as {near}"
+                    f"an image of {height}x{width} px cannot be cut into patches of {p} px: {remedy}"
                 )
         return height // p, width // p
 

@@ -14,7 +14,7 @@ STOREYS = [CONCEPTS, ["common"], SCRIPTS, ["experiments"]]
 
 
 def names_in(source: str) -> tuple[set[str], set[str]]:
-    """All modules that a source imports at any place, `a.b` also as `from a import b`; and all names in it."""
+    """All modules that a source imports, `a.b` also as `from a import b`; and all names in it."""
     modules, names = set(), set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

@@ -14,7 +14,7 @@ SNIPPETS = {  # what each prints
     "import pip._internal.cli.main, ssl; print(ssl.SSLError.__name__)": "SSLError",
     "from ssl import DINO, DINOHead, DINOLoss, SSLContext; import dino; print(DINO is dino.DINO)": "True",
     "import torch; from ssl import RelViT; print(RelViT.__module__)": "relvit",
-    "import ssl\ntry: ssl.nonsense\nexcept AttributeError as e: print(e)": "module 'ssl' has no attribute 'nonsense'",
+    "import ssl\ntry: ssl.no\nexcept AttributeError as e: print(e)": "module 'ssl' has no attribute 'no'",
 }
 
 
