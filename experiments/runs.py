@@ -50,23 +50,14 @@ POOLINGS = {  # SimPool with labels, beside the unmarked classifiers, and withou
     "vit_simpool_span": f"{HALF} --pool simpool",
 }
 SPAN_CHANGES = {  # one thing changed at a time, at seed 0
-    "affine_alignment": "--align affine",
-    "no_alignment": "--align none",
-    "no_following": "--no-follow",
-    "mse": "--span-loss mse",
-    "dice": "--span-loss dice",
-    "layer_before": "--span-layer -2",
-    "local_crops": "--local-crops-number 2",
-    "no_blur": "--prior-blur 0",
-}
+    "affine_alignment": "--align affine", "no_alignment": "--align none", "no_following": "--no-follow",
+    "mse": "--span-loss mse", "dice": "--span-loss dice", "layer_before": "--span-layer -2",
+    "local_crops": "--local-crops-number 2", "no_blur": "--prior-blur 0",
+}  # fmt: skip
 RESNET_CHANGES = {
-    "pixels_only": "--isnet-layers none",
-    "epsilon_rule": "--lrp-gamma 0",
-    "one_logit": "--explain label",
-    "mean_pooling": "--isnet-decay 1",
-    "large_e": "--isnet-e 1",
-    "constant_weight": "--isnet-end 1",
-}
+    "pixels_only": "--isnet-layers none", "epsilon_rule": "--lrp-gamma 0", "one_logit": "--explain label",
+    "mean_pooling": "--isnet-decay 1", "large_e": "--isnet-e 1", "constant_weight": "--isnet-end 1",
+}  # fmt: skip
 VIT_CHANGES = {"vit_unguided": "--isnet-layers relevance", "vit_pixels_only": "--isnet-layers none"}
 
 
@@ -119,6 +110,8 @@ CHANGED = {"dino_long": "--prior none --epochs 60"} | SPAN_CHANGES
 for guided, changes in {"isnet_resnet": RESNET_CHANGES, "isnet_vit": VIT_CHANGES}.items():
     CHANGED |= {name: f"{GUIDED[guided]} {flags}" for name, flags in changes.items()}
 RUNS = MAIN | seeded(against_shortcuts()) | seeded(CHANGED, [0])
+# The runs that a run starts from, or whose attention becomes its masks.
+NEEDED = {name: set(re.findall(r"runs/(\S+)", flags)) for name, flags in RUNS.items()}
 QUICK = r"(span|dino|(unmarked|plain|isnet)_resnet|resnet_simpool_labels|(?!.*_long_).*_symbols50)-0"
 PROBED = {"dino": "span", "parts_dino": "parts_span"}  # also with few labels, side by side
 PICTURES = {  # results/NAME.png: what evaluate.py measures, and the runs that stand side by side
@@ -128,11 +121,6 @@ PICTURES = {  # results/NAME.png: what evaluate.py measures, and the runs that s
     "one_mask": "bias isnet_attention_resnet pipeline_resnet swap_resnet rrr_resnet gain_resnet"
     " multitask_resnet gated_resnet",
 }
-
-
-def needed(name: str) -> set[str]:
-    """The runs that a run starts from, or whose attention becomes its masks."""
-    return set(re.findall(r"runs/(\S+)", RUNS[name]))
 
 
 def command(name: str, folder: Path) -> list[str] | None:
@@ -170,9 +158,9 @@ def train(names: list[str]) -> None:
         if not (ROOT / folder / "labels.csv").exists():
             shutil.rmtree(ROOT / folder, ignore_errors=True)  # drawn in part
             python("-m", "common.symbols", folder, "--train", n, "--seed", seed)
+    commands = {name: command(name, ROOT / "runs" / name) for name in names}
     for later in (False, True):
-        commands = {n: command(n, ROOT / "runs" / n) for n in names if bool(needed(n)) == later}
-        two_at_a_time({name: words for name, words in commands.items() if words})
+        two_at_a_time({n: words for n, words in commands.items() if words and bool(NEEDED[n]) == later})
 
 
 def probe(names: list[str], readouts: list[str]) -> None:
@@ -211,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
     names = [n for n in (RUNS if args.all or args.only else MAIN) if re.fullmatch(QUICK, n) or not args.quick]
     if args.only:
         names = [name for name in names if re.search(args.only, name)]
-        names = sorted(set(names).union(*map(needed, names)))
+        names = sorted({*names}.union(*(NEEDED[name] for name in names)))
     if not names:
         parser.error(f"--only {args.only}: no run has such a name, see --all --list")
     if args.list:

@@ -23,20 +23,14 @@ FILES = ["README.md", "results/README.md", "docs/isnet.md"]
 STUDENT = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # 97.5 % quantile; 2 to 10 seeds
 AUC = ["auc_same", "auc_removed", "auc_flipped", "auc_unseen"]
 SHORTCUT = {
-    "unmarked": "no marker in training",
-    "plain": "plain",
-    "multitask": "multi-task",
-    "gated": "attention-gated",
-    "gain": "GAIN",
-    "rrr": "right for the right reasons",
-    "pipeline": "segmenter, then classifier",
-    "swap": "backgrounds swapped",
-    "isnet": "**ISNet, true masks**",
+    "unmarked": "no marker in training", "plain": "plain", "multitask": "multi-task",
+    "gated": "attention-gated", "gain": "GAIN", "rrr": "right for the right reasons",
+    "pipeline": "segmenter, then classifier", "swap": "backgrounds swapped", "isnet": "**ISNet, true masks**",
     "isnet_prior": "**ISNet, one mask, registered**",
     "isnet_attention": "**ISNet, one mask, SPAN's attention**",
     "pipeline_attention": "segmenter, then classifier, the same mask",
     "swap_attention": "backgrounds swapped, the same mask",
-}
+}  # fmt: skip
 POOLINGS = [  # title, experiment, and what it is compared with
     ("with labels: ViT, CLS, best head", "unmarked_vit", ""),
     ("with labels: ViT, mean", "vit_gap_labels", "unmarked_vit"),
@@ -51,13 +45,10 @@ POOLINGS = [  # title, experiment, and what it is compared with
     ("DINO: **ResNet, SimPool**", "resnet_simpool_dino", "resnet_gap_dino"),
 ]
 FEW_LABELS = {
-    "scratch": "labels alone",
-    "joint": "labels and relations together",
-    "tuned_relvit": "RelViT, then labels",
-    "tuned_dino": "DINO, then labels",
-    "half": "labels alone, half the steps",
-    "tuned_relvit_long": "RelViT 5 times as long, then labels",
-}
+    "scratch": "labels alone", "joint": "labels and relations together",
+    "tuned_relvit": "RelViT, then labels", "tuned_dino": "DINO, then labels",
+    "half": "labels alone, half the steps", "tuned_relvit_long": "RelViT 5 times as long, then labels",
+}  # fmt: skip
 LOCALISATION = {  # title: experiment, and what is measured
     "prior": ("span", "prior"),
     "registered prior": ("span", "aligned_prior"),
@@ -66,7 +57,8 @@ LOCALISATION = {  # title: experiment, and what is measured
     "DINO, best head chosen on validation images": ("dino", "attention"),
 }
 READOUTS = {"linear": "linear layer", "heads": "each head's patches", "finetune": "fine-tuned"}
-COSTS = {  # {table: what the names of its rows contain}; the first that fits
+# {table: what the names of its rows contain}; the first that fits
+COSTS = {
     "isnet_costs": "ISNet / plain",
     "baseline_costs": "/ plain",
     "exposure": "attention",
@@ -137,12 +129,12 @@ def collect(runs: Path) -> dict[str, dict]:
     """{run: command, seed, versions, machine and metrics} of the finished runs in a folder."""
     results = {}
     for path in sorted(runs.glob("*/config.json")):  # published weights have metrics alone
-        if (metrics := path.with_name("metrics.json")).exists():
-            config = json.loads(path.read_text())
-            results[path.parent.name] = {
-                key: config[key] for key in ("command", "seed", "versions", "machine")
-            }
-            results[path.parent.name] |= {k: round(v, 5) for k, v in json.loads(metrics.read_text()).items()}
+        if (path.parent / "metrics.json").exists():
+            config, metrics = (
+                json.loads((path.parent / f).read_text()) for f in ("config.json", "metrics.json")
+            )
+            facts = {key: config[key] for key in ("command", "seed", "versions", "machine")}
+            results[path.parent.name] = facts | {name: round(x, 5) for name, x in metrics.items()}
     if not results:
         raise SystemExit(f"experiments.tables: {runs} holds no finished run; the tables stay as they are")
     return results
@@ -240,10 +232,9 @@ def of_costs(costs: dict[str, list[float]]) -> dict[str, str]:
 def tables(runs: dict, costs: dict[str, list[float]]) -> dict[str, str]:
     """All tables, by name."""
     seed_0 = {name: run for name, run in runs.items() if run["seed"] == 0}
-    of_runs = {
-        name: compared(seed_0 if name == "failures" else runs, *table) for name, table in layout().items()
-    }
-    return of_claims(runs) | of_runs | of_costs(costs)
+    made = {name: compared(runs, *table) for name, table in layout().items()}
+    made["failures"] = compared(seed_0, *layout()["failures"])
+    return of_claims(runs) | made | of_costs(costs)
 
 
 def fill(text: str, made: dict[str, str]) -> str:
@@ -259,15 +250,15 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="TABLE", default=[], help="print these; change nothing")
     args = parser.parse_args()
     costs = json.loads((ROOT / "results/benchmark.json").read_text())
+    runs = collect(args.runs or ROOT / "runs") if args.runs or args.only else None
+    made = tables(runs or json.loads((ROOT / "results/runs.json").read_text()), costs)
+    if not set(args.only) <= set(made):
+        parser.error(f"--only: choose from {', '.join(made)}")
     if args.only:
-        made = tables(collect(args.runs or ROOT / "runs"), costs)
-        if not set(args.only) <= set(made):
-            parser.error(f"--only: choose from {', '.join(made)}")
         print("\n\n".join(made[name] for name in args.only))
         return
-    if args.runs:
-        write_file(ROOT / "results/runs.json", collect(args.runs))
-    made = tables(json.loads((ROOT / "results/runs.json").read_text()), costs)
+    if runs:
+        write_file(ROOT / "results/runs.json", runs)
     for file in FILES:
         write_file(ROOT / file, fill((ROOT / file).read_text(), made))
 
