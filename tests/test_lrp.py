@@ -60,27 +60,17 @@ def test_the_rules_for_transformers_equal_lxt_s():
     torch.testing.assert_close(R, numbers["relevance"], rtol=1e-5, atol=1e-6)
 
 
-def test_the_gamma_rule_equals_a_computation_layer_by_layer():
-    first, second, gamma, epsilon = nn.Linear(6, 5).double(), nn.Linear(5, 3).double(), 0.4, 0.01
-    x = doubles(4, 6).abs()
-    a = first(x).relu()
-    R = F.one_hot(TARGET, 3) * second(a)
-    for inputs, layer in ((a, second), (x, first)):
-        w, b = (v + gamma * v.clamp(min=0) for v in (layer.weight, layer.bias))
-        z = inputs @ w.T + b
-        R = inputs * ((R / (z + epsilon * torch.where(z >= 0, 1, -1))) @ w)
-    found, _ = relevance(nn.Sequential(first, nn.ReLU(), second), x, TARGET, epsilon, gamma)
-    torch.testing.assert_close(found, R)
-
-
-def test_the_signed_gamma_rule_equals_a_computation_contribution_by_contribution():
-    """R_i = sum_j R_j c_ij (1 + gamma [c_ij has the sign of z_j]) / (the same summed over i)."""
-    layer, gamma, x, weights = nn.Linear(6, 5, bias=False).double(), 0.7, doubles(4, 6), doubles(4, 5)
-    c = x[:, None] * layer.weight  # (B, 5, 6)
+@pytest.mark.parametrize("signed", [False, True])
+def test_the_gamma_rules_equal_a_computation_contribution_by_contribution(signed):
+    """R_i = sum_j R_j c_ij (1 + gamma [c_ij is favoured]) / (the same summed over i, biases included)."""
+    layer, gamma, x, weights = nn.Linear(6, 5).double(), 0.7, doubles(4, 6), doubles(4, 5)
+    x = x if signed else x.abs()
+    c = torch.cat([x[:, None] * layer.weight, layer.bias.expand(4, 5)[:, :, None]], dim=2)  # (B, 5, 7)
     z = c.sum(dim=2, keepdim=True)
-    favoured = c * (1 + gamma * (c.sign() == z.sign()))
-    R = (weights[:, :, None] * z * favoured / favoured.sum(dim=2, keepdim=True)).sum(dim=1)
-    torch.testing.assert_close(relevance(layer, x, weights, 0.0, gamma, signed=True)[0], R)
+    favoured = c * (1 + gamma * (c.sign() == (z.sign() if signed else 1)).double())
+    total = favoured.sum(dim=2, keepdim=True)
+    R = (weights[:, :, None] * z * favoured / (total + 0.01 * total.sign())).sum(dim=1)[:, :6]
+    torch.testing.assert_close(relevance(layer, x, weights, 0.01, gamma, signed=signed)[0], R)
 
 
 def cnn() -> nn.Module:
@@ -126,8 +116,8 @@ def test_without_biases_the_relevance_of_images_and_inner_layers_sums_to_the_log
     with torch.no_grad():  # relevance switches gradients on for itself
         inner = {"layers": [model[-1], model[1]]}  # in the order asked for
         (R, head, first), _ = relevance(model, images, TARGET, 1e-10, gamma, signed=signed, **inner)
-    for found in (R, first):
-        torch.testing.assert_close(found.sum(dim=(1, 2, 3)), logit(output), rtol=1e-4, atol=1e-6)
+    for relevances in (R, first):
+        torch.testing.assert_close(relevances.sum(dim=(1, 2, 3)), logit(output), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(head, F.one_hot(TARGET, 3) * output)
     assert torch.equal(R, alone) and not any(m._forward_hooks for m in model)
 
