@@ -326,16 +326,16 @@ def relevance(
     if not images.is_floating_point() or not len(images):
         raise ValueError(f"relevance needs float images, not {images.dtype} {tuple(images.shape)}")
     bounds = [torch.full_like(images, bound, requires_grad=True) for bound in input_rule or ()]
-    seen: dict[nn.Module, Tensor] = {}
+    outputs: dict[nn.Module, Tensor] = {}
     with torch.enable_grad(), LRP(epsilon, gamma, signed) as rules, ExitStack() as hooks:
         for layer in layers:
-            hooks.enter_context(layer.register_forward_hook(lambda m, _, y: seen.update({m: y})))
+            hooks.enter_context(layer.register_forward_hook(lambda m, _, y: outputs.update({m: y})))
         inputs = [rules.watch(images), *bounds]
         rules.box = inputs if bounds else []
         output = rules.current(model(inputs[0]))
         if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(images):
             raise ValueError(f"relevance needs output (B, K), not {getattr(output, 'shape', type(output))}")
-        inner = [rules.current(y[0] if isinstance(y, tuple) else y) for y in (seen[m] for m in layers)]
+        inner = [rules.current(y[0] if isinstance(y, tuple) else y) for y in (outputs[m] for m in layers)]
         gradients = rules.explain(_score(output, target), inputs + inner, create_graph)
     products = [x * g for x, g in zip(inputs + inner, gradients)]
     heatmap = sum(products[: len(inputs)])

@@ -77,8 +77,8 @@ def test_the_dino_snippet_trains_any_student_and_moves_its_teacher():
 
 def test_the_relvit_snippet_trains_a_vit_without_position_embeddings():
     vit, images = TimmLike(), torch.rand(2, 3, 224, 224)
-    given = dict(vit=vit, images=images, generator=torch.Generator(), normalise=lambda x: x - 0.5)
-    run("relvit", **given)["loss"].backward()
+    inputs = dict(vit=vit, images=images, generator=torch.Generator(), normalise=lambda x: x - 0.5)
+    run("relvit", **inputs)["loss"].backward()
     assert vit.patch_embed.proj.weight.grad.any()
     assert vit.pos_embed.grad is None and not vit.pos_embed.any()
 
