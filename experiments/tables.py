@@ -216,8 +216,8 @@ def of_claims(runs: dict) -> dict[str, str]:
             value = f"{here.split(' ')[0]} ({holds})" if seeds else holds
             others[number] = [*others.get(number, []), f"{text}: {value}"]
     summary = [[*row, "; ".join(others.get(number, []))] for number, row in first.items()]
-    header_too = f"{header} | other comparisons that do not hold in every seed"
-    return {"claims": markdown(header, rows, 2), "summary": markdown(header_too, summary, 2)}
+    also = f"{header} | other comparisons that do not hold in every seed"
+    return {"claims": markdown(header, rows, 2), "summary": markdown(also, summary, 2)}
 
 
 def of_costs(costs: dict[str, list[float]]) -> dict[str, str]:
