@@ -171,6 +171,8 @@ def test_settings_that_make_no_sense_are_refused_by_value_limit_and_remedy(words
         ("--task classify --isnet-e 1", "--isnet"),
         ("--task classify --prior statistics", "--task pretrain or --masks prior"),
         ("--marker-kind tint", "--marker"),
+        ("--task classify --baseline gated --masks prior", "--isnet or --baseline multitask.*swap"),
+        ("--task classify --baseline swap --baseline-weight 2", "--baseline multitask.*pipeline"),
         ("--backbone resnet --prior none --registers 2", "--backbone vit"),
     ],
 )
