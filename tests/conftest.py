@@ -59,7 +59,7 @@ def dino_run(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def refused(capsys) -> Callable:
-    """Runs a script's main, which must end with one line, exit status 2, and no traceback; returns the line."""
+    """Runs a script's main, which must end with one line, exit status 2, no traceback; returns the line."""
 
     def run(main: Callable, *argv: str) -> str:
         with pytest.raises(SystemExit) as stop:

@@ -1,4 +1,4 @@
-"""A run survives kills, Ctrl-C, full disks and damaged files, and goes on to the weights of an unbroken one."""
+"""A run survives kills, Ctrl-C, full disks and damage, and goes on to the weights of an unbroken one."""
 
 import json
 import os

@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 
 from common.checks import check
-from common.config import Config, as_config, as_json, option, parse, parser_of
-
-ROOT = Path(__file__).parents[1]
+from common.config import Config, as_json, option, parse
 
 
 def refused(capsys, words: str) -> str:
@@ -32,11 +30,6 @@ def test_defaults_follow_the_task_and_the_backbone():
         and parse("--task classify --data folder".split())[0].findings is None
     )
     assert parse("--task classify --backbone vit".split())[0].lr == 5e-4
-
-
-def test_settings_survive_json():
-    config = parse("--global-scale 0.3 0.9 --out folder".split())[0]
-    assert as_config(json.loads(json.dumps(as_json(config)))) == config
 
 
 def test_underscores_and_the_names_in_dino_s_and_timm_s_scripts_are_understood():
@@ -179,11 +172,3 @@ def test_settings_that_make_no_sense_are_refused_by_value_limit_and_remedy(words
 def test_a_typed_flag_without_effect_is_refused_by_what_it_needs(words, needed):
     with pytest.raises(ValueError, match=f"does nothing without {needed}$"):
         check(*parse(words.split()))
-
-
-def test_no_flag_is_lost():
-    """People's commands go on working: the flags of the first release."""
-    flags = set(parser_of()._option_string_actions)
-    recorded = json.loads((ROOT / "results" / "runs.json").read_text())
-    typed = {word for run in recorded.values() for word in run["command"].split() if word.startswith("--")}
-    assert typed <= flags

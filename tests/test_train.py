@@ -64,13 +64,6 @@ def test_a_seed_gives_the_same_weights_again_and_so_does_a_run_s_config(span_run
     assert not same_weights(span_run, tmp_path / "other")
 
 
-def test_without_a_terminal_there_is_one_line_an_epoch(tmp_path, capsys):
-    train.main([*TINY, "--align", "none", "--out", str(tmp_path / "run")])
-    out, error = capsys.readouterr()
-    assert len(re.findall(r"^epoch \d/2: loss [\d.]+, span_loss .* img/s$", out, re.MULTILINE)) == 2
-    assert "img" not in error
-
-
 def test_priors_may_be_every_image_s_masks_statistics_or_a_file(tmp_path):
     np.save(tmp_path / "priors.npy", phantom(1, seed=9)[1][0].numpy().astype(np.float32))
     for prior in ("masks", "statistics", str(tmp_path / "priors.npy")):
@@ -94,7 +87,6 @@ def test_an_existing_run_is_neither_overwritten_nor_resumed_unless_asked_to(span
     line = refused(train.main, *TINY, "--out", str(span_run))
     assert "holds a run: --resume continues it, --overwrite starts again" in line
     resume = "--out", str(span_run), "--resume"
-    assert "was started with --embed-dim 24, not 48" in refused(train.main, *resume, "--embed-dim", "48")
     assert "was started with --epochs 2, not 15" in refused(train.main, *resume, "--epochs", "15")
     assert "drop --resume" in refused(train.main, "--out", str(tmp_path / "new"), "--resume")
     for name, content in [("dead", (span_run / "config.json").read_text()), ("other", '{"model": "vit"}')]:
@@ -139,14 +131,17 @@ def folder_of_phantoms(path: Path, masked: int) -> Path:
     return path
 
 
-def test_a_folder_with_one_labelled_image_trains_and_says_what_cannot_be_measured(tmp_path, capsys):
+def test_a_folder_with_one_labelled_image_trains_with_a_line_an_epoch_and_says_what_is_missing(
+    tmp_path, capsys
+):
     data = folder_of_phantoms(tmp_path / "mine", masked=1)
     (data / "images" / "05.png").write_bytes(b"")
     train.main([*TINY, "--data", str(data), "--out", str(tmp_path / "run")])
-    printed = capsys.readouterr().out
+    printed, error = capsys.readouterr()
     assert "note: skipped" in printed and "05.png: this image cannot be read" in printed
     assert "no test image" in printed and "can't be measured" in printed
-    assert (tmp_path / "run" / "attention.png").exists()
+    assert len(re.findall(r"^epoch \d/2: loss [\d.]+, span_loss .* img/s$", printed, re.MULTILINE)) == 2
+    assert "img" not in error and (tmp_path / "run" / "attention.png").exists()
 
 
 def test_what_a_folder_lacks_is_said_in_one_line(tmp_path, refused):
@@ -298,7 +293,7 @@ def test_two_processes_train_as_one_does(tmp_path):
 
 
 def by_two_processes(folder: Path, name: str, words: str, stop_at: int | None = None) -> list:
-    """Two forks fit a line to 10 numbers, one may be stopped: [(indices, noise)], last words, weights, rank."""
+    """Two forks fit a line to 10 numbers, one may be stopped: [(indices, noise)], last words, weights."""
     config, _ = parse([*words.split(), "--batch-size", "4", "--out", str(folder)])
     threads, processes, images = torch.get_num_threads(), [], torch.zeros(10, 1, 2, 2)
     torch.set_num_threads(1)
@@ -438,15 +433,14 @@ def test_a_classifier_may_start_from_a_pretrained_encoder_in_its_sizes(span_run,
 
 
 def test_a_run_is_not_resumed_on_other_classes_or_images_than_it_was_trained_on():
-    def spec(names: list[str], findings: list[str]) -> DataSpec:
-        images = torch.zeros(len(names), 1, 8, 8, dtype=torch.uint8)
-        labels = torch.tensor([[0.0, 1], [1, 1], [1, 0]])
-        none = torch.zeros(len(names), dtype=torch.bool)
-        return data_spec(Data(images, None, none, labels, names, [], findings), True, "mine")
+    def spec(names: str, findings: str) -> DataSpec:
+        images, labels = torch.zeros(3, 1, 8, 8).byte(), torch.tensor([[0.0, 1], [1, 1], [1, 0]])
+        data = Data(images, None, torch.zeros(3).bool(), labels, list(names), [], findings.split())
+        return data_spec(data, True, "mine")
 
-    before = spec(["a", "b", "c"], ["cat", "dog"])
-    check_spec(Path("run"), before, spec(["a", "b", "c"], ["cat", "dog"]), "mine")
+    before = spec("abc", "cat dog")
+    check_spec(Path("run"), before, spec("abc", "cat dog"), "mine")
     with pytest.raises(ValueError, match="run learned classes cat, dog, but mine has dog, cat"):
-        check_spec(Path("run"), before, spec(["a", "b", "c"], ["dog", "cat"]), "mine")
+        check_spec(Path("run"), before, spec("abc", "dog cat"), "mine")
     with pytest.raises(ValueError, match="run learned images 3 images"):
-        check_spec(Path("run"), before, spec(["a", "b", "\udcff"], ["cat", "dog"]), "mine")
+        check_spec(Path("run"), before, spec("ab\udcff", "cat dog"), "mine")
