@@ -48,7 +48,7 @@ def check_device(device: str) -> None:
     if device.split(":")[0] not in ("cpu", "cuda", "mps"):
         raise ValueError(f"--device {device} is unknown: choose auto, cpu, cuda or mps")
     try:
-        if device.startswith("cuda:"):
+        if device.startswith("cuda:") and torch.cuda.is_available():
             torch.cuda.set_device(device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -37,9 +37,7 @@ ENCODER = "backbone img_size patch_size embed_dim depth num_heads registers pool
 PER_CALL = ("out", "overwrite", "resume", "keep_going", "device")  # --resume may change these
 PLACES = ("data", "init", "masks", "prior")  # ... and these, if a file or folder that they name has moved
 KEYWORDS = {*"phantom parts data prior attention sample masks statistics none".split(), None}  # no such names
-RECORDED = (
-    "command versions machine channels classes multiclass images relevance_range".split()
-)  # no settings
+NO_SETTINGS = {*"command versions machine channels classes multiclass images relevance_range".split()}
 COUNT, FRACTION, WEIGHT, POSITIVE = (1, 10**9), (0, 1), (0, 1e9), (1e-12, 1e9)  # limits
 KINDS = {"bool": bool, "int": int, "float": float, "Path": Path, "str": str}
 DINO, PENALISED = "ssl=dino", "baseline=" + "|".join(PENALTIES)
@@ -65,14 +63,15 @@ class Config:
     keep_going: bool = flag(False, "train on after a collapse")
     seed: int = flag(0, "random seed of data, weights and views", within=(0, 2**32 - 1))
     device: str = flag("auto", "auto (cuda if there is one, else cpu), cpu, cuda, mps")
-    data: str = flag("phantom", "phantom (X-rays), parts (plates) or a folder", "--data-path", group="data")
+    data: str = flag("phantom", "phantom (X-rays), parts (plates), or a folder", "--data-path", group="data")
     train_images: int = flag(None, "how many training images to draw", within=COUNT)
     img_size: int = flag(64, "pixels a side that images are resized to", within=COUNT)
     findings: tuple[str, ...] = flag(None, "to classify, or all (default: phantom one, else all)", nargs="+")
     marker: float = flag(None, "probability that a marker agrees with the first finding", within=FRACTION)
     marker_kind: str = flag("corner", "L in a corner, anywhere, tint, frame", choices=MARKERS, needs="marker")
     sample: str = flag(None, "name of the reference image (default: the first that has all masks)")
-    prior: str = flag("sample", "masks of one image (sample) or of all (masks), statistics, none, a .npy",
+    prior: str = flag("sample",
+        "sample: one image's masks; masks: every image's; statistics; none; or a .npy file (R, S, S)",
         group="where to look (SPAN)", needs="task=pretrain masks=prior")
     align: str = flag("bend", "registration", choices=["bend", "affine", "none"], needs="prior masks=prior")
     follow: bool = flag(True, "keep priors fixed while crops move", needs=f"{DINO}&prior")
@@ -80,9 +79,9 @@ class Config:
     span_weight: float = flag(3.0, "weight of the SPAN loss", within=WEIGHT, needs="prior")
     span_loss: str = flag("kl", "prior to attention", choices=["kl", "mse", "dice"], needs="prior")
     span_layer: int = flag(-1, "the block whose heads are guided, -1 the last", needs="pool=cls")
-    ssl: str = flag("dino", "the objective", group="self-supervision", choices=["dino", "relvit"],
-        needs="task=pretrain")
-    relations: tuple[str, ...] = flag(None, "RelViT's (default: all), learned jointly by --task classify",
+    ssl: str = flag("dino", "the objective without labels", group="self-supervision",
+        choices=["dino", "relvit"], needs="task=pretrain")
+    relations: tuple[str, ...] = flag(None, "RelViT's tasks (default: all), joint in --task classify",
         choices=RELATIONS, nargs="+", needs="ssl=relvit task=classify")
     mega_patches: int = flag(0, "cells a side of RelViT; 0: patches", within=(0, 10**9), needs="ssl=relvit")
     out_dim: int = flag(256, "prototypes; hundreds for thousands of images", within=(2, 10**9), needs=DINO)
@@ -238,7 +237,7 @@ def read_record(path: Path, by: str) -> dict:
 def read_settings(path: Path, by: str) -> dict:
     """A run's settings but for those of the call; None is left out. Raises ValueError, as `read_record`."""
     record, known = read_record(path, by), {f.name: f for f in fields(Config)}
-    left_out = {*RECORDED, "overwrite", "resume", "device"}
+    left_out = NO_SETTINGS | {"overwrite", "resume", "device"}
     settings = {name: v for name, v in record.items() if v is not None and name not in left_out}
     for name, value in settings.items():
         if name not in known or not may_be(known[name], value):

@@ -23,7 +23,7 @@ def rank() -> int:
 
 
 def join(device: str, batch_size: int) -> str:
-    """Join the processes that torchrun started, if it did, and return this one's device, alone opened.
+    """Join the processes that torchrun started, if it did; returns this one's device, and opens no other.
 
     Only the first process prints. Raises ValueError if a device can't be used, or a batch not shared evenly.
     """

@@ -46,10 +46,6 @@ def losses_of(name: str, words: str = "", labels: torch.Tensor = LABELS, masks: 
     return model, train.classifier_objective(config, model, images, masks, labels, spec)
 
 
-def first_four(losses) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    return losses(torch.arange(4), Generator().manual_seed(0), 0.0)
-
-
 def test_classes_exclude_each_other_and_findings_do_not():
     assert is_multiclass(torch.tensor([[1, 0], [0, 1], [nan, nan]]))
     assert not any(is_multiclass(torch.tensor(labels)) for labels in ([[1.0, 0], [1, 1]], [[1.0], [0]]))
@@ -96,7 +92,7 @@ def test_one_of_several_findings_has_its_share_of_the_loss():
     """Its logit is explained alone, while the classification loss is the mean of all findings' losses."""
     labels = torch.tensor([[0.0, 1, 1], [1, 0, 0], [1, 1, 0], [0, 0, 0]])
     _, losses = losses_of("resnet", "--findings all", labels)
-    loss, logged = first_four(losses)
+    loss, logged = losses(torch.arange(4), Generator().manual_seed(0), 0.0)
     isnet = logged["background"] + logged["foreground"]
     torch.testing.assert_close(loss.detach(), logged["classification"] + isnet / 3)
 
@@ -119,7 +115,7 @@ def test_training_with_isnet_leaves_a_plain_model_behind():
     """No parameter, hook or operation more than the plain classifier has, so no cost in use."""
     model, losses = losses_of("resnet")
     before = copy.deepcopy(model)
-    loss, logged = first_four(losses)
+    loss, logged = losses(torch.arange(4), Generator().manual_seed(0), 0.0)
     loss.backward()
     assert set(logged) == {"classification", "background", "foreground"}
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
@@ -172,7 +168,8 @@ def test_isnet_trains_vits_of_every_pooling_and_with_registers(flags):
         1, (), False, "", (1.0, 20.0)
     )
     images = torch.randint(256, (8, 1, 16, 16), dtype=torch.uint8)
-    first_four(train.classifier_objective(config, model, images, middle(), LABELS, spec))[0].backward()
+    losses = train.classifier_objective(config, model, images, middle(), LABELS, spec)
+    losses(torch.arange(4), Generator().manual_seed(0), 0.0)[0].backward()
     assert model.encoder.patch_embed.proj.weight.grad.abs().sum() > 0
 
 
