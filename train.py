@@ -77,9 +77,8 @@ def foreground_masks(config: Config, train: Data, reference: str | None) -> Tens
     prior = config.prior, train, reference, config.prior_blur, config.align
     registered = partial(priors_over, train.images, *prior)
     of_run = partial(masks_of_run, data=config.data, images=train.images)
-    return placed(
-        foreground(config.masks, train, config.data, config.init, registered, of_run), config.device
-    )
+    masks = foreground(config.masks, train, config.data, config.init, registered, of_run)
+    return placed(masks, config.device)
 
 
 # The three objectives

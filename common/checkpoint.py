@@ -128,9 +128,8 @@ def check_spec(run: Path, then: DataSpec, now: DataSpec, data: str) -> None:
     for name, was, there in zip(DataSpec._fields, then[:4], now[:4]):
         if was != there:
             was, there = (", ".join(x) if isinstance(x, tuple) else x for x in (was, there))
-            raise ValueError(
-                f"{run} learned {name} {was}, but {data} has {there}: restore it, or train again"
-            )
+            learned = f"{run} learned {name} {was}, but {data} has {there}"
+            raise ValueError(f"{learned}: restore it, or train again")
 
 
 def save(

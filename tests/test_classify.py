@@ -39,9 +39,8 @@ def losses_of(name: str, words: str = "", labels: torch.Tensor = LABELS, masks: 
     """A classifier on random images of 16 px, and its objective with ISNet."""
     flags = f"--task classify --isnet 1 --isnet-decay 0.9 --isnet-end 1 --lrp-gamma 3 {words}"
     config, model = parse(flags.split())[0], Classifier(ENCODERS[name](), labels.shape[1])
-    images, masks = torch.randint(256, (8, 1, 16, 16), dtype=torch.uint8), (
-        middle() if masks is None else masks
-    )
+    images = torch.randint(256, (8, 1, 16, 16), dtype=torch.uint8)
+    masks = middle() if masks is None else masks
     spec = DataSpec(1, (), is_multiclass(labels), "", (1.0, 20.0))
     return model, train.classifier_objective(config, model, images, masks, labels, spec)
 
