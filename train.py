@@ -1,4 +1,4 @@
-"""Teach a model where to look: DINO or RelViT guided by SPAN, a classifier penalised for its background by ISNet.
+"""Teach a model where to look: DINO or RelViT guided by SPAN, a classifier kept off its background by ISNet.
 
     python train.py                                 one labelled image guides three heads, on drawn X-rays
     python train.py --prior none --out runs/dino    the same without guidance: DINO
@@ -31,7 +31,7 @@ from tqdm import tqdm
 from attention_priors import guidance, span_loss
 from common.baselines import PENALTIES, swapped
 from common.checkpoint import Damaged, DataSpec, check_folder, check_spec, data_spec, restore, resumed, save
-from common.checkpoint import start_run, write_file, write_history
+from common.checkpoint import start_run, write_file
 from common.classify import attention_seen, classification_loss, explained_target, natural_range
 from common.classify import supervised_layers, warn_if_constant
 from common.checks import check
@@ -41,7 +41,7 @@ from common.measure import QUICK, report
 from common.models import build_model, lrp_rule, make_encoder, masks_of_run
 from common.page import print_tables
 from common.plots import curves, draw_maps
-from common.processes import average_gradients, command_to_resume, fail, join, rank, remedy_for
+from common.processes import average_gradients, command_to_resume, fail, from_first, join, rank, remedy_for
 from common.processes import stop_requests
 from common.regions import attention_masses, foreground, keep_masks, kept_masks, mask_dice, priors_over
 from common.runs import data_of, images_to_show, maps_of, measured_by
@@ -58,15 +58,13 @@ from vit import ViT
 
 def load_data(config: Config) -> tuple[dict[str, Data], str | None]:
     """Images by split and the reference image's name. Raises ValueError."""
-    marker = {"marker": config.marker, "marker_kind": config.marker_kind}
-    splits, reference, notes = load(**data_of(config), **marker)
+    splits, reference, notes = load(**data_of(config), marker=config.marker, marker_kind=config.marker_kind)
     counts = {split: len(data.names) for split, data in splits.items()}
-    about = ", ".join(f"{n} {split}" for split, n in counts.items())
-    print(*(f"note: {note}" for note in notes), f"{config.data}: {about} images", sep="\n")
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    if counts["train"] < processes:
-        images = f"{counts['train']} training images for {processes} process(es)"
-        raise ValueError(f"{config.data}: {images}; look at the column split in labels.csv")
+    sizes = ", ".join(f"{n} {split}" for split, n in counts.items())
+    print(*(f"note: {note}" for note in notes), f"{config.data}: {sizes} images", sep="\n")
+    if counts["train"] < (processes := int(os.environ.get("WORLD_SIZE", 1))):
+        few = f"{counts['train']} training images for {processes} process(es)"
+        raise ValueError(f"{config.data}: {few}; look at the column split in labels.csv")
     return splits, reference
 
 
@@ -123,8 +121,8 @@ def relvit_objective(config: Config, relvit: RelViT, images: Tensor, priors: Cal
         mass = prior.sum(dim=2)
         prior = prior / mass.clamp_min(1e-12)[:, :, None]
         span = span_loss(features.attention, prior, (mass > 0).float(), config.span_loss)
-        shown = {"loss": loss.detach(), **scores, "span_loss": span.detach()}
-        return loss + config.span_weight * span, shown
+        logged = {"loss": loss.detach(), **scores, "span_loss": span.detach()}
+        return loss + config.span_weight * span, logged
 
     return losses
 
@@ -134,7 +132,7 @@ def classifier_objective(
 ) -> Callable:
     """The loss of images (N, C, S, S) uint8 with labels (N, K), plus ISNet's, a baseline's or RelViT's.
 
-    masks (N, 1, S, S) bool: the foreground for ISNet and most baselines.
+    masks (N, 1, S, S) bool: the foreground for ISNet and most baselines. ISNet's loss is
 
         L = L_class + weight (L_bg(image) + mean L_bg(inner layers) + mean L_span(attention) + L_fg(image))
     """
@@ -162,8 +160,8 @@ def classifier_objective(
         if config.baseline:
             logits, penalty = PENALTIES[config.baseline](model, x, m, y, multiclass)
             classification, penalty = classification_loss(logits, y, multiclass), (penalty * mean).sum()
-            shown = {"classification": classification.detach(), config.baseline: penalty.detach()}
-            return classification + config.baseline_weight * penalty, shown
+            logged = {"classification": classification.detach(), config.baseline: penalty.detach()}
+            return classification + config.baseline_weight * penalty, logged
         m = whole_patches(m, encoder.patch_size) if isinstance(encoder, ViT) else m
         target = explained_target(y, multiclass, config.explain, generator)
         with attention_seen(encoder) if config.isnet_layers == "all" else nullcontext([]) as attention:
@@ -172,12 +170,9 @@ def classifier_objective(
         pooling = config.isnet_decay, config.isnet_e
         background = isnet_background(heatmap, inner, attention, m, encoder.grid(x), *pooling)
         foreground = foreground_loss(heatmap, m, *spec.relevance_range, hybrid=True)
-        parts = {
-            "classification": classification_loss(logits, y, multiclass),
-            "background": (background * mean).sum(),
-            "foreground": (foreground * mean).sum(),
-        }
-        left = config.isnet_end + (1 - config.isnet_end) * (1 + math.cos(math.pi * progress)) / 2
+        parts = {"classification": classification_loss(logits, y, multiclass)}
+        parts |= {"background": (background * mean).sum(), "foreground": (foreground * mean).sum()}
+        left = cosine(progress, 1, 1.0, config.isnet_end)
         weight = config.isnet * left * (1 if multiclass else 1 / y.shape[1])  # one finding of K is explained
         loss = parts["classification"] + weight * (parts["background"] + parts["foreground"])
         return loss, {name: part.detach() for name, part in parts.items()}
@@ -200,18 +195,19 @@ def train(
     generator, optimizer = Generator().manual_seed(config.seed), make_optimizer(config, model)
     history, begun = restore(saved, model, optimizer, generator) if saved else ([], None)
     processes = dist.get_world_size() if dist.is_initialized() else 1
+    if processes > 1:
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, src=0)
     batch = min(config.batch_size, len(images)) // processes * processes
     steps = len(images) // batch
     total, terminal = steps * config.epochs, sys.stderr.isatty() and not rank()
     model.train()
-    first = len(history) * steps + (begun[1] if begun else 0)
-    bar = tqdm(total=total * batch, initial=first * batch, unit="img", smoothing=0.05, disable=not terminal)
+    done = (len(history) * steps + (begun[1] if begun else 0)) * batch
+    bar = tqdm(total=total * batch, initial=done, unit="img", smoothing=0.05, disable=not terminal)
     with stop_requests() as stop, bar:
         for epoch in range(len(history), config.epochs):
-            order, done, sums = begun or (torch.randperm(len(images), generator=generator), 0, {})
-            begun, started, first, order = None, time.perf_counter(), done, order.to(config.device)
-            if processes > 1:
-                dist.broadcast(order, src=0)
+            order, first, sums = begun or (torch.randperm(len(images), generator=generator), 0, {})
+            begun, started, order = None, time.perf_counter(), from_first(order).to(config.device)
             for i in range(first, steps):
                 step, index = epoch * steps + i, order[i * batch : (i + 1) * batch][rank() :: processes]
                 if rank():  # its own views, and the same again after --resume
@@ -219,22 +215,24 @@ def train(
                     torch.manual_seed(generator.initial_seed() + 2**40)
                 logged = train_step(config, model, losses, optimizer, index, generator, step, total)
                 sums = {name: sums.get(name, 0.0) + value for name, value in logged.items()}
-                bar.set_postfix_str(in_words(logged), refresh=False)
+                bar.set_postfix(logged, refresh=False)
                 bar.update(batch)
                 if over_processes(torch.tensor(float(stop.is_set()), device=index.device)):
                     if not rank():
                         save(config, spec, model, optimizer, generator, history, (order.cpu(), i + 1, sums))
                     if processes > 1:
                         dist.barrier()  # the first process that ends makes torchrun end the others
-                    command = command_to_resume(config.out, config.keep_going)
-                    raise KeyboardInterrupt(f"{command} continues from here")
+                    raise KeyboardInterrupt(
+                        f"{command_to_resume(config.out, config.keep_going)} continues from here"
+                    )
             means = {name: value / steps for name, value in sums.items()}
             speed = (steps - first) * batch / (time.perf_counter() - started)
             history.append({"epoch": epoch + 1, **means, "images_per_s": round(speed, 1)})
             if not rank():
                 save(config, spec, model, optimizer, generator, history)
             if not terminal:
-                print(f"epoch {epoch + 1}/{config.epochs}: {in_words(means)}, {speed:.0f} img/s", flush=True)
+                words = ", ".join(f"{name} {value:.3g}" for name, value in means.items())
+                print(f"epoch {epoch + 1}/{config.epochs}: {words}, {speed:.0f} img/s", flush=True)
     return history
 
 
@@ -246,19 +244,19 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step, total)
     optimizer.zero_grad()
-    logged, loss_of_all = {}, 0.0
+    logged, whole = {}, 0.0
     for part in index.chunk(config.accumulate):
-        loss, found = losses(part, generator, step / total)
+        loss, values = losses(part, generator, step / total)
         share = len(part) / len(index)
         (loss * share).backward()
-        loss_of_all = loss_of_all + loss.detach() * share
-        for name, value in {"loss": loss.detach(), **found}.items():
+        whole = whole + loss.detach() * share
+        for name, value in {"loss": loss.detach(), **values}.items():
             logged[name] = logged.get(name, 0.0) + value * share
     if dist.is_initialized():
         average_gradients(model)
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
-    if not (loss_of_all.isfinite() and norm.isfinite()):
-        sizes = f"the loss is {loss_of_all.item():.3g}, its gradient's norm {norm.item():.3g}"
+    if not (whole.isfinite() and norm.isfinite()):
+        sizes = f"the loss is {whole.item():.3g}, its gradient's norm {norm.item():.3g}"
         raise FloatingPointError(f"step {step} is not taken: {sizes}. Lower --lr, or look for extreme images")
     optimizer.step()
     if isinstance(model, DINO):
@@ -291,11 +289,6 @@ def cosine(step: int, total: int, first: float, last: float) -> float:
     return last + (first - last) * (1 + math.cos(math.pi * step / total)) / 2
 
 
-def in_words(logged: dict[str, float]) -> str:
-    """What is logged, for people."""
-    return ", ".join(f"{name} {value:.3g}" for name, value in logged.items())
-
-
 def finish(
     config: Config, spec: DataSpec, model: nn.Module, splits: dict, reference: str, masks: Any, history: list
 ) -> None:
@@ -303,9 +296,9 @@ def finish(
     train, picture = splits["train"], "heatmaps.png"
     if config.task == "pretrain":
         model, picture = model.student if isinstance(model, DINO) else model.encoder, "attention.png"
-    found = report(model, splits, QUICK, **measured_by(config, spec, model, splits, reference, {}))
-    print_tables({"": found})
-    metrics = {name: value for name, value in history[-1].items() if name != "epoch"} | found.metrics
+    measured = report(model, splits, QUICK, **measured_by(config, spec, model, splits, reference, {}))
+    print_tables({"": measured})
+    metrics = {name: value for name, value in history[-1].items() if name != "epoch"} | measured.metrics
     if config.task == "classify":
         warn_if_constant(history[-1], train.labels, spec.multiclass)
         if masks is not None and train.has_masks.any():
@@ -314,9 +307,8 @@ def finish(
         masses = attention_masses(model, config.prior, train, reference, config.prior_blur, config.span_layer)
         write_file(config.out / "attention_mass.json", masses)
     write_file(config.out / "metrics.json", {k: v for k, v in metrics.items() if math.isfinite(v)})
-    write_history(config.out, history)  # a kill may have come between a checkpoint and its last row
     shown = images_to_show(config, splits, 6)
-    maps = maps_of(config, spec, model, shown.images, found.heads, lrp_rule(config))
+    maps = maps_of(config, spec, model, shown.images, measured.heads, lrp_rule(config))
     draw_maps(config.out / picture, shown, maps, signed=config.task == "classify")
     curves(config.out / "curves.png", {config.out.name: history})
     print(f"wrote {config.out}/{picture}, curves.png, metrics.json, last.pt")
@@ -345,13 +337,15 @@ def begin(argv: list[str]) -> tuple:
     encoder = make_encoder(config, spec.channels)
     masks = foreground_masks(config, train, reference)
     model = build_model(config, spec, encoder, encoder.grid(train.images)).to(config.device)
-    print(f"{sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} M weights in the encoder, on {config.device}")
+    millions = sum(p.numel() for p in encoder.parameters()) / 1e6
+    print(f"{millions:.2f} M weights in the encoder, on {config.device}")
     images, spec = placed(train.images, config.device), run.spec if run else spec
     if config.task == "classify":
         labels = train.labels.to(config.device)
         if config.isnet and not run:
-            given = config.lr, config.batch_size, config.explain, lrp_rule(config), config.seed
-            spec = spec._replace(relevance_range=natural_range(model, images, masks, labels, *given))
+            settings = config.lr, config.batch_size, config.explain, lrp_rule(config), config.seed
+            measured = natural_range(model, images, masks, labels, *settings)
+            spec = spec._replace(relevance_range=from_first(measured))
             print("C1 {:.4g}, C2 {:.4g}: total relevance of a plain classifier".format(*spec.relevance_range))
         losses = classifier_objective(config, model, images, masks, labels, spec)
     else:
@@ -371,20 +365,19 @@ def main(argv: list[str] | None = None) -> None:
     """The command line: exit status 0 when done, 1 for a failed training, 2 for unusable input."""
     try:
         try:
-            *given, images, losses, checkpoint = begin(sys.argv[1:] if argv is None else argv)
+            *run, images, losses, saved = begin(sys.argv[1:] if argv is None else argv)
         except (ValueError, OSError) as error:
             fail("train.py", error, 2)
-        (config, spec, model, *_), started = given, time.perf_counter()
-        history = train(config, spec, model, images, losses, checkpoint)
-        print(f"trained in {time.perf_counter() - started:.0f} s")
+        started = time.perf_counter()
+        history = train(*run[:3], images, losses, saved)
+        if not saved or len(saved["history"]) < len(history):
+            print(f"trained in {time.perf_counter() - started:.0f} s")
         if not rank():
-            finish(*given, history)
+            finish(*run, history)
         if dist.is_initialized():
             dist.destroy_process_group()
-    except Damaged as error:
-        fail("train.py", error, 2)
-    except (Collapse, FloatingPointError) as error:
-        fail("train.py", error, 1)
+    except (Damaged, Collapse, FloatingPointError) as error:
+        fail("train.py", error, 2 if isinstance(error, Damaged) else 1)
     except OSError as error:
         fail("train.py", f"{error}: if the disk is full, free some of it, and continue with --resume", 1)
     except (RuntimeError, MemoryError) as error:

@@ -26,15 +26,13 @@ from torch import Generator, nn
 from torch.optim import Optimizer
 
 from common.classify import is_multiclass
-from common.config import KEYWORDS, PER_CALL, PLACES, Config, as_config, as_json
+from common.config import KEYWORDS, PER_CALL, PLACES, Config, as_config, as_json, read_record
 from common.data import Data
 from common.weights import reason
 
 FORMAT = 2  # of last.pt: what it holds, and what its settings mean
-WRITTEN = (
-    "last.pt metrics.jsonl metrics.json attention_mass.json masks.pt attention.png heatmaps.png curves.png"
-)
-WRITTEN += " compare.png compare_curves.png low_data.png report.html"
+WRITTEN = "last.pt metrics.jsonl metrics.json attention_mass.json masks.pt report.html".split()
+WRITTEN += [f"{name}.png" for name in "attention heatmaps curves compare compare_curves low_data".split()]
 
 
 class DataSpec(NamedTuple):
@@ -90,7 +88,7 @@ def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
         raise ValueError(f"--out {out} is a file; name a folder")
     empty = not out.exists() or all(path.suffix == ".part" for path in out.iterdir())  # left by a kill
     record = out / "config.json"
-    if not empty and not (record.exists() and '"command": "python train.py' in record.read_text()):
+    if not empty and not (record.exists() and b'"command": "python train.py' in record.read_bytes()):
         raise ValueError(f"--out {out} holds something else than a run; name another folder")
     if resume and not (out / "last.pt").exists():
         stopped = "it stopped before its first epoch ended, --overwrite starts again"
@@ -102,7 +100,7 @@ def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
 def start_run(config: Config, spec: DataSpec, argv: list[str]) -> None:
     """Make the folder of a new run and write its config.json; files of an overwritten run are removed."""
     config.out.mkdir(parents=True, exist_ok=True)
-    for name in WRITTEN.split():
+    for name in WRITTEN:
         (config.out / name).unlink(missing_ok=True)
     shutil.rmtree(config.out / "looks", ignore_errors=True)
     record = as_json(config) | spec._asdict() | {"command": shlex.join(["python", "train.py", *argv])}
@@ -130,68 +128,45 @@ def check_spec(run: Path, then: DataSpec, now: DataSpec, data: str) -> None:
     for name, was, there in zip(DataSpec._fields, then[:4], now[:4]):
         if was != there:
             was, there = (", ".join(x) if isinstance(x, tuple) else x for x in (was, there))
-            raise ValueError(
-                f"{run} learned {name} {was}, but {data} has {there}: restore it, or train again"
-            )
+            learned = f"{run} learned {name} {was}, but {data} has {there}"
+            raise ValueError(f"{learned}: restore it, or train again")
 
 
 def save(
-    config: Config,
-    spec: DataSpec,
-    model: nn.Module,
-    optimizer: Optimizer,
-    generator: Generator,
-    history: list[dict],
-    begun: tuple | None = None,
-) -> None:
-    """Write last.pt and metrics.jsonl; begun: (order, steps done, sums) if it is within an epoch."""
-    checkpoint = {
-        "format": FORMAT,
-        "settings": as_json(config),
-        "spec": spec._asdict(),
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "generator": generator.get_state(),
-        "torch_rng": torch.get_rng_state(),
-        "history": history,
-        "begun": begun,
-    }
-    write_file(config.out / "last.pt", checkpoint)
-    write_history(config.out, history)
-
-
-def write_history(out: Path, history: list[dict]) -> None:
-    """Write metrics.jsonl, a line an epoch."""
-    write_file(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
+    config: Config, spec: DataSpec, model: nn.Module, optimizer: Optimizer, generator: Generator,
+    history: list[dict], begun: tuple | None = None,
+) -> None:  # fmt: skip
+    """Write metrics.jsonl and last.pt; begun: (order, steps done, sums) if it is within an epoch."""
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    state |= {"generator": generator.get_state(), "torch_rng": torch.get_rng_state()}
+    about = {"format": FORMAT, "settings": as_json(config), "spec": spec._asdict()}
+    # The rows come first: a kill in between leaves one too many, which the resumed run writes again.
+    write_file(config.out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
+    write_file(config.out / "last.pt", about | state | {"history": history, "begun": begun})
 
 
 def load_run(folder: Path) -> Run:
     """A run's settings, data spec and checkpoint. Raises ValueError if it is no run or a file is damaged."""
     try:
         checkpoint = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
-        if checkpoint["format"] != FORMAT:
-            version = f"format {checkpoint['format']}, here {FORMAT}"
-            raise Damaged(f"{folder} was written by another version of train.py ({version}): train again")
-        settings, spec = checkpoint["settings"], DataSpec(**checkpoint["spec"])
-        settings = {name: settings[name] for name in Config.__dataclass_fields__}
-        return Run(as_config(settings | {"out": str(folder)}), spec, checkpoint)
-    except Damaged:
-        raise
+        version = checkpoint["format"]
+        if version == FORMAT:
+            settings = {name: checkpoint["settings"][name] for name in Config.__dataclass_fields__}
+            spec = DataSpec(**checkpoint["spec"])
+            return Run(as_config(settings | {"out": str(folder)}), spec, checkpoint)
     except OSError as error:
         missing = error.filename or folder / "last.pt"  # torch names no file that was cut off
         raise ValueError(f"{folder} is not a run of train.py: {missing} cannot be read") from None
     except Exception as error:  # a damaged or foreign file fails in the unpickler in many ways
         raise Damaged(f"{folder}/last.pt is damaged ({reason(error)})") from None
+    version = f"another version of train.py (format {version}, here {FORMAT})"
+    raise Damaged(f"{folder} was written by {version}: train again")
 
 
 def resumed(config: Config, typed: set[str]) -> Run:
     """The run in --out, to be continued. Raises ValueError if other settings are asked for."""
     run = load_run(config.out)
-    saved, asked = as_json(run.config), as_json(config)
-    try:
-        record = dict(json.loads((config.out / "config.json").read_text()))
-    except (OSError, ValueError, TypeError):
-        raise Damaged(f"{config.out}/config.json is damaged: restore it, or train again") from None
+    saved, asked, record = as_json(run.config), as_json(config), read_record(config.out, "--resume")
     moved = {name for name in PLACES if not {saved[name], asked[name]} & KEYWORDS}
     for name in saved.keys() - {*PER_CALL, *moved}:
         edited = name not in PLACES and record.get(name) != saved[name]  # data may have moved
@@ -215,7 +190,7 @@ def restore(
         history, begun = [dict(row) for row in checkpoint["history"]], checkpoint["begun"]
         if begun is not None:
             order, steps, sums = begun
-            order[:steps], sums.items()  # a Tensor and a dict
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, IndexError) as error:
+            order[:steps], sums.items()  # fail unless they are a Tensor and a dict
+    except Exception as error:  # as in `load_run`
         raise Damaged(f"last.pt does not fit its settings ({reason(error)}): train again") from None
     return history, begun

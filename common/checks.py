@@ -10,6 +10,8 @@ from common.baselines import PENALTIES
 from common.config import Config, option
 from crops import random_crops
 
+PRETRAINING = ("ssl", "prior")  # settings that have no effect with another --task, but by --masks prior
+
 
 def check(config: Config, typed: set[str]) -> None:
     """Raise ValueError, naming value, limit and remedy, for settings that make no sense or have no effect."""
@@ -21,31 +23,33 @@ def check(config: Config, typed: set[str]) -> None:
             low, high = limits[f.name]
             if not low <= value <= high:  # NaN is not within either
                 raise ValueError(f"{option(f)} {value}: it must lie between {low:g} and {high:g}")
-        if needs and f.name in typed and not config.resume and not any(met(config, need) for need in needs):
-            if config.task == "classify" and needs[0].startswith("ssl"):
-                needs = ["task=pretrain"]
-            flags = " or ".join(f"--{need.replace('=', ' ')}" for need in needs)
-            raise ValueError(f"{option(f)} does nothing without {flags}")
+        useful = any(all(met(config, name) for name in need.split("&")) for need in needs or ["task"])
+        if f.name in typed and not useful and not config.resume:
+            if config.task == "classify":
+                needs = ["task=pretrain" if need.startswith(PRETRAINING) else need for need in needs]
+            flags = " or ".join(f"--{need.replace('=', ' ').replace('&', ' and --')}" for need in needs)
+            raise ValueError(f"{option(f)} does nothing without {flags.replace('_', '-')}")
     for scale in (config.global_scale, config.local_scale):
         random_crops(1, scale, Generator())  # raises ValueError for an impossible scale
-    check_device(config.device)
     check_pairs(config)
 
 
 def met(config: Config, need: str) -> bool:
-    """Whether a setting is there (NAME) or is one of some values (NAME=A|B); --ssl only in pretraining."""
+    """Whether a setting is there (NAME) or is one of some values (NAME=A|B)."""
     name, _, values = need.partition("=")
-    found = getattr(config, name)
-    if name == "ssl" and config.task != "pretrain":
+    value = getattr(config, name)
+    if name in PRETRAINING and config.task != "pretrain":
         return False
-    return found in values.split("|") if values else found not in (None, 0)
+    return value in values.split("|") if values else value not in (None, 0, "none")
 
 
 def check_device(device: str) -> None:
-    """Raise ValueError if a device can't be used."""
+    """Raise ValueError if a device can't be used; a GPU with a number becomes this process's own."""
     if device.split(":")[0] not in ("cpu", "cuda", "mps"):
         raise ValueError(f"--device {device} is unknown: choose auto, cpu, cuda or mps")
     try:
+        if device.startswith("cuda:") and torch.cuda.is_available():
+            torch.cuda.set_device(device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].split(". ")[0][:150]

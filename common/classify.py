@@ -150,4 +150,5 @@ def warn_if_constant(last: dict[str, float], labels: Tensor, multiclass: bool) -
     loss, constant = last.get("classification", last["loss"]), constant_loss(labels, multiclass)
     if loss > 0.97 * constant:
         why = f"classification loss {loss:.2f} is no better than a constant prediction ({constant:.2f})"
-        print(f"warning: {why}: try another --seed or --lr, more --epochs, or a smaller --isnet")
+        remedy = "more --epochs, or a smaller --isnet" if "background" in last else "or more --epochs"
+        print(f"warning: {why}: try another --seed or --lr, {remedy}")

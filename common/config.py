@@ -13,6 +13,7 @@ import re
 from dataclasses import Field, asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,19 +37,16 @@ ENCODER = "backbone img_size patch_size embed_dim depth num_heads registers pool
 PER_CALL = ("out", "overwrite", "resume", "keep_going", "device")  # --resume may change these
 PLACES = ("data", "init", "masks", "prior")  # ... and these, if a file or folder that they name has moved
 KEYWORDS = {*"phantom parts data prior attention sample masks statistics none".split(), None}  # no such names
-RECORDED = (
-    "command versions machine channels classes multiclass images relevance_range".split()
-)  # no settings
+NO_SETTINGS = {*"command versions machine channels classes multiclass images relevance_range".split()}
 COUNT, FRACTION, WEIGHT, POSITIVE = (1, 10**9), (0, 1), (0, 1e9), (1e-12, 1e9)  # limits
 KINDS = {"bool": bool, "int": int, "float": float, "Path": Path, "str": str}
-DINO = "ssl=dino"
-PENALISED = "baseline=" + "|".join(PENALTIES)
+DINO, PENALISED = "ssl=dino", "baseline=" + "|".join(PENALTIES)
 
 
 def flag(default, text: str, *names: str, group="", choices=None, nargs=None, within=None, needs=""):
     """A field of `Config`: default, help, other names, the group that begins here, choices, limits.
 
-    needs: settings of which one must be there for the flag to have an effect: NAME, NAME=VALUE or NAME=A|B.
+    needs: settings of which one must be there for the flag to have an effect: NAME or NAME=A|B, joined by &.
     """
     return field(default=default, metadata={k: v for k, v in locals().items() if k != "default"})
 
@@ -65,33 +63,27 @@ class Config:
     keep_going: bool = flag(False, "train on after a collapse")
     seed: int = flag(0, "random seed of data, weights and views", within=(0, 2**32 - 1))
     device: str = flag("auto", "auto (cuda if there is one, else cpu), cpu, cuda, mps")
-    data: str = flag("phantom", "phantom (drawn X-rays), parts (drawn plates) or a folder", "--data-path",
-        group="data")
+    data: str = flag("phantom", "phantom (X-rays), parts (plates), or a folder", "--data-path", group="data")
     train_images: int = flag(None, "how many training images to draw", within=COUNT)
     img_size: int = flag(64, "pixels a side that images are resized to", within=COUNT)
     findings: tuple[str, ...] = flag(None, "to classify, or all (default: phantom one, else all)", nargs="+")
     marker: float = flag(None, "probability that a marker agrees with the first finding", within=FRACTION)
-    marker_kind: str = flag("corner", "L in a corner or anywhere, tint, frame", choices=MARKERS,
-        needs="marker")
+    marker_kind: str = flag("corner", "L in a corner, anywhere, tint, frame", choices=MARKERS, needs="marker")
     sample: str = flag(None, "name of the reference image (default: the first that has all masks)")
     prior: str = flag("sample",
         "sample: one image's masks; masks: every image's; statistics; none; or a .npy file (R, S, S)",
         group="where to look (SPAN)", needs="task=pretrain masks=prior")
-    align: str = flag("bend", "registration", choices=["bend", "affine", "none"],
-        needs="task=pretrain masks=prior")
-    follow: bool = flag(True, "keep priors fixed while crops move", needs=DINO)
-    prior_blur: float = flag(0.025, "sigma as a fraction of the width", within=WEIGHT,
-        needs="task=pretrain masks=prior")
-    span_weight: float = flag(3.0, "weight of the SPAN loss", within=WEIGHT, needs="task=pretrain")
-    span_loss: str = flag("kl", "prior to attention", choices=["kl", "mse", "dice"], needs="task=pretrain")
+    align: str = flag("bend", "registration", choices=["bend", "affine", "none"], needs="prior masks=prior")
+    follow: bool = flag(True, "keep priors fixed while crops move", needs=f"{DINO}&prior")
+    prior_blur: float = flag(0.025, "sigma as a fraction of width", within=WEIGHT, needs="prior masks=prior")
+    span_weight: float = flag(3.0, "weight of the SPAN loss", within=WEIGHT, needs="prior")
+    span_loss: str = flag("kl", "prior to attention", choices=["kl", "mse", "dice"], needs="prior")
     span_layer: int = flag(-1, "the block whose heads are guided, -1 the last", needs="pool=cls")
     ssl: str = flag("dino", "the objective without labels", group="self-supervision",
         choices=["dino", "relvit"], needs="task=pretrain")
-    relations: tuple[str, ...] = flag(None,
-        "RelViT's tasks (default: all); with --task classify they are learned jointly", choices=RELATIONS,
-        nargs="+", needs="ssl=relvit task=classify")
-    mega_patches: int = flag(0, "cells a side that RelViT cuts images into; 0: patches",
-        within=(0, 2**32 - 1), needs="ssl=relvit")
+    relations: tuple[str, ...] = flag(None, "RelViT's tasks (default: all), joint in --task classify",
+        choices=RELATIONS, nargs="+", needs="ssl=relvit task=classify")
+    mega_patches: int = flag(0, "cells a side of RelViT; 0: patches", within=(0, 10**9), needs="ssl=relvit")
     out_dim: int = flag(256, "prototypes; hundreds for thousands of images", within=(2, 10**9), needs=DINO)
     teacher_temp: float = flag(0.02, "softmax temperature of the teacher", within=POSITIVE, needs=DINO)
     momentum: float = flag(0.996, "EMA momentum of the teacher at the start", "--momentum-teacher",
@@ -99,9 +91,9 @@ class Config:
     center_momentum: float = flag(0.9, "EMA momentum of the teacher's centre", within=FRACTION, needs=DINO)
     global_scale: tuple[float, float] = flag((0.4, 1.0), "area of the 2 global crops", "--global-crops-scale",
         nargs=2, needs=DINO)
-    local_crops_number: int = flag(0, "local crops, of half the size", within=(0, 2**32 - 1), needs=DINO)
+    local_crops_number: int = flag(0, "local crops, of half the size", within=(0, 10**9), needs=DINO)
     local_scale: tuple[float, float] = flag((0.1, 0.4), "area of the local crops", "--local-crops-scale",
-        nargs=2, needs=DINO)
+        nargs=2, needs="local_crops_number")
     flip: float = flag(0.0, "probability of a mirrored view", "--hflip", within=FRACTION, needs=DINO)
     isnet: float = flag(0.0, "weight of the ISNet loss", group="classification (ISNet)", within=WEIGHT)
     isnet_end: float = flag(None, "fraction of --isnet left at the end", within=FRACTION, needs="isnet")
@@ -109,11 +101,9 @@ class Config:
     baseline_weight: float = flag(1.0, "of the baseline's penalty", within=WEIGHT, needs=PENALISED)
     masks: str = flag("data", "the foreground: data, prior, attention (of --init), a run, a folder",
         needs=f"isnet {PENALISED}|swap")
-    explain: str = flag("selective",
-        "the label's logit, a random one, or the log-odds of the least likely class",
+    explain: str = flag("selective", "the label's logit, a random one, or the least likely class's log-odds",
         choices=["label", "random", "selective"], needs="isnet")
-    isnet_layers: str = flag("all",
-        "supervised inside the network: nothing, relevance, or a ViT's attention as well",
+    isnet_layers: str = flag("all", "supervised inside: nothing, relevance, or a ViT's attention as well",
         choices=["none", "relevance", "all"], needs="isnet")
     isnet_decay: float = flag(0.97, "weight of the next largest pixel", within=(1e-3, 1), needs="isnet")
     isnet_e: float = flag(0.1, "E in u = h / (h + E); small: punish traces", within=POSITIVE, needs="isnet")
@@ -127,11 +117,9 @@ class Config:
     num_heads: int = flag(None, "attention heads; each prior takes one", within=COUNT)
     registers: int = flag(0, "register tokens of the ViT", within=(0, 1000), needs="backbone=vit")
     drop_path: float = flag(0.0, "stochastic depth of the last block", "--drop-path-rate", within=(0, 0.99))
-    pool: str = flag(None, "from patches to one vector: CLS, mean, SimPool",
-        choices=["cls", "gap", "simpool"])
+    pool: str = flag(None, "patches to one vector: CLS, mean, SimPool", choices=["cls", "gap", "simpool"])
     simpool_gamma: float = flag(None, "exponent of SimPool's mean", within=(0.1, 10), needs="pool=simpool")
-    pool_heads: int = flag(None, "of SimPool (default: --num-heads if guided, else 1)", within=COUNT,
-        needs="pool=simpool")
+    pool_heads: int = flag(None, "default: --num-heads if guided, else 1", within=COUNT, needs="pool=simpool")
     epochs: int = flag(15, "passes over the training images", group="optimisation", within=COUNT)
     batch_size: int = flag(None, "images a step", within=COUNT)
     accumulate: int = flag(1, "parts of a batch, one after the other, where memory is short")
@@ -159,8 +147,7 @@ def as_config(values: dict) -> Config:
 
 def as_json(config: Config) -> dict:
     """The settings as JSON has them."""
-    values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
-    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+    return json.loads(json.dumps(asdict(config), default=str))
 
 
 def option(f: Field) -> str:
@@ -192,9 +179,8 @@ def parser_of(doc: str = "") -> Parser:
         about, kind = f.metadata, kind_of(f)
         group = parser.add_argument_group(about["group"]) if about["group"] else group
         if kind is bool:
-            group.add_argument(
-                option(f), dest=f.name, action="store_const", const=not f.default, help=about["text"]
-            )
+            switch = dict(dest=f.name, action="store_const", const=not f.default, help=about["text"])
+            group.add_argument(option(f), **switch)
             continue
         default = ", ".join(f"{key} {values[f.name]}" for key, values in DEFAULTS.items() if f.name in values)
         default = default if f.default is None else str(f.default).strip("()")
@@ -213,6 +199,8 @@ def parse(argv: list[str], doc: str = "") -> tuple[Config, set[str]]:
     typed = vars(parser_of(doc).parse_args(argv))
     if "config" in typed and "resume" in typed:
         raise ValueError("--config starts a new run, --resume continues one: leave out either")
+    if "config" in typed and "overwrite" in typed and "out" not in typed:
+        raise ValueError(f"--config {typed['config']} with --overwrite would replace that run: add --out")
     saved = read_settings(typed.pop("config"), "--config") if "config" in typed else {}
     encoder = encoder_of(typed["init"]) if "init" in typed else {}
     given = saved | encoder | typed
@@ -223,8 +211,9 @@ def parse(argv: list[str], doc: str = "") -> tuple[Config, set[str]]:
         raise ValueError(f"{typed['init']} is no {given['backbone']}: leave out --backbone{masks}")
     task = given.get("task", "pretrain")
     backbone = given.get("backbone", DEFAULTS[task]["backbone"])
-    values = {f.name: f.default for f in fields(Config)} | DEFAULTS[task] | DEFAULTS[backbone]
-    values |= DEFAULTS.get(f"{task} {backbone}", {})
+    values = {f.name: f.default for f in fields(Config)}
+    for key in (task, backbone, f"{task} {backbone}"):
+        values |= DEFAULTS.get(key, {})
     if task == "classify" and given.get("data", "phantom") == "phantom":
         values["findings"] = (FINDINGS[0],)
     values |= given
@@ -235,28 +224,34 @@ def parse(argv: list[str], doc: str = "") -> tuple[Config, set[str]]:
     return as_config(values), set(typed)
 
 
-def read_settings(path: Path, by: str) -> dict:
-    """The settings in a run's config.json, as if they were typed, but for those of the call.
-
-    by: the flag that names the run. Raises ValueError if it is no run's.
-    """
-    file = path / "config.json" if path.is_dir() else path
+def read_record(path: Path, by: str) -> dict:
+    """What is in config.json of a run, or in that file. by: the flag that names it. Raises ValueError."""
     try:
-        saved = json.loads(file.read_text())
-        saved["command"], saved["task"]
-    except (OSError, ValueError, TypeError, LookupError):
-        raise ValueError(f"{by} {path} is not a run, nor its config.json") from None
-    known, words = {f.name: f for f in fields(Config)}, []
-    for name in saved.keys() - {*RECORDED, "overwrite", "resume", "device"}:
-        value, f = saved[name], known.get(name)
-        flag = option(f) if f else f"--{name}"
-        if isinstance(value, list):
-            words += [flag, *map(str, value)]
-        elif not isinstance(value, bool):
-            words += [f"{flag}={value}"] if value is not None else []
-        elif f is None or value != f.default:
-            words.append(flag)
-    return vars(parser_of().parse_args(words))
+        record = json.loads((path / "config.json" if path.is_dir() else path).read_text())
+        record["command"], record["task"]
+        return record
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        raise ValueError(f"{by} {path}: there is no config.json of a run, or it is damaged") from None
+
+
+def read_settings(path: Path, by: str) -> dict:
+    """A run's settings but for those of the call; None is left out. Raises ValueError, as `read_record`."""
+    record, known = read_record(path, by), {f.name: f for f in fields(Config)}
+    left_out = NO_SETTINGS | {"overwrite", "resume", "device"}
+    settings = {name: v for name, v in record.items() if v is not None and name not in left_out}
+    for name, value in settings.items():
+        if name not in known or not may_be(known[name], value):
+            raise ValueError(f"{by} {path} has {name} {json.dumps(value)[:80]}, which train.py doesn't know")
+    return settings
+
+
+def may_be(setting: Field, value: Any) -> bool:
+    """Whether a value, as JSON has it, has a setting's type, length and choices."""
+    kind, nargs, choices = kind_of(setting), setting.metadata["nargs"], setting.metadata["choices"]
+    values, types = value if nargs else [value], {float: (float, int), Path: (str,)}.get(kind, (kind,))
+    if not (isinstance(values, list) and values and nargs in (None, "+", len(values))):
+        return False
+    return all(type(v) in types and (not choices or v in choices) for v in values)
 
 
 def encoder_of(init: Path) -> dict:
@@ -264,4 +259,6 @@ def encoder_of(init: Path) -> dict:
     if not init.exists():
         raise ValueError(f"--init {init}: no such file or folder; name a run, or a file of weights")
     found = sizes(read_weights(init)[0]) if init.is_file() else read_settings(init, "--init")
+    if missing := [name for name in ENCODER.split() if name not in found]:
+        raise ValueError(f"--init {init}: its config.json lacks {', '.join(missing)}; restore it")
     return {name: found[name] for name in ENCODER.split()}

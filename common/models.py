@@ -49,35 +49,32 @@ def load_model(folder: Path, run: Run) -> nn.Module:
     """The classifier of a run, or its encoder (the student's). Raises ValueError if it does not fit."""
     encoder = build_encoder(run.config, run.spec.channels)
     if run.config.task != "classify":
-        load_encoder(folder, run, encoder)
-        return encoder
+        return load_encoder(folder, run, encoder)
     model = build_classifier(run.config, encoder, len(run.spec.classes), run.spec.channels)
-    weights = {k: v for k, v in run.checkpoint["model"].items() if not k.startswith("relvit.")}
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError:
-        raise ValueError(f"{folder}: last.pt holds a model of other sizes than its settings") from None
-    return model
+    return load_part(folder, run, model, "")
 
 
-def load_encoder(folder: Path, run: Run, encoder: nn.Module) -> None:
+def load_encoder(folder: Path, run: Run, encoder: nn.Module) -> nn.Module:
     """Load a run's encoder, of a student or a classifier. Raises ValueError if it has other sizes."""
     dino = run.config.task == "pretrain" and run.config.ssl == "dino"
-    prefix, weights = "student." if dino else "encoder.", run.checkpoint["model"]
+    return load_part(folder, run, encoder, "student." if dino else "encoder.")
+
+
+def load_part(folder: Path, run: Run, model: nn.Module, prefix: str) -> nn.Module:
+    """Load a run's weights whose names begin with a prefix. Raises ValueError if they have other sizes."""
+    weights = {k: v for k, v in run.checkpoint["model"].items() if not k.startswith("relvit.")}
     try:
-        encoder.load_state_dict(
-            {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-        )
+        model.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
     except RuntimeError:
-        raise ValueError(
-            f"{folder} holds an encoder of other sizes, channels or pooling than asked for"
-        ) from None
+        raise ValueError(f"{folder} holds an encoder of other sizes, channels or pooling") from None
+    return model
 
 
 def start_from(init: Path, encoder: nn.Module) -> None:
     """Load the encoder of a run, or a file of published weights. Raises ValueError if it does not fit."""
     if not init.is_file():
-        return load_encoder(init, load_run(init), encoder)
+        load_encoder(init, load_run(init), encoder)
+        return
     weights, left = read_weights(init)
     try:
         fit(weights, encoder)
@@ -95,10 +92,10 @@ def make_encoder(config: Config, channels: int) -> nn.Module:
     encoder = build_encoder(config, channels)
     if config.init and not config.resume:
         start_from(config.init, encoder)
-    if config.task == "classify" and config.backbone == "vit":
-        if not config.init or not encoder.pos_embed.any():
-            # At 0.02 positions are lost beside the patches, and some classifiers do not learn.
-            nn.init.trunc_normal_(encoder.pos_embed, std=0.2)
+    classifies = config.task == "classify" and config.backbone == "vit"
+    if classifies and not (config.init and encoder.pos_embed.any()):
+        # At 0.02 positions are lost beside the patches, and some classifiers do not learn.
+        nn.init.trunc_normal_(encoder.pos_embed, std=0.2)
     return encoder
 
 
@@ -110,8 +107,8 @@ def build_model(config: Config, spec: DataSpec, encoder: nn.Module, grid: tuple[
             model.relvit = RelViT(encoder, config.embed_dim, grid, config.relations)
     elif config.ssl == "relvit":
         nn.init.zeros_(encoder.pos_embed)  # unused: who uses the encoder next sees what it was trained on
-        grid = (config.mega_patches, config.mega_patches) if config.mega_patches else grid
-        model = RelViT(encoder, config.embed_dim, grid, config.relations or TASKS)
+        cells = (config.mega_patches, config.mega_patches) if config.mega_patches else grid
+        model = RelViT(encoder, config.embed_dim, cells, config.relations or TASKS)
     else:
         model = DINO(encoder, config.embed_dim, config.out_dim, center_momentum=config.center_momentum)
     for relvit in (m for m in model.modules() if isinstance(m, RelViT)):
@@ -124,19 +121,13 @@ def build_model(config: Config, spec: DataSpec, encoder: nn.Module, grid: tuple[
 
 
 def masks_of_run(folder: Path, data: str, images: Tensor) -> Tensor:
-    """The union (M, 1, H, W) bool of the masks of a run's guided heads, for images (M, C, H, W) uint8.
-
-    Raises ValueError.
-    """
+    """The union (M, 1, H, W) of the masks of a run's heads on images (M, C, H, W). Raises ValueError."""
     run, masses = load_run(folder), read_masses(folder)
     if images.shape[1] != run.spec.channels:
-        raise ValueError(
-            f"{folder} learned from {run.spec.channels} channels, these images have {images.shape[1]}"
-        )
+        channels = f"{run.spec.channels} channels, these images have {images.shape[1]}"
+        raise ValueError(f"{folder} learned from {channels}")
     if run.config.data != data:
-        print(
-            f"note: {folder} was trained on {run.config.data}; look at its masks for {data}: --export-masks"
-        )
+        print(f"note: {folder} learned from {run.config.data}; look at its masks for {data}: --export-masks")
     encoder, layer = load_model(folder, run), run.config.span_layer
     masks = (attention_masks(encoder, masses, x, layer) for x in images.split(BATCH))
     return torch.cat([m.any(dim=1, keepdim=True) for m in masks])

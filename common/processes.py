@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dino import over_processes
+from common.checks import check_device
+from dino import Collapse, over_processes
 
 
 def rank() -> int:
@@ -22,20 +23,20 @@ def rank() -> int:
 
 
 def join(device: str, batch_size: int) -> str:
-    """Join the processes that torchrun started, if it did, and return this one's device.
+    """Join the processes that torchrun started, if it did; returns this one's device, and opens no other.
 
-    Only the first process prints. Raises ValueError if a batch can't be shared evenly.
+    Only the first process prints. Raises ValueError if a device can't be used, or a batch not shared evenly.
     """
     if "RANK" not in os.environ:
+        check_device(device)
         return device
     processes = int(os.environ["WORLD_SIZE"])
     if batch_size % processes:
         raise ValueError(
             f"--batch-size {batch_size} can't be shared by {processes} processes: take a multiple"
         )
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
+    check_device(device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     if rank():
         sys.stdout = open(os.devnull, "w")
@@ -43,8 +44,8 @@ def join(device: str, batch_size: int) -> str:
 
 
 def fail(script: str, said: Exception | str, status: int) -> NoReturn:
-    """End a script with one line; of several processes, the first alone says what input is unusable."""
-    if status == 1 or not rank():
+    """End a script with one line; the first of several processes says it, or all if one may fail alone."""
+    if not rank() or status == 1 and not isinstance(said, Collapse):
         print(f"{script}: {said}", file=sys.stderr)
     sys.exit(status)
 
@@ -64,6 +65,14 @@ def average_gradients(model: nn.Module) -> None:
     means = over_processes(torch.cat([g.flatten() for g in gradients]))
     for g, mean in zip(gradients, means.split([g.numel() for g in gradients])):
         g.copy_(mean.view_as(g))
+
+
+def from_first(values: Any) -> Any:
+    """The first process's values, in every process."""
+    box = [values]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Fixtures that several test files share: small runs of train.py on few images."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,16 @@ from common.checkpoint import load_run
 from common.runs import images_to_show
 
 TINY = "--train-images 32 --embed-dim 24 --depth 1 --num-heads 3 --batch-size 8 --epochs 2".split()
-SMALL = "--task classify --train-images 32 --embed-dim 16 --depth 1 --num-heads 2 --batch-size 8 --epochs 2".split()
+SMALL = [
+    "--task",
+    "classify",
+    *TINY[:2],
+    *"--embed-dim 16 --depth 1 --num-heads 2 --batch-size 8 --epochs 2".split(),
+]
 
 
-@pytest.fixture(scope="session")
-def few_test_images():
+@contextmanager
+def few_images() -> Iterator[None]:
     """Only 8 validation and 8 test images are drawn, and one of them is shown, which saves a second a run."""
     real = images_to_show
     with pytest.MonkeyPatch.context() as patch:
@@ -27,25 +33,33 @@ def few_test_images():
         yield
 
 
+@pytest.fixture(scope="module")
+def few_test_images():
+    with few_images():
+        yield
+
+
 @pytest.fixture(scope="session")
-def span_run(few_test_images, tmp_path_factory) -> Path:
+def span_run(tmp_path_factory) -> Path:
     """A finished run: SPAN with DINO, guided by one reference image. Read it, don't change it."""
     out = tmp_path_factory.mktemp("runs") / "span"
-    train.main([*TINY, "--out", str(out)])
+    with few_images():
+        train.main([*TINY, "--out", str(out)])
     return out
 
 
 @pytest.fixture(scope="session")
-def dino_run(few_test_images, tmp_path_factory) -> Path:
+def dino_run(tmp_path_factory) -> Path:
     """A finished run of DINO alone, on the images of `span_run`."""
     out = tmp_path_factory.mktemp("runs") / "dino"
-    train.main([*TINY, "--prior", "none", "--out", str(out)])
+    with few_images():
+        train.main([*TINY, "--prior", "none", "--out", str(out)])
     return out
 
 
 @pytest.fixture
 def refused(capsys) -> Callable:
-    """Runs a script's main, which must end with one line, exit status 2, and no traceback; returns the line."""
+    """Runs a script's main, which must end with one line, exit status 2, no traceback; returns the line."""
 
     def run(main: Callable, *argv: str) -> str:
         with pytest.raises(SystemExit) as stop:

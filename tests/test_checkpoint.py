@@ -1,4 +1,4 @@
-"""A run survives kills, Ctrl-C, full disks and damaged files, and goes on to the weights of an unbroken one."""
+"""A run survives kills, Ctrl-C, full disks and damage, and goes on to the weights of an unbroken one."""
 
 import json
 import os
@@ -6,35 +6,37 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import SMALL, TINY, same_weights
+from conftest import SMALL, TINY, metrics_of, same_weights
 from PIL import Image
 
 import evaluate
 import train
 from common.checkpoint import load_run, write_file
+from common.processes import command_to_resume
 
-ROOT = Path(__file__).parents[1]
 MOVING = "--align none --local-crops-number 2 --flip 0.5 --drop-path 0.2".split()  # all that draws numbers
 pytestmark = pytest.mark.usefixtures("few_test_images")
 
 
-def in_a_process_of_its_own(argv: list[str]) -> int:
+def forked(argv: list[str]) -> int:
     """A fork, which need not load torch again, that trains with one thread, as a forked process must."""
     torch.set_num_threads(1)
-    process, status = os.fork(), 1
+    process = os.fork()
     if process == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.dup2(1, 2)
+        status = 1
         try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.dup2(1, 2)
             train.main(argv)
             status = 0
+        except SystemExit as stop:
+            status = stop.code
         finally:
             os._exit(status)
     return process
@@ -45,8 +47,16 @@ def finished_in_spite_of(stop, argv: list[str], out: Path) -> int:
     stops = 0
     while not (out / "metrics.json").exists():
         how = ["--resume"] if (out / "last.pt").exists() else [*argv, "--overwrite"]
-        stops += stop(in_a_process_of_its_own([*how, "--out", str(out)]), stops)
+        stops += stop(forked([*how, "--out", str(out)]), stops)
     return stops
+
+
+@pytest.fixture
+def threads():
+    """As many threads as before, once a test has forked."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def same_rows(*runs: Path) -> bool:
@@ -56,13 +66,14 @@ def same_rows(*runs: Path) -> bool:
 
 
 @pytest.mark.slow
-def test_a_run_killed_20_times_ends_at_the_weights_of_an_uninterrupted_one(tmp_path, monkeypatch):
+def test_a_run_killed_20_times_ends_at_the_weights_of_an_unbroken_one(tmp_path, monkeypatch, threads):
     """By SIGKILL, at any moment, or with half a file on the disk, as when the power fails."""
-    threads, chance, killed, real = torch.get_num_threads(), random.Random(0), tmp_path / "killed", os.fsync
+    chance, killed, real = random.Random(0), tmp_path / "killed", os.fsync
     argv = [*TINY, *MOVING, "--epochs", "24", "--depth", "3"]
-    os.waitpid(in_a_process_of_its_own([*argv, "--out", str(tmp_path / "whole")]), 0)
+    os.waitpid(forked([*argv, "--out", str(tmp_path / "whole")]), 0)
     last_row = json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[-1])
     epoch = 32 / last_row["images_per_s"]
+    plan, written, last = [], [], killed / "last.pt"
 
     def half(file):
         """In a fork: of its third file only a half reaches the disk."""
@@ -72,12 +83,12 @@ def test_a_run_killed_20_times_ends_at_the_weights_of_an_uninterrupted_one(tmp_p
             os.kill(os.getpid(), signal.SIGKILL)
         real(file)
 
-    plan, written, last = [], [], killed / "last.pt"
-    monkeypatch.setattr(os, "fsync", half)
+    def changed() -> int:
+        return last.stat().st_mtime_ns if last.exists() else 0
 
     def stop(process, kills):
-        before, done = last.stat().st_mtime_ns if last.exists() else 0, 0
-        while not done and (kills >= 20 or (last.stat().st_mtime_ns if last.exists() else 0) == before):
+        before, done = changed(), 0
+        while not done and (kills >= 20 or changed() == before):
             done, status = os.waitpid(process, os.WNOHANG)
             assert not done or status in (0, signal.SIGKILL)
             time.sleep(0.001)
@@ -89,33 +100,33 @@ def test_a_run_killed_20_times_ends_at_the_weights_of_an_uninterrupted_one(tmp_p
         plan.extend([process] * (kills < 20))
         return kills < 20
 
+    monkeypatch.setattr(os, "fsync", half)
     assert finished_in_spite_of(stop, argv, killed) == 20
-    torch.set_num_threads(threads)
     assert same_weights(tmp_path / "whole", killed) and same_rows(tmp_path / "whole", killed)
 
 
-def test_a_run_stopped_by_ctrl_c_within_its_epochs_ends_at_the_weights_of_an_uninterrupted_one(
-    tmp_path, monkeypatch
+def test_a_run_stopped_by_ctrl_c_within_its_epochs_ends_at_the_weights_of_an_unbroken_one(
+    tmp_path, monkeypatch, threads
 ):
     """After 3, 5, 1 and 4 of its steps, 4 of which are an epoch."""
-    threads, stopped, real, calls, after = torch.get_num_threads(), tmp_path / "stopped", train.train_step, [], []
+    stopped, real, steps, after = tmp_path / "stopped", train.train_step, [], []
     argv = [*TINY, *MOVING, "--epochs", "4"]
-    os.waitpid(in_a_process_of_its_own([*argv, "--out", str(tmp_path / "whole")]), 0)
+    os.waitpid(forked([*argv, "--out", str(tmp_path / "whole")]), 0)
 
     def step(*args):
-        calls.append(args)
-        if len(calls) == [3, 5, 1, 4, 99][len(after)]:
+        steps.append(args)
+        if len(steps) == [3, 5, 1, 4, 99][len(after)]:
             os.kill(os.getpid(), signal.SIGINT)
         return real(*args)
 
     def stop(process, stops):
-        os.waitpid(process, 0)
-        after.append(load_run(stopped).checkpoint["begun"] is not None)
-        return len(after) < 5
+        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        after.append((status, load_run(stopped).checkpoint["begun"] is not None))
+        return status == 130
 
     monkeypatch.setattr(train, "train_step", step)
-    assert finished_in_spite_of(stop, argv, stopped) == 4 and after == [True] * 4 + [False]
-    torch.set_num_threads(threads)
+    assert finished_in_spite_of(stop, argv, stopped) == 4
+    assert after == [(130, True)] * 4 + [(0, False)]
     assert same_weights(tmp_path / "whole", stopped) and same_rows(tmp_path / "whole", stopped)
 
 
@@ -145,18 +156,17 @@ def test_an_isnet_run_resumes_with_its_masks_though_what_made_them_has_gone(
     train.main(list(resume))
     assert same_weights(tmp_path / "whole", tmp_path / "stopped")
     assert len({load_run(tmp_path / name).spec.relevance_range for name in ("whole", "stopped")}) == 1
-    dice = {json.loads((tmp_path / n / "metrics.json").read_text())["mask_dice"] for n in ("whole", "stopped")}
-    assert len(dice) == 1
+    assert metrics_of(tmp_path / "whole")["mask_dice"] == metrics_of(tmp_path / "stopped")["mask_dice"]
     (tmp_path / "stopped" / "masks.pt").write_bytes(b"no masks")
     assert "masks.pt can't be read" in refused(train.main, *resume)
 
 
-def test_rows_that_a_kill_kept_from_being_written_are_written_when_the_run_goes_on(span_run, tmp_path):
+def test_a_finished_run_that_is_resumed_is_measured_again_and_not_trained(span_run, tmp_path, capsys):
     shutil.copytree(span_run, tmp_path / "run")
-    rows = (span_run / "metrics.jsonl").read_text()
-    (tmp_path / "run" / "metrics.jsonl").write_text(rows.splitlines()[0] + "\n")
+    (tmp_path / "run" / "metrics.json").unlink()
     train.main(["--out", str(tmp_path / "run"), "--resume"])
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == rows
+    assert same_weights(span_run, tmp_path / "run") and "trained in" not in capsys.readouterr().out
+    assert metrics_of(tmp_path / "run") == pytest.approx(metrics_of(span_run))
 
 
 def test_a_run_whose_data_moved_goes_on_and_one_whose_settings_were_edited_does_not(
@@ -174,8 +184,9 @@ def test_a_run_whose_data_moved_goes_on_and_one_whose_settings_were_edited_does_
     record = (out / "config.json").read_text()
     (out / "config.json").write_text(record.replace('"lr": 0.002', '"lr": 0.1'))
     assert "was started with --lr 0.002, not 0.1" in refused(train.main, *resume)
-    (out / "config.json").write_text("no json")
-    assert "something else than a run" in refused(train.main, *resume)
+    for damage, line in (("no json", "something else than a run"), (record[:-3], "or it is damaged")):
+        (out / "config.json").write_text(damage)
+        assert line in refused(train.main, *resume)
     (out / "config.json").write_text(record)
     train.main([*resume, "--data", str(tmp_path / "moved")])
     assert len(load_run(out).checkpoint["history"]) == 2
@@ -190,59 +201,45 @@ def test_a_resumed_run_keeps_the_data_priors_and_masks_that_it_was_trained_on(wo
     assert "leave out either" in line
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_usable_and_ends_in_one_line(tmp_path, monkeypatch, capfd):
+def test_a_full_disk_leaves_the_last_checkpoint_usable_and_ends_in_one_line(
+    tmp_path, monkeypatch, capfd, threads
+):
     """No file may become larger than a limit that is set after the first checkpoint, which is larger."""
-    process, real = os.fork(), train.save
-    if process == 0:
-        try:
-            torch.set_num_threads(1)
+    out, real = tmp_path / "run", train.save
 
-            def save_and_fill(*args):
-                real(*args)
-                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-                resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    def save_and_fill(*args):
+        real(*args)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
-            monkeypatch.setattr(train, "save", save_and_fill)
-            train.main([*TINY, "--align", "none", "--out", str(tmp_path / "run")])
-        except SystemExit as stop:
-            os._exit(stop.code)
-        finally:
-            os._exit(99)
+    monkeypatch.setattr(train, "save", save_and_fill)
+    monkeypatch.setattr(os, "dup2", lambda *files: None)  # the fork shows what it prints
+    process = forked([*TINY, "--align", "none", "--out", str(out)])
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 1
-    said = capfd.readouterr().err.splitlines()[-1]
-    assert said.startswith("train.py: [Errno 27] File too large: ") and said.endswith("continue with --resume")
-    assert len(load_run(tmp_path / "run").checkpoint["history"]) == 1
-    assert not list((tmp_path / "run").glob("*.part"))
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith("train.py: [Errno 27] File too large: ") and line.endswith(
+        "continue with --resume"
+    )
+    assert len(load_run(out).checkpoint["history"]) == 1 and not list(out.glob("*.part"))
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 2  # no checkpoint is ahead of its rows
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     write_file(tmp_path / "a.json", {"x": 1})
-    monkeypatch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="a.json"):
         write_file(tmp_path / "a.json", {"x": 2})
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1} and len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.slow
-def test_an_interrupted_run_says_how_to_go_on(tmp_path):
-    command = [sys.executable, "train.py", *TINY, "--epochs", "500", "--out", str(tmp_path / "my run")]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    while not (tmp_path / "my run" / "last.pt").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    said = f"stopped; python train.py --out '{tmp_path}/my run' --resume continues from here"
-    assert said in process.communicate()[0] and process.returncode == 130
-
-
-def test_a_run_stopped_before_it_trains_says_what_is_kept(tmp_path, monkeypatch, capsys):
-    def interrupted(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "load_data", interrupted)
+def test_a_run_stopped_before_it_trains_says_what_is_kept_and_one_that_trains_how_to_go_on(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(train, "load_data", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(SystemExit) as stop:
         train.main([*TINY, "--out", str(tmp_path / "run")])
     assert stop.value.code == 130 and "if an epoch was finished, --resume" in capsys.readouterr().out
+    assert command_to_resume("my run", True) == "python train.py --out 'my run' --resume --keep-going"
 
 
 class Evil:
@@ -252,9 +249,8 @@ class Evil:
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", "truncated", Evil()])
 def test_a_checkpoint_that_is_damaged_or_would_run_code_is_refused(content, span_run, tmp_path, capfd):
-    if isinstance(content, Evil):
-        torch.save(content, tmp_path / "last.pt")
-    else:
+    torch.save(content, tmp_path / "last.pt")
+    if not isinstance(content, Evil):
         whole = (span_run / "last.pt").read_bytes()
         (tmp_path / "last.pt").write_bytes(whole[: len(whole) // 2] if content == "truncated" else content)
     with pytest.raises(SystemExit) as stop:
@@ -265,24 +261,25 @@ def test_a_checkpoint_that_is_damaged_or_would_run_code_is_refused(content, span
     assert not isinstance(content, Evil) or "it holds posix.system, which might run code" in error
 
 
-def test_a_checkpoint_of_another_version_or_with_something_missing_is_refused(span_run, tmp_path, refused):
-    (tmp_path / "config.json").write_text((span_run / "config.json").read_text())
-    whole = torch.load(span_run / "last.pt", weights_only=True)
-    for change, line in (
+@pytest.mark.parametrize(
+    "change, line",
+    [
         ({"format": 1}, "written by another version of train.py (format 1, here 2)"),
-        ({"torch_rng": None}, "last.pt does not fit its settings"),
-        ({"model": {}}, "last.pt does not fit its settings"),
+        ({"torch_rng": None}, "last.pt does not fit its settings (TypeError"),
+        ({"model": {}}, "last.pt does not fit its settings (RuntimeError"),
         ({"optimizer": None}, "last.pt does not fit its settings"),
         ({"begun": 3}, "last.pt does not fit its settings"),
         ({"settings": 3}, "last.pt is damaged"),
         ({"settings": {"epochs": 3}}, "last.pt is damaged"),
         ({"spec": {}}, "last.pt is damaged"),
-    ):
-        torch.save(whole | change, tmp_path / "last.pt")
-        assert line in refused(train.main, "--out", str(tmp_path), "--resume")
-    del whole["optimizer"]
-    torch.save(whole, tmp_path / "last.pt")
-    assert "does not fit its settings (KeyError" in refused(train.main, "--out", str(tmp_path), "--resume")
+    ],
+)
+def test_a_checkpoint_of_another_version_or_that_lacks_something_is_refused(
+    change, line, span_run, tmp_path, refused
+):
+    (tmp_path / "config.json").write_text((span_run / "config.json").read_text())
+    torch.save(torch.load(span_run / "last.pt", weights_only=True) | change, tmp_path / "last.pt")
+    assert line in refused(train.main, "--out", str(tmp_path), "--resume")
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path, refused):

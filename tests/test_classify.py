@@ -28,21 +28,26 @@ def seed():
     torch.manual_seed(0)
 
 
-def losses_of(name: str, words: str = "", labels: torch.Tensor = LABELS, masks=None, spec=None):
+def middle(masked: int = 8) -> torch.Tensor:
+    """Masks of the middle of 8 images; only the first `masked` have one."""
+    masks = torch.zeros(8, 1, 16, 16, dtype=torch.bool)
+    masks[:masked, :, 4:12, 4:12] = True
+    return masks
+
+
+def losses_of(name: str, words: str = "", labels: torch.Tensor = LABELS, masks: torch.Tensor | None = None):
     """A classifier on random images of 16 px, and its objective with ISNet."""
-    config, _ = parse(f"--task classify --isnet 1 --isnet-decay 0.9 --isnet-end 1 --lrp-gamma 3 {words}".split())
-    model = Classifier(ENCODERS[name](), labels.shape[1])
-    images = torch.randint(256, (len(labels), 1, 16, 16), dtype=torch.uint8)
-    if masks is None:
-        masks = torch.zeros(len(labels), 1, 16, 16, dtype=torch.bool)
-        masks[:, :, 4:12, 4:12] = True
+    flags = f"--task classify --isnet 1 --isnet-decay 0.9 --isnet-end 1 --lrp-gamma 3 {words}"
+    config, model = parse(flags.split())[0], Classifier(ENCODERS[name](), labels.shape[1])
+    images = torch.randint(256, (8, 1, 16, 16), dtype=torch.uint8)
+    masks = middle() if masks is None else masks
     spec = DataSpec(1, (), is_multiclass(labels), "", (1.0, 20.0))
     return model, train.classifier_objective(config, model, images, masks, labels, spec)
 
 
 def test_classes_exclude_each_other_and_findings_do_not():
     assert is_multiclass(torch.tensor([[1, 0], [0, 1], [nan, nan]]))
-    assert not is_multiclass(torch.tensor([[1.0, 0], [1, 1]])) and not is_multiclass(torch.tensor([[1.0], [0]]))
+    assert not any(is_multiclass(torch.tensor(labels)) for labels in ([[1.0, 0], [1, 1]], [[1.0], [0]]))
 
 
 def test_unknown_findings_do_not_count():
@@ -94,15 +99,13 @@ def test_one_of_several_findings_has_its_share_of_the_loss():
 def test_the_weight_of_isnet_falls_as_half_a_cosine_to_its_share():
     _, losses = losses_of("resnet", "--isnet 3 --isnet-end 0.2")
     for progress, weight in ((0.0, 3.0), (0.25, 0.6 + 2.4 * (2 + 2**0.5) / 4), (0.5, 1.8), (1.0, 0.6)):
-        loss, found = losses(torch.arange(4), Generator().manual_seed(0), progress)
-        punished = found["background"] + found["foreground"]
-        torch.testing.assert_close(loss.detach(), found["classification"] + weight * punished)
+        loss, logged = losses(torch.arange(4), Generator().manual_seed(0), progress)
+        isnet = logged["background"] + logged["foreground"]
+        torch.testing.assert_close(loss.detach(), logged["classification"] + weight * isnet)
 
 
 def test_images_without_a_mask_only_teach_the_classification():
-    masks = torch.zeros(8, 1, 16, 16, dtype=torch.bool)
-    masks[:4, :, 4:12, 4:12] = True
-    _, losses = losses_of("resnet", masks=masks)
+    _, losses = losses_of("resnet", masks=middle(4))
     _, logged = losses(torch.arange(4, 8), Generator().manual_seed(0), 0.0)
     assert logged["background"] == logged["foreground"] == 0 < logged["classification"]
 
@@ -122,19 +125,20 @@ def test_training_with_isnet_leaves_a_plain_model_behind():
 
 
 def test_c1_and_c2_are_found_from_the_images_with_masks_and_leave_the_model_as_it_was():
-    model = Classifier(ENCODERS["vit"](), 1)
-    images, masks = torch.randint(256, (8, 1, 16, 16), dtype=torch.uint8), torch.zeros(8, 1, 16, 16).bool()
-    masks[:4, :, 4:12, 4:12] = True
-    before = copy.deepcopy(model.state_dict())
-    given = model, images, masks, LABELS, 1e-3, 4, "selective", {"epsilon": 0.01, "signed": True}, 0
-    c1, c2 = natural_range(*given)
-    assert 0 < c1 < c2 and (c1, c2) == natural_range(*given)
+    model, images = Classifier(ENCODERS["vit"](), 1), torch.randint(256, (8, 1, 16, 16), dtype=torch.uint8)
+    before, rule = copy.deepcopy(model.state_dict()), {"epsilon": 0.01, "signed": True}
+    arguments = model, images, middle(4), LABELS, 1e-3, 4, "selective", rule, 0
+    c1, c2 = natural_range(*arguments)
+    assert 0 < c1 < c2 and (c1, c2) == natural_range(*arguments)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ENCODERS)
-def test_layers_to_supervise_exist_in_every_encoder(name):
-    assert len(supervised_layers(ENCODERS[name]())) > 3
+def test_isnet_supervises_every_norm_patches_and_blocks_but_no_norm_that_pooling_leaves_without_effect():
+    resnet = ResNet(1, 16)
+    norms = [m for m in resnet.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert supervised_layers(resnet) == norms
+    assert len(supervised_layers(ViT(16, 4, 1, 12, 2, 3))) == 1 + 2 * (2 + 1) + 1
+    assert len(supervised_layers(ViT(16, 4, 1, 12, 2, 3, pool=GAP()))) == 1 + 2 * (2 + 1)
 
 
 def test_what_the_cls_token_and_all_tokens_attend_to_in_each_block_is_seen_and_can_be_trained_through():
@@ -157,13 +161,14 @@ def test_what_the_cls_token_and_all_tokens_attend_to_in_each_block_is_seen_and_c
 
 @pytest.mark.parametrize("flags", ["--pool gap", "--pool simpool", "--pool gap --registers 2"])
 def test_isnet_trains_vits_of_every_pooling_and_with_registers(flags):
-    config, _ = parse(f"--task classify --isnet 1 --backbone vit --depth 1 --findings all {flags}".split())
-    model = build_classifier(config, build_encoder(config, 1), 2, 1)
-    images, masks = torch.randint(256, (2, 1, 64, 64), dtype=torch.uint8), torch.zeros(2, 1, 64, 64).bool()
-    masks[..., 16:40, 16:40] = True
-    spec = DataSpec(1, ("a", "b"), True, "", (1.0, 20.0))
-    losses = train.classifier_objective(config, model, images, masks, torch.eye(2), spec)
-    losses(torch.arange(2), Generator().manual_seed(0), 0.0)[0].backward()
+    words = f"--task classify --isnet 1 --backbone vit --img-size 16 --patch-size 4 --depth 1 {flags}"
+    config, _ = parse(words.split())
+    model, spec = build_classifier(config, build_encoder(config, 1), 1, 1), DataSpec(
+        1, (), False, "", (1.0, 20.0)
+    )
+    images = torch.randint(256, (8, 1, 16, 16), dtype=torch.uint8)
+    losses = train.classifier_objective(config, model, images, middle(), LABELS, spec)
+    losses(torch.arange(4), Generator().manual_seed(0), 0.0)[0].backward()
     assert model.encoder.patch_embed.proj.weight.grad.abs().sum() > 0
 
 
