@@ -12,10 +12,13 @@ from PIL import Image
 import evaluate
 import train
 from common.checkpoint import load_run
-from common.data import load
+from common.config import parse
+from common.data import Data, load
 from common.explain import decisions
 from common.models import load_model
 from common.regions import attention_masks, make_priors, read_masks, read_masses
+from common.runs import Loaded
+from common.weights import exported
 from vit import ViT
 
 pytestmark = pytest.mark.usefixtures("few_test_images")
@@ -75,7 +78,50 @@ def test_runs_of_which_one_cannot_be_measured_are_shown_on_the_same_images(tmp_p
         evaluate.main([*(str(tmp_path / name) for name in order), "--only", "attention"])
         assert "dino: no validation image" in capsys.readouterr().out
     evaluate.main([str(tmp_path / "span"), "--export-masks", str(tmp_path / "out")])
-    assert sorted(p.name for p in (tmp_path / "out" / "heart").iterdir()) == sorted(f"{i}.png" for i in range(12))
+    assert sorted(p.name for p in (tmp_path / "out" / "heart").iterdir()) == sorted(
+        f"{i}.png" for i in range(12)
+    )
+
+
+def test_weights_are_measured_on_the_data_of_the_runs_beside_them_and_keep_earlier_metrics(
+    two_runs, tmp_path, monkeypatch, refused
+):
+    torch.save(ViT(16, 8, 1, 32, 1, 2).state_dict(), tmp_path / "vit.pth")
+    argv = [two_runs[0], str(tmp_path / "vit.pth"), "--num-heads", "2"]
+    for measure in ("attention", "knn"):
+        evaluate.main([*argv, "--only", measure])
+    assert {"attention_mAP", "knn_mAUC"} <= set(metrics_of(tmp_path / "vit.pth-phantom"))
+    assert "differ in img_size: compare runs on the same" in refused(evaluate.main, *argv, "--img-size", "32")
+
+
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_damaged_metrics_are_named_before_anything_is_measured(content, two_runs, monkeypatch, refused):
+    (Path(two_runs[1]) / "metrics.json").write_text(content)
+    monkeypatch.setattr(evaluate, "report", None)
+    line = refused(evaluate.main, *two_runs)
+    assert f"{two_runs[1]}/metrics.json is damaged: remove it" in line
+
+
+def test_the_expected_time_is_the_sum_over_the_models_of_what_applies_to_them(monkeypatch):
+    class Slow(torch.nn.Linear):
+        def forward(self, x):
+            clock[0] += self.out_features * len(x)
+            return x
+
+    clock, images = [0.0], torch.zeros(8, 1, 4, 4, dtype=torch.uint8)
+    monkeypatch.setattr(evaluate.time, "perf_counter", lambda: clock[0])
+    splits = dict.fromkeys(("train", "val", "test"), Data(images, *[None] * 3, [""] * 8, [], []))
+    pretrained, other, classifier = (
+        Loaded(parse(["--task", task])[0], None, Slow(1, seconds), [], Path())
+        for task, seconds in (("pretrain", 1), ("pretrain", 3), ("classify", 1))
+    )
+
+    def seconds(runs: list, *measures: str) -> float:
+        return evaluate.expected_seconds(runs, splits, measures, False)
+
+    assert seconds([pretrained], "knn") == 16 and seconds([pretrained, other], "knn") == 16 + 3 * 16
+    assert seconds([pretrained], "bias") == seconds([classifier], "finetune") == 0
+    assert seconds([pretrained], "finetune") > 0 < seconds([classifier], "bias")
 
 
 def test_metrics_keep_a_run_s_own_relevance_rule_when_runs_are_compared(tmp_path):
@@ -107,7 +153,9 @@ def test_without_labelled_test_images_a_classifier_is_trained_but_not_measured(t
 def test_what_can_not_be_compared_or_asked_is_refused_in_one_line(two_runs, tmp_path, refused, capsys):
     train.main([*TINY, "--epochs", "1", "--seed", "1", "--align", "none", "--out", str(tmp_path / "other")])
     capsys.readouterr()
-    assert "differ in seed: compare runs on the same images" in refused(evaluate.main, two_runs[0], f"{tmp_path}/other")
+    assert "differ in seed: compare runs on the same images" in refused(
+        evaluate.main, two_runs[0], f"{tmp_path}/other"
+    )
     assert "invalid choice: 'atention'" in refused_by_argparse(capsys, two_runs[0], "--only", "atention")
     assert "did you mean --html?" in refused_by_argparse(capsys, two_runs[0], "--htm")
     assert "runs are measured on their own data" in refused(evaluate.main, two_runs[0], "--data", "parts")
@@ -141,12 +189,13 @@ def test_exported_masks_come_back_as_they_went(span_run, tmp_path, capsys, refus
 def test_a_run_that_did_not_end_or_was_not_guided_makes_no_masks(span_run, dino_run, tmp_path, refused):
     (tmp_path / "last.pt").write_bytes((span_run / "last.pt").read_bytes())
     out = "--export-masks", str(tmp_path / "masks")
-    for content in (None, '{"../heart": 0.5}', '{"..": 0.5}', '{"": 0.5}', '{"heart": 7}', "[1]", "{}"):
-        if content:
-            (tmp_path / "attention_mass.json").write_text(content)
+    for content in ("", '{"../heart": 0.5}', '{"..": 0.5}', '{"": 0.5}', '{"heart": 7}', "[1]", "{}"):
+        (tmp_path / "attention_mass.json").write_text(content)
         assert "attention_mass.json is missing or damaged" in refused(evaluate.main, str(tmp_path), *out)
+    (tmp_path / "attention_mass.json").unlink()
+    assert "damaged: train.py writes it when a run ends" in refused(evaluate.main, str(tmp_path), *out)
     assert not (tmp_path / "masks").exists()
-    assert "whose heads one prior guided" in refused(evaluate.main, str(dino_run), *out)
+    assert "makes no masks: no single prior guided its heads" in refused(evaluate.main, str(dino_run), *out)
 
 
 # Pictures
@@ -203,7 +252,7 @@ def test_masks_cover_the_prior_of_the_reference_image(span_run):
 def test_a_classifier_s_decision_gets_a_heatmap_and_its_probability(wide, tmp_path, drawn, capsys):
     train.main([*SMALL, "--epochs", "1", "--findings", "all", "--out", str(tmp_path / "run")])
     evaluate.main([str(tmp_path / "run"), "--image", str(wide)])
-    ((path, _, _, _, maps), how), = drawn  # fmt: skip  and no other: a mean attends to nothing
+    (((path, _, _, _, maps), how),) = drawn  # fmt: skip  and no other: a mean attends to nothing
     assert path.name == "relevance.png" and path.parent.name == "wide.jpg" and how["signed"]
     ((title, heatmap),) = maps.items()
     what, *chances = title.split("\n")
@@ -217,18 +266,31 @@ def test_what_is_explained_is_said_even_if_it_is_unlikely():
             return torch.arange(6.0).expand(len(images), -1)
 
     images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
-    assert [word[0] for word in decisions(Sure(1, 1), images, False, list("abcdef"))[0]] == ["a", "f", "e", "d"]
-    assert [word[0] for word in decisions(Sure(1, 1), images, True, list("abcdef"))[1]] == ["f", "e", "d", "c"]
+    assert [word[0] for word in decisions(Sure(1, 1), images, False, list("abcdef"))[0]] == [
+        "a",
+        "f",
+        "e",
+        "d",
+    ]
+    assert [word[0] for word in decisions(Sure(1, 1), images, True, list("abcdef"))[1]] == [
+        "f",
+        "e",
+        "d",
+        "c",
+    ]
 
 
-def test_heads_of_published_weights_get_masks_that_hold_most_of_their_attention(wide, tmp_path, drawn, monkeypatch):
+@pytest.mark.parametrize("channels", [1, 3])
+def test_heads_of_published_weights_get_masks_that_hold_most_of_their_attention(
+    channels, wide, tmp_path, drawn, monkeypatch
+):
     torch.manual_seed(0)
-    torch.save(ViT(32, 8, 3, 64, 1, 1).state_dict(), tmp_path / "vit.pth")
+    torch.save(exported(ViT(32, 8, channels, 64, 1, 1)), tmp_path / "vit.pth")
     monkeypatch.chdir(tmp_path)
     evaluate.main(["vit.pth", "--image", str(wide), "--img-size", "48", "--num-heads", "1"])
     path, image, masks, names, _ = drawn[0][0]
-    assert path.parent.parent == Path("vit.pth-looks")
-    assert image.shape == (1, 3, 48, 104) and names == ["head 0"] and 0.3 < masks.float().mean() < 0.7
+    assert path.parent.parent == Path("vit.pth-looks") and names == ["head 0"]
+    assert image.shape == (1, channels, 48, 104) and 0.3 < masks.float().mean() < 0.7
 
 
 def test_pictures_of_one_name_each_get_their_own_and_one_that_cannot_be_read_stops_none(
@@ -243,5 +305,7 @@ def test_pictures_of_one_name_each_get_their_own_and_one_that_cannot_be_read_sto
     evaluate.main(["vit.pth", *pictures, "a/1.png", "b/1.png"])
     paths = [args[0] for args, _ in drawn]
     assert paths == [Path(f"vit.pth-looks/{name}/attention.png") for name in ("1.png", "1_1.png")]
-    assert "none.png: this image cannot be read" in refused(evaluate.main, "vit.pth", *pictures, "none.png", "a/1.png")
+    (tmp_path / "a" / "2.png").write_text("no picture")
+    line = refused(evaluate.main, "vit.pth", *pictures, "none.png", "a/2.png", "a/1.png")
+    assert "--image none.png: no such file; a/2.png: this image cannot be read" in line
     assert len(drawn) == 3

@@ -129,7 +129,7 @@ def test_the_page_shows_the_first_images_and_those_that_each_model_is_worst_at(m
     scores = {"a": [0.9] * 7 + [0.2, 0.1], "b": [0.9] * 4 + [math.nan, 0.3, 0.4, 0.9, 0.9]}
     monkeypatch.setattr(loaded_runs, "scores_in", lambda model, *args: ("AP", scores[model]))
     monkeypatch.setattr(loaded_runs, "heads_of", lambda model, layer, images, *args, **kw: {"": images[:, 0]})
-    monkeypatch.setattr(loaded_runs, "pools_evenly", lambda encoder: False)
+    monkeypatch.setattr(loaded_runs, "has_attention", lambda encoder, baseline: True)
     reports = {name: Report({}, {}, {}, {}, []) for name in runs}
     shown, which, looks = loaded_runs.looks_of(runs, {"test": data, "train": data}, reports)
     assert shown.names == ["0", "1", "5", "6", "7", "8"]
