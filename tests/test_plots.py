@@ -5,11 +5,11 @@ from PIL import Image
 
 from common import plots
 
-NAMES = ["a$b_{c", "_$x^", "two\nlines"]
+NAMES = ["a$b_{c", "$b_{c$", "_x", "two\nlines"]  # two $ make it a formula, an open { a broken one
 
 
 def test_names_are_drawn_as_they_are(tmp_path):
-    images, masks, path = torch.rand(1, 1, 16, 16), torch.rand(1, 3, 16, 16) > 0.5, tmp_path / "a.png"
+    images, masks, path = torch.rand(1, 1, 16, 16), torch.rand(1, 4, 16, 16) > 0.5, tmp_path / "a.png"
     plots.map_grid(path, images, masks, NAMES, {f"head 0\n{name}": torch.rand(1, 2, 2) for name in NAMES})
     assert min(Image.open(path).size) > 100
     plots.curves(path, {name: [{"epoch": 1, name: 2.0}] for name in NAMES})
