@@ -14,7 +14,6 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -41,9 +40,7 @@ from vit import ViT
 MASS = 0.6  # of the attention that unguided heads' masks hold, as in DINO's figures
 
 
-def expected_seconds(
-    runs: Iterable[Loaded], splits: dict[str, Data], measures: list[str], few: bool
-) -> float:
+def expected_seconds(runs: list[Loaded], splits: dict[str, Data], measures: list[str], few: bool) -> float:
     """About how long the measures take: images through each model at the speed of one batch, and fits."""
     n, test, seconds = len(splits["train"].names), len(splits["test"].names), 0.0
     for config, _, model, *_ in runs:
@@ -77,25 +74,23 @@ def compare(args: argparse.Namespace) -> None:
     alike = len({path.name for path in loaded}) < len(loaded)
     runs = {str(path) if alike else path.name: run for path, run in loaded.items()}
     before = {name: read_metrics(run.out) for name, run in runs.items()}
-    (first, *_), test = runs.values(), splits["test"]
-    seconds = expected_seconds(runs.values(), splits, args.measures, args.all)
-    size = f"{len(test.names)} test images of {first.config.img_size} px"
+    first, *_ = runs.values()
+    seconds = expected_seconds([*runs.values()], splits, args.measures, args.all)
+    size = f"{len(splits['test'].names)} test images of {first.config.img_size} px"
     print(f"{first.config.data}: {size}; this takes about {seconds:.0f} s", flush=True)
     shown, rule = images_to_show(first.config, splits, args.rows), lrp_rule(first.config)  # one for all
-    reports, maps, registered = {}, {}, {}
-    fractions = FRACTIONS if args.all else (1.0,)
+    reports, maps, registered, fractions = {}, {}, {}, FRACTIONS if args.all else (1.0,)
     for name, (config, spec, model, _, out) in runs.items():
         settings = measured_by(config, spec, model, splits, reference, registered)
         found = reports[name] = report(model, splits, args.measures, fractions, **settings)
         out.mkdir(parents=True, exist_ok=True)
         if config.marker is None and "removed" in splits:
-            lacks = "it was trained without the marker that the others have"
-            found.notes.append(f"its metrics are not kept: {lacks}")
+            found.notes.append("its metrics are not kept: only the others were trained with a marker")
         else:  # NaN is no JSON
-            known = {k: v for k, v in found.metrics.items() if math.isfinite(v)}
-            write_file(out / "metrics.json", before[name] | known)
-        of_run = maps_of(config, spec, model, shown.images, found.heads, rule)
-        maps |= {f"{name}\n{title}": m for title, m in of_run.items()}
+            finite = {k: v for k, v in found.metrics.items() if math.isfinite(v)}
+            write_file(out / "metrics.json", before[name] | finite)
+        for title, m in maps_of(config, spec, model, shown.images, found.heads, rule).items():
+            maps[f"{name}\n{title}"] = m
     print_tables(reports)
     draw_maps(first.out / "compare.png", shown, maps, signed=first.config.task == "classify")
     pictures, scores = {}, {name: found.curves for name, found in reports.items()}
@@ -145,6 +140,7 @@ def draw_picture(run: Path, config: Config, spec: DataSpec, model: nn.Module, pa
     encoder = model.encoder if config.task == "classify" else model
     multiple = encoder.stride if isinstance(encoder, ResNet) else config.patch_size
     image, written = read_picture(path, config.img_size, multiple, spec.channels), 0  # (1, C, H, W)
+    pixels = image.float() / 255
     if has_attention(encoder, config.baseline):
         masses = read_masses(run) if (run / "attention_mass.json").exists() else {}
         heads = {region: head for head, region in enumerate(masses)}
@@ -153,17 +149,14 @@ def draw_picture(run: Path, config: Config, spec: DataSpec, model: nn.Module, pa
         masks = attention_masks(encoder, masses, image, config.span_layer)  # (1, R, H, W)
         for name, mask in zip(masses, masks[0]):
             write_mask(out / "masks" / f"{name}.png", mask, picture_size(path))
-        shown = image.float() / 255, masks, list(masses)
-        map_grid(out / "attention.png", *shown, maps, outlined="masks", side=2.4)
+        map_grid(out / "attention.png", pixels, masks, list(masses), maps, outlined="masks", side=2.4)
         written += 1 + len(masses)
     if config.task == "classify":
         out.mkdir(parents=True, exist_ok=True)
         (chances,) = decisions(model, image, spec.multiclass, spec.classes)
         title = "\n".join([f"relevance for {explained_class(spec.classes, spec.multiclass)}", *chances])
         (relevance,) = maps_of(config, spec, model, image, {}, lrp_rule(config)).values()  # (1, H, W)
-        map_grid(
-            out / "relevance.png", image.float() / 255, None, [], {title: relevance}, signed=True, side=2.4
-        )
+        map_grid(out / "relevance.png", pixels, None, [], {title: relevance}, signed=True, side=2.4)
         written += 1
     return written
 
@@ -189,15 +182,15 @@ def write_weights(run: Path, path: Path) -> None:
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The command line, with `flags` of train.py for files of weights. Raises ValueError."""
-    (intro, examples), layout = __doc__.split("\n\n")[:2], argparse.RawDescriptionHelpFormatter
-    usage = "python evaluate.py RUN [RUN ...] [flags below]"
-    parser = Parser(
-        "evaluate.py", usage, intro, f"examples:\n{examples}", formatter_class=layout, allow_abbrev=False
+    intro, examples = __doc__.split("\n\n")[:2]
+    about = "python evaluate.py RUN [RUN ...] [flags below]", intro, f"examples:\n{examples}"
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = Parser("evaluate.py", *about, formatter_class=layout, allow_abbrev=False)
+    add = parser.add_argument
+    add(
+        "runs", nargs="+", type=Path, metavar="RUN", help="a folder of train.py, or a file of a ViT's weights"
     )
-    what = "a folder that train.py wrote, or a file of a ViT's published weights"
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=what)
-    what = "auto (default: cuda if there is one, else cpu), cpu, cuda, mps"
-    parser.add_argument("--device", default="auto", help=what)
+    add("--device", default="auto", help="auto (default: cuda if there is one, else cpu), cpu, cuda, mps")
     add = parser.add_argument_group("what is measured and shown").add_argument
     what = f"some of {', '.join(MEASURES)} (default: {', '.join(QUICK)})"
     add("--only", dest="measures", nargs="+", choices=MEASURES, metavar="MEASURE", help=what)
@@ -205,8 +198,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--rows", type=int, help="test images in compare.png (default: 6)")
     add("--html", action="store_true", help="write report.html as well: metrics, and images to browse")
     add = parser.add_argument_group("instead, of one run").add_argument
-    what = "draw what it sees in these pictures, of any size"
-    add("--image", nargs="+", type=Path, metavar="FILE", help=what)
+    add("--image", nargs="+", type=Path, metavar="FILE", help="draw what it sees in pictures of any size")
     add("--export-masks", type=Path, metavar="DIR", help="write its guided heads' masks into a new folder")
     add("--export", type=Path, metavar="FILE", help="write its ViT for timm and DINO's code")
     add = parser.add_argument_group("for files of weights").add_argument
@@ -220,14 +212,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     alone = [flag for flag, value in alone.items() if value]
     others = args.html or args.measures or args.rows or args.all or len(args.runs) > 1 or len(alone) > 1
     missing = ", ".join(str(run) for run in args.runs if not run.exists())
-    weights = any(run.is_file() for run in args.runs)
+    flags = "" if any(run.is_file() for run in args.runs) else " ".join(args.flags)
     for wrong, line in [
         (alone and others, f"{', '.join(alone)} takes one run and no other flags: leave out the others"),
         (missing, f"{missing}: no such file or folder"),
-        (args.flags and not weights, "--data, --img-size and --num-heads are for files of weights; "
-            "runs are measured on their own data"),
+        (flags, f"{flags} is for files of weights; runs are measured on their own data"),
         (args.rows is not None and args.rows < 1, f"--rows {args.rows}: draw at least 1"),
-    ]:  # fmt: skip
+    ]:
         if wrong:
             raise ValueError(line)
     args.rows, args.measures = args.rows or 6, args.measures or (MEASURES if args.all else QUICK)
@@ -245,10 +236,9 @@ def main(argv: list[str] | None = None) -> None:
             write_weights(first, args.export)
         elif args.export_masks:
             loaded, splits, _ = load_all([first], args.flags, args.device)
-            config, _, model, *_ = loaded[first]
-            out, masses = args.export_masks, read_masses(first)
-            written = export_masks(out, config.data, model, masses, splits, config.span_layer)
-            print(f"wrote {written} masks into {args.export_masks}")
+            (config, _, model, *_), out = loaded[first], args.export_masks
+            written = export_masks(out, config.data, model, read_masses(first), splits, config.span_layer)
+            print(f"wrote {written} masks into {out}")
         elif args.image:
             draw_pictures(first, args.flags, args.image, args.device)
         else:
