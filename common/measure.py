@@ -2,7 +2,8 @@
 
 attention  pixel average precision (AP) and Dice of one attention head for each region: the one that masks
            guided, otherwise the best on validation images. The prior's own AP stands beside it: as it is,
-           registered to each image at every pixel, and the same on the attention's grid of patches.
+           registered to each image at every pixel, and the same on the attention's grid of patches. Of an
+           even pooling the AP is that of a flat map, to compare with: it is in metrics.json, not in a table.
 bias       a classifier's AUC and accuracy on test images as in training and, if these have a marker, with
            it removed, flipped, and flipped to an unseen kind. These show whether it relies on the marker.
            The share of relevance in the foreground does not: a heatmap can look right and be wrong.
@@ -89,8 +90,7 @@ def report(
                     rows[f"{100 * f:g} % of labels ({images})"] = means[name]
         except CannotMeasure as error:
             found.notes.append(str(error))
-    unknown = [name for name, value in found.metrics.items() if math.isnan(value)]
-    if unknown:
+    if unknown := [name for name, value in found.metrics.items() if math.isnan(value)]:
         found.notes.append(f"not defined, too few images of a kind: {', '.join(unknown)}")
     return found
 

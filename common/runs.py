@@ -54,8 +54,7 @@ def load_all(
 ) -> tuple[dict[Path, Loaded], dict[str, Data], str | None]:
     """Runs and files of weights, the splits that all of them share, and the reference image's name.
 
-    flags: of train.py, the data for files of weights; beside runs, that of the runs. Raises ValueError if the
-    runs have different data.
+    flags: as in `weights_config`. Raises ValueError if the runs have different data.
     """
     runs = {path: load_run(path) for path in paths if not path.is_file()}
     shared = next((run.config for run in runs.values()), None)
@@ -63,8 +62,8 @@ def load_all(
     first = configs[paths[0]]
     for path, config in configs.items():
         here, there = ({"task": c.task, **data_of(c)} for c in (first, config))
-        if differ := [name for name in here | there if here.get(name) != there.get(name)]:
-            differ = f"{paths[0]} and {path} differ in {', '.join(differ)}"
+        if names := [name for name in here | there if here.get(name) != there.get(name)]:
+            differ = f"{paths[0]} and {path} differ in {', '.join(names)}"
             raise ValueError(f"{differ}: compare runs on the same images")
     markers = {(c.marker, c.marker_kind) for c in configs.values() if c.marker is not None}
     if len(markers) > 1:
@@ -74,10 +73,10 @@ def load_all(
     splits, reference, _ = load(**data_of(first), **marker)
     spec, loaded = data_spec(splits["train"], first.task == "classify", first.data), {}
     for path, config in configs.items():
-        if path in runs:
-            check_spec(path, runs[path].spec._replace(images=spec.images), spec, config.data)
-            model, history = load_model(path, runs[path]), runs[path].checkpoint["history"]
-            loaded[path] = Loaded(config, runs[path].spec, model.to(device), history, path)
+        if run := runs.get(path):
+            check_spec(path, run.spec._replace(images=spec.images), spec, config.data)
+            model, history = load_model(path, run).to(device), run.checkpoint["history"]
+            loaded[path] = Loaded(config, run.spec, model, history, path)
         else:
             start_from(path, model := build_encoder(config, spec.channels))
             out = path.with_name(f"{path.name}-{Path(config.data).name}")  # the metrics of one data set
