@@ -5,8 +5,8 @@
     python evaluate.py runs/span --image a.jpg b.png        where it looks in any picture
     python evaluate.py dino_deitsmall16_pretrain.pth --data my_folder --img-size 224
 
-`common/measure.py` says what is measured. Metrics join each run's metrics.json; pictures go to the first run's
-folder.
+`common/measure.py` says what is measured. Metrics join each run's metrics.json; pictures go to the first
+run's folder.
 """
 
 import argparse
@@ -122,10 +122,9 @@ def draw_pictures(run: Path, flags: list[str], paths: list[Path], device: str) -
         folders.add(name)
         try:
             written = draw_picture(run, config, spec, model.to(device), path, out / name)
+            print(f"{path}: {written} file(s) in {out / name}" if written else f"{path}: the pooling is even")
         except DataError as error:
             failed.append(str(error) if path.exists() else f"--image {path}: no such file")
-            continue
-        print(f"{path}: {written} file(s) in {out / name}" if written else f"{path}: the pooling is even")
     if failed:
         raise ValueError("; ".join(failed))
 
@@ -134,8 +133,8 @@ def draw_pictures(run: Path, flags: list[str], paths: list[Path], device: str) -
 def draw_picture(run: Path, config: Config, spec: DataSpec, model: nn.Module, path: Path, out: Path) -> int:
     """Draw every head's attention, its masks as large as the picture, and a classifier's heatmap into `out`.
 
-    Masks are those of equation (7), `common/regions.py`. The picture keeps its aspect; its shorter side becomes
-    the run's --img-size. Returns how many files were written. Raises DataError.
+    Masks: equation (7), `common/regions.py`. The picture keeps its aspect; its shorter side becomes the run's
+    --img-size. Returns how many files were written. Raises DataError.
     """
     encoder = model.encoder if config.task == "classify" else model
     multiple = encoder.stride if isinstance(encoder, ResNet) else config.patch_size
@@ -163,9 +162,10 @@ def draw_picture(run: Path, config: Config, spec: DataSpec, model: nn.Module, pa
 
 def write_weights(run: Path, path: Path) -> None:
     """Write the ViT of a run for timm and DINO's code. Raises ValueError rather than overwrite something."""
-    if path.exists() or path.suffix not in (".pth", ".pt") or not path.parent.is_dir():
-        wrong = "it exists already" if path.exists() else "name a .pth file in a folder that exists"
-        raise ValueError(f"--export {path}: {wrong}")
+    if path.exists():
+        raise ValueError(f"--export {path}: it exists already")
+    if path.suffix not in (".pth", ".pt") or not path.parent.is_dir():
+        raise ValueError(f"--export {path}: name a .pth file in a folder that exists")
     if run.is_file():
         raise ValueError(f"--export: {run} is a file of weights already; name a run of train.py")
     found = load_run(run)
@@ -187,9 +187,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
     parser = Parser("evaluate.py", *about, formatter_class=layout, allow_abbrev=False)
     add = parser.add_argument
-    add(
-        "runs", nargs="+", type=Path, metavar="RUN", help="a folder of train.py, or a file of a ViT's weights"
-    )
+    add("runs", nargs="+", type=Path, metavar="RUN", help="a run of train.py, or a file of a ViT's weights")
     add("--device", default="auto", help="auto (default: cuda if there is one, else cpu), cpu, cuda, mps")
     add = parser.add_argument_group("what is measured and shown").add_argument
     what = f"some of {', '.join(MEASURES)} (default: {', '.join(QUICK)})"

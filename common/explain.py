@@ -25,7 +25,7 @@ def pools_evenly(encoder: nn.Module) -> bool:
 
 
 def has_attention(encoder: nn.Module, baseline: str | None) -> bool:
-    """Whether there is attention to show: a mean has none, a pipeline's is over its segmenter's foreground."""
+    """Whether there is attention to show; a pipeline's encoder sees its segmenter's foreground instead."""
     return not pools_evenly(encoder) and baseline != "pipeline"
 
 

@@ -51,9 +51,9 @@ def report(
 ) -> Report:  # fmt: skip
     """Measure a model on test images, as far as there are masks and labels; notes say what can't be measured.
 
-    measures: of MEASURES; fractions: of labels, to probe pretrained encoders; multiclass: None for those, else
-    whether labels are classes; rule: arguments of `relevance`; layer: whose attention; guided: whether masks
-    guided the first heads; priors: those of one reference image over test images.
+    measures: of MEASURES. fractions: of labels, to probe pretrained encoders. multiclass: None for those,
+    else whether labels are classes. rule: arguments of `relevance`. layer: whose attention. guided: whether
+    masks guided the first heads. priors: those of one reference image over test images.
     """
     classifier = multiclass is not None
     encoder = model.encoder if classifier else model

@@ -35,7 +35,7 @@ def average_precision(scores: Tensor, targets: Tensor) -> Tensor:
 
 
 def at_pixels(maps: Tensor, masks: Tensor, grid: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Maps (B, M, N), upsampled bilinearly to masks (B, R, H, W), beside these: (b, M, H * W), (b, R, H * W)."""
+    """Parts of maps (B, M, N), upsampled to masks (B, R, H, W), and of these: (b, M or R, H * W)."""
     for m, k in zip(maps.float().unflatten(2, grid).split(32), masks.split(32)):  # sorting takes memory
         yield F.interpolate(m, size=k.shape[-2:], mode="bilinear").flatten(2), k.flatten(2)
 
@@ -49,7 +49,7 @@ def localisation_ap(maps: Tensor, masks: Tensor, grid: tuple[int, int]) -> Tenso
 def dice(maps: Tensor, masks: Tensor, grid: tuple[int, int], thresholds: int = 19) -> Tensor:
     """Dice 2 |A and B| / (|A| + |B|) of each map with its own mask: (T, B, R), NaN where a mask is empty.
 
-    maps (B, R, N), masks (B, R, H, W). A: the pixels above t/(T + 1), t = 1 ... T, of the map's largest value.
+    maps (B, R, N), masks (B, R, H, W). A: the pixels above t/(T + 1), t = 1 ... T, of a map's largest value.
     """
     found = []
     for m, k in at_pixels(maps, masks, grid):

@@ -87,10 +87,7 @@ def load_all(
 def measured_by(
     config: Config, spec: DataSpec, model: nn.Module, splits: dict, reference: str | None, known: dict
 ) -> dict:
-    """What `measure.report` needs to know of a run, as keyword arguments.
-
-    known: keeps registered priors for the next run with the same settings; it may be empty.
-    """
+    """Keyword arguments of `measure.report` for a run. known: keeps registered priors for the next run."""
     if config.task == "classify":
         return {"layer": config.span_layer, "multiclass": spec.multiclass, "rule": lrp_rule(config)}
 
@@ -105,7 +102,7 @@ def measured_by(
 
 
 def worth_showing(splits: dict[str, Data]) -> tuple[str, Data]:
-    """A split and its images to show: test images, else training images; those with masks, if there are any."""
+    """A split and its images to show: of the test split unless it is empty, with masks if any has them."""
     split = "test" if splits["test"].names else "train"
     data = splits[split]
     return split, select(data, data.has_masks) if data.has_masks.any() else data

@@ -151,10 +151,7 @@ def test_what_can_not_be_compared_or_asked_is_refused_in_one_line(two_runs, tmp_
     span, dino = two_runs
     for argv, line in [
         ([span, f"{tmp_path}/other"], "differ in seed: compare runs on the same images"),
-        (
-            [span, "--data", "parts"],
-            "--data parts is for files of weights; runs are measured on their own data",
-        ),
+        ([span, "--data", "parts"], "is for files of weights; runs are measured on their own data"),
         ([span, "nowhere"], "nowhere: no such file or folder"),
         ([span, "--rows", "0"], "--rows 0: draw at least 1"),
     ]:
