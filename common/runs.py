@@ -171,7 +171,7 @@ def looks_of(
             said = decisions(model, shown.images, spec.multiclass, spec.classes)
             maps = maps_of(config, spec, model, shown.images, {}, lrp_rule(config))
             looks[name] = Looks(maps, explained_class(spec.classes, spec.multiclass), said, score, values)
-        if has_attention(encoder, config.baseline):
+        if config.task == "pretrain" or has_attention(encoder, config.baseline):
             maps = heads_of(encoder, config.span_layer, shown.images, reports[name].heads, others=True)
             looks[title] = Looks(maps, "", said, score, values)
     return shown, which, looks

@@ -101,6 +101,15 @@ def test_runs_write_a_page_with_a_score_for_each_image(span_run, tmp_path):
     assert np.mean(span["scores"]) == pytest.approx(metrics_of(run)["attention_mAP"], abs=1e-5)
 
 
+@pytest.mark.parametrize("task", ["pretrain --prior none --pool gap", "classify"])
+def test_a_run_whose_pooling_is_even_has_one_column(task, few_test_images, tmp_path):
+    train.main([*SMALL[2:], "--task", *task.split(), "--epochs", "1", "--out", str(tmp_path / "run")])
+    evaluate.main([str(tmp_path / "run"), "--only", "attention", "--html"])
+    (run,) = data_in((tmp_path / "run" / "report.html").read_text())["runs"]
+    assert list(run["maps"]) == ["relevance" if task == "classify" else "head 0"]
+    assert run["score"] == ("probability of the true class" if task == "classify" else "")
+
+
 def test_a_classifier_with_attention_is_shown_by_its_relevance_and_its_heads(few_test_images, tmp_path):
     train.main([*SMALL, "--backbone", "vit", "--epochs", "1", "--out", str(tmp_path / "run")])
     evaluate.main([str(tmp_path / "run"), "--only", "bias", "--html"])
