@@ -24,6 +24,11 @@ def pools_evenly(encoder: nn.Module) -> bool:
     return encoder.pool is None if isinstance(encoder, ResNet) else isinstance(encoder.pool, GAP)
 
 
+def has_attention(encoder: nn.Module, baseline: str | None) -> bool:
+    """Whether there is attention to show; a pipeline's encoder sees its segmenter's foreground instead."""
+    return not pools_evenly(encoder) and baseline != "pipeline"
+
+
 @torch.no_grad()
 def scores_of(model: nn.Module, images: Tensor, multiclass: bool) -> Tensor:
     """Log-odds (M, K) of classes, or logits of findings."""
@@ -31,9 +36,8 @@ def scores_of(model: nn.Module, images: Tensor, multiclass: bool) -> Tensor:
     logits = torch.cat([model(x).cpu() for x in batches(images, model)])
     if not multiclass:
         return logits
-    return torch.stack(
-        [log_odds(logits, torch.full((len(logits),), k)) for k in range(logits.shape[1])], dim=1
-    )
+    M, K = logits.shape
+    return torch.stack([log_odds(logits, torch.full((M,), k)) for k in range(K)], dim=1)
 
 
 def relevance_of(model: nn.Module, images: Tensor, multiclass: bool, rule: dict) -> Tensor:

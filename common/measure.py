@@ -2,7 +2,8 @@
 
 attention  pixel average precision (AP) and Dice of one attention head for each region: the one that masks
            guided, otherwise the best on validation images. The prior's own AP stands beside it: as it is,
-           registered to each image at every pixel, and the same on the attention's grid of patches.
+           registered to each image at every pixel, and the same on the attention's grid of patches. Of an
+           even pooling the AP is that of a flat map, to compare with: it is in metrics.json, not in a table.
 bias       a classifier's AUC and accuracy on test images as in training and, if these have a marker, with
            it removed, flipped, and flipped to an unseen kind. These show whether it relies on the marker.
            The share of relevance in the foreground does not: a heatmap can look right and be wrong.
@@ -17,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from common.data import Data, select
+from common.explain import attention_of, pools_evenly, relevance_of, scores_of
 from common.metrics import CannotMeasure, auc, best_threshold, dice
 from common.metrics import known_mean, localisation_ap, relevance_share
-from common.explain import attention_of, relevance_of, scores_of
 from common.probe import PROBES, draw_labelled, probe
 
 MEASURES = ["attention", "bias", *PROBES]
@@ -38,51 +39,58 @@ class Report(NamedTuple):
     notes: list[str]  # what can't be measured
 
 
+def applicable(measures: list[str], classifier: bool) -> list[str]:
+    """The measures that a model can have: bias is of classifiers, fine-tuning of pretrained encoders only."""
+    return [what for what in measures if what != ("finetune" if classifier else "bias")]
+
+
 def report(
-    model: nn.Module,
-    splits: dict[str, Data],
-    measures: list[str],
-    fractions: tuple[float, ...] = (1.0,),
-    *,
-    multiclass: bool | None = None,
-    rule: dict | None = None,
-    layer: int = -1,
-    guided: bool = False,
+    model: nn.Module, splits: dict[str, Data], measures: list[str], fractions: tuple[float, ...] = (1.0,), *,
+    multiclass: bool | None = None, rule: dict | None = None, layer: int = -1, guided: bool = False,
     priors: Callable[[Tensor], Maps] | None = None,
-) -> Report:
+) -> Report:  # fmt: skip
     """Measure a model on test images, as far as there are masks and labels; notes say what can't be measured.
 
-    measures: of MEASURES; fractions: of labels, to probe pretrained encoders; multiclass: None for those, else
-    whether labels are classes; rule: arguments of `relevance`; layer: whose attention; guided: whether masks
-    guided the first heads; priors: those of one reference image over test images.
+    measures: of MEASURES. fractions: of labels, to probe pretrained encoders. multiclass: None for those,
+    else whether labels are classes. rule: arguments of `relevance`. layer: whose attention. guided: whether
+    masks guided the first heads. priors: those of one reference image over test images.
     """
     classifier = multiclass is not None
     encoder = model.encoder if classifier else model
-    found, features = Report({}, {}, {}, {}, []), {}
-    for what in measures:
+    found, features, apply = Report({}, {}, {}, {}, []), {}, applicable(measures, classifier)
+    if list(measures) not in (MEASURES, QUICK):
+        others = "pretrained runs" if classifier else "classifiers"
+        found.notes.extend(f"{what} is of {others} only" for what in measures if what not in apply)
+    for what in apply:
         try:
-            if what == "bias" and classifier:
+            if what == "bias":
                 found.tables["test images, in %"] = table = measure_bias(model, splits, multiclass, rule)
-                found.metrics.update(flatten_bias(table))
+                found.metrics.update(flatten(table, name_of_bias))
             elif what == "attention":
                 table, overlap, heads = measure_attention(encoder, splits, layer, guided, priors)
-                found.metrics.update(flatten(table) | flatten(overlap, "Dice"))
-                found.tables.update({"AP in %": table, "Dice in %": overlap})
-                found.heads.update(heads)
-            elif what in PROBES and not (classifier and what == "finetune"):
+                for score, scores in {"AP": table, "Dice": overlap}.items():
+                    means = {of: {"": known_mean(row.values())} for of, row in scores.items()}
+                    found.metrics.update(flatten(scores, lambda of, region: f"{of}_{score}_{region}"))
+                    found.metrics.update(flatten(means, lambda of, _: f"{of}_m{score}"))
+                if pools_evenly(encoder):
+                    found.notes.append("the pooling is even: no attention; its AP is that of a flat map")
+                else:
+                    found.tables.update({"AP in %": table, "Dice in %": overlap})
+                    found.heads.update(heads)
+            else:
                 probed = probe(encoder, splits, what, (1.0,) if classifier else fractions, features)
-                found.metrics.update(flatten_probe(what, probed))
                 name = list(probed[max(probed)])[-1]  # accuracy of classes, mAUC of findings
-                curve = found.curves[f"{what} {name}"] = {f: values[name] for f, values in probed.items()}
-                images = {f: len(draw_labelled(splits["train"].labels, f, 0)) for f in curve}
-                rows = {f"{100 * f:g} % of labels ({images[f]})": known_mean(v) for f, v in curve.items()}
-                found.tables.setdefault("probes, in %", {})[f"{what} {name}"] = rows
-            elif list(measures) not in (MEASURES, QUICK):
-                found.notes.append(f"{what} is of {'pretrained runs' if classifier else 'classifiers'} only")
+                found.curves[f"{what} {name}"] = {f: draws[name] for f, draws in probed.items()}
+                rows = found.tables.setdefault("probes, in %", {})[f"{what} {name}"] = {}
+                for f, draws in probed.items():
+                    part = "" if f == 1 else f"_{100 * f:g}_percent"
+                    means = {metric: known_mean(values) for metric, values in draws.items()}
+                    found.metrics.update({f"{what}_{metric}{part}": mean for metric, mean in means.items()})
+                    images = len(draw_labelled(splits["train"].labels, f, 0))
+                    rows[f"{100 * f:g} % of labels ({images})"] = means[name]
         except CannotMeasure as error:
             found.notes.append(str(error))
-    unknown = [name for name, value in found.metrics.items() if math.isnan(value)]
-    if unknown:
+    if unknown := [name for name, value in found.metrics.items() if math.isnan(value)]:
         found.notes.append(f"not defined, too few images of a kind: {', '.join(unknown)}")
     return found
 
@@ -170,30 +178,13 @@ def scores_in(
     return "", [math.nan] * len(data.names)
 
 
-def flatten(table: Table, score: str = "AP") -> dict[str, float]:
-    """{what: {region: AP}} as in metrics.json: attention_mAP, attention_AP_heart ..."""
-    flat = {}
-    for what, row in table.items():
-        name = what.replace(",", "").replace(" ", "_")
-        flat |= {f"{name}_{score}_{region.replace(' ', '_')}": value for region, value in row.items()}
-        flat[f"{name}_m{score}"] = known_mean(row.values())
-    return flat
+def flatten(table: Table, name: Callable[[str, str], str]) -> dict[str, float]:
+    """{column: {row: value}} as in metrics.json: {name(column, row): value}."""
+    cells = ((column, row, value) for column, rows in table.items() for row, value in rows.items())
+    return {name(column.replace(",", ""), row).replace(" ", "_"): value for column, row, value in cells}
 
 
-def flatten_bias(table: Table) -> dict[str, float]:
-    """{test images: {metric: value}} as in metrics.json: auc_same, auc_flipped_effusion ..."""
-    flat = {}
-    for name, column in table.items():
-        for row, value in column.items():
-            metric, finding = ("auc", row[3:].lower()) if row.startswith("AUC") else (row, "")
-            flat[f"{metric}_{name}{finding}".replace(" ", "_")] = value
-    return flat
-
-
-def flatten_probe(how: str, probed: dict[float, dict[str, list[float]]]) -> dict[str, float]:
-    """{fraction: {metric: values}} as in metrics.json: linear_mAUC, linear_mAUC_5_percent (their means)."""
-    flat = {}
-    for fraction, values in probed.items():
-        suffix = "" if fraction == 1 else f"_{100 * fraction:g}_percent"
-        flat |= {f"{how}_{metric}{suffix}": known_mean(draws) for metric, draws in values.items()}
-    return flat
+def name_of_bias(images: str, metric: str) -> str:
+    """auc_same, auc_flipped_effusion, accuracy_same ..."""
+    metric, finding = ("auc", metric[3:].lower()) if metric.startswith("AUC") else (metric, "")
+    return f"{metric}_{images}{finding}"

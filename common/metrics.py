@@ -1,6 +1,6 @@
 """Metrics on tensors, in float64 where it matters, exact with ties."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -34,28 +34,26 @@ def average_precision(scores: Tensor, targets: Tensor) -> Tensor:
     return ((gained * precision).sum(dim=-1) / hits[..., -1]).masked_fill(unknown, torch.nan)  # 0 / 0 = NaN
 
 
-def localisation_ap(maps: Tensor, masks: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Pixel AP of patch maps (B, M, N) against masks (B, R, H, W): (B, M, R), NaN where a mask is empty.
-
-    Maps on a grid (h, w) are upsampled bilinearly to the size of the masks.
-    """
-    found = []
+def at_pixels(maps: Tensor, masks: Tensor, grid: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Parts of maps (B, M, N), upsampled to masks (B, R, H, W), and of these: (b, M or R, H * W)."""
     for m, k in zip(maps.float().unflatten(2, grid).split(32), masks.split(32)):  # sorting takes memory
-        m = F.interpolate(m, size=k.shape[-2:], mode="bilinear").flatten(2)  # (b, M, H * W)
-        found.append(average_precision(m[:, :, None], k.flatten(2)[:, None]))  # (b, M, R)
-    return torch.cat(found)
+        yield F.interpolate(m, size=k.shape[-2:], mode="bilinear").flatten(2), k.flatten(2)
+
+
+def localisation_ap(maps: Tensor, masks: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Pixel AP of patch maps (B, M, N) against masks (B, R, H, W): (B, M, R), NaN where a mask is empty."""
+    parts = at_pixels(maps, masks, grid)
+    return torch.cat([average_precision(m[:, :, None], k[:, None]) for m, k in parts])  # (b, M, R) each
 
 
 def dice(maps: Tensor, masks: Tensor, grid: tuple[int, int], thresholds: int = 19) -> Tensor:
     """Dice 2 |A and B| / (|A| + |B|) of each map with its own mask: (T, B, R), NaN where a mask is empty.
 
-    maps (B, R, N) on a grid (h, w) are upsampled bilinearly to the masks (B, R, H, W). A: the pixels above
-    t/(T + 1), t = 1 ... T, of the map's largest value.
+    maps (B, R, N), masks (B, R, H, W). A: the pixels above t/(T + 1), t = 1 ... T, of a map's largest value.
     """
     found = []
-    for m, k in zip(maps.float().unflatten(2, grid).split(32), masks.split(32)):  # as above
-        m = F.interpolate(m, size=k.shape[-2:], mode="bilinear").flatten(2)  # (b, R, H * W)
-        m, k = m / m.amax(dim=2, keepdim=True).clamp_min(1e-30), k.flatten(2)
+    for m, k in at_pixels(maps, masks, grid):
+        m = m / m.amax(dim=2, keepdim=True).clamp_min(1e-30)
         A = [m > t / (thresholds + 1) for t in range(1, thresholds + 1)]
         overlap = torch.stack([2 * (a & k).sum(dim=2) / (a.sum(dim=2) + k.sum(dim=2)) for a in A])
         found.append(overlap.masked_fill(k.sum(dim=2) == 0, torch.nan))  # (T, b, R)

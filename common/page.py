@@ -52,9 +52,8 @@ def print_tables(reports: dict[str, Report]) -> None:
         for name, *cells in [header, *rows]:
             print(f"{name:{widths[0]}}" + "".join(f"  {c:>{max(7, w)}}" for c, w in zip(cells, widths[1:])))
     print()
-    for run, found in reports.items():
-        for note in found.notes:
-            print(f"{run}: {note}" if len(reports) > 1 else note)
+    for run, note in ((run, note) for run, found in reports.items() for note in found.notes):
+        print(f"{run}: {note}" if len(reports) > 1 else note)
 
 
 class Looks(NamedTuple):
@@ -73,32 +72,26 @@ def page(
     """The page as HTML: tables of runs {name: Report}, what runs {name: Looks} see in images, which are
     described by `which`, and pictures {title: PNG file}. Maps finer than FINEST are averaged.
     """
-    images = [
-        {
-            "name": name,
-            "src": _png(shown.images[i]),
-            "about": _about(shown, i),
-            "masks": [_base64(np.packbits(m)) for m in shown.masks[i]] if shown.has_masks[i] else None,
-        }
-        for i, name in enumerate(shown.names)
-    ]
     data = {"size": list(shown.images.shape[2:]), "regions": shown.regions, "colours": COLOURS}
-    data |= {"images": images, "runs": [_run(name, seen) for name, seen in looks.items()]}
+    data["images"] = [_image(shown, i) for i in range(len(shown.names))]
+    data["runs"] = [_run(name, seen) for name, seen in looks.items()]
     notes = [f"<p>{html.escape(f'{run}: {n}')}</p>" for run, r in reports.items() for n in r.notes]
-    pictures = [
-        f'<h2>{(what := html.escape(title))}</h2>\n<div class="wide"><img class="curve" alt="{what}" '
-        f'src="{PNG}{_base64(path.read_bytes())}"></div>'
-        for title, path in curves.items()
-    ]
-    filled = {
-        "runs": html.escape(", ".join(looks)),
-        "shown": html.escape(which),
-        "tables": "\n".join([_table(*table) for table in side_by_side(reports).values()] + notes),
-        "curves": "\n".join(pictures),
-        "data": json.dumps(data, allow_nan=False).replace("<", "\\u003c"),  # a name may hold </script>
-    }
+    pictures = ""
+    for title, path in curves.items():
+        image = f'<img class="curve" alt="{html.escape(title)}" src="{PNG}{_base64(path.read_bytes())}">'
+        pictures += f'<h2>{html.escape(title)}</h2>\n<div class="wide">{image}</div>\n'
+    filled = {"runs": html.escape(", ".join(looks)), "shown": html.escape(which), "curves": pictures}
+    filled["tables"] = "\n".join([_table(*table) for table in side_by_side(reports).values()] + notes)
+    filled["data"] = json.dumps(data, allow_nan=False).replace("<", "\\u003c")  # a name may hold </script>
     template = Path(__file__).with_name("page.html").read_text("utf-8")
     return re.sub(r"{{(\w+)}}", lambda match: filled[match[1]], template)
+
+
+def _image(shown: Data, i: int) -> dict:
+    Image.fromarray(shown.images[i].permute(1, 2, 0).squeeze(2).numpy()).save(file := BytesIO(), "PNG")
+    masks = [_base64(np.packbits(mask)) for mask in shown.masks[i]] if shown.has_masks[i] else None
+    source = PNG + _base64(file.getvalue())
+    return {"name": shown.names[i], "src": source, "about": _about(shown, i), "masks": masks}
 
 
 def _run(name: str, seen: Looks) -> dict:
@@ -109,11 +102,12 @@ def _run(name: str, seen: Looks) -> dict:
         m = m / m.abs().mean(dim=(1, 2), keepdim=True).clamp_min(1e-30) if signed else m
         maps[title.replace("\n", ", ")] = _base64(m.numpy().astype("<f4"))
     relevance = f"relevance for (red) and against (blue) {seen.relevance_for}, over its mean size:"
+    colours = matplotlib.colormaps["bwr" if signed else "magma"](range(256), bytes=True)[:, :3]
     return {
         "name": name,
         "grid": list(m.shape[1:]),
         "maps": maps,
-        "colours": _base64(matplotlib.colormaps["bwr" if signed else "magma"](range(256), bytes=True)[:, :3]),
+        "colours": _base64(colours),
         "unit": relevance if signed else "attention / uniform:",
         "least": -SCALE if signed else 0,
         "most": SCALE,
@@ -140,12 +134,6 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
         lines.append(f'<th scope="row">{html.escape(name)}</th>{cells}')
     body = "\n".join(f"<tr>{line}</tr>" for line in lines)
     return f'<div class="wide"><table><caption>{title}</caption>\n{body}\n</table></div>'
-
-
-def _png(image: Tensor) -> str:
-    """An image (1 or 3, H, W) uint8 as a URL that holds it."""
-    Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()).save(file := BytesIO(), "PNG")
-    return PNG + _base64(file.getvalue())
 
 
 def _base64(content: bytes | np.ndarray) -> str:

@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-from common.data import BATCH, SPLITS, Data, batches, prepared
-from common.metrics import CannotMeasure, auc, known_mean
 from common.classify import Classifier, classification_loss, is_multiclass
+from common.data import BATCH, SPLITS, Data, batches, prepared
 from common.explain import scores_of
+from common.metrics import CannotMeasure, auc, known_mean
 
+PROBES = ["knn", "linear", "heads", "finetune"]
 DECAYS = [10.0**n for n in range(-5, 1)]
 FRACTIONS = (0.01, 0.05, 0.1, 0.25, 1.0)  # of the labels
 DRAWS = 5  # of each fraction below 1
@@ -36,13 +37,13 @@ def features_of(encoder: nn.Module, images: Tensor, heads: bool = False) -> Tens
     heads: instead, the patches averaged by each head's attention, (M, heads * D).
     """
     encoder.eval()
-    found, total = [], math.ceil(len(images) / BATCH)
+    pooled, total = [], math.ceil(len(images) / BATCH)
     for x in tqdm(batches(images, encoder), "features", total, leave=False, disable=None):
         features = encoder(x)
         weights = features.attention / features.attention.sum(dim=2, keepdim=True).clamp_min(1e-12)
         vectors = (weights @ features.patches).flatten(1) if heads else features.pooled  # (B, heads * D)
-        found.append(vectors.cpu())
-    return torch.cat(found).double()
+        pooled.append(vectors.cpu())
+    return torch.cat(pooled).double()
 
 
 def knn_scores(x: Tensor, labels: Tensor, queries: Tensor, k: int = 20, temperature: float = 0.07) -> Tensor:
@@ -137,14 +138,6 @@ def finetuned_scores(
     return scores_of(model, splits["test"].images, multiclass=False).masked_fill(unknown, torch.nan)
 
 
-PROBES = {  # encoder, splits, features by split, training images (n,), seed -> scores (M, K) of test images
-    "knn": lambda _, splits, x, i, seed: knn_scores(x["train"][i], splits["train"].labels[i], x["test"]),
-    "linear": lambda _, splits, x, i, seed: best_layer(x, splits, i)(x["test"]),
-    "heads": lambda _, splits, x, i, seed: best_layer(x, splits, i)(x["test"]),
-    "finetune": finetuned_scores,
-}
-
-
 def draw_labelled(labels: Tensor, fraction: float, draw: int) -> Tensor:
     """Indices (n,) of a fraction of the images with labels (N, K); draw: the number of the draw."""
     known = (~labels.isnan()).any(dim=1).nonzero()[:, 0]
@@ -153,12 +146,9 @@ def draw_labelled(labels: Tensor, fraction: float, draw: int) -> Tensor:
 
 
 def probe(
-    encoder: nn.Module,
-    splits: dict[str, Data],
-    how: str,
-    fractions: tuple[float, ...] = (1.0,),
+    encoder: nn.Module, splits: dict[str, Data], how: str, fractions: tuple[float, ...] = (1.0,),
     features: dict[str, Tensor] | None = None,
-) -> dict[float, dict[str, list[float]]]:
+) -> dict[float, dict[str, list[float]]]:  # fmt: skip
     """Measure an encoder by one of PROBES: {fraction of the labels: {"mAUC" or "accuracy": a value a draw}}.
 
     Fractions of less than 2 images are left out. features: keeps pooled features by split for further probes.
@@ -169,13 +159,18 @@ def probe(
             raise CannotMeasure(f"no {split} image has a label: {how} can't be measured")
     labels, found, x = splits["train"].labels, {}, {} if features is None or how == "heads" else features
     draws = [(f, draw) for f in fractions for draw in range(DRAWS if f < 1 else 1)]
-    draws = [(f, draw) for f, draw in draws if len(draw_labelled(labels, f, draw)) >= 2]
-    if not draws:
+    drawn = [(f, draw, index) for f, draw in draws if len(index := draw_labelled(labels, f, draw)) >= 2]
+    if not drawn:
         raise CannotMeasure(f"{how} can't be measured with less than 2 labelled training images")
     for split in (split for split in SPLITS if split not in x):
         x[split] = features_of(encoder, splits[split].images, heads=how == "heads")
-    for f, draw in tqdm(draws, how, leave=False, disable=None):
-        scores = PROBES[how](encoder, splits, x, draw_labelled(labels, f, draw), draw)
+    for f, draw, index in tqdm(drawn, how, leave=False, disable=None):
+        if how == "knn":
+            scores = knn_scores(x["train"][index], labels[index], x["test"])
+        elif how == "finetune":
+            scores = finetuned_scores(encoder, splits, x, index, draw)
+        else:
+            scores = best_layer(x, splits, index)(x["test"])
         for metric, value in score(scores, splits["test"].labels, is_multiclass(labels)).items():
             found.setdefault(f, {}).setdefault(metric, []).append(value)
     return found

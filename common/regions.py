@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from attention_priors import align, bend, blurred, carry, follow, priors_from_masks, priors_from_statistics
-from common.checkpoint import write_file
+from common.checkpoint import load_run, write_file
 from common.data import BATCH, DRAWN, Data, by_stem, image_size, placed, read_masks, take
 from common.explain import attention_of
 from common.weights import reason
@@ -182,8 +182,10 @@ def read_masses(run: Path) -> dict[str, float]:
             return masses
     except (OSError, ValueError, AttributeError, TypeError):
         pass
-    missing = f"{run}/attention_mass.json is missing or damaged"
-    raise ValueError(f"{missing}: train.py writes it at the end of a run whose heads one prior guided")
+    settings = load_run(run).config
+    guided = settings.task == "pretrain" and settings.prior not in ("none", "masks")
+    wrong = f"{run}/attention_mass.json is missing or damaged: train.py writes it when a run ends"
+    raise ValueError(wrong if guided else f"{run} makes no masks: no single prior guided its heads")
 
 
 def attention_masks(encoder: nn.Module, masses: dict[str, float], images: Tensor, layer: int) -> Tensor:

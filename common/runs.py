@@ -1,6 +1,7 @@
 """Runs and files of weights, loaded to be measured side by side, and what they show."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from common.checkpoint import DataSpec, check_spec, data_spec, load_run
 from common.classify import is_multiclass
 from common.config import Config, parse
 from common.data import DRAWN, Data, load, select
-from common.explain import attention_of, decisions, explained_class, pools_evenly, relevance_of
+from common.explain import attention_of, decisions, explained_class, has_attention, relevance_of
 from common.measure import scores_in
 from common.models import build_encoder, load_model, lrp_rule, start_from
 from common.page import Looks
@@ -38,9 +39,14 @@ def data_of(config: Config) -> dict:
     return wanted | drawn
 
 
-def weights_config(file: Path, flags: list[str]) -> Config:
-    """The settings of the encoder in a file of weights. flags: of train.py, the data to measure it on."""
-    return parse([*flags, "--init", str(file), "--prior", "none"])[0]
+def weights_config(file: Path, flags: list[str], run: Config | None = None) -> Config:
+    """The settings of the encoder in a file of weights, and of the data to measure it on.
+
+    These are those of a run, if there is one; flags, as for train.py, win.
+    """
+    config, typed = parse([*flags, "--init", str(file), "--prior", "none"])
+    shared = {"data", "img_size", "sample", "seed", "train_images"} - typed if run else ()
+    return replace(config, **{name: getattr(run, name) for name in shared})
 
 
 def load_all(
@@ -48,21 +54,16 @@ def load_all(
 ) -> tuple[dict[Path, Loaded], dict[str, Data], str | None]:
     """Runs and files of weights, the splits that all of them share, and the reference image's name.
 
-    flags: of train.py, the data for files of weights; beside runs, that of the runs. Raises ValueError if the
-    runs have different data.
+    flags: as in `weights_config`. Raises ValueError if the runs have different data.
     """
     runs = {path: load_run(path) for path in paths if not path.is_file()}
-    if runs:
-        shared = data_of(next(iter(runs.values())).config)
-        shared = {"sample" if k == "reference" else k: v for k, v in shared.items() if v and k != "findings"}
-        flags = [word for k, v in shared.items() for word in (f"--{k.replace('_', '-')}", str(v))] + flags
-    configs = {path: runs[path].config if path in runs else weights_config(path, flags) for path in paths}
+    shared = next((run.config for run in runs.values()), None)
+    configs = {p: runs[p].config if p in runs else weights_config(p, flags, shared) for p in paths}
     first = configs[paths[0]]
     for path, config in configs.items():
         here, there = ({"task": c.task, **data_of(c)} for c in (first, config))
-        differ = [name for name in here | there if here.get(name) != there.get(name)]
-        if differ:
-            differ = f"{paths[0]} and {path} differ in {', '.join(differ)}"
+        if names := [name for name in here | there if here.get(name) != there.get(name)]:
+            differ = f"{paths[0]} and {path} differ in {', '.join(names)}"
             raise ValueError(f"{differ}: compare runs on the same images")
     markers = {(c.marker, c.marker_kind) for c in configs.values() if c.marker is not None}
     if len(markers) > 1:
@@ -70,46 +71,46 @@ def load_all(
         raise ValueError(f"the runs have markers of {both}: compare runs on the same images")
     marker = dict(zip(("marker", "marker_kind"), markers.pop())) if markers else {}
     splits, reference, _ = load(**data_of(first), **marker)
-    spec, found = data_spec(splits["train"], first.task == "classify", first.data), {}
+    spec, loaded = data_spec(splits["train"], first.task == "classify", first.data), {}
     for path, config in configs.items():
-        if path in runs:
-            check_spec(path, runs[path].spec._replace(images=spec.images), spec, config.data)
-            model, history = load_model(path, runs[path]), runs[path].checkpoint["history"]
-            found[path] = Loaded(config, runs[path].spec, model.to(device), history, path)
+        if run := runs.get(path):
+            check_spec(path, run.spec._replace(images=spec.images), spec, config.data)
+            model, history = load_model(path, run).to(device), run.checkpoint["history"]
+            loaded[path] = Loaded(config, run.spec, model, history, path)
         else:
             start_from(path, model := build_encoder(config, spec.channels))
             out = path.with_name(f"{path.name}-{Path(config.data).name}")  # the metrics of one data set
-            found[path] = Loaded(config, spec, model.to(device), [], out)
-    return found, splits, reference
+            loaded[path] = Loaded(config, spec, model.to(device), [], out)
+    return loaded, splits, reference
 
 
 def measured_by(
     config: Config, spec: DataSpec, model: nn.Module, splits: dict, reference: str | None, known: dict
 ) -> dict:
-    """What `measure.report` needs to know of a run, as keyword arguments.
-
-    known: keeps registered priors for the next run with the same settings; it may be empty.
-    """
-    pretrain = config.task == "pretrain"
-    about = {"layer": config.span_layer, "guided": pretrain and config.prior in ("sample", "masks")}
-    if not pretrain:
-        return about | {"multiclass": spec.multiclass, "rule": lrp_rule(config)}
-    if config.prior != "sample":
-        return about
+    """Keyword arguments of `measure.report` for a run. known: keeps registered priors for the next run."""
+    if config.task == "classify":
+        return {"layer": config.span_layer, "multiclass": spec.multiclass, "rule": lrp_rule(config)}
 
     def priors(images: Tensor) -> dict:
-        given = config.prior_blur, config.align, model.grid(images)
-        if given not in known:
-            known[given] = prior_maps(images, splits["train"], reference, *given)
-        return known[given]
+        settings = config.prior_blur, config.align, model.grid(images)
+        if settings not in known:
+            known[settings] = prior_maps(images, splits["train"], reference, *settings)
+        return known[settings]
 
-    return about | {"priors": priors}
+    guided = {"layer": config.span_layer, "guided": config.prior in ("sample", "masks")}
+    return guided | ({"priors": priors} if config.prior == "sample" else {})
+
+
+def worth_showing(splits: dict[str, Data]) -> tuple[str, Data]:
+    """A split and its images to show: of the test split unless it is empty, with masks if any has them."""
+    split = "test" if splits["test"].names else "train"
+    data = splits[split]
+    return split, select(data, data.has_masks) if data.has_masks.any() else data
 
 
 def images_to_show(config: Config, splits: dict[str, Data], n: int) -> Data:
     """n test images for a picture, those with masks; of a classifier, two thirds with the first finding."""
-    test = splits["test"] if splits["test"].names else splits["train"]
-    test = select(test, test.has_masks) if test.has_masks.any() else test
+    _, test = worth_showing(splits)
     n = min(n, len(test.names))
     if config.task == "pretrain" or test.labels is None:
         return select(test, torch.arange(n))
@@ -149,32 +150,28 @@ def looks_of(
 
     The images are the first test images, and those that each run is worst at.
     """
-    split = "test" if splits["test"].names else "train"
-    data = select(splits[split], splits[split].has_masks) if splits[split].has_masks.any() else splits[split]
-    scores = {}
-    for name, run in loaded.items():
-        multiclass = run.spec.multiclass if run.config.task == "classify" else None
-        scores[name] = scores_in(run.model, data, reports[name].heads, multiclass, run.config.span_layer)
-    each = ON_PAGE // (len(loaded) + 1)
-    index = set(range(len(data.names) if len(data.names) <= ON_PAGE else each))
+    (split, data), scores, looks = worth_showing(splits), {}, {}
+    for name, (config, spec, model, *_) in loaded.items():
+        multiclass = spec.multiclass if config.task == "classify" else None
+        scores[name] = scores_in(model, data, reports[name].heads, multiclass, config.span_layer)
+    each, n = ON_PAGE // (len(loaded) + 1), len(data.names)
+    index = set(range(n if n <= ON_PAGE else each))
     for _, values in scores.values():
         known = [i for i, value in enumerate(values) if not math.isnan(value)]
         index |= set(sorted(known, key=values.__getitem__)[:each])
-    index, (config, *_) = sorted(index), next(iter(loaded.values()))
-    which = f"{config.data} at {config.img_size} px: {len(index)} of {len(data.names)} {split} images"
+    shown = select(data, torch.tensor(sorted(index)))
+    which = f"{config.data} at {config.img_size} px: {len(index)} of {n} {split} images"
     which += " with masks" if data.has_masks.any() else ""
-    if len(index) < len(data.names):
-        which += f", the first {each} and those that each model is worst at"
-    shown, looks = select(data, torch.tensor(index)), {}
+    which += f", the first {each} and those that each model is worst at" if len(index) < n else ""
     for name, (config, spec, model, *_) in loaded.items():
-        score, values = scores[name][0], [scores[name][1][i] for i in index]
-        encoder, said = model, []
+        score, values = scores[name][0], [scores[name][1][i] for i in sorted(index)]
+        encoder, said, title = model, [], name
         if config.task == "classify":
-            encoder, classes = model.encoder, (spec.classes, spec.multiclass)
+            encoder, title = model.encoder, f"{name}, attention"
             said = decisions(model, shown.images, spec.multiclass, spec.classes)
             maps = maps_of(config, spec, model, shown.images, {}, lrp_rule(config))
-            looks[name] = Looks(maps, explained_class(*classes), said, score, values)
-        if config.task != "classify" or not (pools_evenly(encoder) or config.baseline == "pipeline"):
+            looks[name] = Looks(maps, explained_class(spec.classes, spec.multiclass), said, score, values)
+        if config.task == "pretrain" or has_attention(encoder, config.baseline):
             maps = heads_of(encoder, config.span_layer, shown.images, reports[name].heads, others=True)
-            looks[f"{name}, attention" if name in looks else name] = Looks(maps, "", said, score, values)
+            looks[title] = Looks(maps, "", said, score, values)
     return shown, which, looks

@@ -12,10 +12,13 @@ from PIL import Image
 import evaluate
 import train
 from common.checkpoint import load_run
-from common.data import load
+from common.config import parse
+from common.data import Data, load
 from common.explain import decisions
 from common.models import load_model
 from common.regions import attention_masks, make_priors, read_masks, read_masses
+from common.runs import Loaded
+from common.weights import exported
 from vit import ViT
 
 pytestmark = pytest.mark.usefixtures("few_test_images")
@@ -27,9 +30,19 @@ def two_runs(span_run, dino_run, tmp_path) -> list[str]:
     return [str(shutil.copytree(run, tmp_path / run.name)) for run in (span_run, dino_run)]
 
 
+def folder_of(path: Path, *rows: str) -> Path:
+    """A folder of small images with these rows of labels.csv, the first one its header."""
+    (path / "images").mkdir(parents=True)
+    for i, row in enumerate(rows[1:]):
+        Image.new("L", (16, 16), 20 * i).save(path / "images" / row.split(",")[0])
+    (path / "labels.csv").write_text("\n".join(rows))
+    return path
+
+
 def test_runs_are_compared_side_by_side_on_the_same_images(two_runs, capsys):
-    evaluate.main([*two_runs, "--rows", "2", "--only", "attention"])
+    evaluate.main([*two_runs, "--rows", "2", "--only", "attention", "linear"])
     table = capsys.readouterr().out
+    assert "100 % of labels (32)" in table and "25 % of labels" not in table
     assert "8 test images of 64 px; this takes about" in table
     assert "span: aligned prior" in table and "dino: attention" in table and "mean" in table
     assert min(Image.open(Path(two_runs[0]) / "compare.png").size) > 100
@@ -51,23 +64,16 @@ def test_all_labels_are_the_default_and_few_of_them_are_measured_on_request(two_
         assert found["linear_mAUC"] == pytest.approx(old["linear_mAUC"])  # train.py and evaluate.py agree
     for picture in ("low_data.png", "compare_curves.png", "compare.png"):
         assert min(Image.open(Path(two_runs[0]) / picture).size) > 100
-    evaluate.main([two_runs[0], "--only", "linear"])
-    assert "25 % of labels" not in capsys.readouterr().out
 
 
 def test_runs_of_which_one_cannot_be_measured_are_shown_on_the_same_images(tmp_path, capsys):
     """Masks for a training and a test image: enough for a guided run, none to choose another's heads on."""
-    data = tmp_path / "data"
-    rows = ["file,split"]
-    for folder in ("images", "masks/heart"):
-        (data / folder).mkdir(parents=True)
-    for i in range(12):
-        Image.new("L", (16, 16), 20 * i).save(data / "images" / f"{i}.png")
-        rows.append(f"{i}.png,{'train' if i < 4 else 'val' if i < 6 else 'test'}")
+    splits = [f"{i}.png,{'train' if i < 4 else 'val' if i < 6 else 'test'}" for i in range(12)]
+    data, masks = folder_of(tmp_path / "data", "file,split", *splits), tmp_path / "data" / "masks" / "heart"
+    masks.mkdir(parents=True)
     for i in (0, 9):
-        Image.fromarray(np.eye(16, dtype=np.uint8) * 255).save(data / "masks" / "heart" / f"{i}.png")
-    (data / "labels.csv").write_text("\n".join(rows))
-    argv = [*TINY[2:], *"--epochs 1 --img-size 16 --patch-size 4 --keep-going --data".split(), str(data)]
+        Image.fromarray(np.eye(16, dtype=np.uint8) * 255).save(masks / f"{i}.png")
+    argv = [*TINY[2:], *f"--epochs 1 --img-size 16 --patch-size 4 --keep-going --data {data}".split()]
     train.main([*argv, "--out", str(tmp_path / "span")])
     train.main([*argv, "--prior", "none", "--out", str(tmp_path / "dino")])
     capsys.readouterr()
@@ -75,7 +81,44 @@ def test_runs_of_which_one_cannot_be_measured_are_shown_on_the_same_images(tmp_p
         evaluate.main([*(str(tmp_path / name) for name in order), "--only", "attention"])
         assert "dino: no validation image" in capsys.readouterr().out
     evaluate.main([str(tmp_path / "span"), "--export-masks", str(tmp_path / "out")])
-    assert sorted(p.name for p in (tmp_path / "out" / "heart").iterdir()) == sorted(f"{i}.png" for i in range(12))
+    assert {path.name for path in (tmp_path / "out" / "heart").iterdir()} == {f"{i}.png" for i in range(12)}
+
+
+def test_weights_beside_runs_take_their_data_and_keep_earlier_metrics(two_runs, tmp_path, refused):
+    torch.save(ViT(16, 8, 1, 32, 1, 2).state_dict(), tmp_path / "vit.pth")
+    argv = [two_runs[0], str(tmp_path / "vit.pth"), "--num-heads", "2"]
+    for measure in ("attention", "knn"):
+        evaluate.main([*argv, "--only", measure])
+    assert {"attention_mAP", "knn_mAUC"} <= set(metrics_of(tmp_path / "vit.pth-phantom"))
+    assert "differ in img_size: compare runs on the same" in refused(evaluate.main, *argv, "--img-size", "32")
+
+
+def test_damaged_metrics_are_named_before_anything_is_measured(two_runs, monkeypatch, refused):
+    (Path(two_runs[1]) / "metrics.json").write_text("[1]")
+    monkeypatch.setattr(evaluate, "report", None)
+    assert f"{two_runs[1]}/metrics.json is damaged: remove it" in refused(evaluate.main, *two_runs)
+
+
+def test_the_expected_time_is_the_sum_over_the_models_of_what_applies_to_them(monkeypatch):
+    class Slow(torch.nn.Linear):
+        def forward(self, x):
+            clock[0] += self.out_features * len(x)
+            return x
+
+    clock, images = [0.0], torch.zeros(8, 1, 4, 4, dtype=torch.uint8)
+    monkeypatch.setattr(evaluate.time, "perf_counter", lambda: clock[0])
+    splits = dict.fromkeys(("train", "val", "test"), Data(images, *[None] * 3, [""] * 8, [], []))
+    kinds = ("pretrain", 1), ("pretrain", 3), ("classify", 1)  # task, seconds an image
+    pretrained, other, classifier = (
+        Loaded(parse(["--task", task])[0], None, Slow(1, cost), [], Path()) for task, cost in kinds
+    )
+
+    def seconds(runs: list, *measures: str) -> float:
+        return evaluate.expected_seconds(runs, splits, measures, False)
+
+    assert seconds([pretrained], "knn") == 16 and seconds([pretrained, other], "knn") == 16 + 3 * 16
+    assert seconds([pretrained], "bias") == seconds([classifier], "finetune") == 0
+    assert seconds([pretrained], "finetune") > 0 < seconds([classifier], "bias")
 
 
 def test_metrics_keep_a_run_s_own_relevance_rule_when_runs_are_compared(tmp_path):
@@ -87,41 +130,31 @@ def test_metrics_keep_a_run_s_own_relevance_rule_when_runs_are_compared(tmp_path
 
 
 def test_without_labelled_test_images_a_classifier_is_trained_but_not_measured(tmp_path, capsys):
-    (tmp_path / "data" / "images").mkdir(parents=True)
-    rows = ["file,label,split"]
-    for i, name in enumerate("abcdefgh"):
-        Image.new("L", (16, 16), 30 * i).save(tmp_path / "data" / "images" / f"{name}.png")
-        rows.append(f"{name}.png,{'cat' if i % 2 else 'dog'},train")
-    (tmp_path / "data" / "labels.csv").write_text("\n".join(rows))
-    argv = "--task classify --img-size 16 --embed-dim 8 --epochs 1 --batch-size 4".split()
-    train.main([*argv, "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")])
+    rows = [f"{name}.png,{'cat' if name in 'bdfh' else 'dog'},train" for name in "abcdefgh"]
+    data = folder_of(tmp_path / "data", "file,label,split", *rows)
+    argv = "--task classify --img-size 16 --embed-dim 8 --epochs 1 --batch-size 4 --data".split()
+    train.main([*argv, str(data), "--out", str(tmp_path / "run")])
     assert "auc_same" not in metrics_of(tmp_path / "run")
     capsys.readouterr()
     evaluate.main([str(tmp_path / "run")])
     said = capsys.readouterr().out
-    for what in ("AUC", "AP", "knn", "linear"):
-        assert f"{what} can't be measured" in said
+    assert all(f"{what} can't be measured" in said for what in ("AUC", "AP", "knn", "linear"))
     assert "compare.png" in said  # a picture there is
 
 
-def test_what_can_not_be_compared_or_asked_is_refused_in_one_line(two_runs, tmp_path, refused, capsys):
+def test_what_can_not_be_compared_or_asked_is_refused_in_one_line(two_runs, tmp_path, refused):
     train.main([*TINY, "--epochs", "1", "--seed", "1", "--align", "none", "--out", str(tmp_path / "other")])
-    capsys.readouterr()
-    assert "differ in seed: compare runs on the same images" in refused(evaluate.main, two_runs[0], f"{tmp_path}/other")
-    assert "invalid choice: 'atention'" in refused_by_argparse(capsys, two_runs[0], "--only", "atention")
-    assert "did you mean --html?" in refused_by_argparse(capsys, two_runs[0], "--htm")
-    assert "runs are measured on their own data" in refused(evaluate.main, two_runs[0], "--data", "parts")
-    assert "no such file or folder" in refused(evaluate.main, "nowhere")
-    for beside in (["--html"], ["--rows", "9"], ["--only", "knn"], ["--export", "x.pth"], [two_runs[1]]):
-        line = refused(evaluate.main, two_runs[0], *beside, "--image", "x.png")
-        assert "takes one run and no other flags" in line
-
-
-def refused_by_argparse(capsys, *argv: str) -> str:
-    with pytest.raises(SystemExit) as stop:
-        evaluate.main(list(argv))
-    assert stop.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1]
+    span, dino = two_runs
+    for argv, line in [
+        ([span, f"{tmp_path}/other"], "differ in seed: compare runs on the same images"),
+        ([span, "--data", "parts"], "is for files of weights; runs are measured on their own data"),
+        ([span, "nowhere"], "nowhere: no such file or folder"),
+        ([span, "--rows", "0"], "--rows 0: draw at least 1"),
+    ]:
+        assert line in refused(evaluate.main, *argv)
+    for beside in (["--html"], ["--rows", "9"], ["--only", "knn"], ["--export", "x.pth"], [dino]):
+        line = refused(evaluate.main, span, *beside, "--image", "x.png")
+        assert "--image takes one run and no other flags" in line
 
 
 # Masks
@@ -141,12 +174,13 @@ def test_exported_masks_come_back_as_they_went(span_run, tmp_path, capsys, refus
 def test_a_run_that_did_not_end_or_was_not_guided_makes_no_masks(span_run, dino_run, tmp_path, refused):
     (tmp_path / "last.pt").write_bytes((span_run / "last.pt").read_bytes())
     out = "--export-masks", str(tmp_path / "masks")
-    for content in (None, '{"../heart": 0.5}', '{"..": 0.5}', '{"": 0.5}', '{"heart": 7}', "[1]", "{}"):
-        if content:
-            (tmp_path / "attention_mass.json").write_text(content)
+    for content in ("", '{"../heart": 0.5}', '{"..": 0.5}', '{"": 0.5}', '{"heart": 7}', "[1]", "{}"):
+        (tmp_path / "attention_mass.json").write_text(content)
         assert "attention_mass.json is missing or damaged" in refused(evaluate.main, str(tmp_path), *out)
+    (tmp_path / "attention_mass.json").unlink()
+    assert "damaged: train.py writes it when a run ends" in refused(evaluate.main, str(tmp_path), *out)
     assert not (tmp_path / "masks").exists()
-    assert "whose heads one prior guided" in refused(evaluate.main, str(dino_run), *out)
+    assert "makes no masks: no single prior guided its heads" in refused(evaluate.main, str(dino_run), *out)
 
 
 # Pictures
@@ -167,9 +201,7 @@ def drawn(monkeypatch) -> list:
     return seen
 
 
-def test_guided_heads_get_masks_of_their_regions_and_every_head_is_shown(
-    two_runs, wide, drawn, monkeypatch, capsys
-):
+def test_guided_heads_get_masks_of_their_regions(two_runs, wide, drawn, monkeypatch, capsys):
     monkeypatch.setattr("common.runs.load", None)  # the run's folder is enough: its data may be gone
     run = Path(two_runs[0])
     evaluate.main([str(run), "--image", str(wide)])
@@ -203,12 +235,12 @@ def test_masks_cover_the_prior_of_the_reference_image(span_run):
 def test_a_classifier_s_decision_gets_a_heatmap_and_its_probability(wide, tmp_path, drawn, capsys):
     train.main([*SMALL, "--epochs", "1", "--findings", "all", "--out", str(tmp_path / "run")])
     evaluate.main([str(tmp_path / "run"), "--image", str(wide)])
-    ((path, _, _, _, maps), how), = drawn  # fmt: skip  and no other: a mean attends to nothing
+    (((path, _, _, _, maps), how),) = drawn  # and no other: a mean attends to nothing
     assert path.name == "relevance.png" and path.parent.name == "wide.jpg" and how["signed"]
     ((title, heatmap),) = maps.items()
-    what, *chances = title.split("\n")
-    assert heatmap.shape == (1, 64, 144) and what == "relevance for enlarged heart" and len(chances) == 4
-    assert any(chance.startswith("enlarged heart ") for chance in chances)
+    what, first, *others = title.split("\n")
+    assert heatmap.shape == (1, 64, 144) and what == "relevance for enlarged heart"
+    assert first.startswith("enlarged heart ") and len(others) == 3
 
 
 def test_what_is_explained_is_said_even_if_it_is_unlikely():
@@ -216,24 +248,24 @@ def test_what_is_explained_is_said_even_if_it_is_unlikely():
         def forward(self, images):
             return torch.arange(6.0).expand(len(images), -1)
 
-    images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
-    assert [word[0] for word in decisions(Sure(1, 1), images, False, list("abcdef"))[0]] == ["a", "f", "e", "d"]
-    assert [word[0] for word in decisions(Sure(1, 1), images, True, list("abcdef"))[1]] == ["f", "e", "d", "c"]
+    images = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+    for multiclass, expected in {False: list("afed"), True: list("fedc")}.items():
+        (words,) = decisions(Sure(1, 1), images, multiclass, list("abcdef"))
+        assert [word[0] for word in words] == expected
 
 
-def test_heads_of_published_weights_get_masks_that_hold_most_of_their_attention(wide, tmp_path, drawn, monkeypatch):
+@pytest.mark.parametrize("channels", [1, 3])
+def test_heads_of_weights_get_masks_that_hold_most_attention(channels, wide, tmp_path, drawn, monkeypatch):
     torch.manual_seed(0)
-    torch.save(ViT(32, 8, 3, 64, 1, 1).state_dict(), tmp_path / "vit.pth")
+    torch.save(exported(ViT(32, 8, channels, 64, 1, 1)), tmp_path / "vit.pth")
     monkeypatch.chdir(tmp_path)
     evaluate.main(["vit.pth", "--image", str(wide), "--img-size", "48", "--num-heads", "1"])
     path, image, masks, names, _ = drawn[0][0]
-    assert path.parent.parent == Path("vit.pth-looks")
-    assert image.shape == (1, 3, 48, 104) and names == ["head 0"] and 0.3 < masks.float().mean() < 0.7
+    assert path.parent.parent == Path("vit.pth-looks") and names == ["head 0"]
+    assert image.shape == (1, channels, 48, 104) and 0.3 < masks.float().mean() < 0.7
 
 
-def test_pictures_of_one_name_each_get_their_own_and_one_that_cannot_be_read_stops_none(
-    tmp_path, monkeypatch, drawn, refused
-):
+def test_a_picture_of_another_s_name_or_an_unreadable_one_stops_none(tmp_path, monkeypatch, drawn, refused):
     torch.save(ViT(16, 8, 3, 32, 1, 2).state_dict(), tmp_path / "vit.pth")
     monkeypatch.chdir(tmp_path)
     for folder in ("a", "b"):
@@ -243,5 +275,7 @@ def test_pictures_of_one_name_each_get_their_own_and_one_that_cannot_be_read_sto
     evaluate.main(["vit.pth", *pictures, "a/1.png", "b/1.png"])
     paths = [args[0] for args, _ in drawn]
     assert paths == [Path(f"vit.pth-looks/{name}/attention.png") for name in ("1.png", "1_1.png")]
-    assert "none.png: this image cannot be read" in refused(evaluate.main, "vit.pth", *pictures, "none.png", "a/1.png")
+    (tmp_path / "a" / "2.png").write_text("no picture")
+    line = refused(evaluate.main, "vit.pth", *pictures, "none.png", "a/2.png", "a/1.png")
+    assert "--image none.png: no such file; a/2.png: this image cannot be read" in line
     assert len(drawn) == 3

@@ -10,6 +10,9 @@ from torch.nn.functional import avg_pool2d
 from common import measure
 from common.data import Data
 from common.phantom import phantom
+from resnet import ResNet
+from simpool import GAP
+from vit import ViT
 
 NAN = torch.nan
 
@@ -19,7 +22,7 @@ class Encoder(nn.Module):
 
     def __init__(self, *maps):
         super().__init__()
-        self.maps, self.p = list(maps), nn.Parameter(torch.zeros(()))
+        self.maps, self.p, self.pool = list(maps), nn.Parameter(torch.zeros(())), None
 
     encoder = property(lambda self: self)
 
@@ -81,6 +84,16 @@ def test_guided_heads_belong_to_their_regions_and_stand_beside_the_prior(lungs):
     empty = splits["val"]._replace(masks=torch.zeros_like(splits["val"].masks))
     found = measure.report(Encoder(maps), splits | {"val": empty}, ["attention"])
     assert found.notes == ["no validation image shows lung: no head can be chosen for it"]
+
+
+@pytest.mark.parametrize("encoder", [ViT(8, 1, 1, 8, 1, 1, pool=GAP()), ResNet(1, 8)])
+def test_an_even_pooling_has_no_table_of_attention_but_the_ap_of_a_flat_map(encoder, lungs):
+    splits, exact = lungs
+    encoder.maps, encoder.grid = [torch.full_like(exact, 1 / 64)] * 2, lambda images: (8, 8)
+    found = measure.report(encoder, splits, ["attention"])
+    assert found.notes == ["the pooling is even: no attention; its AP is that of a flat map"]
+    assert not found.tables and not found.heads
+    assert found.metrics["attention_AP_lung"] == pytest.approx(splits["test"].masks.double().mean().item())
 
 
 def test_a_classifier_is_measured_on_every_kind_of_test_image_by_validation_thresholds():

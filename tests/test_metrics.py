@@ -43,7 +43,7 @@ def test_localisation_compares_each_map_with_each_region():
     masks = torch.zeros(1, 2, 8, 8, dtype=torch.bool)
     masks[0, 0, :, :4] = masks[0, 1, :, 4:] = True
     maps = torch.tensor([[[0.5, 0, 0.5, 0], [0, 0.5, 0, 0.5]]])  # left, right patches of a 2x2 grid
-    ((left, other), (another, right)) = localisation_ap(maps, masks, (2, 2))[0].tolist()
+    (left, other), (another, right) = localisation_ap(maps, masks, (2, 2))[0].tolist()
     assert left == right == 1 and max(other, another) < 0.5
 
 

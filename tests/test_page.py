@@ -4,6 +4,7 @@ import base64
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import SMALL, metrics_of
 from PIL import Image
 
 import evaluate
@@ -22,13 +24,7 @@ from common.data import Data
 from common.measure import Report
 from common.page import Looks, _about, _run, page
 
-TINY = "--train-images 16 --embed-dim 24 --depth 1 --num-heads 3 --epochs 1 --align none".split()
 EVIL = "</script><img src=//x onerror=alert(1)>"
-
-
-@pytest.fixture(autouse=True)
-def few_test_images(monkeypatch):
-    monkeypatch.setattr("common.data.DRAWN_SIZES", {"val": 4, "test": 4})
 
 
 def data_in(text: str) -> dict:
@@ -64,11 +60,9 @@ def test_the_page_loads_nothing_and_names_stay_text(made):
     assert "default-src 'none'" in text and "{{" not in text
     assert not re.search(r"https?:|@import|url\(", text)
 
-    class Reader(HTMLParser):
-        def handle_starttag(self, tag, attributes):
-            tags.append(tag)
-
-    Reader().feed(text)
+    reader = HTMLParser()
+    reader.handle_starttag = lambda tag, attributes: tags.append(tag)
+    reader.feed(text)
     assert tags.count("script") == 2 and "img" not in tags
     assert data_in(text)["images"][1]["name"] == EVIL
 
@@ -99,22 +93,29 @@ def test_an_unknown_finding_is_not_called_absent():
     assert about == ["no finding (effusion: unknown).", "nodule (effusion: unknown).", "no finding."]
 
 
-def test_runs_write_a_page_with_a_score_for_each_image(tmp_path):
-    run = tmp_path / "span"
-    train.main([*TINY, "--out", str(run)])
+def test_runs_write_a_page_with_a_score_for_each_image(span_run, tmp_path):
+    run = shutil.copytree(span_run, tmp_path / "span")
     evaluate.main([str(run), "--only", "attention", "--html"])
     (span,) = data_in((run / "report.html").read_text())["runs"]
     assert list(span["maps"]) == ["head 0, left lung", "head 1, right lung", "head 2, heart"]
-    found = json.loads((run / "metrics.json").read_text())
-    assert np.mean(span["scores"]) == pytest.approx(found["attention_mAP"], abs=1e-5)
+    assert np.mean(span["scores"]) == pytest.approx(metrics_of(run)["attention_mAP"], abs=1e-5)
 
 
-def test_a_classifier_with_attention_is_shown_by_its_relevance_and_its_heads(tmp_path):
-    train.main([*TINY[:-2], "--task", "classify", "--backbone", "vit", "--out", str(tmp_path / "run")])
+@pytest.mark.parametrize("task", ["pretrain --prior none --pool gap", "classify"])
+def test_a_run_whose_pooling_is_even_has_one_column(task, few_test_images, tmp_path):
+    train.main([*SMALL[2:], "--task", *task.split(), "--epochs", "1", "--out", str(tmp_path / "run")])
+    evaluate.main([str(tmp_path / "run"), "--only", "attention", "--html"])
+    (run,) = data_in((tmp_path / "run" / "report.html").read_text())["runs"]
+    assert list(run["maps"]) == ["relevance" if task == "classify" else "head 0"]
+    assert run["score"] == ("probability of the true class" if task == "classify" else "")
+
+
+def test_a_classifier_with_attention_is_shown_by_its_relevance_and_its_heads(few_test_images, tmp_path):
+    train.main([*SMALL, "--backbone", "vit", "--epochs", "1", "--out", str(tmp_path / "run")])
     evaluate.main([str(tmp_path / "run"), "--only", "bias", "--html"])
     relevance, heads = data_in((tmp_path / "run" / "report.html").read_text())["runs"]
     assert list(relevance["maps"]) == ["relevance"] and heads["name"] == "run, attention"
-    assert relevance["scores"] == heads["scores"] and len(heads["maps"]) == 3
+    assert relevance["scores"] == heads["scores"] and len(heads["maps"]) == 2
     assert relevance["least"] == -relevance["most"] and heads["least"] == 0
     assert re.fullmatch(r"enlarged heart \d+ %, no enlarged heart \d+ %", relevance["said"][0])
 
@@ -123,13 +124,12 @@ def test_the_page_shows_the_first_images_and_those_that_each_model_is_worst_at(m
     monkeypatch.setattr(loaded_runs, "ON_PAGE", 6)
     data = Data(torch.zeros(9, 1, 8, 8), None, torch.zeros(9), None, [str(i) for i in range(9)], [], [])
     config = parse(["--data", "d", "--img-size", "8"])[0]
-    runs = {
-        name: loaded_runs.Loaded(config, DataSpec(1, (), False, ""), name, [], Path()) for name in ("a", "b")
-    }
+    spec = DataSpec(1, (), False, "")
+    runs = {name: loaded_runs.Loaded(config, spec, name, [], Path()) for name in ("a", "b")}
     scores = {"a": [0.9] * 7 + [0.2, 0.1], "b": [0.9] * 4 + [math.nan, 0.3, 0.4, 0.9, 0.9]}
     monkeypatch.setattr(loaded_runs, "scores_in", lambda model, *args: ("AP", scores[model]))
     monkeypatch.setattr(loaded_runs, "heads_of", lambda model, layer, images, *args, **kw: {"": images[:, 0]})
-    monkeypatch.setattr(loaded_runs, "pools_evenly", lambda encoder: False)
+    monkeypatch.setattr(loaded_runs, "has_attention", lambda encoder, baseline: True)
     reports = {name: Report({}, {}, {}, {}, []) for name in runs}
     shown, which, looks = loaded_runs.looks_of(runs, {"test": data, "train": data}, reports)
     assert shown.names == ["0", "1", "5", "6", "7", "8"]
