@@ -22,7 +22,7 @@ from torch import nn
 from common.checkpoint import DataSpec, load_run, write_file
 from common.checks import check_device
 from common.config import Config, Parser
-from common.data import Data, DataError, picture_size, prepared, read_picture
+from common.data import Data, DataError, prepared, read_picture
 from common.explain import attention_of, decisions, explained_class, pools_evenly, relevance_of
 from common.measure import MEASURES, QUICK, report
 from common.models import build_encoder, load_model, lrp_rule, start_from
@@ -136,7 +136,8 @@ def draw_picture(run: Path, config: Config, spec: DataSpec, model: nn.Module, pa
     """
     encoder = model.encoder if config.task == "classify" else model
     multiple = encoder.stride if isinstance(encoder, ResNet) else config.patch_size
-    image, written = read_picture(path, config.img_size, multiple, spec.channels), 0  # (1, C, H, W)
+    image, size = read_picture(path, config.img_size, multiple, spec.channels)  # (1, C, H, W)
+    written = 0
     if (
         not pools_evenly(encoder) and config.baseline != "pipeline"
     ):  # which sees its own segmenter's foreground
@@ -148,7 +149,7 @@ def draw_picture(run: Path, config: Config, spec: DataSpec, model: nn.Module, pa
         titles += heads[len(titles) :]
         masks = attention_masks(encoder, masses, image, config.span_layer)  # (1, R, H, W)
         for name, mask in zip(masses, masks[0]):
-            write_mask(out / "masks" / f"{name}.png", mask, picture_size(path))
+            write_mask(out / "masks" / f"{name}.png", mask, size)
         maps = dict(zip(titles, attention.unbind(1)))  # each (1, h, w)
         shown = image.float() / 255, masks, list(masses)
         map_grid(out / "attention.png", *shown, maps, outlined="masks", side=2.4)

@@ -9,6 +9,7 @@ docs/data.md describes both layouts of a folder, its masks, labels and splits, a
 
 import csv
 import math
+import re
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -39,8 +40,16 @@ Loaded = tuple[dict[str, "Data"], str | None, list[str]]  # splits, the referenc
 warnings.filterwarnings("ignore", module="PIL")  # about odd metadata
 
 
+def printable(text: str) -> str:
+    """Text with line breaks, other control characters and bytes that are not UTF-8 escaped: names hold any."""
+    return re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", lambda match: repr(match[0])[1:-1], text)
+
+
 class DataError(ValueError):
     """Unusable data: one line with the file, the limit and the remedy."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class Data(NamedTuple):
@@ -93,11 +102,11 @@ def load(
             raise DataError(f"a marker can be drawn only on phantoms, not on {data}; remove --marker")
         _stamp_splits(splits, keep[0], marker, marker_kind, seed)
     if findings is not None and keep:
-        chosen = [f"no {chosen[0]}", chosen[0]] if len(keep) == 1 else chosen
+        single = len(keep) == 1
         for split, d in splits.items():
-            labels = d.labels[:, keep]
-            labels = torch.cat([1 - labels, labels], dim=1) if len(keep) == 1 else labels
-            splits[split] = d._replace(labels=labels, findings=chosen)
+            labels = torch.cat([1 - d.labels[:, keep], d.labels[:, keep]], dim=1) if single else d.labels[:, keep]
+            names = [f"no {chosen[0]}", chosen[0]] if single else chosen
+            splits[split] = d._replace(labels=labels, findings=names)
     return splits, reference, notes
 
 
@@ -105,12 +114,12 @@ def _draw_splits(data: str, img_size: int, seed: int, train_images: int, referen
     splits, (draw, regions, findings) = {}, DRAWN[data]
     for i, (split, n) in enumerate({"train": train_images, **DRAWN_SIZES}.items()):
         images, masks, labels = draw(n, len(SPLITS) * seed + i, img_size)  # each split has its own seed
-        names = [f"{k:05d}" for k in range(n)]
-        splits[split] = Data(images, masks, torch.ones(n, dtype=torch.bool), labels, names, regions, findings)
-    names, masks = splits["train"].names, splits["train"].masks
+        known, names = torch.ones(n, dtype=torch.bool), [f"{k:05d}" for k in range(n)]
+        splits[split] = Data(images, masks, known, labels, names, regions, findings)
+    names = splits["train"].names
     if reference is not None and reference not in names:
         raise DataError(f"sample `{reference}` is not drawn; choose one from {names[0]} to {names[-1]}")
-    complete = masks.flatten(2).any(dim=2).all(dim=1).int()  # (N,): no region is empty
+    complete = splits["train"].masks.flatten(2).any(dim=2).all(dim=1).int()  # (N,): no region is empty
     return splits, reference or names[int(complete.argmax())], []
 
 
@@ -127,18 +136,18 @@ def _stamp_splits(splits: dict[str, Data], column: int, agreement: float, kind: 
             splits[split] = data._replace(images=images)
 
 
-def placed(images: Tensor, device: str) -> Tensor:
-    """Images on the device, or in host memory if they would take half of the device's free memory."""
+def to_device(images: Tensor, device: str) -> Tensor:
+    """Images (N, ...) on the device, or in host memory if they would take half of the device's free memory."""
     large = device.startswith("cuda") and images.nbytes > torch.cuda.mem_get_info(device)[0] / 2
     return images if large else images.to(device)
 
 
-def take(images: Tensor, index: Tensor) -> Tensor:
-    """images[index] on the device of index (B,), wherever `placed` left the images (N, ...)."""
-    taken = images[index.to(images.device)]
-    if taken.device != index.device:
-        taken = taken.pin_memory()  # from there, the copy does not wait for the GPU
-    return taken.to(index.device, non_blocking=True)
+def rows_at(images: Tensor, index: Tensor) -> Tensor:
+    """images[index] on the device of index (B,), wherever `to_device` left the images (N, ...)."""
+    rows = images[index.to(images.device)]
+    if rows.device != index.device:
+        rows = rows.pin_memory()  # from there, the copy does not wait for the GPU
+    return rows.to(index.device, non_blocking=True)
 
 
 def batches(images: Tensor, model: nn.Module, size: int = BATCH) -> Iterator[Tensor]:
@@ -172,14 +181,14 @@ def load_folder(folder: str | Path, img_size: int, reference: str | None = None)
         masks = _find_masks(folder / "masks", paths, notes)
     elif not (folder / "masks").exists() and not (folder / "labels.csv").exists():  # masks are not a class
         paths = {f"{sub.name}/{path.name}": path for sub in _listed(folder, True) for path in _listed(sub)}
-        findings = sorted({path.parent.name for path in paths.values()})
-        labels = {name: [float(path.parent.name == f) for f in findings] for name, path in paths.items()}
+        findings, labels = _one_hot({name: printable(path.parent.name) for name, path in paths.items()})
     if not paths:
         raise DataError(f"{folder} holds no images ({' '.join(SUFFIXES)}); {LAYOUT}")
     data = _read_images(paths, masks, img_size, notes)
     if findings:
-        rows = [labels.get(name, [math.nan] * len(findings)) for name in data.names]
-        data = data._replace(labels=torch.tensor(rows), findings=findings)  # (N, K)
+        unknown = torch.full((len(findings),), math.nan)
+        rows = torch.stack([labels.get(name, unknown) for name in data.names])  # (N, K)
+        data = data._replace(labels=rows, findings=findings)
     if not split:  # by the checksum of the names: the same for every seed, on every machine
         order = sorted(data.names, key=lambda n: (zlib.crc32(n.encode("utf-8", "surrogateescape")), n))
         held_out = max(1, round(0.15 * len(order))) if len(order) > 2 else 0
@@ -188,22 +197,29 @@ def load_folder(folder: str | Path, img_size: int, reference: str | None = None)
     reference = _choose_reference(data, masks, split, reference, notes)
     splits = {s: select(data, torch.tensor([split[name] == s for name in data.names])) for s in SPLITS}
     notes += [f"{folder}: no images in {s}" for s in SPLITS if not splits[s].names]
-    return splits, reference, notes
+    return splits, reference, [printable(note) for note in notes]
 
 
 def _listed(folder: Path, folders: bool = False) -> list[Path]:
     """The image files in a folder, or its folders, without hidden ones."""
-    found = (path for path in sorted(folder.iterdir()) if path.name[0] != ".")
-    return [p for p in found if (p.is_dir() if folders else p.suffix.lower() in SUFFIXES and p.is_file())]
+    paths = (path for path in sorted(folder.iterdir()) if path.name[0] != ".")
+    return [p for p in paths if (p.is_dir() if folders else p.suffix.lower() in SUFFIXES and p.is_file())]
+
+
+def _one_hot(classes: dict[str, str]) -> tuple[list[str], dict[str, Tensor]]:
+    """The classes (K), sorted, and {image name: label (K,)} of {image name: class}."""
+    findings = sorted(set(classes.values()))
+    labels = dict(zip(findings, torch.eye(len(findings))))
+    return findings, {name: labels[c] for name, c in classes.items()}
 
 
 def _find_masks(folder: Path, images: dict[str, Path], notes: list[str]) -> dict[str, dict[str, Path]]:
     """{region: {image name: mask file}}: by the image's full name, or else by its stem."""
-    stems, found = {}, {}
+    stems, masks = {}, {}
     for name, path in images.items():
         stems.setdefault(path.stem, []).append(name)
     for region in _listed(folder, folders=True) if folder.is_dir() else []:
-        own = found[region.name] = {}
+        own = masks[printable(region.name)] = {}
         for path in _listed(region):
             # masks/heart/a.png belongs to images/a.png, never to an images/a.jpg beside it.
             names = [path.name] if path.name in images else stems.get(path.stem, [])
@@ -211,7 +227,7 @@ def _find_masks(folder: Path, images: dict[str, Path], notes: list[str]) -> dict
             for name in names:
                 if own.setdefault(name, path) != path:
                     raise DataError(f"{own[name]} and {path} are both masks of {images[name]}; remove one")
-    return found
+    return masks
 
 
 def _decode(path: Path) -> np.ndarray:
@@ -247,29 +263,24 @@ def _to_tensor(pixels: np.ndarray, height: int, width: int) -> Tensor:
     return image[:1].clone() if (image == image[:1]).all() else image
 
 
-def read_picture(path: Path, side: int, multiple: int, channels: int) -> Tensor:
-    """One image (1, channels, H, W) uint8, its shorter side about `side` px, both multiples of `multiple`.
+def read_picture(path: Path, side: int, multiple: int, channels: int) -> tuple[Tensor, tuple[int, int]]:
+    """One image (1, channels, H, W) uint8, H and W multiples of `multiple`, and the file's height and width.
 
-    The longer side is at most 16 times `side`. Raises DataError if the file can't be read.
+    The shorter side is about `side` px, the longer at most 16 times that. Raises DataError if the file can't
+    be read.
     """
     pixels = _decode(path)
-    height, width = pixels.shape[:2]
-    scale = min(side / min(height, width), 16 * side / max(height, width))
-    near = [max(1, round(edge * scale / multiple)) * multiple for edge in (height, width)]
-    image = _to_tensor(pixels, *near).float()  # (1 or 3, H, W)
+    size = pixels.shape[:2]
+    scale = min(side / min(size), 16 * side / max(size))
+    image = _to_tensor(pixels, *(max(1, round(edge * scale / multiple)) * multiple for edge in size)).float()
     image = image if len(image) == channels else image.mean(dim=0, keepdim=True).expand(channels, -1, -1)
-    return image[None].round().to(torch.uint8)
-
-
-def picture_size(path: Path) -> tuple[int, int]:
-    """Height and width of an image file, upright. Raises DataError if it can't be read."""
-    return _decode(path).shape[:2]
+    return image[None].round().to(torch.uint8), size
 
 
 def image_size(data: str, name: str) -> tuple[int, int]:
     """Height and width of an image of the folder `data`, upright. Raises DataError if it can't be read."""
     images = Path(data) / "images"
-    return picture_size((images if images.is_dir() else Path(data)) / name)
+    return _decode((images if images.is_dir() else Path(data)) / name).shape[:2]
 
 
 def _read_mask(path: Path, folder: Path, image: str, shape: tuple[int, int] | None, size: int) -> Tensor:
@@ -286,12 +297,12 @@ def _read_mask(path: Path, folder: Path, image: str, shape: tuple[int, int] | No
 
 def by_stem(names: list[str]) -> dict[str, int]:
     """{name without suffix: its index}, as masks name images. Raises DataError if two are alike."""
-    found: dict[str, int] = {}
+    stems: dict[str, int] = {}
     for i, name in enumerate(names):
-        first = found.setdefault(Path(name).with_suffix("").as_posix(), i)
+        first = stems.setdefault(Path(name).with_suffix("").as_posix(), i)
         if first != i:
             raise DataError(f"{names[first]} and {name} would have one mask's name; rename one of them")
-    return found
+    return stems
 
 
 def read_masks(folder: Path, data: str | None, names: list[str], size: int) -> Tensor:
@@ -341,8 +352,8 @@ def _read_images(paths: dict[str, Path], masks: dict[str, dict], size: int, note
     return Data(images, torch.stack(own) if masks else None, known, None, list(results), list(masks), [])
 
 
-def _read_labels(path: Path, images: dict) -> tuple[list[str], dict[str, list[float]], dict[str, str]]:
-    """Findings (K), {image name: K labels}, and {image name: split}, empty without a column `split`."""
+def _read_labels(path: Path, images: dict) -> tuple[list[str], dict[str, Tensor], dict[str, str]]:
+    """Findings (K), {image name: label (K,)}, and {image name: split}, empty without a column `split`."""
     lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else [b"file"]
     reader, rows = csv.reader((line.decode("utf-8-sig") for line in lines), strict=True), {}
     try:
@@ -370,20 +381,22 @@ def _read_labels(path: Path, images: dict) -> tuple[list[str], dict[str, list[fl
     except (ValueError, csv.Error) as error:
         problem = " ".join(str(error).split())  # cells may hold newlines
         raise DataError(f"{path}, line {max(1, reader.line_num)}: {problem}") from None
-    labels = {name: [LABELS[row[column]] for column in columns] for name, row in rows.items()}
-    classes = sorted({row["label"] for row in rows.values() if row.get("label")})
-    for name, row in rows.items():
-        labels[name] += [float(row["label"] == c) if row["label"] else math.nan for c in classes]
     split = {name: rows[name]["split"] if name in rows else "train" for name in images if "split" in header}
-    return columns + classes, labels, split
+    if "label" in header:
+        return *_one_hot({name: row["label"] for name, row in rows.items() if row["label"]}), split
+    labels = {name: torch.tensor([LABELS[row[column]] for column in columns]) for name, row in rows.items()}
+    return columns, labels, split
 
 
 def _choose_reference(data: Data, masks: dict, split: dict, name: str | None, notes: list) -> str | None:
     """The reference image's name; moves it to train in `split`."""
-    complete = select(data, data.has_masks).names
+    complete = [name for name, known in zip(data.names, data.has_masks.tolist()) if known]
     if name is None and not complete:
-        counts = ", ".join(f"{region} has {len(files)}" for region, files in masks.items())
-        notes += [f"no image has a mask in every region: {counts}"] if masks else []
+        if masks:
+            counts = ", ".join(f"{region} has {len(files)}" for region, files in masks.items())
+            lacks = {n: [f"masks/{r}/{n}" for r, files in masks.items() if n not in files] for n in data.names}
+            nearest = " and ".join(min(lacks.values(), key=len))
+            notes.append(f"no image has a mask in every region: {counts}; to complete one, add {nearest}")
         return None
     name = name or min(complete, key=lambda n: SPLITS.index(split[n]))  # the first of them
     if name not in data.names:

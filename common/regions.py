@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from attention_priors import align, bend, blurred, carry, follow, priors_from_masks, priors_from_statistics
 from common.checkpoint import write_file
-from common.data import BATCH, DRAWN, Data, by_stem, image_size, placed, read_masks, take
+from common.data import BATCH, DRAWN, Data, by_stem, image_size, read_masks, rows_at, to_device
 from common.explain import attention_of
 from common.weights import reason
 
@@ -107,8 +107,8 @@ def priors_over(
         if prior == "sample" and how != "none":
             print(f"registering {reference} to {len(images)} images ...", flush=True)
     if prior == "masks":
-        masks = placed(train.masks, device)
-        return lambda index: blurred(take(masks, index).float(), blur)  # a missing mask stays empty
+        masks = to_device(train.masks, device)
+        return lambda index: blurred(rows_at(masks, index).float(), blur)  # a missing mask stays empty
     priors = priors.to(device)
     if prior != "sample" or how == "none":
         return lambda index: priors.expand(len(index), *priors.shape)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from common import data
-from common.data import SPLITS, SUFFIXES, DataError, load, load_folder, select, take
+from common.data import SPLITS, SUFFIXES, DataError, load, load_folder, rows_at, select
 
 RNG = np.random.default_rng(0)
 
@@ -408,11 +408,11 @@ def test_batches_are_as_encoders_expect_them_and_where_the_model_is():
 def test_images_lie_on_a_gpu_unless_they_would_take_half_of_its_free_memory(monkeypatch):
     images = torch.arange(40, dtype=torch.uint8).reshape(10, 1, 2, 2)
     index = torch.tensor([3, 1], device="cuda" if torch.cuda.is_available() else "cpu")
-    taken = take(images, index)
-    assert taken.device == index.device and torch.equal(taken.cpu(), images[[3, 1]])
+    rows = rows_at(images, index)
+    assert rows.device == index.device and torch.equal(rows.cpu(), images[[3, 1]])
     monkeypatch.setattr(torch.Tensor, "to", lambda self, device: f"on {device}")  # there may be no GPU here
-    assert data.placed(images, "cpu") == "on cpu"
+    assert data.to_device(images, "cpu") == "on cpu"
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * images.nbytes, 10**9))
-    assert data.placed(images, "cuda:0") == "on cuda:0"
+    assert data.to_device(images, "cuda:0") == "on cuda:0"
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * images.nbytes - 1, 10**9))
-    assert data.placed(images, "cuda:0") is images
+    assert data.to_device(images, "cuda:0") is images
