@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +37,7 @@ from common.checks import check
 from common.config import Config, parse
 from common.data import Data, load, normalise, prepared, rows_at, to_device
 from common.measure import QUICK, report
-from common.models import build_model, lrp_rule, make_encoder, masks_of_run
+from common.models import build_model, lrp_rule, make_encoder
 from common.page import print_tables
 from common.plots import curves, draw_maps
 from common.processes import average_gradients, command_to_resume, fail, join, rank, remedy_for
@@ -70,16 +69,16 @@ def load_data(config: Config) -> tuple[dict[str, Data], str | None]:
     return splits, reference
 
 
-def foreground_masks(config: Config, train: Data, reference: str | None) -> Tensor | None:
+def foreground_masks(config: Config, splits: dict[str, Data], reference: str | None) -> Tensor | None:
     """The training images' foreground (N, 1, S, S) bool, if the settings need it. Raises ValueError."""
+    train = splits["train"]
     if config.task != "classify" or not config.isnet and config.baseline in (None, "gated"):
         return None
     if config.resume and config.masks != "data":
         return to_device(kept_masks(config.out, (*train.images[:, :1].shape,)), config.device)
-    prior = config.prior, train, reference, config.prior_blur, config.align
-    registered = partial(priors_over, train.images, *prior)
-    of_run = partial(masks_of_run, data=config.data, images=train.images)
-    masks = foreground(config.masks, train, config.data, config.init, registered, of_run)
+    prior = config.prior, train, reference, config.prior_blur, config.align, config.device
+    least = 2 if config.isnet else 1  # one image alone has no range of relevance
+    masks = foreground(config.masks, splits, config.data, config.init, prior, least)
     return to_device(masks, config.device)
 
 
@@ -343,7 +342,7 @@ def begin(argv: list[str]) -> tuple:
         check_spec(config.out, run.spec, spec, config.data)
     torch.manual_seed(config.seed)
     encoder = make_encoder(config, spec.channels)
-    masks = foreground_masks(config, train, reference)
+    masks = foreground_masks(config, splits, reference)
     model = build_model(config, spec, encoder, encoder.grid(train.images)).to(config.device)
     print(f"{sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} M weights in the encoder, on {config.device}")
     images, spec = to_device(train.images, config.device), run.spec if run else spec

@@ -104,7 +104,9 @@ def load(
     if findings is not None and keep:
         single = len(keep) == 1
         for split, d in splits.items():
-            labels = torch.cat([1 - d.labels[:, keep], d.labels[:, keep]], dim=1) if single else d.labels[:, keep]
+            labels = (
+                torch.cat([1 - d.labels[:, keep], d.labels[:, keep]], dim=1) if single else d.labels[:, keep]
+            )
             names = [f"no {chosen[0]}", chosen[0]] if single else chosen
             splits[split] = d._replace(labels=labels, findings=names)
     return splits, reference, notes
@@ -394,7 +396,9 @@ def _choose_reference(data: Data, masks: dict, split: dict, name: str | None, no
     if name is None and not complete:
         if masks:
             counts = ", ".join(f"{region} has {len(files)}" for region, files in masks.items())
-            lacks = {n: [f"masks/{r}/{n}" for r, files in masks.items() if n not in files] for n in data.names}
+            lacks = {
+                n: [f"masks/{r}/{n}" for r, files in masks.items() if n not in files] for n in data.names
+            }
             nearest = " and ".join(min(lacks.values(), key=len))
             notes.append(f"no image has a mask in every region: {counts}; to complete one, add {nearest}")
         return None

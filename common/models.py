@@ -9,8 +9,6 @@ from common.baselines import AttentionGate, Pipeline, Segmenter
 from common.checkpoint import DataSpec, Run, load_run
 from common.classify import Classifier
 from common.config import Config
-from common.data import BATCH
-from common.regions import attention_masks, read_masses
 from common.weights import fit, read_weights, sizes
 from relvit import TASKS
 from resnet import ResNet
@@ -121,25 +119,6 @@ def build_model(config: Config, spec: DataSpec, encoder: nn.Module, grid: tuple[
         for module in (model.student, model.teacher) if isinstance(model, DINO) else (model.encoder,):
             module.compile()
     return model
-
-
-def masks_of_run(folder: Path, data: str, images: Tensor) -> Tensor:
-    """The union (M, 1, H, W) bool of the masks of a run's guided heads, for images (M, C, H, W) uint8.
-
-    Raises ValueError.
-    """
-    run, masses = load_run(folder), read_masses(folder)
-    if images.shape[1] != run.spec.channels:
-        raise ValueError(
-            f"{folder} learned from {run.spec.channels} channels, these images have {images.shape[1]}"
-        )
-    if run.config.data != data:
-        print(
-            f"note: {folder} was trained on {run.config.data}; look at its masks for {data}: --export-masks"
-        )
-    encoder, layer = load_model(folder, run), run.config.span_layer
-    masks = (attention_masks(encoder, masses, x, layer) for x in images.split(BATCH))
-    return torch.cat([m.any(dim=1, keepdim=True) for m in masks])
 
 
 def lrp_rule(config: Config) -> dict[str, float | bool]:

@@ -100,7 +100,8 @@ def measured_by(
     def priors(images: Tensor) -> dict:
         given = config.prior_blur, config.align, model.grid(images)
         if given not in known:
-            known[given] = prior_maps(images, splits["train"], reference, *given)
+            device = str(next(model.parameters()).device)
+            known[given] = prior_maps(images, splits["train"], reference, *given, device)
         return known[given]
 
     return about | {"priors": priors}
