@@ -12,6 +12,7 @@ import math
 import re
 import warnings
 import zlib
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -72,15 +73,9 @@ def select(data: Data, index: Tensor) -> Data:
 
 
 def load(
-    data: str,
-    img_size: int,
-    seed: int = 0,
-    train_images: int = 1500,
-    reference: str | None = None,
-    marker: float | None = None,
-    marker_kind: str = "corner",
-    findings: list[str] | None = None,
-) -> Loaded:
+    data: str, img_size: int, seed: int = 0, train_images: int = 1500, reference: str | None = None,
+    marker: float | None = None, marker_kind: str = "corner", findings: list[str] | None = None,
+) -> Loaded:  # fmt: skip
     """A folder, or a key of DRAWN (which alone uses seed, train_images and marker), as three splits.
 
     marker: how likely a marker on a phantom agrees with its first finding. It adds three splits, the test
@@ -102,13 +97,11 @@ def load(
             raise DataError(f"a marker can be drawn only on phantoms, not on {data}; remove --marker")
         _stamp_splits(splits, keep[0], marker, marker_kind, seed)
     if findings is not None and keep:
-        single = len(keep) == 1
+        chosen = [f"no {chosen[0]}", chosen[0]] if len(keep) == 1 else chosen
         for split, d in splits.items():
-            labels = (
-                torch.cat([1 - d.labels[:, keep], d.labels[:, keep]], dim=1) if single else d.labels[:, keep]
-            )
-            names = [f"no {chosen[0]}", chosen[0]] if single else chosen
-            splits[split] = d._replace(labels=labels, findings=names)
+            labels = d.labels[:, keep]
+            labels = torch.cat([1 - labels, labels], dim=1) if len(keep) == 1 else labels
+            splits[split] = d._replace(labels=labels, findings=chosen)
     return splits, reference, notes
 
 
@@ -132,9 +125,9 @@ def _stamp_splits(splits: dict[str, Data], column: int, agreement: float, kind: 
         stream = np.random.default_rng([seed, min(i, 2)])  # the same for all kinds of test images
         agrees = torch.from_numpy(stream.random(len(data.names))) < agreement
         present = ((data.labels[:, column] == 1) == agrees) ^ (split in ("flipped", "unseen"))
-        here = phantom.UNSEEN if split == "unseen" else kind
+        look = phantom.UNSEEN if split == "unseen" else kind
         if split != "removed":
-            images = phantom.stamp(data.images, present, here, data.masks, int(stream.integers(2**31)))
+            images = phantom.stamp(data.images, present, look, data.masks, int(stream.integers(2**31)))
             splits[split] = data._replace(images=images)
 
 
@@ -194,8 +187,8 @@ def load_folder(folder: str | Path, img_size: int, reference: str | None = None)
     if not split:  # by the checksum of the names: the same for every seed, on every machine
         order = sorted(data.names, key=lambda n: (zlib.crc32(n.encode("utf-8", "surrogateescape")), n))
         held_out = max(1, round(0.15 * len(order))) if len(order) > 2 else 0
-        places = ["train"] * (len(order) - 2 * held_out) + ["val"] * held_out + ["test"] * held_out
-        split = dict(zip(order, places))
+        split = dict.fromkeys(order, "train") | dict.fromkeys(order[len(order) - 2 * held_out :], "val")
+        split |= dict.fromkeys(order[len(order) - held_out :], "test")
     reference = _choose_reference(data, masks, split, reference, notes)
     splits = {s: select(data, torch.tensor([split[name] == s for name in data.names])) for s in SPLITS}
     notes += [f"{folder}: no images in {s}" for s in SPLITS if not splits[s].names]
@@ -217,14 +210,14 @@ def _one_hot(classes: dict[str, str]) -> tuple[list[str], dict[str, Tensor]]:
 
 def _find_masks(folder: Path, images: dict[str, Path], notes: list[str]) -> dict[str, dict[str, Path]]:
     """{region: {image name: mask file}}: by the image's full name, or else by its stem."""
-    stems, masks = {}, {}
+    stems, masks = defaultdict(list), {}
     for name, path in images.items():
-        stems.setdefault(path.stem, []).append(name)
+        stems[path.stem].append(name)
     for region in _listed(folder, folders=True) if folder.is_dir() else []:
         own = masks[printable(region.name)] = {}
         for path in _listed(region):
             # masks/heart/a.png belongs to images/a.png, never to an images/a.jpg beside it.
-            names = [path.name] if path.name in images else stems.get(path.stem, [])
+            names = [path.name] if path.name in images else stems[path.stem]
             notes += [] if names else [f"{path} is not used: no image has this name"]
             for name in names:
                 if own.setdefault(name, path) != path:
@@ -315,14 +308,15 @@ def read_masks(folder: Path, data: str | None, names: list[str], size: int) -> T
     """
     if (folder / "images").is_dir() or data and folder.resolve() == Path(data).resolve():
         raise DataError(f"{folder} holds images, which are no masks; name the folder of the masks")
-    wanted, masks, found = by_stem(names), torch.zeros(len(names), 1, size, size, dtype=torch.bool), False
+    wanted, any_mask = by_stem(names), False
+    masks = torch.zeros(len(names), 1, size, size, dtype=torch.bool)
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).with_suffix("").as_posix()
         i = wanted.get(name, wanted.get(name.partition("/")[2]))
         if i is not None and name[0] != "." and path.suffix.lower() in SUFFIXES and path.is_file():
-            shape, found = image_size(data, names[i]) if data else None, True
+            shape, any_mask = image_size(data, names[i]) if data else None, True
             masks[i, 0] |= _read_mask(path, folder, names[i], shape, size)
-    if not found:
+    if not any_mask:
         raise DataError(f"{folder} holds no mask of any training image; name them like `{names[0]}`")
     return masks
 
@@ -341,17 +335,16 @@ def _read_images(paths: dict[str, Path], masks: dict[str, dict], size: int, note
         return _to_tensor(pixels, size, size), own
 
     with ThreadPoolExecutor(8) as threads:
-        bar = tqdm(threads.map(read, paths), total=len(paths), desc="reading", leave=False, delay=5)
-        results = dict(zip(paths, bar))
-    notes += [f"skipped {result}" for result in results.values() if isinstance(result, DataError)]
-    results = {name: result for name, result in results.items() if isinstance(result, tuple)}
-    if not results:
+        results = list(tqdm(threads.map(read, paths), "reading", len(paths), leave=False, delay=5))
+    notes += [f"skipped {result}" for result in results if isinstance(result, DataError)]
+    names = [name for name, result in zip(paths, results) if isinstance(result, tuple)]
+    if not names:
         raise DataError(f"none of {len(paths)} images can be read; replace them ({notes[-1]})")
-    images, own = zip(*results.values())
-    channels = max(len(image) for image in images)
+    images, own = zip(*(result for result in results if isinstance(result, tuple)))
+    channels = max(map(len, images))
     images = torch.stack([image.expand(channels, -1, -1) for image in images])  # (N, C, S, S)
-    known = torch.tensor([bool(masks) and all(name in files for files in masks.values()) for name in results])
-    return Data(images, torch.stack(own) if masks else None, known, None, list(results), list(masks), [])
+    known = torch.tensor([bool(masks) and all(name in files for files in masks.values()) for name in names])
+    return Data(images, torch.stack(own) if masks else None, known, None, names, list(masks), [])
 
 
 def _read_labels(path: Path, images: dict) -> tuple[list[str], dict[str, Tensor], dict[str, str]]:
@@ -396,17 +389,15 @@ def _choose_reference(data: Data, masks: dict, split: dict, name: str | None, no
     if name is None and not complete:
         if masks:
             counts = ", ".join(f"{region} has {len(files)}" for region, files in masks.items())
-            lacks = {
-                n: [f"masks/{r}/{n}" for r, files in masks.items() if n not in files] for n in data.names
-            }
-            nearest = " and ".join(min(lacks.values(), key=len))
+            lacks = ([f"masks/{r}/{n}" for r, files in masks.items() if n not in files] for n in data.names)
+            nearest = " and ".join(min(lacks, key=len))
             notes.append(f"no image has a mask in every region: {counts}; to complete one, add {nearest}")
         return None
     name = name or min(complete, key=lambda n: SPLITS.index(split[n]))  # the first of them
     if name not in data.names:
         raise DataError(f"sample `{name}` is no readable image; use a name like `{data.names[0]}`")
     if name not in complete:
-        region = next((region for region, files in masks.items() if name not in files), "<region>")
+        region, *_ = [region for region, files in masks.items() if name not in files] or ["<region>"]
         raise DataError(f"sample `{name}` has no mask of {region}; expected masks/{region}/{name}")
     if split[name] != "train":
         notes.append(f"{name} moves from {split[name]} to train as the reference image")
