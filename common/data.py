@@ -42,7 +42,7 @@ warnings.filterwarnings("ignore", module="PIL")  # about odd metadata
 
 
 def printable(text: str) -> str:
-    """Text with line breaks, other control characters and bytes that are not UTF-8 escaped: names hold any."""
+    """Text on one line, with control characters and bytes that are not UTF-8 escaped: names may hold any."""
     return re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", lambda match: repr(match[0])[1:-1], text)
 
 
@@ -132,7 +132,7 @@ def _stamp_splits(splits: dict[str, Data], column: int, agreement: float, kind: 
 
 
 def to_device(images: Tensor, device: str) -> Tensor:
-    """Images (N, ...) on the device, or in host memory if they would take half of the device's free memory."""
+    """Images (N, ...) on the device, or where they are if they would take half of its free memory."""
     large = device.startswith("cuda") and images.nbytes > torch.cuda.mem_get_info(device)[0] / 2
     return images if large else images.to(device)
 

@@ -85,7 +85,7 @@ def priors_over(
     images: Tensor, prior: str, train: Data, reference: str | None, blur: float, how: str, device: str,
     heads: int | None = None,
 ) -> Callable[[Tensor], Tensor]:  # fmt: skip
-    """A function from indices (B,) of images (N, C, S, S) to the priors (B, R, S, S) over them, on the device.
+    """A function from indices (B,) of images (N, C, S, S) to priors (B, R, S, S) over them, on the device.
 
     prior, reference, blur: as in `make_priors`; or "masks", those of all images, which are `train`'s then.
     how: bend, affine or none registers the reference image to each image. heads: how many can be guided.
@@ -214,18 +214,16 @@ def export_masks(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--export-masks {out} holds something already; name a new folder")
-    drawn, written = data in DRAWN, 0
-    by_stem([] if drawn else [name for split in splits.values() for name in split.names])
-    for split in ["train"] if drawn else SPLITS:
-        if not splits[split].names:
-            continue
-        masks = attention_masks(encoder, masses, splits[split].images, layer)  # (M, R, S, S)
-        for name, of_image in zip(splits[split].names, masks):
+    drawn = data in DRAWN
+    written = [splits[split] for split in (["train"] if drawn else SPLITS) if splits[split].names]
+    by_stem([] if drawn else [name for split in written for name in split.names])
+    for split in written:
+        masks = attention_masks(encoder, masses, split.images, layer)  # (M, R, S, S)
+        for name, of_image in zip(split.names, masks):
             size = of_image.shape[1:] if drawn else image_size(data, name)
             for region, mask in zip(masses, of_image):
                 write_mask((out / region / name).with_suffix(".png"), mask, size)
-                written += 1
-    return written
+    return len(masses) * sum(len(split.names) for split in written)
 
 
 # The foreground of training images
@@ -236,8 +234,8 @@ def foreground(
 ) -> Tensor:
     """The foreground of the training images, (N, 1, S, S) bool, empty where there is none.
 
-    source: data, prior, attention (of the run init), or a folder. prior: the arguments of `priors_over` behind
-    the images. least: how many images must have a foreground. Prints how many have one, and how well it agrees
+    source: data, prior, attention (of the run init), or a folder. prior: the arguments of `priors_over` after
+    images. least: how many images must have a foreground. Prints how many have one, and how well it agrees
     with the data's own masks. Raises ValueError.
     """
     train, folder = splits["train"], Path(init if source == "attention" else source)
@@ -248,7 +246,9 @@ def foreground(
                 f"{split} {int(masks.sum())} of {len(masks)}" for split, masks in known.items()
             )
             line = f"images with a mask for every region: {counts}; of train, {least} or more must have them"
-            raise ValueError(f"{line}: add masks, change the column split in labels.csv, or use --masks")
+            raise ValueError(
+                f"{line}: add masks, change the column split in labels.csv, or say --masks prior"
+            )
         masks = train.has_masks[:, None, None, None] & train.masks.any(dim=1, keepdim=True)
     elif source == "prior":
         over, batches = priors_over(train.images, *prior), torch.arange(len(train.names)).split(BATCH)
@@ -262,9 +262,10 @@ def foreground(
         counts = f"{covered} of {len(masks)} training images have a mask that is not empty"
         raise ValueError(f"--masks {source}: {counts}, but {least} must: look at some masks")
     if source != "data":
-        dice = f"{100 * mask_dice(masks, train):.1f}" if train.has_masks.any() else ""
-        agreement = f"; Dice {dice} % with those given" if dice else ""
-        print(f"masks from {source}: of {covered} of {len(masks)} training images{agreement}")
+        line = f"masks from {source}: of {covered} of {len(masks)} training images"
+        if train.has_masks.any():
+            line += f"; Dice {100 * mask_dice(masks, train):.1f} % with those given"
+        print(line)
     return masks
 
 
@@ -275,11 +276,10 @@ def masks_of_run(folder: Path, data: str, images: Tensor) -> Tensor:
     """
     run, masses = load_run(folder), read_masses(folder)
     if images.shape[1] != run.spec.channels:
-        channels = f"{run.spec.channels} channels, these images have {images.shape[1]}"
-        raise ValueError(f"{folder} learned from {channels}")
-    if run.config.data != data:
-        trained = f"{folder} was trained on {run.config.data}"
-        print(f"note: {trained}; look at its masks for {data}: --export-masks")
+        counts = f"{run.spec.channels} channels, these images have {images.shape[1]}"
+        raise ValueError(f"{folder} learned from {counts}: name a run of such images")
+    if (trained_on := run.config.data) != data:
+        print(f"note: {folder} was trained on {trained_on}; look at its masks for {data}: --export-masks")
     encoder, layer = load_model(folder, run), run.config.span_layer
     masks = (attention_masks(encoder, masses, x, layer) for x in images.split(BATCH))
     return torch.cat([m.any(dim=1, keepdim=True) for m in masks])
