@@ -22,7 +22,7 @@ from torch import nn
 from common.checkpoint import DataSpec, load_run, write_file
 from common.checks import check_device
 from common.config import Config, Parser
-from common.data import Data, DataError, picture_size, prepared, read_picture
+from common.data import Data, DataError, prepared, read_picture
 from common.explain import decisions, explained_class, has_attention
 from common.measure import MEASURES, QUICK, applicable, report
 from common.models import build_encoder, load_model, lrp_rule, start_from
@@ -138,8 +138,8 @@ def draw_picture(run: Path, config: Config, spec: DataSpec, model: nn.Module, pa
     """
     encoder = model.encoder if config.task == "classify" else model
     multiple = encoder.stride if isinstance(encoder, ResNet) else config.patch_size
-    image, written = read_picture(path, config.img_size, multiple, spec.channels), 0  # (1, C, H, W)
-    pixels = image.float() / 255
+    image, size = read_picture(path, config.img_size, multiple, spec.channels)  # (1, C, H, W)
+    pixels, written = image.float() / 255, 0
     if has_attention(encoder, config.baseline):
         masses = read_masses(run) if (run / "attention_mass.json").exists() else {}
         heads = {region: head for head, region in enumerate(masses)}
@@ -147,7 +147,7 @@ def draw_picture(run: Path, config: Config, spec: DataSpec, model: nn.Module, pa
         masses = masses or dict.fromkeys(maps, MASS)
         masks = attention_masks(encoder, masses, image, config.span_layer)  # (1, R, H, W)
         for name, mask in zip(masses, masks[0]):
-            write_mask(out / "masks" / f"{name}.png", mask, picture_size(path))
+            write_mask(out / "masks" / f"{name}.png", mask, size)
         map_grid(out / "attention.png", pixels, masks, list(masses), maps, outlined="masks", side=2.4)
         written += 1 + len(masses)
     if config.task == "classify":

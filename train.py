@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -36,9 +35,9 @@ from common.classify import attention_seen, classification_loss, explained_targe
 from common.classify import supervised_layers, warn_if_constant
 from common.checks import check
 from common.config import Config, parse
-from common.data import Data, load, normalise, placed, prepared, take
+from common.data import Data, load, normalise, prepared, rows_at, to_device
 from common.measure import QUICK, report
-from common.models import build_model, lrp_rule, make_encoder, masks_of_run
+from common.models import build_model, lrp_rule, make_encoder
 from common.page import print_tables
 from common.plots import curves, draw_maps
 from common.processes import average_gradients, command_to_resume, fail, from_first, join, rank, remedy_for
@@ -68,17 +67,17 @@ def load_data(config: Config) -> tuple[dict[str, Data], str | None]:
     return splits, reference
 
 
-def foreground_masks(config: Config, train: Data, reference: str | None) -> Tensor | None:
+def foreground_masks(config: Config, splits: dict[str, Data], reference: str | None) -> Tensor | None:
     """The training images' foreground (N, 1, S, S) bool, if the settings need it. Raises ValueError."""
+    train = splits["train"]
     if config.task != "classify" or not config.isnet and config.baseline in (None, "gated"):
         return None
     if config.resume and config.masks != "data":
-        return placed(kept_masks(config.out, (*train.images[:, :1].shape,)), config.device)
-    prior = config.prior, train, reference, config.prior_blur, config.align
-    registered = partial(priors_over, train.images, *prior)
-    of_run = partial(masks_of_run, data=config.data, images=train.images)
-    masks = foreground(config.masks, train, config.data, config.init, registered, of_run)
-    return placed(masks, config.device)
+        return to_device(kept_masks(config.out, (*train.images[:, :1].shape,)), config.device)
+    prior = config.prior, train, reference, config.prior_blur, config.align, config.device
+    least = 2 if config.isnet else 1  # one image alone has no range of relevance
+    masks = foreground(config.masks, splits, config.data, config.init, prior, least)
+    return to_device(masks, config.device)
 
 
 # The three objectives
@@ -91,7 +90,7 @@ def dino_objective(config: Config, dino: DINO, images: Tensor, priors: Callable 
     recipe = size, local_size, config.global_scale, config.local_scale, config.local_crops_number, config.flip
 
     def losses(index: Tensor, generator: Generator, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        views, thetas = multi_crop(take(images, index).float() / 255, generator, *recipe)
+        views, thetas = multi_crop(rows_at(images, index).float() / 255, generator, *recipe)
         views = [normalise(v) for v in views]  # 2 B global views, and V B local ones
         with torch.autocast(index.device.type, torch.bfloat16, enabled=config.amp):
             loss, features = dino(views, config.teacher_temp, config.span_layer)
@@ -110,7 +109,7 @@ def relvit_objective(config: Config, relvit: RelViT, images: Tensor, priors: Cal
     grid, p = relvit.grid, config.patch_size
 
     def losses(index: Tensor, generator: Generator, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        x = take(images, index).float() / 255
+        x = rows_at(images, index).float() / 255
         views, boxes, _ = patch_views(x, grid, p, generator, mega=config.mega_patches > 0)
         with torch.autocast(index.device.type, torch.bfloat16, enabled=config.amp):
             loss, scores, features = relvit(normalise(views), layer=config.span_layer)
@@ -140,7 +139,7 @@ def classifier_objective(
     layers = [] if config.isnet_layers == "none" else supervised_layers(encoder)
 
     def losses(index: Tensor, generator: Generator, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        x, y = take(images, index), labels[index]
+        x, y = rows_at(images, index), labels[index]
         if config.relations:
             grid, x = model.relvit.grid, x.float() / 255
             views, _, order = patch_views(x, grid, config.patch_size, generator, shuffle=True)
@@ -148,7 +147,7 @@ def classifier_objective(
             loss, scores = model.relvit.compare(features.patches, order)
             classification = classification_loss(model.head(features.pooled), y, multiclass)
             return loss + classification, {"classification": classification.detach(), **scores}
-        x, m = prepared(x), None if masks is None else take(masks, index).float()
+        x, m = prepared(x), None if masks is None else rows_at(masks, index).float()
         if config.baseline == "swap":
             x = swapped(x, m, generator)
         if not config.isnet and config.baseline not in PENALTIES:
@@ -335,11 +334,11 @@ def begin(argv: list[str]) -> tuple:
         check_spec(config.out, run.spec, spec, config.data)
     torch.manual_seed(config.seed)
     encoder = make_encoder(config, spec.channels)
-    masks = foreground_masks(config, train, reference)
+    masks = foreground_masks(config, splits, reference)
     model = build_model(config, spec, encoder, encoder.grid(train.images)).to(config.device)
     millions = sum(p.numel() for p in encoder.parameters()) / 1e6
     print(f"{millions:.2f} M weights in the encoder, on {config.device}")
-    images, spec = placed(train.images, config.device), run.spec if run else spec
+    images, spec = to_device(train.images, config.device), run.spec if run else spec
     if config.task == "classify":
         labels = train.labels.to(config.device)
         if config.isnet and not run:

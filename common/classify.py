@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from common.data import prepared, take
+from common.data import prepared, rows_at
 from isnet_lrp import log_odds, relevance_range
 from lrp import relevance
 from vit import Attention, Block, PatchEmbed
@@ -131,7 +131,7 @@ def natural_range(
         for index in order.split(batch_size):
             if len(index) == 1:  # has no variance to normalise by
                 continue
-            loss = classification_loss(plain(prepared(take(images, index))), labels[index], multiclass)
+            loss = classification_loss(plain(prepared(rows_at(images, index))), labels[index], multiclass)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -140,7 +140,7 @@ def natural_range(
     masked = masks.flatten(1).any(dim=1).nonzero()[:512, 0].to(labels.device)
     for index in masked.split(64):
         target = explained_target(labels[index], multiclass, explain, generator)
-        heatmap, _ = relevance(plain, prepared(take(images, index)), target, **rule)
+        heatmap, _ = relevance(plain, prepared(rows_at(images, index)), target, **rule)
         totals.append(heatmap.detach().abs().sum(dim=(1, 2, 3)))
     return relevance_range(torch.cat(totals))
 

@@ -9,8 +9,10 @@ docs/data.md describes both layouts of a folder, its masks, labels and splits, a
 
 import csv
 import math
+import re
 import warnings
 import zlib
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,8 +41,16 @@ Loaded = tuple[dict[str, "Data"], str | None, list[str]]  # splits, the referenc
 warnings.filterwarnings("ignore", module="PIL")  # about odd metadata
 
 
+def printable(text: str) -> str:
+    """Text on one line, with control characters and bytes that are not UTF-8 escaped: names may hold any."""
+    return re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", lambda match: repr(match[0])[1:-1], text)
+
+
 class DataError(ValueError):
     """Unusable data: one line with the file, the limit and the remedy."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class Data(NamedTuple):
@@ -63,15 +73,9 @@ def select(data: Data, index: Tensor) -> Data:
 
 
 def load(
-    data: str,
-    img_size: int,
-    seed: int = 0,
-    train_images: int = 1500,
-    reference: str | None = None,
-    marker: float | None = None,
-    marker_kind: str = "corner",
-    findings: list[str] | None = None,
-) -> Loaded:
+    data: str, img_size: int, seed: int = 0, train_images: int = 1500, reference: str | None = None,
+    marker: float | None = None, marker_kind: str = "corner", findings: list[str] | None = None,
+) -> Loaded:  # fmt: skip
     """A folder, or a key of DRAWN (which alone uses seed, train_images and marker), as three splits.
 
     marker: how likely a marker on a phantom agrees with its first finding. It adds three splits, the test
@@ -105,12 +109,12 @@ def _draw_splits(data: str, img_size: int, seed: int, train_images: int, referen
     splits, (draw, regions, findings) = {}, DRAWN[data]
     for i, (split, n) in enumerate({"train": train_images, **DRAWN_SIZES}.items()):
         images, masks, labels = draw(n, len(SPLITS) * seed + i, img_size)  # each split has its own seed
-        names = [f"{k:05d}" for k in range(n)]
-        splits[split] = Data(images, masks, torch.ones(n, dtype=torch.bool), labels, names, regions, findings)
-    names, masks = splits["train"].names, splits["train"].masks
+        known, names = torch.ones(n, dtype=torch.bool), [f"{k:05d}" for k in range(n)]
+        splits[split] = Data(images, masks, known, labels, names, regions, findings)
+    names = splits["train"].names
     if reference is not None and reference not in names:
         raise DataError(f"sample `{reference}` is not drawn; choose one from {names[0]} to {names[-1]}")
-    complete = masks.flatten(2).any(dim=2).all(dim=1).int()  # (N,): no region is empty
+    complete = splits["train"].masks.flatten(2).any(dim=2).all(dim=1).int()  # (N,): no region is empty
     return splits, reference or names[int(complete.argmax())], []
 
 
@@ -121,24 +125,24 @@ def _stamp_splits(splits: dict[str, Data], column: int, agreement: float, kind: 
         stream = np.random.default_rng([seed, min(i, 2)])  # the same for all kinds of test images
         agrees = torch.from_numpy(stream.random(len(data.names))) < agreement
         present = ((data.labels[:, column] == 1) == agrees) ^ (split in ("flipped", "unseen"))
-        here = phantom.UNSEEN if split == "unseen" else kind
+        look = phantom.UNSEEN if split == "unseen" else kind
         if split != "removed":
-            images = phantom.stamp(data.images, present, here, data.masks, int(stream.integers(2**31)))
+            images = phantom.stamp(data.images, present, look, data.masks, int(stream.integers(2**31)))
             splits[split] = data._replace(images=images)
 
 
-def placed(images: Tensor, device: str) -> Tensor:
-    """Images on the device, or in host memory if they would take half of the device's free memory."""
+def to_device(images: Tensor, device: str) -> Tensor:
+    """Images (N, ...) on the device, or where they are if they would take half of its free memory."""
     large = device.startswith("cuda") and images.nbytes > torch.cuda.mem_get_info(device)[0] / 2
     return images if large else images.to(device)
 
 
-def take(images: Tensor, index: Tensor) -> Tensor:
-    """images[index] on the device of index (B,), wherever `placed` left the images (N, ...)."""
-    taken = images[index.to(images.device)]
-    if taken.device != index.device:
-        taken = taken.pin_memory()  # from there, the copy does not wait for the GPU
-    return taken.to(index.device, non_blocking=True)
+def rows_at(images: Tensor, index: Tensor) -> Tensor:
+    """images[index] on the device of index (B,), wherever `to_device` left the images (N, ...)."""
+    rows = images[index.to(images.device)]
+    if rows.device != index.device:
+        rows = rows.pin_memory()  # from there, the copy does not wait for the GPU
+    return rows.to(index.device, non_blocking=True)
 
 
 def batches(images: Tensor, model: nn.Module, size: int = BATCH) -> Iterator[Tensor]:
@@ -172,46 +176,53 @@ def load_folder(folder: str | Path, img_size: int, reference: str | None = None)
         masks = _find_masks(folder / "masks", paths, notes)
     elif not (folder / "masks").exists() and not (folder / "labels.csv").exists():  # masks are not a class
         paths = {f"{sub.name}/{path.name}": path for sub in _listed(folder, True) for path in _listed(sub)}
-        findings = sorted({path.parent.name for path in paths.values()})
-        labels = {name: [float(path.parent.name == f) for f in findings] for name, path in paths.items()}
+        findings, labels = _one_hot({name: printable(path.parent.name) for name, path in paths.items()})
     if not paths:
         raise DataError(f"{folder} holds no images ({' '.join(SUFFIXES)}); {LAYOUT}")
     data = _read_images(paths, masks, img_size, notes)
     if findings:
-        rows = [labels.get(name, [math.nan] * len(findings)) for name in data.names]
-        data = data._replace(labels=torch.tensor(rows), findings=findings)  # (N, K)
+        unknown = torch.full((len(findings),), math.nan)
+        rows = torch.stack([labels.get(name, unknown) for name in data.names])  # (N, K)
+        data = data._replace(labels=rows, findings=findings)
     if not split:  # by the checksum of the names: the same for every seed, on every machine
         order = sorted(data.names, key=lambda n: (zlib.crc32(n.encode("utf-8", "surrogateescape")), n))
         held_out = max(1, round(0.15 * len(order))) if len(order) > 2 else 0
-        places = ["train"] * (len(order) - 2 * held_out) + ["val"] * held_out + ["test"] * held_out
-        split = dict(zip(order, places))
+        split = dict.fromkeys(order, "train") | dict.fromkeys(order[len(order) - 2 * held_out :], "val")
+        split |= dict.fromkeys(order[len(order) - held_out :], "test")
     reference = _choose_reference(data, masks, split, reference, notes)
     splits = {s: select(data, torch.tensor([split[name] == s for name in data.names])) for s in SPLITS}
     notes += [f"{folder}: no images in {s}" for s in SPLITS if not splits[s].names]
-    return splits, reference, notes
+    return splits, reference, [printable(note) for note in notes]
 
 
 def _listed(folder: Path, folders: bool = False) -> list[Path]:
     """The image files in a folder, or its folders, without hidden ones."""
-    found = (path for path in sorted(folder.iterdir()) if path.name[0] != ".")
-    return [p for p in found if (p.is_dir() if folders else p.suffix.lower() in SUFFIXES and p.is_file())]
+    paths = (path for path in sorted(folder.iterdir()) if path.name[0] != ".")
+    return [p for p in paths if (p.is_dir() if folders else p.suffix.lower() in SUFFIXES and p.is_file())]
+
+
+def _one_hot(classes: dict[str, str]) -> tuple[list[str], dict[str, Tensor]]:
+    """The classes (K), sorted, and {image name: label (K,)} of {image name: class}."""
+    findings = sorted(set(classes.values()))
+    labels = dict(zip(findings, torch.eye(len(findings))))
+    return findings, {name: labels[c] for name, c in classes.items()}
 
 
 def _find_masks(folder: Path, images: dict[str, Path], notes: list[str]) -> dict[str, dict[str, Path]]:
     """{region: {image name: mask file}}: by the image's full name, or else by its stem."""
-    stems, found = {}, {}
+    stems, masks = defaultdict(list), {}
     for name, path in images.items():
-        stems.setdefault(path.stem, []).append(name)
+        stems[path.stem].append(name)
     for region in _listed(folder, folders=True) if folder.is_dir() else []:
-        own = found[region.name] = {}
+        own = masks[printable(region.name)] = {}
         for path in _listed(region):
             # masks/heart/a.png belongs to images/a.png, never to an images/a.jpg beside it.
-            names = [path.name] if path.name in images else stems.get(path.stem, [])
+            names = [path.name] if path.name in images else stems[path.stem]
             notes += [] if names else [f"{path} is not used: no image has this name"]
             for name in names:
                 if own.setdefault(name, path) != path:
                     raise DataError(f"{own[name]} and {path} are both masks of {images[name]}; remove one")
-    return found
+    return masks
 
 
 def _decode(path: Path) -> np.ndarray:
@@ -247,29 +258,24 @@ def _to_tensor(pixels: np.ndarray, height: int, width: int) -> Tensor:
     return image[:1].clone() if (image == image[:1]).all() else image
 
 
-def read_picture(path: Path, side: int, multiple: int, channels: int) -> Tensor:
-    """One image (1, channels, H, W) uint8, its shorter side about `side` px, both multiples of `multiple`.
+def read_picture(path: Path, side: int, multiple: int, channels: int) -> tuple[Tensor, tuple[int, int]]:
+    """One image (1, channels, H, W) uint8, H and W multiples of `multiple`, and the file's height and width.
 
-    The longer side is at most 16 times `side`. Raises DataError if the file can't be read.
+    The shorter side is about `side` px, the longer at most 16 times that. Raises DataError if the file can't
+    be read.
     """
     pixels = _decode(path)
-    height, width = pixels.shape[:2]
-    scale = min(side / min(height, width), 16 * side / max(height, width))
-    near = [max(1, round(edge * scale / multiple)) * multiple for edge in (height, width)]
-    image = _to_tensor(pixels, *near).float()  # (1 or 3, H, W)
+    size = pixels.shape[:2]
+    scale = min(side / min(size), 16 * side / max(size))
+    image = _to_tensor(pixels, *(max(1, round(edge * scale / multiple)) * multiple for edge in size)).float()
     image = image if len(image) == channels else image.mean(dim=0, keepdim=True).expand(channels, -1, -1)
-    return image[None].round().to(torch.uint8)
-
-
-def picture_size(path: Path) -> tuple[int, int]:
-    """Height and width of an image file, upright. Raises DataError if it can't be read."""
-    return _decode(path).shape[:2]
+    return image[None].round().to(torch.uint8), size
 
 
 def image_size(data: str, name: str) -> tuple[int, int]:
     """Height and width of an image of the folder `data`, upright. Raises DataError if it can't be read."""
     images = Path(data) / "images"
-    return picture_size((images if images.is_dir() else Path(data)) / name)
+    return _decode((images if images.is_dir() else Path(data)) / name).shape[:2]
 
 
 def _read_mask(path: Path, folder: Path, image: str, shape: tuple[int, int] | None, size: int) -> Tensor:
@@ -286,12 +292,12 @@ def _read_mask(path: Path, folder: Path, image: str, shape: tuple[int, int] | No
 
 def by_stem(names: list[str]) -> dict[str, int]:
     """{name without suffix: its index}, as masks name images. Raises DataError if two are alike."""
-    found: dict[str, int] = {}
+    stems: dict[str, int] = {}
     for i, name in enumerate(names):
-        first = found.setdefault(Path(name).with_suffix("").as_posix(), i)
+        first = stems.setdefault(Path(name).with_suffix("").as_posix(), i)
         if first != i:
             raise DataError(f"{names[first]} and {name} would have one mask's name; rename one of them")
-    return found
+    return stems
 
 
 def read_masks(folder: Path, data: str | None, names: list[str], size: int) -> Tensor:
@@ -302,14 +308,15 @@ def read_masks(folder: Path, data: str | None, names: list[str], size: int) -> T
     """
     if (folder / "images").is_dir() or data and folder.resolve() == Path(data).resolve():
         raise DataError(f"{folder} holds images, which are no masks; name the folder of the masks")
-    wanted, masks, found = by_stem(names), torch.zeros(len(names), 1, size, size, dtype=torch.bool), False
+    wanted, any_mask = by_stem(names), False
+    masks = torch.zeros(len(names), 1, size, size, dtype=torch.bool)
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).with_suffix("").as_posix()
         i = wanted.get(name, wanted.get(name.partition("/")[2]))
         if i is not None and name[0] != "." and path.suffix.lower() in SUFFIXES and path.is_file():
-            shape, found = image_size(data, names[i]) if data else None, True
+            shape, any_mask = image_size(data, names[i]) if data else None, True
             masks[i, 0] |= _read_mask(path, folder, names[i], shape, size)
-    if not found:
+    if not any_mask:
         raise DataError(f"{folder} holds no mask of any training image; name them like `{names[0]}`")
     return masks
 
@@ -328,21 +335,20 @@ def _read_images(paths: dict[str, Path], masks: dict[str, dict], size: int, note
         return _to_tensor(pixels, size, size), own
 
     with ThreadPoolExecutor(8) as threads:
-        bar = tqdm(threads.map(read, paths), total=len(paths), desc="reading", leave=False, delay=5)
-        results = dict(zip(paths, bar))
-    notes += [f"skipped {result}" for result in results.values() if isinstance(result, DataError)]
-    results = {name: result for name, result in results.items() if isinstance(result, tuple)}
-    if not results:
+        results = list(tqdm(threads.map(read, paths), "reading", len(paths), leave=False, delay=5))
+    notes += [f"skipped {result}" for result in results if isinstance(result, DataError)]
+    names = [name for name, result in zip(paths, results) if isinstance(result, tuple)]
+    if not names:
         raise DataError(f"none of {len(paths)} images can be read; replace them ({notes[-1]})")
-    images, own = zip(*results.values())
-    channels = max(len(image) for image in images)
+    images, own = zip(*(result for result in results if isinstance(result, tuple)))
+    channels = max(map(len, images))
     images = torch.stack([image.expand(channels, -1, -1) for image in images])  # (N, C, S, S)
-    known = torch.tensor([bool(masks) and all(name in files for files in masks.values()) for name in results])
-    return Data(images, torch.stack(own) if masks else None, known, None, list(results), list(masks), [])
+    known = torch.tensor([bool(masks) and all(name in files for files in masks.values()) for name in names])
+    return Data(images, torch.stack(own) if masks else None, known, None, names, list(masks), [])
 
 
-def _read_labels(path: Path, images: dict) -> tuple[list[str], dict[str, list[float]], dict[str, str]]:
-    """Findings (K), {image name: K labels}, and {image name: split}, empty without a column `split`."""
+def _read_labels(path: Path, images: dict) -> tuple[list[str], dict[str, Tensor], dict[str, str]]:
+    """Findings (K), {image name: label (K,)}, and {image name: split}, empty without a column `split`."""
     lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else [b"file"]
     reader, rows = csv.reader((line.decode("utf-8-sig") for line in lines), strict=True), {}
     try:
@@ -370,26 +376,28 @@ def _read_labels(path: Path, images: dict) -> tuple[list[str], dict[str, list[fl
     except (ValueError, csv.Error) as error:
         problem = " ".join(str(error).split())  # cells may hold newlines
         raise DataError(f"{path}, line {max(1, reader.line_num)}: {problem}") from None
-    labels = {name: [LABELS[row[column]] for column in columns] for name, row in rows.items()}
-    classes = sorted({row["label"] for row in rows.values() if row.get("label")})
-    for name, row in rows.items():
-        labels[name] += [float(row["label"] == c) if row["label"] else math.nan for c in classes]
     split = {name: rows[name]["split"] if name in rows else "train" for name in images if "split" in header}
-    return columns + classes, labels, split
+    if "label" in header:
+        return *_one_hot({name: row["label"] for name, row in rows.items() if row["label"]}), split
+    labels = {name: torch.tensor([LABELS[row[column]] for column in columns]) for name, row in rows.items()}
+    return columns, labels, split
 
 
 def _choose_reference(data: Data, masks: dict, split: dict, name: str | None, notes: list) -> str | None:
     """The reference image's name; moves it to train in `split`."""
-    complete = select(data, data.has_masks).names
+    complete = [name for name, known in zip(data.names, data.has_masks.tolist()) if known]
     if name is None and not complete:
-        counts = ", ".join(f"{region} has {len(files)}" for region, files in masks.items())
-        notes += [f"no image has a mask in every region: {counts}"] if masks else []
+        if masks:
+            counts = ", ".join(f"{region} has {len(files)}" for region, files in masks.items())
+            lacks = ([f"masks/{r}/{n}" for r, files in masks.items() if n not in files] for n in data.names)
+            nearest = " and ".join(min(lacks, key=len))
+            notes.append(f"no image has a mask in every region: {counts}; to complete one, add {nearest}")
         return None
     name = name or min(complete, key=lambda n: SPLITS.index(split[n]))  # the first of them
     if name not in data.names:
         raise DataError(f"sample `{name}` is no readable image; use a name like `{data.names[0]}`")
     if name not in complete:
-        region = next((region for region, files in masks.items() if name not in files), "<region>")
+        region, *_ = [region for region, files in masks.items() if name not in files] or ["<region>"]
         raise DataError(f"sample `{name}` has no mask of {region}; expected masks/{region}/{name}")
     if split[name] != "train":
         notes.append(f"{name} moves from {split[name]} to train as the reference image")

@@ -56,11 +56,11 @@ def nih14(source: Path) -> Iterator[Example]:
     paths = {path.name: path for path in source.glob("images*/**/*.png")}
     test = set((source / "test_list.txt").read_text().split())
     with (source / "Data_Entry_2017.csv").open(newline="") as file:
-        present = {row["Image Index"]: row["Finding Labels"].split("|") for row in csv.DictReader(file)}
-    findings = sorted({finding for found in present.values() for finding in found} - {"No Finding"})
-    for name, found in present.items():
+        listed = {row["Image Index"]: row["Finding Labels"].split("|") for row in csv.DictReader(file)}
+    findings = sorted(set().union(*listed.values()) - {"No Finding"})
+    for name, present in listed.items():
         if name in paths:
-            labels = {finding: str(int(finding in found)) for finding in findings}
+            labels = {finding: str(int(finding in present)) for finding in findings}
             row = {"split": "test" if name in test else "train", **labels, "patient": name.split("_")[0]}
             yield name, paths[name], {}, row
 
@@ -69,7 +69,7 @@ def covid_qu_ex(source: Path) -> Iterator[Example]:
     """{Train,Val,Test}/<class>/{images,lung masks}/, of "Lung Segmentation Data"."""
     for split in ("Train", "Val", "Test"):
         for path in sorted(source.glob(f"{split}/*/images/*.png")):
-            folder = path.parent.parent
+            folder = path.parents[1]
             masks = {"lungs": mask_in(folder / "lung masks" / path.name)}
             row = {"label": folder.name, "split": split.lower()}
             yield f"{split}_{folder.name}_{path.name}", path, masks, row
@@ -81,7 +81,7 @@ def mvtec(source: Path) -> Iterator[Example]:
         split, kind = path.parts[-3:-1]
         name = f"{split}_{kind}_{path.name}"
         mask = source / "ground_truth" / kind / f"{path.stem}_mask.png"
-        defect = mask_in(path) & False if kind == "good" else mask_in(mask)
+        defect = mask_in(path) & False if kind == "good" else mask_in(mask)  # a good part has an empty one
         if split == "test" and zlib.crc32(name.encode()) % 3 == 0:  # train has no defect to validate on
             split = "val"
         yield name, path, {"defect": defect}, {"label": kind, "split": split}
@@ -103,9 +103,9 @@ DATASETS = {f.__name__: f for f in (montgomery, shenzhen, jsrt, nih14, covid_qu_
 def write(examples: Iterator[Example], out: Path) -> int:
     """Write examples into a new folder; returns how many. Raises ValueError if there are none."""
     rows = []
+    (out / "images").mkdir(parents=True)
     for name, image, masks, row in examples:
         target = out / "images" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(image, np.ndarray):
             Image.fromarray(image).save(target)
         else:
@@ -135,8 +135,8 @@ def write(examples: Iterator[Example], out: Path) -> int:
 def main(argv: list[str] | None = None) -> None:
     """The command line; exit status 2 for a source that is not as expected."""
     layouts = "\n".join(f"{name:12} {dataset.__doc__}" for name, dataset in DATASETS.items())
-    how = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, epilog=layouts, formatter_class=how)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=layouts, formatter_class=as_written)
     parser.add_argument("dataset", choices=DATASETS)
     parser.add_argument("source", type=Path, help="the unpacked dataset")
     parser.add_argument("out", type=Path, help="a new folder, for --data")

@@ -3,14 +3,12 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from common.baselines import AttentionGate, Pipeline, Segmenter
 from common.checkpoint import DataSpec, Run, load_run
 from common.classify import Classifier
 from common.config import Config
-from common.data import BATCH
-from common.regions import attention_masks, read_masses
 from common.weights import fit, read_weights, sizes
 from relvit import TASKS
 from resnet import ResNet
@@ -118,19 +116,6 @@ def build_model(config: Config, spec: DataSpec, encoder: nn.Module, grid: tuple[
         for module in (model.student, model.teacher) if isinstance(model, DINO) else (model.encoder,):
             module.compile()
     return model
-
-
-def masks_of_run(folder: Path, data: str, images: Tensor) -> Tensor:
-    """The union (M, 1, H, W) of the masks of a run's heads on images (M, C, H, W). Raises ValueError."""
-    run, masses = load_run(folder), read_masses(folder)
-    if images.shape[1] != run.spec.channels:
-        channels = f"{run.spec.channels} channels, these images have {images.shape[1]}"
-        raise ValueError(f"{folder} learned from {channels}")
-    if run.config.data != data:
-        print(f"note: {folder} learned from {run.config.data}; look at its masks for {data}: --export-masks")
-    encoder, layer = load_model(folder, run), run.config.span_layer
-    masks = (attention_masks(encoder, masses, x, layer) for x in images.split(BATCH))
-    return torch.cat([m.any(dim=1, keepdim=True) for m in masks])
 
 
 def lrp_rule(config: Config) -> dict[str, float | bool]:

@@ -46,6 +46,25 @@ def in_batches(draw: Callable, n: int, seed: int, size: int, numbers: int) -> tu
     return tuple(torch.cat(tensors) for tensors in zip(*drawn))
 
 
+def canvas(numbers: Tensor, size: int) -> tuple[Callable, Callable, Tensor, Tensor]:
+    """What images are drawn with: draw, inside, and the pixels' x (1, 1, S) and y (1, S, 1) in [-1, 1].
+
+    draw(low, high) takes the next of the numbers (B, n) of each image; inside(z) is 1 where z > 0, softly.
+    """
+    columns, steps = iter(numbers.unbind(1)), (torch.arange(size) + 0.5) / size * 2 - 1
+    soft = 3.0 / size  # an edge is about a pixel and a half wide
+
+    def draw(low: float, high: float) -> Tensor:
+        return (low + (high - low) * next(columns))[:, None, None]  # (B, 1, 1)
+
+    return draw, lambda z: torch.sigmoid(z / soft * 2), steps[None, None, :], steps[None, :, None]
+
+
+def turned(u: Tensor, v: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
+    """Coordinates u and v (B, S, S) in a frame that is turned by an angle (B, 1, 1)."""
+    return u * angle.cos() + v * angle.sin(), v * angle.cos() - u * angle.sin()
+
+
 def stamp(
     images: Tensor, present: Tensor, kind: str = "corner", masks: Tensor | None = None, seed: int = 0
 ) -> Tensor:
@@ -90,29 +109,20 @@ def stamp(
 
 def _draw(numbers: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Images, masks and labels from numbers (B, NUMBERS) in [0, 1) and normal noise (B, S, S)."""
-    columns = iter(numbers.unbind(1))
-    soft = 3.0 / noise.shape[-1]  # an edge is about a pixel and a half wide
-
-    def draw(low: float, high: float) -> Tensor:  # one uniform number per image
-        return (low + (high - low) * next(columns))[:, None, None]  # (B, 1, 1)
+    draw, inside, x, y = canvas(numbers, noise.shape[-1])
 
     def happens(probability: float) -> Tensor:
-        return (next(columns) < probability).float()[:, None, None]  # (B, 1, 1)
-
-    def inside(signed: Tensor) -> Tensor:  # 1 where signed > 0, with a soft edge
-        return torch.sigmoid(signed / soft * 2)
+        return (draw(0, 1) < probability).float()  # (B, 1, 1)
 
     def ellipse(u0: Tensor, v0: Tensor, a: Tensor, b: Tensor, angle: Tensor) -> Tensor:  # > 0 inside
-        du, dv = u - u0, v - v0
-        p, q = du * angle.cos() + dv * angle.sin(), dv * angle.cos() - du * angle.sin()
+        p, q = turned(u - u0, v - v0, angle)
         return (1 - torch.sqrt((p / a) ** 2 + (q / b) ** 2 + 1e-6)) * torch.minimum(a, b)
 
     # Pose: an affine map from the image to the body.
-    steps = (torch.arange(noise.shape[-1]) + 0.5) / noise.shape[-1] * 2 - 1
-    x, y = steps[None, None, :] - draw(-0.18, 0.18), steps[None, :, None] - draw(-0.15, 0.2)
+    x, y = x - draw(-0.18, 0.18), y - draw(-0.15, 0.2)
     tilt, width, height = draw(-0.2, 0.2), draw(0.68, 1.0), draw(0.72, 1.1)
-    u = (x * tilt.cos() + y * tilt.sin()) / width  # (B, S, S)
-    v = (y * tilt.cos() - x * tilt.sin()) / height
+    u, v = turned(x, y, tilt)
+    u, v = u / width, v / height  # (B, S, S)
 
     # Findings.
     big_heart, effusion, nodule, opacity = (happens(PREVALENCE) for _ in FINDINGS)

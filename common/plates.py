@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.phantom import in_batches
+from common.phantom import canvas, in_batches, turned
 
 REGIONS = ["plate", "holes", "defect"]
 FINDINGS = ["scratch", "missing hole", "chip", "stain", "misplacement"]
@@ -34,14 +34,7 @@ def plates(n: int, seed: int, img_size: int = 64) -> tuple[Tensor, Tensor, Tenso
 
 def _draw(numbers: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Images, masks and labels from numbers (B, NUMBERS) in [0, 1) and normal noise (B, S, S)."""
-    columns = iter(numbers.unbind(1))
-    soft = 3.0 / noise.shape[-1]  # an edge is about a pixel and a half wide
-
-    def draw(low: float, high: float) -> Tensor:  # one uniform number per image
-        return (low + (high - low) * next(columns))[:, None, None]  # (B, 1, 1)
-
-    def inside(signed: Tensor) -> Tensor:  # 1 where signed > 0, with a soft edge
-        return torch.sigmoid(signed / soft * 2)
+    draw, inside, x, y = canvas(numbers, noise.shape[-1])
 
     def disc(u0: Tensor | float, v0: Tensor | float, radius: Tensor | float) -> Tensor:
         return inside(radius - torch.sqrt((u - u0) ** 2 + (v - v0) ** 2 + 1e-6))
@@ -51,12 +44,7 @@ def _draw(numbers: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         outside = torch.sqrt(p.clamp(min=0) ** 2 + q.clamp(min=0) ** 2 + 1e-6)
         return corner - outside - torch.maximum(p, q).clamp(max=0)
 
-    def turned(u: Tensor, v: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
-        return u * angle.cos() + v * angle.sin(), v * angle.cos() - u * angle.sin()
-
     # Pose: the camera is fixed, so the plate hardly moves.
-    steps = (torch.arange(noise.shape[-1]) + 0.5) / noise.shape[-1] * 2 - 1
-    x, y = steps[None, None, :], steps[None, :, None]
     u, v = turned(x - draw(-0.06, 0.06), y - draw(-0.06, 0.06), draw(-0.035, 0.035))
     scratch, missing, chip, stain, misplaced = ((draw(0, 1) < PREVALENCE).float() for _ in FINDINGS)
 

@@ -31,8 +31,10 @@ from tqdm import tqdm
 
 from attention_priors import align, bend, blurred, carry, follow, priors_from_masks, priors_from_statistics
 from common.checkpoint import load_run, write_file
-from common.data import BATCH, DRAWN, Data, by_stem, image_size, placed, read_masks, take
+from common.data import BATCH, DRAWN, SPLITS, Data, by_stem, image_size, printable, read_masks, rows_at
+from common.data import to_device
 from common.explain import attention_of
+from common.models import load_model
 from common.weights import reason
 
 # Priors
@@ -46,12 +48,9 @@ def make_priors(prior: str, train: Data, reference: str | None, blur: float) -> 
     if prior == "sample":
         if reference is None:
             raise ValueError("--prior sample: no image has a mask for every region; outline one")
-        masks = train.masks[train.names.index(reference)]
-        empty = [region for region, mask in zip(train.regions, masks) if not mask.any()]
-        if empty:
-            raise ValueError(
-                f"the masks of {reference} are empty for {', '.join(empty)}: choose another --sample"
-            )
+        masks = train.masks[train.names.index(reference)]  # (R, S, S)
+        if empty := ", ".join(region for region, mask in zip(train.regions, masks) if not mask.any()):
+            raise ValueError(f"the masks of {reference} are empty for {empty}: choose another --sample")
         return priors_from_masks(masks, blur), train.regions
     if prior == "statistics":
         names = ["mean", "deviation", "cluster 1", "cluster 2"]
@@ -69,25 +68,24 @@ def make_priors(prior: str, train: Data, reference: str | None, blur: float) -> 
     return priors_from_masks(priors, blur), [f"prior {r}" for r in range(len(priors))]
 
 
-def register(reference: Tensor, images: Tensor, device: str, deformable: bool) -> tuple[Tensor, Tensor]:
+def register(reference: Tensor, images: Tensor, how: str, device: str) -> tuple[Tensor, Tensor | None]:
     """The reference image (C, S, S) registered to images (N, C, S, S): theta (N, 2, 3) and flow (N, 2, k, k).
 
-    Without deformation the flow is zero.
+    how: affine, which has no flow (None), or bend.
     """
     thetas, flows, reference = [], [], reference.to(device)
     for part in tqdm(images.split(BATCH), desc="registering", leave=False, disable=None):
-        part = part.to(device)
-        thetas.append(align(reference, part))
-        flow = bend(reference, part, thetas[-1]) if deformable else torch.zeros(len(part), 2, 1, 1)
-        flows.append(flow.to(device))
-    return torch.cat(thetas), torch.cat(flows)
+        thetas.append(align(reference, part.to(device)))
+        if how == "bend":
+            flows.append(bend(reference, part.to(device), thetas[-1]))
+    return torch.cat(thetas), torch.cat(flows) if flows else None
 
 
 def priors_over(
-    images: Tensor, prior: str, train: Data, reference: str | None, blur: float, how: str,
-    device: str = "cpu", heads: int | None = None,
+    images: Tensor, prior: str, train: Data, reference: str | None, blur: float, how: str, device: str,
+    heads: int | None = None,
 ) -> Callable[[Tensor], Tensor]:  # fmt: skip
-    """A function from indices (B,) of images (N, C, S, S) to the priors (B, R, S, S) that lie over them.
+    """A function from indices (B,) of images (N, C, S, S) to priors (B, R, S, S) over them, on the device.
 
     prior, reference, blur: as in `make_priors`; or "masks", those of all images, which are `train`'s then.
     how: bend, affine or none registers the reference image to each image. heads: how many can be guided.
@@ -105,30 +103,36 @@ def priors_over(
             raise ValueError(f"{listed} but {heads} heads: raise --num-heads (--pool-heads with SimPool)")
         print("guided heads:", ", ".join(f"{i} {name}" for i, name in enumerate(names)), flush=True)
         if prior == "sample" and how != "none":
-            print(f"registering {reference} to {len(images)} images ...", flush=True)
+            print(f"registering {printable(reference)} to {len(images)} images ...", flush=True)
     if prior == "masks":
-        masks = placed(train.masks, device)
-        return lambda index: blurred(take(masks, index).float(), blur)  # a missing mask stays empty
+        masks = to_device(train.masks, device)
+        return lambda index: blurred(rows_at(masks, index).float(), blur)  # a missing mask stays empty
     priors = priors.to(device)
     if prior != "sample" or how == "none":
         return lambda index: priors.expand(len(index), *priors.shape)
-    theta, flow = register(train.images[train.names.index(reference)], images, device, how == "bend")
-    return lambda index: carry(priors, theta[index], flow[index])
+    theta, flow = register(train.images[train.names.index(reference)], images, how, device)
+    return lambda index: carry(priors, theta[index], None if flow is None else flow[index])
 
 
 def prior_maps(
-    images: Tensor, train: Data, reference: str, blur: float, how: str, grid: tuple[int, int]
+    images: Tensor, train: Data, reference: str, blur: float, how: str, grid: tuple[int, int], device: str
 ) -> dict[str, tuple[Tensor, tuple[int, int]]]:
     """The reference image's priors as maps over images (M, C, S, S): {name: (maps (M, R, h * w), (h, w))}.
 
-    As they are, registered to each image at every pixel, and registered on the grid of patches.
+    As they are, registered to each image at every pixel, and registered on the grid of patches. The device
+    registers; maps lie in host memory.
     """
-    whole, everyone = torch.eye(2, 3).expand(len(images), 2, 3), torch.arange(len(images))
-    maps = {"prior": (follow(make_priors("sample", train, reference, blur)[0], whole, grid)[0], grid)}
+
+    def on_grid(priors: Tensor) -> Tensor:  # (B, R, S, S) to (B, R, h * w)
+        return follow(priors, torch.eye(2, 3).expand(len(priors), 2, 3), grid)[0]
+
+    prior = make_priors("sample", train, reference, blur)[0][None]  # (1, R, S, S)
+    maps = {"prior": (on_grid(prior).expand(len(images), -1, -1), grid)}
     if how != "none":
-        registered = priors_over(images, "sample", train, reference, blur, how)(everyone)
+        over = priors_over(images, "sample", train, reference, blur, how, device)
+        registered = torch.cat([over(index).cpu() for index in torch.arange(len(images)).split(BATCH)])
         maps["aligned prior, every pixel"] = registered.flatten(2), tuple(registered.shape[2:])
-        maps["aligned prior"] = follow(registered, whole, grid)[0], grid
+        maps["aligned prior"] = torch.cat([on_grid(part) for part in registered.split(BATCH)]), grid
     return maps
 
 
@@ -138,8 +142,8 @@ def prior_maps(
 def mass_held(attention: Tensor, grid: tuple[int, int], regions: Tensor, covered: float = 0.95) -> Tensor:
     """m_r of equation (7): the share (R,) of attention in the most attended pixels that cover a region.
 
-    attention (B, R, N) on a grid (h, w) of images that the regions (R, H, W) bool are true of, on average at
-    least. covered: the fraction of a region's pixels, 0 to 1.
+    attention (B, R, N) on a grid (h, w) of images that the regions (R, H, W) bool are true of, if only on
+    average. covered: the fraction of a region's pixels, 0 to 1.
     """
     maps, order = _upsampled(attention, grid, regions.shape[1:]).sort(dim=2, descending=True)  # (B, R, H * W)
     inside = regions.flatten(1).expand(order.shape).gather(2, order).float()
@@ -212,53 +216,75 @@ def export_masks(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--export-masks {out} holds something already; name a new folder")
-    drawn, written = data in DRAWN, 0
-    by_stem([] if drawn else [name for split in splits.values() for name in split.names])
-    for split in ["train"] if drawn else ["train", "val", "test"]:
-        if not splits[split].names:
-            continue
-        masks = attention_masks(encoder, masses, splits[split].images, layer)
-        for name, of_image in zip(splits[split].names, masks):
+    drawn = data in DRAWN
+    written = [splits[split] for split in (["train"] if drawn else SPLITS) if splits[split].names]
+    by_stem([] if drawn else [name for split in written for name in split.names])
+    for split in written:
+        masks = attention_masks(encoder, masses, split.images, layer)  # (M, R, S, S)
+        for name, of_image in zip(split.names, masks):
             size = of_image.shape[1:] if drawn else image_size(data, name)
             for region, mask in zip(masses, of_image):
                 write_mask((out / region / name).with_suffix(".png"), mask, size)
-                written += 1
-    return written
+    return len(masses) * sum(len(split.names) for split in written)
 
 
 # The foreground of training images
 
 
 def foreground(
-    source: str, train: Data, data: str, init: Path | None, registered: Callable, of_run: Callable
+    source: str, splits: dict[str, Data], data: str, init: Path | None, prior: tuple, least: int
 ) -> Tensor:
     """The foreground of the training images, (N, 1, S, S) bool, empty where there is none.
 
-    source: data, prior, attention (of the run init), or a folder. registered() makes the priors over the
-    training images, as `priors_over` does; of_run(folder) the masks by a run's attention. Prints for how many
-    images there is a mask, and how well such masks agree with the data's own. Raises ValueError.
+    source: data, prior, attention (of the run init), or a folder. prior: the arguments of `priors_over` after
+    images. least: how many images must have a foreground. Prints how many have one, and how well it agrees
+    with the data's own masks. Raises ValueError.
     """
-    folder = Path(init if source == "attention" else source)
+    train, folder = splits["train"], Path(init if source == "attention" else source)
     if source == "data":
-        if not train.has_masks.any():
-            raise ValueError("no training image has a mask for every region; add some, or use --masks")
-        masks = train.masks.any(dim=1, keepdim=True) & train.has_masks[:, None, None, None]
+        if train.has_masks.sum() < least:
+            known = {split: splits[split].has_masks for split in SPLITS}
+            counts = ", ".join(
+                f"{split} {int(masks.sum())} of {len(masks)}" for split, masks in known.items()
+            )
+            line = f"images with a mask for every region: {counts}; of train, {least} or more must have them"
+            raise ValueError(
+                f"{line}: add masks, change the column split in labels.csv, or say --masks prior"
+            )
+        masks = train.has_masks[:, None, None, None] & train.masks.any(dim=1, keepdim=True)
     elif source == "prior":
-        over, everyone = registered(), torch.arange(len(train.names)).split(BATCH)
-        masks = torch.cat([(over(index) > 0.5).any(dim=1, keepdim=True) for index in everyone])
+        over, batches = priors_over(train.images, *prior), torch.arange(len(train.names)).split(BATCH)
+        masks = torch.cat([(over(index) > 0.5).any(dim=1, keepdim=True).cpu() for index in batches])
     elif (folder / "last.pt").is_file():
-        masks = of_run(folder)
+        masks = masks_of_run(folder, data, train.images)
     else:
         masks = read_masks(folder, None if data in DRAWN else data, train.names, train.images.shape[-1])
-    found = int(masks.flatten(1).any(dim=1).sum())
-    if not found:
-        raise ValueError(f"--masks {source}: the masks of all training images are empty; look at some")
+    covered = int(masks.flatten(1).any(dim=1).sum())
+    if covered < least:
+        counts = f"{covered} of {len(masks)} training images have a mask that is not empty"
+        raise ValueError(f"--masks {source}: {counts}, but {least} must: look at some masks")
     if source != "data":
-        given = (
-            f"; Dice {100 * mask_dice(masks, train):.1f} % with those given" if train.has_masks.any() else ""
-        )
-        print(f"masks from {source}: of {found} of {len(masks)} training images{given}")
+        line = f"masks from {source}: of {covered} of {len(masks)} training images"
+        if train.has_masks.any():
+            line += f"; Dice {100 * mask_dice(masks, train):.1f} % with those given"
+        print(line)
     return masks
+
+
+def masks_of_run(folder: Path, data: str, images: Tensor) -> Tensor:
+    """The union (M, 1, H, W) bool of the masks of a run's guided heads, for images (M, C, H, W) uint8.
+
+    Raises ValueError.
+    """
+    run, masses = load_run(folder), read_masses(folder)
+    if images.shape[1] != run.spec.channels:
+        counts = f"{run.spec.channels} channels, these images have {images.shape[1]}"
+        raise ValueError(f"{folder} learned from {counts}: name a run of such images")
+    if (trained_on := run.config.data) != data:
+        print(f"note: {folder} was trained on {trained_on}; look at its masks for {data}: --export-masks")
+    encoder, layer = load_model(folder, run), run.config.span_layer
+    masks = (attention_masks(encoder, masses, x, layer) for x in images.split(BATCH))
+    return torch.cat([m.any(dim=1, keepdim=True) for m in masks])
 
 
 def mask_dice(masks: Tensor, data: Data) -> float:

@@ -94,7 +94,8 @@ def measured_by(
     def priors(images: Tensor) -> dict:
         settings = config.prior_blur, config.align, model.grid(images)
         if settings not in known:
-            known[settings] = prior_maps(images, splits["train"], reference, *settings)
+            device = str(next(model.parameters()).device)
+            known[settings] = prior_maps(images, splits["train"], reference, *settings, device)
         return known[settings]
 
     guided = {"layer": config.span_layer, "guided": config.prior in ("sample", "masks")}

@@ -1,7 +1,6 @@
 """One labelled image becomes priors and masks for all: of attention, of the registered prior, of a folder."""
 
 import re
-from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from PIL import Image
 import train
 from common.data import load
 from common.regions import foreground, make_priors, mask_dice, mass_held, masks_held, prior_maps, priors_over
+from common.regions import register
 
 pytestmark = pytest.mark.usefixtures("few_test_images")
 
@@ -20,36 +20,41 @@ pytestmark = pytest.mark.usefixtures("few_test_images")
 # Priors
 
 
-@pytest.mark.parametrize(
-    "prior, message",
-    [
+def test_a_prior_file_that_does_not_fit_is_refused(tmp_path):
+    train_split = load("phantom", 64, 0, 2)[0]["train"]
+    for prior, message in [
         (np.ones((2, 32, 32)), r"is an array \(2, 32, 32\): make it \(R, 64, 64\)"),
         (np.ones((64, 64)), "make it"),
         (np.ones((0, 64, 64)), "make it"),
         (-np.ones((1, 64, 64)), "must be finite, not negative, and not empty"),
-        (np.stack([np.ones((64, 64)), np.zeros((64, 64))]), "must be finite, not negative, and not empty"),
+        (np.eye(2)[:, :1, None] * np.ones((64, 64)), "must be finite, not negative, and not empty"),
         (np.array([{"a": 1}], dtype=object), "a .npy file"),
-    ],
-)
-def test_a_prior_file_that_does_not_fit_is_refused(prior, message, tmp_path):
-    np.save(tmp_path / "prior.npy", prior, allow_pickle=True)
-    with pytest.raises(ValueError, match=message):
-        make_priors(str(tmp_path / "prior.npy"), load("phantom", 64, 0, 2)[0]["train"], None, 0.0)
+    ]:
+        np.save(tmp_path / "prior.npy", prior, allow_pickle=True)
+        with pytest.raises(ValueError, match=message):
+            make_priors(str(tmp_path / "prior.npy"), train_split, None, 0.0)
 
 
-def test_priors_are_registered_to_each_image_unless_told_otherwise():
+def test_priors_are_registered_to_each_image_unless_told_otherwise(monkeypatch):
     splits, reference, _ = load("phantom", 64, 0, 16)
     train_split, test = splits["train"], splits["test"]
     given = train_split, reference, 0.025
-    same = priors_over(test.images, "sample", *given, "none")(torch.arange(8))
-    moved = priors_over(test.images, "sample", *given, "bend")(torch.arange(8))
+    same = priors_over(test.images, "sample", *given, "none", "cpu")(torch.arange(8))
+    moved = priors_over(test.images, "sample", *given, "bend", "cpu")(torch.arange(8))
     assert same.shape == moved.shape == (8, 3, 64, 64) and torch.equal(same[0], same[7])
     true = test.masks.float()
     assert ((moved - true).square().mean() < (same - true).square().mean()).item()
-    maps = prior_maps(test.images, *given, "affine", (8, 8))
+    monkeypatch.setattr("common.regions.BATCH", 3)  # so that there is a smaller last batch
+    maps = prior_maps(test.images, *given, "bend", (8, 8), "cpu")
+    assert torch.equal(maps["aligned prior, every pixel"][0], moved.flatten(2))
     assert {name: tuple(m.shape) for name, (m, _) in maps.items()} == {
         "prior": (8, 3, 64), "aligned prior, every pixel": (8, 3, 4096), "aligned prior": (8, 3, 64),
     }  # fmt: skip
+
+
+def test_images_are_registered_on_the_device_of_the_model():
+    theta, flow = register(torch.rand(1, 16, 16), torch.rand(2, 1, 16, 16), "bend", "meta")
+    assert theta.device.type == flow.device.type == "meta"
 
 
 # Equation (7)
@@ -94,10 +99,14 @@ def test_a_wider_map_makes_a_wider_mask_of_the_same_mass():
 # The foreground
 
 
-def test_attention_masks_train_a_classifier_of_either_kind_and_their_quality_is_said(span_run, tmp_path, capsys):
+def test_attention_masks_train_a_classifier_of_either_kind_and_their_quality_is_said(
+    span_run, tmp_path, capsys
+):
     argv = [*SMALL, "--isnet", "1", "--epochs", "1"]
     for backbone in ("resnet", "vit"):
-        train.main([*argv, "--backbone", backbone, "--masks", str(span_run), "--out", str(tmp_path / backbone)])
+        train.main(
+            [*argv, "--backbone", backbone, "--masks", str(span_run), "--out", str(tmp_path / backbone)]
+        )
         said = float(re.search(r"Dice ([\d.]+) %", capsys.readouterr().out)[1])
         metrics = metrics_of(tmp_path / backbone)
         assert metrics["background"] > 0 and 100 * metrics["mask_dice"] == pytest.approx(said, abs=0.06)
@@ -108,16 +117,18 @@ def test_attention_masks_train_a_classifier_of_either_kind_and_their_quality_is_
 
 def test_the_registered_prior_is_a_better_mask_than_chance():
     splits, reference, _ = load("phantom", 64, 0, 32)
-    registered = partial(priors_over, splits["train"].images, "sample", splits["train"], reference, 0.025, "bend")
-    masks = foreground("prior", splits["train"], "phantom", None, registered, None)
+    prior = "sample", splits["train"], reference, 0.025, "bend", "cpu"
+    masks = foreground("prior", splits, "phantom", None, prior, 1)
     assert masks.shape == (32, 1, 64, 64) and mask_dice(masks, splits["train"]) > 0.85
 
 
-def test_images_without_all_regions_masks_have_no_foreground():
-    data = load("phantom", 64, 0, 4)[0]["train"]
-    data.has_masks[1] = False
-    found = foreground("data", data, "phantom", None, None, None)
-    assert found.flatten(1).any(dim=1).tolist() == [True, False, True, True]
+def test_images_without_all_regions_masks_have_no_foreground_and_too_few_with_them_are_refused():
+    splits = load("phantom", 64, 0, 4)[0]
+    splits["train"].has_masks[1] = False
+    masks = foreground("data", splits, "phantom", None, (), 3)
+    assert masks.flatten(1).any(dim=1).tolist() == [True, False, True, True]
+    with pytest.raises(ValueError, match="train 3 of 4, val 8 of 8, test 8 of 8; of train, 4 or more must"):
+        foreground("data", splits, "phantom", None, (), 4)
 
 
 def plain_folder(path, names=("a.png", "b.png", "c.png", "d.png"), size=(20, 30)):
@@ -149,19 +160,30 @@ def test_masks_of_another_tool_serve_data_that_has_none_and_it_is_said_for_how_m
     assert "mask_dice" not in metrics_of(tmp_path / "run")
 
 
+def test_masks_of_test_images_alone_are_no_foreground_for_isnet(tmp_path, refused):
+    data = plain_folder(tmp_path / "data")
+    (data / "labels.csv").write_text(
+        "file,sick,split\na.png,0,train\nb.png,1,train\nc.png,0,test\nd.png,1,test"
+    )
+    for name in ("c.png", "d.png"):  # c.png moves to train as the reference image
+        mask_file(data / "masks" / "heart" / name)
+    argv = [*SMALL, "--isnet", "1", "--img-size", "16", "--data", str(data), "--out", str(tmp_path / "run")]
+    assert "train 1 of 3, val 0 of 0, test 1 of 1; of train, 2 or more must" in refused(train.main, *argv)
+
+
 @pytest.mark.parametrize(
     "damage, line",
     [
-        (lambda data, masks: mask_file(masks / "a.png", value=0), "of all training images are empty"),
+        (lambda data, masks: mask_file(masks / "a.png", value=0), "0 of 4 training images have a mask"),
         (lambda data, masks: mask_file(masks / "a.png", size=(30, 20)), "is 20 x 30 px but its image"),
         (lambda data, masks: (masks / "images").mkdir(parents=True), "holds images"),
-        (lambda data, masks: mask_file(data / "images" / "a.jpg") or mask_file(masks / "a.png"), "rename one"),
+        (lambda data, masks: mask_file(data / "images" / "a.jpg") or mask_file(masks / "a.png"), "rename"),
     ],
 )  # fmt: skip
 def test_masks_of_another_tool_that_do_not_fit_are_refused(damage, line, tmp_path, refused):
     data, masks = plain_folder(tmp_path / "data"), tmp_path / "masks"
     damage(data, masks)
     table = data / "labels.csv"
-    table.write_text(table.read_text() + "\na.jpg,1,train" * (line == "rename one"))
+    table.write_text(table.read_text() + "\na.jpg,1,train" * (line == "rename"))
     argv = [*SMALL, "--isnet", "1", "--img-size", "16", "--data", str(data), "--masks", str(masks)]
     assert line in refused(train.main, *argv, "--out", str(tmp_path / "run"))
