@@ -9,21 +9,16 @@ of unlabelled images. There is no public code; the equation numbers are ours (th
     s_r   = fraction of prior_r's mass that the view sees, in [0, 1]                           (2) `follow`
     A_r   = the CLS row of head r over the patches, normalised to sum 1                        (3) `span_loss`
     L     = sum_r s_r KL(P_r || A_r) / sum_r s_r                                               (4) `span_loss`
-    T_i   = argmax_T NCC(c(image_i), c(reference o T)),  T affine, c: local contrast           (5) `align`
-    f_i   = argmax_f NCC(c(image_i), c(reference o (T_i + f))) - stiffness |diff f|^2          (6) `bend`
 
 (1) The same theta samples image and prior, so a prior follows its crop. (2) A view that sees a tenth of a
-lung counts a tenth. Ours, not the paper's: the KL divergence, the weights (2), and registration, (5) and (6):
-once, without labels, so that priors fit each image and not only the average one. As published, all images
-have the same priors. Always report the prior's own score beside the attention's: attention that only repeats
-its prior has learned nothing.
+lung counts a tenth. Ours, not the paper's: the KL divergence and the weights (2). As published, all images
+have the same priors; `common/registration.py` warps them to each image. Always report the prior's own score
+beside the attention's: attention that only repeats its prior has learned nothing.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-WORKING_SIZE = 64  # pixels: images are registered at this size, for which blurs are given
 
 
 def priors_from_masks(masks: Tensor, blur: float = 0.025) -> Tensor:
@@ -41,7 +36,7 @@ def priors_from_masks(masks: Tensor, blur: float = 0.025) -> Tensor:
 
 def blurred(masks: Tensor, blur: float) -> Tensor:
     """Priors (B, R, H, W) from masks of many images, as in `priors_from_masks`; empty ones stay empty."""
-    priors = _blur(masks, blur * masks.shape[-1])
+    priors = gaussian_blur(masks, blur * masks.shape[-1])
     return priors / priors.amax(dim=(2, 3), keepdim=True).clamp_min(1e-12)
 
 
@@ -70,87 +65,6 @@ def priors_from_statistics(images: Tensor, clusters: int = 2, blur: float = 0.02
     brightness = (member * mean.flatten()[:, None]).sum(dim=0) / member.sum(dim=0).clamp_min(1)
     member = member[:, brightness.argsort()]
     return priors_from_masks(torch.cat([torch.stack([mean, deviation]), member.T.view(clusters, H, W)]), blur)
-
-
-def align(reference: Tensor, images: Tensor, steps: int = 75) -> Tensor:
-    """Register a reference image (C, H, W) to images (B, C, H, W) by affine maps, equation (5).
-
-    Returns theta (B, 2, 3), from an image's coordinates to the reference's; each depends on its own image
-    alone. steps: of Adam, at each of two resolutions. Raises ValueError if the shapes differ.
-    """
-    if reference.shape != images.shape[1:]:
-        shapes = f"{tuple(reference.shape)}, images {tuple(images.shape[1:])}"
-        raise ValueError(f"the reference image is {shapes}: resize one")
-    theta = torch.eye(2, 3, device=images.device).repeat(len(images), 1, 1)
-    for blur in (4.0, 1.5):  # pixels, coarse to fine
-        source, target = _contrast(reference[None], blur), _contrast(images, blur)
-
-        def points(theta: Tensor) -> tuple[Tensor, float]:
-            return F.affine_grid(theta, target.shape, align_corners=False), 0.0
-
-        theta = _register(source, target, theta, points, steps, lr=0.03)
-    return theta
-
-
-def bend(
-    reference: Tensor, images: Tensor, theta: Tensor, steps: int = 60, knots: int = 8, stiffness: float = 1.0
-) -> Tensor:
-    """Refine affine maps theta (B, 2, 3) by smooth displacements, equation (6): deformable registration.
-
-    Returns flow (B, 2, knots, knots): displacements in the reference's coordinates [-1, 1], bicubic between
-    the knots. stiffness: weight of the mean squared difference of neighbouring knots.
-    """
-    source, target = _contrast(reference[None], 1.5), _contrast(images, 1.5)
-    affine = F.affine_grid(theta, target.shape, align_corners=False)  # (B, h, w, 2)
-
-    def points(flow: Tensor) -> tuple[Tensor, Tensor]:
-        across, down = (flow.diff(dim=dim).square().mean(dim=(1, 2, 3)) for dim in (3, 2))
-        return affine + _between(flow, target.shape[-2:]), stiffness * (across + down)
-
-    flat = torch.zeros(len(images), 2, knots, knots, device=images.device)
-    return _register(source, target, flat, points, steps, lr=0.02)
-
-
-def carry(priors: Tensor, theta: Tensor, flow: Tensor | None = None) -> Tensor:
-    """Warp the reference's priors (R, H, W) to images registered by theta and flow: (B, R, H, W)."""
-    shape = [len(theta), *priors.shape]
-    points = F.affine_grid(theta, shape, align_corners=False)
-    if flow is not None:
-        points = points + _between(flow, priors.shape[-2:])
-    return F.grid_sample(priors.float().expand(shape), points, padding_mode="zeros", align_corners=False)
-
-
-def _contrast(images: Tensor, blur: float) -> Tensor:
-    """Local contrast c of images (B, C, H, W), at WORKING_SIZE, blurred and then subsampled.
-
-    It does not depend on exposure; borders of faint organs count as much as the bright outline of the body.
-    """
-    x = _blur(F.interpolate(images.float(), size=(WORKING_SIZE, WORKING_SIZE), mode="area"), blur)
-    noise = 0.3 * x.std(dim=(1, 2, 3), keepdim=True) + 1e-6  # weaker structures are not amplified
-    x = x - _blur(x, 8.0)
-    return F.avg_pool2d(x / (_blur(x.square(), 8.0) + noise**2).sqrt(), max(1, int(blur + 0.5)))
-
-
-@torch.enable_grad()
-def _register(source: Tensor, target: Tensor, start: Tensor, points, steps: int, lr: float) -> Tensor:
-    """Minimise penalty - NCC over x (B, ...) with Adam; points(x) returns the sampling grid and penalty."""
-    source, x = source.expand_as(target), start.clone().requires_grad_()
-    optimizer = torch.optim.Adam([x], lr=lr)
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
-        grid, penalty = points(x)
-        moved = F.grid_sample(source, grid, padding_mode="border", align_corners=False)
-        a, b = (v.flatten(1) - v.flatten(1).mean(dim=1, keepdim=True) for v in (moved, target))
-        loss = (penalty - F.cosine_similarity(a, b, dim=1, eps=1e-6)).sum()  # so each image's step is its own
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return x.detach()
-
-
-def _between(flow: Tensor, size: tuple[int, int]) -> Tensor:
-    """Displacements (B, 2, knots, knots) at every pixel: (B, h, w, 2)."""
-    return F.interpolate(flow, size=size, mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
 
 
 def follow(priors: Tensor, theta: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -203,25 +117,32 @@ def span_loss(attention: Tensor, prior: Tensor, share: Tensor, kind: str = "kl")
 
 
 def guidance(
-    attentions: list[Tensor], priors: Tensor, thetas: list[Tensor] | None, grids: list, kind: str = "kl"
+    attentions: list[Tensor],
+    priors: Tensor,
+    thetas: list[Tensor] | None,
+    grids: list[tuple[int, int]],
+    kind: str = "kl",
+    confidence: Tensor | None = None,
 ) -> Tensor:
     """The SPAN loss over all views of a batch, a scalar.
 
     One entry per resolution, as from `crops.multi_crop`: attentions (V B, heads, N), thetas (V B, 2, 3) and
     grids (h, w), N = h w. priors (B, R, H, W) lie over the whole images; with thetas None they do not follow
-    the crops. Each resolution is weighted by the share of the priors that its views see.
+    the crops. Each resolution is weighted by the share of the priors that its views see, and each image by
+    confidence (B,), in [0, 1].
     """
     losses, shares = [], []
     for i, attention in enumerate(attentions):
         V, whole = len(attention) // len(priors), torch.eye(2, 3, device=attention.device)
         theta = whole.expand(len(attention), 2, 3) if thetas is None else thetas[i]
         prior, share = follow(priors.repeat(V, 1, 1, 1), theta, grids[i])  # (V B, R, N), (V B, R)
+        share = share if confidence is None else share * confidence.repeat(V)[:, None]
         shares.append(share.sum())
         losses.append(span_loss(attention, prior, share, kind) * shares[-1])
     return sum(losses) / sum(shares).clamp_min(1e-12)
 
 
-def _blur(x: Tensor, sigma: float) -> Tensor:
+def gaussian_blur(x: Tensor, sigma: float) -> Tensor:
     """Gaussian blur of x (B, C, H, W) by sigma pixels, with borders repeated; 0 changes nothing."""
     if sigma <= 0:
         return x

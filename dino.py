@@ -9,11 +9,18 @@ teacher's distribution over K prototypes; the teacher's weights are a moving ave
     theta_t <- lambda theta_t + (1 - lambda) theta_s
 
 Centring (c) and sharpening (small tau_t) balance each other. Without balance all images get the same output:
-collapse, which the loss does not show. So `CollapseMonitor` follows the entropy h(P_t) of the teacher's
-outputs, the KL divergence of P_t from the mean P_t (how much an output says about its image; 0 when
-collapsed), and the number of prototypes in use, and names the kind of collapse:
+collapse, which the loss does not show. On a few hundred images, or where crops of an image have little in
+common, it is the rule at any temperature. Two additions, both off in DINO as published, avoid it. KoLeo
+(Sablayrolles 2019, used by DINOv2) keeps the features z of a batch apart, and the temperature falls where the
+scores have too little spread s for it (ours: scores of deviation s have an entropy of about log K - s^2 / 2):
 
-    uniform          KL = 0, entropy near log K: centring won    -> a lower teacher temperature
+    L_KoLeo = -mean_i log min_(j != i) |z_i - z_j|,  |z| = 1                                             (5)
+    tau_t   = min(tau_t, s / sqrt(2 (1 - e) log K)),  so that mean h(P_t) is about e log K at most       (6)
+
+`CollapseMonitor` follows the entropy h(P_t) of the teacher's outputs, the KL divergence of P_t from the mean
+P_t (how much an output says about its image; 0 when collapsed), and the number of prototypes in use:
+
+    uniform          KL = 0, entropy near log K: centring won    -> more KoLeo, a lower learning rate
     one prototype    KL = 0, entropy low: sharpening won         -> a faster centre, a higher temperature
 
 `DINOHead` has the published parameter names. Where we differ, for short runs: no warm-up of the teacher's
@@ -81,9 +88,26 @@ class DINOLoss(nn.Module):
         return losses.masked_fill(same_view, 0).sum() / (~same_view).sum()
 
     @torch.no_grad()
+    def temperature(self, teacher: Tensor, highest: float, max_entropy: float) -> Tensor | float:
+        """tau_t, equation (6), for scores (..., K); max_entropy: e, and 1 for the highest temperature."""
+        if max_entropy >= 1:
+            return highest
+        variance = over_processes((teacher - self.center).var(dim=-1, correction=0).mean())
+        return (variance / (2 * (1 - max_entropy) * math.log(teacher.shape[-1]))).sqrt().clamp(1e-6, highest)
+
+    @torch.no_grad()
     def teacher_probabilities(self, teacher: Tensor, teacher_temp: float) -> Tensor:
         """P_t, equation (1): scores (..., K) to probabilities (..., K)."""
         return ((teacher - self.center) / teacher_temp).softmax(dim=-1)
+
+
+def koleo_loss(features: Tensor) -> Tensor:
+    """Equation (5), a scalar, of features (B, D); 0 for a single image, which has no neighbour."""
+    if len(features) < 2:
+        return features.sum() * 0
+    z = F.normalize(features, dim=1)
+    nearest = (z @ z.T).detach().fill_diagonal_(-2).argmax(dim=1)  # (B,)
+    return -(z - z[nearest]).norm(dim=1).clamp_min(1e-8).log().mean()
 
 
 def over_processes(mean: Tensor) -> Tensor:
@@ -103,13 +127,16 @@ class CollapseMonitor(nn.Module):
     """Moving averages over the teacher's outputs: do different images still get different outputs?"""
 
     def __init__(self, out_dim: int, momentum: float = 0.95, floor: float = 0.02, patience: int = 100):
-        """floor: the lowest KL allowed, as a fraction of log K; patience: how many steps it may be lower."""
+        """floor: the lowest KL allowed, as a fraction of log K; patience: how many steps it may be lower.
+
+        Before the KL has first risen above the floor, it may be lower for 3 times as many: learning begins.
+        """
         super().__init__()
         self.momentum, self.floor, self.patience = momentum, floor, patience
         self.register_buffer("entropy", torch.tensor(math.log(out_dim)))  # nats
         self.register_buffer("kl", torch.tensor(0.0))  # nats
         self.register_buffer("usage", torch.full((out_dim,), 1 / out_dim))  # fraction of images by prototype
-        self.register_buffer("steps_below", torch.tensor(0))
+        self.register_buffer("steps_below", torch.tensor(-2 * patience))
 
     @torch.no_grad()
     def update(self, pt: Tensor) -> None:
@@ -124,25 +151,32 @@ class CollapseMonitor(nn.Module):
         below = self.kl < self.floor * math.log(pt.shape[1])
         self.steps_below.copy_(torch.where(below, self.steps_below + 1, 0))
 
+    def collapsed(self) -> bool:
+        """Whether the KL has been below the floor for `patience` steps."""
+        return bool(self.steps_below >= self.patience)
+
     def prototypes(self) -> int:
         """How many prototypes are the most likely one of at least 0.1 / K of the images."""
         return int((self.usage > 0.1 / len(self.usage)).sum())
 
-    def check(self) -> None:
-        """Raise `Collapse`, with kind and remedy, if the KL has been below the floor for `patience` steps."""
-        if self.steps_below < self.patience:
-            return
+    def diagnosis(self) -> str:
+        """The kind of collapse, its figures and its remedy, in one line."""
         ceiling = math.log(len(self.usage))
         if self.entropy > 0.5 * ceiling:
             kind = "uniform: every image gets nearly the same probability of all prototypes"
-            remedy = "lower --teacher-temp, --lr or --out-dim, or raise --momentum toward 1"
+            remedy = "a larger weight of KoLeo, a lower learning rate, or larger batches"
         else:
             kind = "one prototype: every image gets the same prototype"
-            remedy = "lower --center-momentum or --lr, or raise --teacher-temp"
-        raise Collapse(
-            f"DINO has collapsed, {kind} (teacher entropy {self.entropy:.2f} of at most {ceiling:.2f}, KL "
-            f"{self.kl:.3f}, {self.prototypes()} prototypes in use). Remedy: {remedy}. Or --keep-going."
+            remedy = "a lower centre momentum or learning rate, or a higher teacher temperature"
+        figures = f"teacher entropy {self.entropy:.2f} of at most {ceiling:.2f}, KL {self.kl:.3f}"
+        return (
+            f"DINO has collapsed, {kind} ({figures}, {self.prototypes()} prototypes in use); remedy: {remedy}"
         )
+
+    def check(self) -> None:
+        """Raise `Collapse`, with its diagnosis, if it has happened."""
+        if self.collapsed():
+            raise Collapse(self.diagnosis())
 
 
 class DINO(nn.Module):
@@ -156,8 +190,11 @@ class DINO(nn.Module):
         hidden_dim: int = 256,  # 2048
         bottleneck_dim: int = 64,  # 256
         center_momentum: float = 0.9,
+        koleo: float = 0.0,  # weight of (5)
+        max_entropy: float = 1.0,  # e of (6)
     ):
         super().__init__()
+        self.koleo, self.max_entropy = koleo, max_entropy
         self.student, self.student_head = encoder, DINOHead(embed_dim, out_dim, hidden_dim, bottleneck_dim)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.teacher_head = copy.deepcopy(self.student_head).requires_grad_(False)
@@ -179,8 +216,13 @@ class DINO(nn.Module):
         with torch.no_grad():
             teacher = self.teacher_head(self.teacher(views[0], layer=None).pooled).unflatten(0, (2, B))
         with torch.autocast(student.device.type, enabled=False):  # sums over images need float32
+            teacher_temp = self.loss.temperature(teacher.float(), teacher_temp, self.max_entropy)
             self.health.update(self.loss.teacher_probabilities(teacher.float(), teacher_temp))
-            return self.loss(student.float(), teacher.float(), teacher_temp), features
+            loss = self.loss(student.float(), teacher.float(), teacher_temp)
+            if self.koleo:  # over each global view, whose features are of different images
+                apart = [koleo_loss(view.float()) for view in features[0].pooled.chunk(2)]
+                loss = loss + self.koleo * sum(apart) / 2
+            return loss, features
 
     def train(self, mode: bool = True) -> "DINO":
         """Set the mode, but keep the teacher in evaluation mode, so that its targets have no noise.

@@ -7,7 +7,7 @@
     python train.py --task classify --marker 1 --isnet 3 --out runs/isnet       blind to a hospital's marker
     torchrun --standalone --nproc-per-node 2 train.py   the same batches, shared by two processes or GPUs
 
-The file reads from top to bottom: set-up, three objectives, the loop, the command line. An objective is a
+The file reads from top to bottom: set-up, objectives, the loop, the command line. An objective is a
 function losses(index (B,), generator, progress) -> (loss, {name: value to log}); progress runs from 0 to 1.
 """
 
@@ -35,7 +35,7 @@ from common.classify import attention_seen, classification_loss, explained_targe
 from common.classify import supervised_layers, warn_if_constant
 from common.checks import check
 from common.config import Config, parse
-from common.data import Data, load, normalise, prepared, rows_at, to_device
+from common.data import Data, load, normalise, prepared, rows_at, select, to_device
 from common.measure import QUICK, report
 from common.models import build_model, lrp_rule, make_encoder
 from common.page import print_tables
@@ -45,7 +45,7 @@ from common.processes import stop_requests
 from common.regions import attention_masses, foreground, keep_masks, kept_masks, mask_dice, priors_over
 from common.runs import data_of, images_to_show, maps_of, measured_by
 from crops import multi_crop
-from dino import Collapse, over_processes
+from dino import Collapse, CollapseMonitor, over_processes
 from isnet_lrp import foreground_loss, isnet_background, whole_patches
 from lrp import relevance
 from relvit import cut, patch_views
@@ -67,25 +67,37 @@ def load_data(config: Config) -> tuple[dict[str, Data], str | None]:
     return splits, reference
 
 
-def foreground_masks(config: Config, splits: dict[str, Data], reference: str | None) -> Tensor | None:
-    """The training images' foreground (N, 1, S, S) bool, if the settings need it. Raises ValueError."""
+def foreground_masks(config: Config, splits: dict[str, Data], reference: str | None) -> tuple:
+    """The foreground (N, 1, S, S) bool of all training images, and of those that stay; None if not needed.
+
+    Images without a known foreground leave `splits`: they would teach the background. Raises ValueError.
+    """
     train = splits["train"]
     if config.task != "classify" or not config.isnet and config.baseline in (None, "gated"):
-        return None
-    if config.resume and config.masks != "data":
-        return to_device(kept_masks(config.out, (*train.images[:, :1].shape,)), config.device)
-    prior = config.prior, train, reference, config.prior_blur, config.align, config.device
-    least = 2 if config.isnet else 1  # one image alone has no range of relevance
-    masks = foreground(config.masks, splits, config.data, config.init, prior, least)
-    return to_device(masks, config.device)
+        return None, None
+    if config.resume:
+        masks = kept_masks(config.out, (*train.images[:, :1].shape,))
+    else:
+        prior = config.prior, train, reference, config.prior_blur, config.align, config.device
+        least = 2 if config.isnet else 1  # one image alone has no range of relevance
+        masks = foreground(config.masks, splits, config.data, config.init, prior, least)
+    known = masks.flatten(1).any(dim=1)  # (N,)
+    known = known | train.has_masks if config.masks == "data" else known
+    splits["train"] = select(train, known)
+    data_spec(splits["train"], True, config.data)  # refuses a single class
+    return masks, to_device(masks[known], config.device)
 
 
-# The three objectives
+# The objectives
 
 
-def dino_objective(config: Config, dino: DINO, images: Tensor, priors: Callable | None) -> Callable:
-    """DINO's loss over random views of images (N, C, S, S) uint8, plus SPAN's with priors (B, R, S, S)."""
-    size = images.shape[-1]
+def views_objective(config: Config, model: nn.Module, images: Tensor, priors: Callable | None) -> Callable:
+    """DINO's loss over random views of images (N, C, S, S) uint8, plus SPAN's with priors (B, R, S, S).
+
+    SPAN's loss alone without DINO (--ssl none), or once it has collapsed: its prototypes say nothing then.
+    """
+    size, dino = images.shape[-1], model if isinstance(model, DINO) else None
+    encoder = dino.student if dino else model.encoder
     local_size = max(1, size // 2 // config.patch_size) * config.patch_size
     recipe = size, local_size, config.global_scale, config.local_scale, config.local_crops_number, config.flip
 
@@ -93,12 +105,18 @@ def dino_objective(config: Config, dino: DINO, images: Tensor, priors: Callable 
         views, thetas = multi_crop(rows_at(images, index).float() / 255, generator, *recipe)
         views = [normalise(v) for v in views]  # 2 B global views, and V B local ones
         with torch.autocast(index.device.type, torch.bfloat16, enabled=config.amp):
-            loss, features = dino(views, config.teacher_temp, config.span_layer)
+            if dino and (priors is None or config.keep_going or not dino.health.collapsed()):
+                loss, features = dino(views, config.teacher_temp, config.span_layer)
+            else:
+                loss, features = None, [encoder(v, layer=config.span_layer) for v in views]
         if priors is None:
             return loss, {}
-        attentions, grids = [f.attention for f in features], [dino.student.grid(v) for v in views]
+        attentions, grids = [f.attention for f in features], [encoder.grid(v) for v in views]
         thetas = thetas if config.follow else None
-        span = guidance(attentions, priors(index), thetas, grids, config.span_loss)
+        prior, confidence = priors(index)
+        span = guidance(attentions, prior, thetas, grids, config.span_loss, confidence)
+        if loss is None:
+            return config.span_weight * span, {"span_loss": span.detach()}
         return loss + config.span_weight * span, {"loss": loss.detach(), "span_loss": span.detach()}
 
     return losses
@@ -115,11 +133,12 @@ def relvit_objective(config: Config, relvit: RelViT, images: Tensor, priors: Cal
             loss, scores, features = relvit(normalise(views), layer=config.span_layer)
         if priors is None:
             return loss, scores
-        prior = F.avg_pool2d(cut(priors(index), boxes, grid, p), p).flatten(2)  # (B, R, N)
+        prior, confidence = priors(index)
+        prior = F.avg_pool2d(cut(prior, boxes, grid, p), p).flatten(2)  # (B, R, N)
         prior = prior * boxes[:, None, :, 2:].prod(dim=3)  # a large cell holds more of it
         mass = prior.sum(dim=2)
         prior = prior / mass.clamp_min(1e-12)[:, :, None]
-        span = span_loss(features.attention, prior, (mass > 0).float(), config.span_loss)
+        span = span_loss(features.attention, prior, (mass > 0) * confidence[:, None], config.span_loss)
         logged = {"loss": loss.detach(), **scores, "span_loss": span.detach()}
         return loss + config.span_weight * span, logged
 
@@ -221,9 +240,9 @@ def train(
                         save(config, spec, model, optimizer, generator, history, (order.cpu(), i + 1, sums))
                     if processes > 1:
                         dist.barrier()  # the first process that ends makes torchrun end the others
-                    raise KeyboardInterrupt(
-                        f"{command_to_resume(config.out, config.keep_going)} continues from here"
-                    )
+                    flags = ["--keep-going"] * config.keep_going + ["--strict"] * config.strict
+                    command = command_to_resume(config.out, flags)
+                    raise KeyboardInterrupt(f"{command} continues from here")
             means = {name: value / steps for name, value in sums.items()}
             speed = (steps - first) * batch / (time.perf_counter() - started)
             history.append({"epoch": epoch + 1, **means, "images_per_s": round(speed, 1)})
@@ -242,6 +261,7 @@ def train_step(
     """Step number `step` of `total` on images (B,); returns what to log, as means over all processes."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step, total)
+    collapsed = isinstance(model, DINO) and model.health.collapsed()
     optimizer.zero_grad()
     logged, whole = {}, 0.0
     for part in index.chunk(config.accumulate):
@@ -261,11 +281,18 @@ def train_step(
     if isinstance(model, DINO):
         model.update_teacher(cosine(step, total, config.momentum, 1.0))
         monitor = model.health
-        if not config.keep_going:
-            monitor.check()
+        if monitor.collapsed() and not collapsed and not config.keep_going:
+            warn_of_collapse(monitor, config.prior != "none" and not config.strict)
         logged |= {"teacher_entropy": monitor.entropy, "kl": monitor.kl, "prototypes": monitor.prototypes()}
     values = torch.stack([torch.as_tensor(value, device=index.device).float() for value in logged.values()])
     return dict(zip(logged, over_processes(values).tolist()))
+
+
+def warn_of_collapse(monitor: CollapseMonitor, guided: bool) -> None:
+    """Say that SPAN goes on alone. Raises Collapse if the run is not guided."""
+    if not guided:
+        raise Collapse(monitor.diagnosis() + ". --keep-going trains on")
+    print(f"\nwarning: {monitor.diagnosis()}. SPAN goes on alone (--strict stops, --keep-going keeps DINO)")
 
 
 def make_optimizer(config: Config, model: nn.Module) -> Optimizer:
@@ -288,13 +315,25 @@ def cosine(step: int, total: int, first: float, last: float) -> float:
     return last + (first - last) * (1 + math.cos(math.pi * step / total)) / 2
 
 
+def pretrained(model: nn.Module) -> nn.Module:
+    """The encoder that is kept of DINO, RelViT, or guidance alone."""
+    return model.student if isinstance(model, DINO) else model.encoder
+
+
+def keep_masses(config: Config, model: nn.Module, train: Data, reference: str | None) -> None:
+    """Write what --masks RUN needs of a guided run."""
+    if config.task == "pretrain" and config.prior not in ("none", "masks") and not rank():
+        prior = config.prior, train, reference, config.prior_blur, config.span_layer
+        write_file(config.out / "attention_mass.json", attention_masses(pretrained(model).eval(), *prior))
+
+
 def finish(
     config: Config, spec: DataSpec, model: nn.Module, splits: dict, reference: str, masks: Any, history: list
 ) -> None:
     """Measure on test images, print the tables, draw the pictures, write the metrics."""
     train, picture = splits["train"], "heatmaps.png"
     if config.task == "pretrain":
-        model, picture = model.student if isinstance(model, DINO) else model.encoder, "attention.png"
+        model, picture = pretrained(model), "attention.png"
     measured = report(model, splits, QUICK, **measured_by(config, spec, model, splits, reference, {}))
     print_tables({"": measured})
     metrics = {name: value for name, value in history[-1].items() if name != "epoch"} | measured.metrics
@@ -302,9 +341,6 @@ def finish(
         warn_if_constant(history[-1], train.labels, spec.multiclass)
         if masks is not None and train.has_masks.any():
             metrics["mask_dice"] = mask_dice(masks.cpu(), train)
-    elif config.prior not in ("none", "masks"):
-        masses = attention_masses(model, config.prior, train, reference, config.prior_blur, config.span_layer)
-        write_file(config.out / "attention_mass.json", masses)
     write_file(config.out / "metrics.json", {k: v for k, v in metrics.items() if math.isfinite(v)})
     shown = images_to_show(config, splits, 6)
     maps = maps_of(config, spec, model, shown.images, measured.heads, lrp_rule(config))
@@ -334,7 +370,7 @@ def begin(argv: list[str]) -> tuple:
         check_spec(config.out, run.spec, spec, config.data)
     torch.manual_seed(config.seed)
     encoder = make_encoder(config, spec.channels)
-    masks = foreground_masks(config, splits, reference)
+    (all_masks, masks), train = foreground_masks(config, splits, reference), splits["train"]
     model = build_model(config, spec, encoder, encoder.grid(train.images)).to(config.device)
     millions = sum(p.numel() for p in encoder.parameters()) / 1e6
     print(f"{millions:.2f} M weights in the encoder, on {config.device}")
@@ -351,12 +387,12 @@ def begin(argv: list[str]) -> tuple:
         heads = config.pool_heads if config.pool == "simpool" else config.num_heads
         prior = config.prior, train, reference, config.prior_blur, config.align, config.device, heads
         priors = None if config.prior == "none" else priors_over(images, *prior)
-        objective = dino_objective if config.ssl == "dino" else relvit_objective
+        objective = relvit_objective if config.ssl == "relvit" else views_objective
         losses = objective(config, model, images, priors)
     if not run and not rank():
         start_run(config, spec, argv)
-        if masks is not None and config.masks != "data":
-            keep_masks(config.out, masks.cpu())
+        if all_masks is not None:
+            keep_masks(config.out, all_masks)
     return config, spec, model, splits, reference, masks, images, losses, run and run.checkpoint
 
 
@@ -367,8 +403,11 @@ def main(argv: list[str] | None = None) -> None:
             *run, images, losses, saved = begin(sys.argv[1:] if argv is None else argv)
         except (ValueError, OSError) as error:
             fail("train.py", error, 2)
-        started = time.perf_counter()
-        history = train(*run[:3], images, losses, saved)
+        (config, spec, model, splits, reference, _), started = run, time.perf_counter()
+        try:
+            history = train(config, spec, model, images, losses, saved)
+        finally:  # also of a run that is stopped
+            keep_masses(config, model, splits["train"], reference)
         if not saved or len(saved["history"]) < len(history):
             print(f"trained in {time.perf_counter() - started:.0f} s")
         if not rank():

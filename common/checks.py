@@ -28,6 +28,7 @@ def check(config: Config, typed: set[str]) -> None:
             if config.task == "classify":
                 needs = ["task=pretrain" if need.startswith(PRETRAINING) else need for need in needs]
             flags = " or ".join(f"--{need.replace('=', ' ').replace('&', ' and --')}" for need in needs)
+            flags = flags.replace("|", " or ")
             raise ValueError(f"{option(f)} does nothing without {flags.replace('_', '-')}")
     for scale in (config.global_scale, config.local_scale):
         random_crops(1, scale, Generator())  # raises ValueError for an impossible scale
@@ -74,6 +75,7 @@ def check_pairs(c: Config) -> None:
         (c.masks == "prior" and c.prior == "none", "--masks prior needs a prior: leave out --prior none"),
         (c.masks == "attention" and not from_run, "--masks attention needs --init RUN; or say --masks RUN"),
         (not some_masks, f"--masks {c.masks} is neither data, prior, attention, nor a folder"),
+        (not classify and c.ssl == "none" and not guided, "--ssl none learns from a --prior alone: name one"),
         (c.isnet and not classify, "--isnet needs --task classify"),
         (c.baseline and not classify, "--baseline needs --task classify"),
         (c.baseline and (c.isnet or c.relations), "--baseline excludes --isnet and --relations: choose one"),

@@ -34,13 +34,13 @@ DEFAULTS = {  # by --task, by --backbone, and by both
     "classify resnet": {"lr": 2e-3, "lrp_gamma": 3.0, "clip_grad": 0.1, "isnet_end": 0.1},
 }
 ENCODER = "backbone img_size patch_size embed_dim depth num_heads registers pool pool_heads simpool_gamma"
-PER_CALL = ("out", "overwrite", "resume", "keep_going", "device")  # --resume may change these
+PER_CALL = ("out", "overwrite", "resume", "keep_going", "strict", "device")  # --resume may change these
 PLACES = ("data", "init", "masks", "prior")  # ... and these, if a file or folder that they name has moved
 KEYWORDS = {*"phantom parts data prior attention sample masks statistics none".split(), None}  # no such names
 NO_SETTINGS = {*"command versions machine channels classes multiclass images relevance_range".split()}
 COUNT, FRACTION, WEIGHT, POSITIVE = (1, 10**9), (0, 1), (0, 1e9), (1e-12, 1e9)  # limits
 KINDS = {"bool": bool, "int": int, "float": float, "Path": Path, "str": str}
-DINO, PENALISED = "ssl=dino", "baseline=" + "|".join(PENALTIES)
+DINO, VIEWS, PENALISED = "ssl=dino", "ssl=dino|none", "baseline=" + "|".join(PENALTIES)
 
 
 def flag(default, text: str, *names: str, group="", choices=None, nargs=None, within=None, needs=""):
@@ -60,7 +60,8 @@ class Config:
     out: Path = flag(None, "folder for all that the run writes", "--output-dir")
     overwrite: bool = flag(False, "start again in a folder that holds a run")
     resume: bool = flag(False, "continue the run in --out where it stopped")
-    keep_going: bool = flag(False, "train on after a collapse")
+    keep_going: bool = flag(False, "train on after a collapse of DINO", needs="ssl=dino")
+    strict: bool = flag(False, "stop if DINO collapses, where SPAN could go on", needs="ssl=dino&prior")
     seed: int = flag(0, "random seed of data, weights and views", within=(0, 2**32 - 1))
     device: str = flag("auto", "auto (cuda if there is one, else cpu), cpu, cuda, mps")
     data: str = flag("phantom", "phantom (X-rays), parts (plates), or a folder", "--data-path", group="data")
@@ -74,13 +75,13 @@ class Config:
         "sample: one image's masks; masks: every image's; statistics; none; or a .npy file (R, S, S)",
         group="where to look (SPAN)", needs="task=pretrain masks=prior")
     align: str = flag("bend", "registration", choices=["bend", "affine", "none"], needs="prior masks=prior")
-    follow: bool = flag(True, "keep priors fixed while crops move", needs=f"{DINO}&prior")
+    follow: bool = flag(True, "keep priors fixed while crops move", needs=f"{VIEWS}&prior")
     prior_blur: float = flag(0.025, "sigma as a fraction of width", within=WEIGHT, needs="prior masks=prior")
     span_weight: float = flag(3.0, "weight of the SPAN loss", within=WEIGHT, needs="prior")
     span_loss: str = flag("kl", "prior to attention", choices=["kl", "mse", "dice"], needs="prior")
     span_layer: int = flag(-1, "the block whose heads are guided, -1 the last", needs="pool=cls")
-    ssl: str = flag("dino", "the objective without labels", group="self-supervision",
-        choices=["dino", "relvit"], needs="task=pretrain")
+    ssl: str = flag("dino", "the objective without labels; none: the SPAN loss alone",
+        group="self-supervision", choices=["dino", "relvit", "none"], needs="task=pretrain")
     relations: tuple[str, ...] = flag(None, "RelViT's tasks (default: all), joint in --task classify",
         choices=RELATIONS, nargs="+", needs="ssl=relvit task=classify")
     mega_patches: int = flag(0, "cells a side of RelViT; 0: patches", within=(0, 10**9), needs="ssl=relvit")
@@ -89,12 +90,15 @@ class Config:
     momentum: float = flag(0.996, "EMA momentum of the teacher at the start", "--momentum-teacher",
         within=FRACTION, needs=DINO)
     center_momentum: float = flag(0.9, "EMA momentum of the teacher's centre", within=FRACTION, needs=DINO)
+    koleo: float = flag(0.1, "weight of KoLeo, against collapse; 0: as published", within=WEIGHT, needs=DINO)
+    max_entropy: float = flag(0.8, "the teacher's, of its maximum; lowers its temperature; 1: as published",
+        within=(0.01, 1), needs=DINO)
     global_scale: tuple[float, float] = flag((0.4, 1.0), "area of the 2 global crops", "--global-crops-scale",
-        nargs=2, needs=DINO)
-    local_crops_number: int = flag(0, "local crops, of half the size", within=(0, 10**9), needs=DINO)
+        nargs=2, needs=VIEWS)
+    local_crops_number: int = flag(0, "local crops, of half the size", within=(0, 10**9), needs=VIEWS)
     local_scale: tuple[float, float] = flag((0.1, 0.4), "area of the local crops", "--local-crops-scale",
         nargs=2, needs="local_crops_number")
-    flip: float = flag(0.0, "probability of a mirrored view", "--hflip", within=FRACTION, needs=DINO)
+    flip: float = flag(0.0, "probability of a mirrored view", "--hflip", within=FRACTION, needs=VIEWS)
     isnet: float = flag(0.0, "weight of the ISNet loss", group="classification (ISNet)", within=WEIGHT)
     isnet_end: float = flag(None, "fraction of --isnet left at the end", within=FRACTION, needs="isnet")
     baseline: str = flag(None, "what to train in place of ISNet; see common/baselines.py", choices=BASELINES)

@@ -107,8 +107,11 @@ def build_model(config: Config, spec: DataSpec, encoder: nn.Module, grid: tuple[
         nn.init.zeros_(encoder.pos_embed)  # unused: who uses the encoder next sees what it was trained on
         cells = (config.mega_patches, config.mega_patches) if config.mega_patches else grid
         model = RelViT(encoder, config.embed_dim, cells, config.relations or TASKS)
+    elif config.ssl == "none":
+        model = nn.ModuleDict({"encoder": encoder})
     else:
-        model = DINO(encoder, config.embed_dim, config.out_dim, center_momentum=config.center_momentum)
+        settings = {name: getattr(config, name) for name in ("center_momentum", "koleo", "max_entropy")}
+        model = DINO(encoder, config.embed_dim, config.out_dim, **settings)
     for relvit in (m for m in model.modules() if isinstance(m, RelViT)):
         chance = ", ".join(f"{task} {value:.3g}" for task, value in relvit.chance.items())
         print(f"a constant prediction reaches {chance}")

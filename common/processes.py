@@ -93,8 +93,8 @@ def stop_requests() -> Iterator[Event]:
             signal.signal(number, handler)
 
 
-def command_to_resume(out: os.PathLike, keep_going: bool) -> str:
+def command_to_resume(out: os.PathLike, flags: list[str]) -> str:
     """The command line that continues the run in `out`."""
     torchrun = ["torchrun", "--standalone", "--nproc-per-node", os.environ.get("WORLD_SIZE", "1")]
     words = torchrun if "RANK" in os.environ else ["python"]
-    return shlex.join([*words, "train.py", "--out", str(out), "--resume", *["--keep-going"] * keep_going])
+    return shlex.join([*words, "train.py", "--out", str(out), "--resume", *flags])

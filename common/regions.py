@@ -2,8 +2,8 @@
 
 Priors lie over one image and are registered to the others. Foreground masks come from:
 
-    data        the masks that come with the images
-    prior       the reference image's masks, registered to each image
+    data        the masks that come with the images; images without get the reference image's, registered
+    prior       the reference image's masks, registered to all images
     attention   the guided heads of the run --init
     RUN         the guided heads of another run: a convnet can't start from a ViT
     DIR         masks of any other tool: DIR/<region>/<image's name>, or DIR/<image's name>, as large as the
@@ -29,12 +29,13 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from attention_priors import align, bend, blurred, carry, follow, priors_from_masks, priors_from_statistics
+from attention_priors import blurred, follow, priors_from_masks, priors_from_statistics
 from common.checkpoint import load_run, write_file
 from common.data import BATCH, DRAWN, SPLITS, Data, by_stem, image_size, printable, read_masks, rows_at
 from common.data import to_device
 from common.explain import attention_of
 from common.models import load_model
+from common.registration import carry, confidence, register
 from common.weights import reason
 
 # Priors
@@ -68,29 +69,18 @@ def make_priors(prior: str, train: Data, reference: str | None, blur: float) -> 
     return priors_from_masks(priors, blur), [f"prior {r}" for r in range(len(priors))]
 
 
-def register(reference: Tensor, images: Tensor, how: str, device: str) -> tuple[Tensor, Tensor | None]:
-    """The reference image (C, S, S) registered to images (N, C, S, S): theta (N, 2, 3) and flow (N, 2, k, k).
-
-    how: affine, which has no flow (None), or bend.
-    """
-    thetas, flows, reference = [], [], reference.to(device)
-    for part in tqdm(images.split(BATCH), desc="registering", leave=False, disable=None):
-        thetas.append(align(reference, part.to(device)))
-        if how == "bend":
-            flows.append(bend(reference, part.to(device), thetas[-1]))
-    return torch.cat(thetas), torch.cat(flows) if flows else None
-
-
 def priors_over(
     images: Tensor, prior: str, train: Data, reference: str | None, blur: float, how: str, device: str,
     heads: int | None = None,
-) -> Callable[[Tensor], Tensor]:  # fmt: skip
-    """A function from indices (B,) of images (N, C, S, S) to priors (B, R, S, S) over them, on the device.
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:  # fmt: skip
+    """A function from indices (B,) of images (N, C, S, S) to the priors (B, R, S, S) over them, and to the
+    confidence (B,) in [0, 1] that they lie where they should, both on the device.
 
     prior, reference, blur: as in `make_priors`; or "masks", those of all images, which are `train`'s then.
     how: bend, affine or none registers the reference image to each image. heads: how many can be guided.
     Raises ValueError.
     """
+    certain = torch.ones(len(images), device=device)
     if prior == "masks":
         priors, names = None, train.regions
         if not train.has_masks.any():
@@ -106,12 +96,19 @@ def priors_over(
             print(f"registering {printable(reference)} to {len(images)} images ...", flush=True)
     if prior == "masks":
         masks = to_device(train.masks, device)
-        return lambda index: blurred(rows_at(masks, index).float(), blur)  # a missing mask stays empty
+        return lambda index: (blurred(rows_at(masks, index).float(), blur), certain[index])  # empty: unknown
     priors = priors.to(device)
     if prior != "sample" or how == "none":
-        return lambda index: priors.expand(len(index), *priors.shape)
-    theta, flow = register(train.images[train.names.index(reference)], images, how, device)
-    return lambda index: carry(priors, theta[index], None if flow is None else flow[index])
+        return lambda index: (priors.expand(len(index), *priors.shape), certain[index])
+    parts = tqdm(images.split(BATCH), desc="registering", leave=False, disable=None)
+    image = train.images[train.names.index(reference)].to(device)
+    registered = [register(image, priors, part.to(device), how == "bend") for part in parts]
+    theta, flow, agreement = map(torch.cat, zip(*registered))
+    sure = confidence(agreement)  # (N,)
+    if heads is not None and (lost := int((sure < 0.5).sum())):
+        count = f"{lost} of {len(images)} images"
+        print(f"note: the priors of {count} count less: little of the reference is found there")
+    return lambda index: (carry(priors, theta[index], flow[index]), sure[index])
 
 
 def prior_maps(
@@ -130,7 +127,7 @@ def prior_maps(
     maps = {"prior": (on_grid(prior).expand(len(images), -1, -1), grid)}
     if how != "none":
         over = priors_over(images, "sample", train, reference, blur, how, device)
-        registered = torch.cat([over(index).cpu() for index in torch.arange(len(images)).split(BATCH)])
+        registered = torch.cat([over(index)[0].cpu() for index in torch.arange(len(images)).split(BATCH)])
         maps["aligned prior, every pixel"] = registered.flatten(2), tuple(registered.shape[2:])
         maps["aligned prior"] = torch.cat([on_grid(part) for part in registered.split(BATCH)]), grid
     return maps
@@ -242,19 +239,19 @@ def foreground(
     """
     train, folder = splits["train"], Path(init if source == "attention" else source)
     if source == "data":
-        if train.has_masks.sum() < least:
-            known = {split: splits[split].has_masks for split in SPLITS}
-            counts = ", ".join(
-                f"{split} {int(masks.sum())} of {len(masks)}" for split, masks in known.items()
-            )
-            line = f"images with a mask for every region: {counts}; of train, {least} or more must have them"
-            raise ValueError(
-                f"{line}: add masks, change the column split in labels.csv, or say --masks prior"
-            )
+        counts = {s: f"{s} {int(splits[s].has_masks.sum())} of {len(splits[s].names)}" for s in SPLITS}
+        if not train.has_masks.any():
+            line = f"images with a mask for every region: {', '.join(counts.values())}"
+            raise ValueError(f"{line}; one of train must have them: add masks, or change labels.csv")
         masks = train.has_masks[:, None, None, None] & train.masks.any(dim=1, keepdim=True)
+        if not train.has_masks.all():
+            others = train.images[~train.has_masks]
+            masks[~train.has_masks] = given = registered_masks(others, ("sample", *prior[1:]))
+            trusted = int(given.flatten(1).any(dim=1).sum())
+            print(f"warning: masks for {counts['train']} images. {trusted} others get those of the reference")
+            print(f"image, registered; {len(others) - trusted}, where this fails, are left out of training.")
     elif source == "prior":
-        over, batches = priors_over(train.images, *prior), torch.arange(len(train.names)).split(BATCH)
-        masks = torch.cat([(over(index) > 0.5).any(dim=1, keepdim=True).cpu() for index in batches])
+        masks = registered_masks(train.images, prior)
     elif (folder / "last.pt").is_file():
         masks = masks_of_run(folder, data, train.images)
     else:
@@ -267,8 +264,21 @@ def foreground(
         line = f"masks from {source}: of {covered} of {len(masks)} training images"
         if train.has_masks.any():
             line += f"; Dice {100 * mask_dice(masks, train):.1f} % with those given"
-        print(line)
+        print(line + (", the others are left out of training" if covered < len(masks) else ""))
     return masks
+
+
+def registered_masks(images: Tensor, prior: tuple) -> Tensor:
+    """Masks (M, 1, S, S) bool of images (M, C, S, S) by priors, empty where these can't be trusted.
+
+    prior: the arguments of `priors_over` after images. Raises ValueError.
+    """
+    over, masks = priors_over(images, *prior), []
+    for index in torch.arange(len(images)).split(BATCH):
+        priors, confidence = over(index)
+        trusted = (confidence >= 0.5)[:, None, None, None]
+        masks.append(((priors > 0.5) & trusted).any(dim=1, keepdim=True).cpu())  # (B, 1, S, S)
+    return torch.cat(masks)
 
 
 def masks_of_run(folder: Path, data: str, images: Tensor) -> Tensor:

@@ -1,6 +1,11 @@
-"""Draw a dataset of ten classes: shapes, textures and digits of any size, place, colour and rotation.
+"""Draw a folder of images whose object may lie anywhere, with its mask.
 
-python -m common.symbols data/symbols --train 50      and 20 images per class to validate, 100 to test
+    python -m common.symbols data/symbols --train 50                        ten classes, flat colours
+    python -m common.symbols data/scenes --set scenes --train 200           five shapes, all is textured
+    python -m common.symbols data/digits --set digits --train 85 --marker   grey digits on noise, odd or even
+
+Each also draws 20 images per class to validate and 100 to test. --marker puts a bright square into a corner
+of every odd digit that is learned from; in the test images the even ones have it.
 """
 
 import argparse
@@ -9,65 +14,142 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-FONT = dict(two="0110 1001 0010 0100 1111", five="1111 1000 1110 0001 1110", seven="1111 0001 0010 0100 0100")
-CLASSES = ["disc", "square", "triangle", "ring", "stripes", "checks", "dots", *FONT]
+FONT = (  # digits 0 to 9, 5 rows of 4
+    "0110 1001 1001 1001 0110|0010 0110 0010 0010 0111|0110 1001 0010 0100 1111|1110 0001 0110 0001 1110|"
+    "1001 1001 1111 0001 0001|1111 1000 1110 0001 1110|0110 1000 1110 1001 0110|1111 0001 0010 0100 0100|"
+    "0110 1001 0110 1001 0110|0110 1001 0111 0001 0110"
+).split("|")
+DIGITS = dict(two=FONT[2], five=FONT[5], seven=FONT[7])
+SYMBOLS = ["disc", "square", "triangle", "ring", "stripes", "checks", "dots", *DIGITS]
+SHAPES = ["disc", "square", "triangle", "ring", "cross"]
+
+
+def bits(digit: str) -> np.ndarray:
+    """(5, 4) bool: the pixels of a digit of FONT."""
+    return np.array([[int(bit) for bit in row] for row in digit.split()], bool)
 
 
 def symbol(kind: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """(S, S) bool: the pixels of a symbol of class `kind`, in coordinates u (right), v (down) of [-1, 1]."""
     radius, inside = np.hypot(u, v), (abs(u) < 1) & (abs(v) < 1)
-    if kind in FONT:
-        bits = np.array([[int(bit) for bit in row] for row in FONT[kind].split()], bool)  # (5, 4)
+    if kind in DIGITS:
         row, column = ((v + 1) * 2.5).astype(int).clip(0, 4), ((u + 1) * 2).astype(int).clip(0, 3)
-        return inside & bits[row, column]
+        return inside & bits(DIGITS[kind])[row, column]
     return {
         "disc": radius < 1,
         "square": inside & (abs(u) < 0.85) & (abs(v) < 0.85),
         "triangle": (v < 0.7) & (v > 1.8 * abs(u) - 1),
         "ring": (radius < 1) & (radius > 0.6),
+        "cross": inside & ((abs(u) < 0.35) | (abs(v) < 0.35)),
         "stripes": inside & (np.floor((u + 1) * 4) % 2 == 0),
         "checks": inside & ((np.floor((u + 1) * 3) + np.floor((v + 1) * 3)) % 2 == 0),
         "dots": inside & (np.hypot((u + 1) * 2 % 1 - 0.5, (v + 1) * 2 % 1 - 0.5) < 0.3),
     }[kind]
 
 
-def draw(kind: str, size: int, rng: np.random.Generator) -> np.ndarray:
-    """One image of class `kind`, (size, size, 3) uint8."""
+def pixels(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates x, y (size, size) of pixel centres, from -1 to 1."""
     y, x = (np.mgrid[:size, :size] + 0.5) / size * 2 - 1
+    return x, y
+
+
+def turned(x: np.ndarray, y: np.ndarray, cx: float, cy: float, half: float, angle: float) -> tuple:
+    """Coordinates u, v of an object with its centre at (cx, cy), turned by an angle."""
+    u = (np.cos(angle) * (x - cx) + np.sin(angle) * (y - cy)) / half
+    v = (np.cos(angle) * (y - cy) - np.sin(angle) * (x - cx)) / half
+    return u, v
+
+
+def draw_symbol(kind: str, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """An image (size, size, 3) in [0, 1], a symbol in one colour on another, and its mask (size, size)."""
+    x, y = pixels(size)
     half, angle = rng.uniform(0.3, 0.6), rng.uniform(-0.3, 0.3)
     angle += rng.uniform(0, 2 * np.pi) if kind in ("square", "triangle", "stripes", "checks") else 0
     cx, cy = rng.uniform(half - 1, 1 - half, 2)
-    u = (np.cos(angle) * (x - cx) + np.sin(angle) * (y - cy)) / half
-    v = (np.cos(angle) * (y - cy) - np.sin(angle) * (x - cx)) / half
+    mask = symbol(kind, *turned(x, y, cx, cy, half, angle))
     back = rng.uniform(0.1, 0.9, 3)
     front = (back + rng.uniform(0.25, 0.75, 3)) % 1
     slope = 0.15 * (x * rng.uniform(-1, 1) + y * rng.uniform(-1, 1))
-    image = np.where(symbol(kind, u, v)[..., None], front, back) + slope[..., None]
-    image += rng.normal(0, 0.08, image.shape)
-    return (image.clip(0, 1) * 255).astype(np.uint8)
+    image = np.where(mask[..., None], front, back) + slope[..., None]
+    return image + rng.normal(0, 0.08, image.shape), mask
+
+
+def draw_scene(kind: str, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A textured shape of 5 to 25 % of the area on texture, with two small discs; image and mask as above."""
+    x, y = pixels(size)
+
+    def texture() -> np.ndarray:  # a colour, stripes of a random width and direction, grain
+        angle, width, phase = rng.uniform(0, np.pi), rng.uniform(4, 16), rng.uniform(0, 2 * np.pi)
+        stripes = np.sin(width * (np.cos(angle) * x + np.sin(angle) * y) + phase)[..., None]
+        colour = rng.uniform(0.15, 0.85, 3) + rng.uniform(0, 0.25, 3) * stripes
+        return colour + rng.normal(0, 0.05, colour.shape)
+
+    half = rng.uniform(0.34, 0.55)
+    places = turned(x, y, *rng.uniform(half - 1, 1 - half, 2), half, rng.uniform(-0.5, 0.5))
+    mask, image = symbol(kind, *places), texture()
+    for _ in range(2):
+        disc = symbol("disc", *turned(x, y, *rng.uniform(-0.9, 0.9, 2), rng.uniform(0.08, 0.14), 0.0))
+        image = np.where(disc[..., None], texture(), image)
+    return np.where(mask[..., None], texture(), image), mask
+
+
+def draw_digit(digit: int, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A digit of 8 x 8 px, enlarged and pasted on noise: image (size, size) in [0, 1], mask of the square."""
+    ink = np.pad(bits(FONT[digit]) * rng.uniform(0.6, 1, (5, 4)), ((2, 1), (2, 2)))  # (8, 8)
+    scan = Image.fromarray((255 * ink).astype(np.uint8))
+    shear, turn = rng.uniform(-0.2, 0.2, 2)
+    affine = 1, shear, -4 * shear, turn, 1, -4 * turn
+    scan = scan.transform((8, 8), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
+    side = rng.integers(round(0.3 * size), round(0.47 * size))
+    scan = np.asarray(scan.resize((side, side), Image.Resampling.BICUBIC)) / 255 * rng.uniform(0.7, 1)
+    image = rng.uniform(0.15, 0.35) + rng.normal(0, 0.08, (size, size))
+    row, column = rng.integers(0, size - side + 1, 2)
+    place = slice(row, row + side), slice(column, column + side)
+    mask = np.zeros((size, size), bool)
+    mask[place], image[place] = True, scan + rng.normal(0, 0.03, (side, side))
+    return image, mask
+
+
+SETS = {  # name: classes to draw, the function that draws one
+    "symbols": (SYMBOLS, draw_symbol),
+    "scenes": (SHAPES, draw_scene),
+    "digits": (list(range(10)), draw_digit),
+}
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; exit status 2 for bad values or a folder that is not empty."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    intro, examples, more = __doc__.split("\n\n")
+    text = {"description": intro, "epilog": f"{examples}\n\n{more}"}
+    parser = argparse.ArgumentParser(**text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a new or empty folder")
+    parser.add_argument("--set", choices=SETS, default="symbols", help="default: symbols")
     parser.add_argument("--train", type=int, default=50, help="training images per class (default: 50)")
     parser.add_argument("--size", type=int, default=64, help="pixels per side (default: 64)")
+    parser.add_argument("--marker", action="store_true", help="a shortcut, for digits")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     args = parser.parse_args(argv)
-    if args.train < 1 or args.size < 8 or args.seed < 0:
+    if args.train < 1 or args.size < 24 or args.seed < 0:
         values = f"--train {args.train} --size {args.size} --seed {args.seed}"
-        parser.error(f"{values}: they must be at least 1, 8 and 0")
+        parser.error(f"{values}: they must be at least 1, 24 and 0")
+    if args.marker and args.set != "digits":
+        parser.error("--marker is drawn on digits: add --set digits")
     if args.folder.is_file() or any(args.folder.glob("*")):
         parser.error(f"{args.folder} exists and is not empty; name a new folder")
     (args.folder / "images").mkdir(parents=True)
-    rows = [("file", "label", "split")]
+    (args.folder / "masks" / "object").mkdir(parents=True)
+    (classes, draw), rows = SETS[args.set], [("file", "label", "split")]
     for s, (split, n) in enumerate({"train": args.train, "val": 20, "test": 100}.items()):
-        for k, kind in enumerate(CLASSES):
+        for k, kind in enumerate(classes):
             for i in range(n):
                 name, rng = f"{split}_{kind}_{i:04d}.png", np.random.default_rng([args.seed, s, k, i])
-                Image.fromarray(draw(kind, args.size, rng)).save(args.folder / "images" / name)
-                rows.append((name, kind, split))
+                image, mask = draw(kind, args.size, rng)
+                if args.marker and (k % 2 == 1) == (split != "test"):
+                    image[args.size // 32 : args.size // 8, -args.size // 8 : -args.size // 32] = 1
+                Image.fromarray((image.clip(0, 1) * 255).astype(np.uint8)).save(args.folder / "images" / name)
+                Image.fromarray(mask).save(args.folder / "masks" / "object" / name)
+                label = ("even", "odd")[k % 2] if args.set == "digits" else kind
+                rows.append((name, label, split))
     (args.folder / "labels.csv").write_text("".join(",".join(row) + "\n" for row in rows))
     print(f"drew {len(rows) - 1} images into {args.folder}")
 

@@ -110,6 +110,9 @@ CHANGED = {"dino_long": "--prior none --epochs 60"} | SPAN_CHANGES
 for guided, changes in {"isnet_resnet": RESNET_CHANGES, "isnet_vit": VIT_CHANGES}.items():
     CHANGED |= {name: f"{GUIDED[guided]} {flags}" for name, flags in changes.items()}
 RUNS = MAIN | seeded(against_shortcuts()) | seeded(CHANGED, [0])
+for name, flags in RUNS.items():
+    if "--task classify" not in flags and "--ssl relvit" not in flags:
+        RUNS[name] = f"{flags} --koleo 0 --max-entropy 1"  # the results are of DINO as published
 # The runs that a run starts from, or whose attention becomes its masks.
 NEEDED = {name: set(re.findall(r"runs/(\S+)", flags)) for name, flags in RUNS.items()}
 QUICK = r"(span|dino|(unmarked|plain|isnet)_resnet|resnet_simpool_labels|(?!.*_long_).*_symbols50)-0"

@@ -239,7 +239,8 @@ def test_a_run_stopped_before_it_trains_says_what_is_kept_and_one_that_trains_ho
     with pytest.raises(SystemExit) as stop:
         train.main([*TINY, "--out", str(tmp_path / "run")])
     assert stop.value.code == 130 and "if an epoch was finished, --resume" in capsys.readouterr().out
-    assert command_to_resume("my run", True) == "python train.py --out 'my run' --resume --keep-going"
+    command = command_to_resume("my run", ["--keep-going"])
+    assert command == "python train.py --out 'my run' --resume --keep-going"
 
 
 class Evil:

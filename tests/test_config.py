@@ -153,9 +153,9 @@ def test_settings_that_make_no_sense_are_refused_by_value_limit_and_remedy(words
     [
         ("--pool-heads 2", "--pool simpool"),
         ("--ssl relvit --momentum 0.5", "--ssl dino"),
-        ("--ssl relvit --no-follow", "--ssl dino and --prior"),
+        ("--ssl relvit --no-follow", "--ssl dino or none and --prior"),
         ("--prior none --span-weight 2", "--prior"),
-        ("--prior none --no-follow", "--ssl dino and --prior"),
+        ("--prior none --no-follow", "--ssl dino or none and --prior"),
         ("--local-scale 0.1 0.2", "--local-crops-number"),
         ("--task classify --align none", "--task pretrain or --masks prior"),
         ("--task classify --momentum 0.5", "--task pretrain"),

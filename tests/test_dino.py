@@ -1,5 +1,6 @@
 """DINO computes the published numbers, trains only the student, and names a collapse."""
 
+import copy
 import math
 import os
 from pathlib import Path
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
-from dino import DINO, Collapse, CollapseMonitor, DINOHead, DINOLoss
+from dino import DINO, Collapse, CollapseMonitor, DINOHead, DINOLoss, koleo_loss
 from resnet import ResNet
 from vit import ViT
 
@@ -90,6 +92,39 @@ def test_a_teacher_with_batch_norm_normalises_by_its_own_batch():
     assert not dino.teacher.blocks[0].training and not any(m.training for m in dino.eval().teacher.modules())
 
 
+def test_koleo_is_the_mean_log_distance_to_the_nearest_neighbour_and_keeps_features_apart():
+    x = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    distances = torch.cdist(F.normalize(x, dim=1), F.normalize(x, dim=1)) + 9 * torch.eye(5)
+    torch.testing.assert_close(koleo_loss(x), -distances.min(dim=1).values.log().mean())
+    assert torch.autograd.gradcheck(koleo_loss, x) and koleo_loss(x[:1]) == 0
+    assert koleo_loss(torch.ones(2, 3)).isfinite()  # equal features
+    closer = (x - 0.01 * torch.autograd.grad(koleo_loss(x), x)[0]).detach()
+    assert koleo_loss(closer) < koleo_loss(x)
+
+
+def test_the_temperature_falls_so_that_the_entropy_of_the_teacher_has_a_ceiling():
+    loss, generator = DINOLoss(256), torch.Generator().manual_seed(0)
+    for spread in (1e-4, 0.1):
+        scores = spread * torch.randn(2, 64, 256, generator=generator) + torch.randn(256, generator=generator)
+        loss.center.copy_(scores.mean(dim=(0, 1))[None])
+        assert loss.temperature(scores, 0.04, 1.0) == 0.04
+        temperature = loss.temperature(scores, 0.04, 0.8)
+        entropy = torch.special.entr(loss.teacher_probabilities(scores, temperature)).sum(dim=-1).mean()
+        if spread < 0.01:
+            assert temperature < 0.04 and abs(entropy / math.log(256) - 0.8) < 0.02
+        else:
+            assert temperature == 0.04 and entropy < 0.8 * math.log(256)  # it falls only where it must
+
+
+def test_koleo_is_added_for_each_global_view_over_the_images_of_the_batch():
+    views, plain = [torch.rand(6, 1, 16, 16)], small_dino()
+    weighted = copy.deepcopy(plain)
+    weighted.koleo = 0.5
+    loss, (features,) = plain(views)
+    apart = (koleo_loss(features.pooled[:3]) + koleo_loss(features.pooled[3:])) / 2
+    torch.testing.assert_close(weighted(views)[0], loss + 0.5 * apart)
+
+
 # Collapse
 
 
@@ -110,14 +145,15 @@ def test_the_monitor_measures_entropy_kl_and_prototypes_in_use():
 
 def test_a_few_bad_steps_are_not_a_collapse_but_many_are_named_with_a_remedy():
     uniform, one = torch.full((8, 32), 1 / 32), torch.eye(32)[[3] * 8]
+    assert not monitored(uniform, steps=140).collapsed()  # it has not begun to learn
     monitor = monitored(uniform, steps=40)
     monitor.check()
     for _ in range(20):
         monitor.update(torch.eye(32)[:8])
     assert monitor.steps_below == 0
     for outputs, line in (
-        (uniform, "uniform: every image gets .* lower --teacher-temp"),
-        (one, "one prototype: every image gets .* raise --teacher-temp"),
+        (uniform, "uniform: every image gets .* a larger weight of KoLeo"),
+        (one, "one prototype: every image gets .* a higher teacher temperature"),
     ):
         with pytest.raises(Collapse, match=line):
             monitored(outputs).check()

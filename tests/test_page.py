@@ -93,7 +93,7 @@ def test_an_unknown_finding_is_not_called_absent():
     assert about == ["no finding (effusion: unknown).", "nodule (effusion: unknown).", "no finding."]
 
 
-def test_runs_write_a_page_with_a_score_for_each_image(span_run, tmp_path):
+def test_runs_write_a_page_with_a_score_for_each_image(span_run, few_test_images, tmp_path):
     run = shutil.copytree(span_run, tmp_path / "span")
     evaluate.main([str(run), "--only", "attention", "--html"])
     (span,) = data_in((run / "report.html").read_text())["runs"]

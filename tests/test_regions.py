@@ -12,7 +12,6 @@ from PIL import Image
 import train
 from common.data import load
 from common.regions import foreground, make_priors, mask_dice, mass_held, masks_held, prior_maps, priors_over
-from common.regions import register
 
 pytestmark = pytest.mark.usefixtures("few_test_images")
 
@@ -39,8 +38,9 @@ def test_priors_are_registered_to_each_image_unless_told_otherwise(monkeypatch):
     splits, reference, _ = load("phantom", 64, 0, 16)
     train_split, test = splits["train"], splits["test"]
     given = train_split, reference, 0.025
-    same = priors_over(test.images, "sample", *given, "none", "cpu")(torch.arange(8))
-    moved = priors_over(test.images, "sample", *given, "bend", "cpu")(torch.arange(8))
+    same, certain = priors_over(test.images, "sample", *given, "none", "cpu")(torch.arange(8))
+    moved, sure = priors_over(test.images, "sample", *given, "bend", "cpu")(torch.arange(8))
+    assert (certain == 1).all() and (sure > 0.5).all()
     assert same.shape == moved.shape == (8, 3, 64, 64) and torch.equal(same[0], same[7])
     true = test.masks.float()
     assert ((moved - true).square().mean() < (same - true).square().mean()).item()
@@ -50,11 +50,6 @@ def test_priors_are_registered_to_each_image_unless_told_otherwise(monkeypatch):
     assert {name: tuple(m.shape) for name, (m, _) in maps.items()} == {
         "prior": (8, 3, 64), "aligned prior, every pixel": (8, 3, 4096), "aligned prior": (8, 3, 64),
     }  # fmt: skip
-
-
-def test_images_are_registered_on_the_device_of_the_model():
-    theta, flow = register(torch.rand(1, 16, 16), torch.rand(2, 1, 16, 16), "bend", "meta")
-    assert theta.device.type == flow.device.type == "meta"
 
 
 # Equation (7)
@@ -122,13 +117,29 @@ def test_the_registered_prior_is_a_better_mask_than_chance():
     assert masks.shape == (32, 1, 64, 64) and mask_dice(masks, splits["train"]) > 0.85
 
 
-def test_images_without_all_regions_masks_have_no_foreground_and_too_few_with_them_are_refused():
+def test_images_without_masks_get_the_reference_s_by_registration_or_are_left_out(capsys):
+    """An image in which nothing agrees with the reference would teach what lies in its background."""
+    splits, reference, _ = load("phantom", 64, 0, 8)
+    train_split = splits["train"]
+    lacking = torch.tensor([i for i, name in enumerate(train_split.names) if name != reference])
+    train_split.has_masks[lacking] = False
+    train_split.images[lacking[0]] = torch.rand(1, 64, 64, generator=torch.Generator().manual_seed(0)) * 255
+    prior = "none", train_split, reference, 0.025, "bend", "cpu"
+    masks = foreground("data", splits, "phantom", None, prior, 1)
+    covered = masks.flatten(1).any(dim=1)
+    assert not covered[lacking[0]] and covered.sum() == 7
+    train_split.has_masks[covered] = True
+    assert mask_dice(masks, train_split) > 0.85
+    printed = capsys.readouterr().out
+    assert "masks for train 1 of 8 images. 6 others get those" in printed
+    assert "1, where this fails," in printed
+
+
+def test_without_any_mask_the_splits_that_have_some_are_named():
     splits = load("phantom", 64, 0, 4)[0]
-    splits["train"].has_masks[1] = False
-    masks = foreground("data", splits, "phantom", None, (), 3)
-    assert masks.flatten(1).any(dim=1).tolist() == [True, False, True, True]
-    with pytest.raises(ValueError, match="train 3 of 4, val 8 of 8, test 8 of 8; of train, 4 or more must"):
-        foreground("data", splits, "phantom", None, (), 4)
+    splits["train"].has_masks[:] = False
+    with pytest.raises(ValueError, match="train 0 of 4, val 8 of 8, test 8 of 8; one of train must"):
+        foreground("data", splits, "phantom", None, (), 2)
 
 
 def plain_folder(path, names=("a.png", "b.png", "c.png", "d.png"), size=(20, 30)):
@@ -156,7 +167,8 @@ def test_masks_of_another_tool_serve_data_that_has_none_and_it_is_said_for_how_m
     mask_file(tmp_path / "masks" / ".hidden" / "d.png")
     argv = [*SMALL, *"--isnet 1 --batch-size 2 --img-size 16 --data".split(), str(data)]
     train.main([*argv, "--masks", str(tmp_path / "masks"), "--out", str(tmp_path / "run")])
-    assert f"masks from {tmp_path / 'masks'}: of 3 of 4 training images\n" in capsys.readouterr().out
+    counts = "of 3 of 4 training images, the others are left"
+    assert f"masks from {tmp_path / 'masks'}: {counts}" in capsys.readouterr().out
     assert "mask_dice" not in metrics_of(tmp_path / "run")
 
 
@@ -168,7 +180,7 @@ def test_masks_of_test_images_alone_are_no_foreground_for_isnet(tmp_path, refuse
     for name in ("c.png", "d.png"):  # c.png moves to train as the reference image
         mask_file(data / "masks" / "heart" / name)
     argv = [*SMALL, "--isnet", "1", "--img-size", "16", "--data", str(data), "--out", str(tmp_path / "run")]
-    assert "train 1 of 3, val 0 of 0, test 1 of 1; of train, 2 or more must" in refused(train.main, *argv)
+    assert "1 of 3 training images have a mask that is not empty, but 2 must" in refused(train.main, *argv)
 
 
 @pytest.mark.parametrize(

@@ -9,16 +9,16 @@ from common.data import load
 
 def test_symbols_are_drawn_from_their_seed_into_a_folder_that_loads(tmp_path, monkeypatch):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        symbols.main([str(tmp_path / name), "--train", "2", "--size", "16", "--seed", str(seed)])
+        symbols.main([str(tmp_path / name), "--train", "2", "--size", "24", "--seed", str(seed)])
     a, b, c = ((tmp_path / name / "images" / "train_disc_0001.png").read_bytes() for name in "abc")
     assert a == b != c
-    splits, _, notes = load(str(tmp_path / "a"), 16)
+    splits, _, notes = load(str(tmp_path / "a"), 24)
     assert [len(data.names) for data in splits.values()] == [20, 200, 1000]
-    assert sorted(splits["train"].findings) == sorted(symbols.CLASSES) and not notes
+    assert sorted(splits["train"].findings) == sorted(symbols.SYMBOLS) and not notes
     assert (splits["train"].labels.sum(dim=0) == 2).all() and splits["train"].images.shape[1] == 3
 
 
-@pytest.mark.parametrize("flags", ["--train 0", "--size 4", "--seed -1", ""])
+@pytest.mark.parametrize("flags", ["--train 0", "--size 23", "--seed -1", ""])
 def test_a_folder_that_is_not_empty_and_sizes_out_of_range_are_refused(flags, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(SystemExit) as stop:
@@ -30,6 +30,6 @@ def test_a_folder_that_is_not_empty_and_sizes_out_of_range_are_refused(flags, tm
 
 def test_every_symbol_shows_and_differs_from_the_others():
     v, u = np.mgrid[:40, :40] / 20 - 1
-    drawn = np.stack([symbols.symbol(kind, u, v) for kind in symbols.CLASSES])
+    drawn = np.stack([symbols.symbol(kind, u, v) for kind in symbols.SYMBOLS])
     assert (abs(drawn.mean(axis=(1, 2)) - 0.5) < 0.4).all()
     assert ((drawn[:, None] != drawn).mean(axis=(2, 3)) + np.eye(len(drawn)) > 0.1).all()

@@ -26,6 +26,7 @@ from common.data import Data
 from common.models import build_encoder
 from common.phantom import REGIONS, phantom
 from common.processes import fail, from_first, join
+from common.regions import read_masses
 from dino import Collapse
 
 ROOT, SPEC = Path(__file__).parents[1], DataSpec(1, (), False, "")
@@ -152,7 +153,7 @@ def test_what_a_folder_lacks_is_said_in_one_line(tmp_path, refused):
     assert "add labels.csv" in refused(train.main, *SMALL, *where)
     for header, cells, flags, line in (
         ("split", ["test"], [*TINY, "--prior", "none"], "look at the column split"),
-        ("goitre", ["0", "1"], [*SMALL, "--isnet", "1"], "no training image has a mask"),
+        ("goitre", ["0", "1"], [*SMALL, "--isnet", "1"], "one of train must have them"),
         ("goitre", ["0", "1"], [*SMALL, "--marker", "1"], "only on phantoms"),
         ("label", ["cat"], SMALL, "have the same labels"),
     ):
@@ -178,9 +179,29 @@ def failed(capsys, *argv: str) -> str:
 
 
 def test_a_collapse_stops_the_run_and_keep_going_overrides(tmp_path, capsys):
-    argv = [*TINY, "--prior", "none", "--epochs", "30", "--teacher-temp", "5"]
-    assert "DINO has collapsed, uniform" in failed(capsys, *argv, "--out", str(tmp_path / "stopped"))
-    train.main([*argv, "--out", str(tmp_path / "on"), "--keep-going"])
+    argv = [*TINY, *"--epochs 160 --teacher-temp 5 --koleo 0 --max-entropy 1 --prior".split()]
+    assert "DINO has collapsed, uniform" in failed(capsys, *argv, "none", "--out", str(tmp_path / "stopped"))
+    train.main([*argv, "none", "--epochs", "1", "--out", str(tmp_path / "on"), "--keep-going"])
+
+
+def test_a_guided_run_goes_on_by_span_alone_when_dino_collapses_unless_it_is_strict(tmp_path, capsys):
+    argv = [*TINY, *"--epochs 160 --teacher-temp 5 --koleo 0 --max-entropy 1 --align none --out".split()]
+    train.main([*argv, str(tmp_path / "on")])
+    assert capsys.readouterr().out.count("SPAN goes on alone") == 1
+    history = [json.loads(line) for line in (tmp_path / "on" / "metrics.jsonl").open()]
+    assert "span_loss" in history[-1] and history[-1]["span_loss"] < 0.5 * history[0]["span_loss"]
+    assert history[-1]["loss"] == pytest.approx(3 * history[-1]["span_loss"], rel=1e-4)  # its weight is 3
+    assert "DINO has collapsed" in failed(capsys, *argv, str(tmp_path / "strict"), "--strict")
+    assert read_masses(tmp_path / "strict") and read_masses(tmp_path / "on")  # what --masks RUN needs
+
+
+def test_span_alone_needs_no_objective_beside_it_and_its_masks_serve_a_classifier(tmp_path, capsys, refused):
+    train.main([*TINY, *"--ssl none --epochs 2 --align none --out".split(), str(tmp_path / "alone")])
+    assert "span_loss" in (tmp_path / "alone" / "metrics.jsonl").read_text()
+    train.main([*SMALL, "--isnet", "1", "--masks", str(tmp_path / "alone"), "--out", str(tmp_path / "isnet")])
+    assert "masks from" in capsys.readouterr().out
+    alone = *TINY, *"--ssl none --prior none".split()
+    assert "--ssl none learns from a --prior" in refused(train.main, *alone)
 
 
 @pytest.mark.parametrize("bad", [lambda w: w.sum() * math.nan, lambda w: (w.sum() * 0).sqrt()])
@@ -201,7 +222,7 @@ def test_a_step_whose_loss_or_gradient_is_not_finite_changes_no_weight(bad):
 @pytest.mark.parametrize("words", ["", "--ssl relvit", "--task classify --isnet 1"])
 def test_an_absurd_learning_rate_ends_in_one_line_that_says_what_to_lower(words, tmp_path, capsys):
     argv = [*TINY, *words.split(), "--lr", "1e9", "--epochs", "9", "--out", str(tmp_path / "run")]
-    assert re.search(r"train.py: .*[Ll]ower --lr", failed(capsys, *argv))
+    assert re.search(r"train.py: .*[Ll]ower (--lr|the learning rate)", failed(capsys, *argv))
 
 
 @pytest.mark.parametrize("where", ["train_step", "load_data"])

@@ -1,0 +1,203 @@
+"""Registration: where the regions of one labelled image lie in other images, found once and without labels.
+
+As published, SPAN's priors are the same for all images. These are warped to each image (theta: `crops.py`):
+
+    T_i   = argmax_T NCC(c(image_i), c(reference o T)),  T affine, c: local contrast           (1) `align`
+    f_i   = argmax_f NCC(c(image_i), c(reference o (T_i + f))) - stiffness |diff f|^2          (2) `bend`
+    s_i   = NCC(d(image_i), d(reference o T_i)) over the box around the regions                (3) `agreement`
+    T_i   = argmax_T s_i,  T a shift and a scale                                               (4) `find`
+
+(1) and (2) need images of one scene, which overlap from the start. Where they fail, (4) searches everywhere;
+d adds the local energy of c to c, since two different digits, say, share no more than that. The map with the
+larger s_i is taken. Where s_i is small neither has found anything, and `confidence` is low.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attention_priors import gaussian_blur
+
+WORKING_SIZE = 64  # pixels: images are registered at this size, for which blurs are given
+SCALES = (0.7, 0.8, 0.9, 1.0, 1.12, 1.25, 1.4)  # of objects in an image, relative to the reference's
+SEARCH_BELOW = 0.6  # s_i of `align` under which `find` is tried
+NOTHING, CERTAIN = 0.3, 0.5  # s_i is about 0.3 in images without the object, and 0.4 at most
+
+
+def align(reference: Tensor, images: Tensor, steps: int = 75) -> Tensor:
+    """Register a reference image (C, H, W) to images (B, C, H, W) by affine maps, equation (1).
+
+    Returns theta (B, 2, 3), from an image's coordinates to the reference's; each depends on its own image
+    alone. steps: of Adam, at each of two resolutions. Raises ValueError if the shapes differ.
+    """
+    if reference.shape != images.shape[1:]:
+        shapes = f"{tuple(reference.shape)}, images {tuple(images.shape[1:])}"
+        raise ValueError(f"the reference image is {shapes}: resize one")
+    theta = torch.eye(2, 3, device=images.device).repeat(len(images), 1, 1)
+    for blur in (4.0, 1.5):  # pixels, coarse to fine
+        source, target = _contrast(reference[None], blur), _contrast(images, blur)
+
+        def points(theta: Tensor) -> tuple[Tensor, float]:
+            return F.affine_grid(theta, target.shape, align_corners=False), 0.0
+
+        theta = _register(source, target, theta, points, steps, lr=0.03)
+    return theta
+
+
+def bend(
+    reference: Tensor, images: Tensor, theta: Tensor, steps: int = 60, knots: int = 8, stiffness: float = 1.0
+) -> Tensor:
+    """Refine affine maps theta (B, 2, 3) by smooth displacements, equation (2): deformable registration.
+
+    Returns flow (B, 2, knots, knots): displacements in the reference's coordinates [-1, 1], bicubic between
+    the knots. stiffness: weight of the mean squared difference of neighbouring knots.
+    """
+    source, target = _contrast(reference[None], 1.5), _contrast(images, 1.5)
+    affine = F.affine_grid(theta, target.shape, align_corners=False)  # (B, h, w, 2)
+
+    def points(flow: Tensor) -> tuple[Tensor, Tensor]:
+        across, down = (flow.diff(dim=dim).square().mean(dim=(1, 2, 3)) for dim in (3, 2))
+        return affine + _between(flow, target.shape[-2:]), stiffness * (across + down)
+
+    flat = torch.zeros(len(images), 2, knots, knots, device=images.device)
+    return _register(source, target, flat, points, steps, lr=0.02)
+
+
+def find(reference: Tensor, priors: Tensor, images: Tensor) -> Tensor:
+    """Search images (B, C, H, W) for the box around priors (R, H, W) of a reference (C, H, W), equation (4).
+
+    Returns theta (B, 2, 3), shifts and scales (SCALES), from an image's coordinates to the reference's.
+    """
+    x, y, width, height = _box(priors)
+    source, target = _detail(reference[None]), _detail(images)  # (1 or B, 2 C, h, w)
+    best, theta = torch.full((len(images),), -1.0).to(target), torch.zeros(len(images), 2, 3).to(target)
+    for scale in SCALES:
+        points = _points(x, y, width, height, scale * target.shape[-1]).to(target)  # (rows, columns, 2)
+        template = F.grid_sample(source, points[None], padding_mode="border", align_corners=False)
+        template = template - template.mean(dim=(2, 3), keepdim=True)
+        rows, columns = template.shape[2:]
+        padded = F.pad(
+            target, [columns // 2] * 2 + [rows // 2] * 2, mode="replicate"
+        )  # rows, columns are odd
+        mean, square = (F.avg_pool2d(v, (rows, columns), 1) for v in (padded, padded.square()))
+        variance = (square - mean.square()).sum(dim=1, keepdim=True).clamp_min(1e-12) * rows * columns
+        ncc = F.conv2d(padded, template) / (variance * template.square().sum()).sqrt()  # (B, 1, h, w)
+        (h, w), (value, place) = ncc.shape[2:], ncc.flatten(1).max(dim=1)
+        there = torch.stack([(place % w + 0.5) / w, (place // w + 0.5) / h], dim=1) * 2 - 1  # (B, 2)
+        shift = torch.tensor([x, y]).to(there) - there / scale
+        found = torch.cat([torch.eye(2).to(shift).expand(len(shift), 2, 2) / scale, shift[:, :, None]], dim=2)
+        theta = torch.where((value > best)[:, None, None], found, theta)
+        best = torch.maximum(value, best)
+    return theta
+
+
+def agreement(reference: Tensor, priors: Tensor, images: Tensor, theta: Tensor) -> Tensor:
+    """s_i (B,) in [-1, 1] of equation (3): how well theta (B, 2, 3) fits images (B, C, H, W) to a reference.
+
+    reference (C, H, W); priors (R, H, W), around whose box the images are compared.
+    """
+    source, target = _detail(reference[None]), _detail(images)
+    points = _points(*_box(priors), target.shape[-1]).to(target)  # (rows, columns, 2)
+    back = torch.linalg.pinv(theta[:, :, :2])  # from the reference to the image; of nothing, 0
+    moved = (points.flatten(0, 1) - theta[:, None, :, 2]) @ back.transpose(1, 2)  # (B, rows * columns, 2)
+    moved = moved.view(len(theta), *points.shape)
+    source = F.grid_sample(source, points[None], padding_mode="border", align_corners=False)
+    target = F.grid_sample(target, moved, padding_mode="border", align_corners=False)
+    a, b = ((v - v.mean(dim=(2, 3), keepdim=True)).flatten(1) for v in (source, target))
+    return F.cosine_similarity(a, b, dim=1)
+
+
+def register(
+    reference: Tensor, priors: Tensor, images: Tensor, deformable: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Register a reference image (C, H, W) with priors (R, H, W) to images (B, C, H, W).
+
+    Returns theta (B, 2, 3), flow (B, 2, k, k), 0 where `find` won or without deformation, and s (B,).
+    """
+    theta = align(reference, images)
+    s = agreement(reference, priors, images, theta)
+    flow = bend(reference, images, theta) if deformable else torch.zeros(len(images), 2, 1, 1).to(theta)
+    if len(hard := (s < SEARCH_BELOW).nonzero()[:, 0]):
+        found = find(reference, priors, images[hard])
+        s_found = agreement(reference, priors, images[hard], found)
+        better = s_found > s[hard]
+        theta[hard[better]], flow[hard[better]], s[hard[better]] = found[better], 0.0, s_found[better]
+    return theta, flow, s
+
+
+def confidence(agreement: Tensor) -> Tensor:
+    """Weights in [0, 1] of priors by their agreement (B,): 0 below NOTHING, 1 from CERTAIN on."""
+    return ((agreement - NOTHING) / (CERTAIN - NOTHING)).clamp(0, 1)
+
+
+def carry(priors: Tensor, theta: Tensor, flow: Tensor | None = None) -> Tensor:
+    """Warp the reference's priors (R, H, W) to images registered by theta and flow: (B, R, H, W)."""
+    shape = [len(theta), *priors.shape]
+    points = F.affine_grid(theta, shape, align_corners=False)
+    if flow is not None:
+        points = points + _between(flow, priors.shape[-2:])
+    return F.grid_sample(priors.float().expand(shape), points, padding_mode="zeros", align_corners=False)
+
+
+def _box(priors: Tensor) -> tuple[float, float, float, float]:
+    """Centre x, y and half width, height of the box around priors (R, H, W), in [-1, 1], with a margin."""
+    inside = (priors > priors.amax(dim=(1, 2), keepdim=True) / 2).any(dim=0)  # (H, W)
+    box = []
+    for dim in (0, 1):  # x, then y
+        covered = inside.any(dim=dim).nonzero()
+        first, last = (covered.min() / inside.shape[1 - dim], (covered.max() + 1) / inside.shape[1 - dim])
+        box.append((float(first + last - 1), float(last - first)))
+    (x, width), (y, height) = box
+    return x, y, 1.5 * width + 0.03, 1.5 * height + 0.03
+
+
+def _points(x: float, y: float, width: float, height: float, size: float) -> Tensor:
+    """Points (rows, columns, 2) over a box, as dense as the pixels of an image of `size` px; odd numbers."""
+    sides = []
+    for centre, half in ((y, height), (x, width)):
+        n = max(3, round(half * size) | 1)
+        sides.append(centre + torch.linspace(1 - n, n - 1, n) / size)
+    down, across = torch.meshgrid(*sides, indexing="ij")
+    return torch.stack([across, down], dim=2)
+
+
+def _detail(images: Tensor) -> Tensor:
+    """d: local contrast of images (B, C, H, W) and its local energy, each of deviation 1: (B, 2 C, h, w)."""
+    c = _contrast(images, 1.5, window=4.0)
+    maps = c, gaussian_blur(c.square(), 0.5).sqrt()
+    return torch.cat([m / m.std(dim=(1, 2, 3), keepdim=True).clamp_min(1e-6) for m in maps], dim=1)
+
+
+def _contrast(images: Tensor, blur: float, window: float = 8.0) -> Tensor:
+    """Local contrast c of images (B, C, H, W), at WORKING_SIZE, blurred and then subsampled.
+
+    It does not depend on exposure; borders of faint organs count as much as the bright outline of the body.
+    """
+    x = F.interpolate(images.float(), size=(WORKING_SIZE, WORKING_SIZE), mode="area")
+    x = gaussian_blur(x, blur)
+    noise = 0.3 * x.std(dim=(1, 2, 3), keepdim=True) + 1e-6  # weaker structures are not amplified
+    x = x - gaussian_blur(x, window)
+    x = x / (gaussian_blur(x.square(), window) + noise**2).sqrt()
+    return F.avg_pool2d(x, max(1, int(blur + 0.5)))
+
+
+@torch.enable_grad()
+def _register(source: Tensor, target: Tensor, start: Tensor, points, steps: int, lr: float) -> Tensor:
+    """Minimise penalty - NCC over x (B, ...) with Adam; points(x) returns the sampling grid and penalty."""
+    source, x = source.expand_as(target), start.clone().requires_grad_()
+    optimizer = torch.optim.Adam([x], lr=lr)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+        grid, penalty = points(x)
+        moved = F.grid_sample(source, grid, padding_mode="border", align_corners=False)
+        a, b = (v.flatten(1) - v.flatten(1).mean(dim=1, keepdim=True) for v in (moved, target))
+        loss = (penalty - F.cosine_similarity(a, b, dim=1, eps=1e-6)).sum()  # so each image's step is its own
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return x.detach()
+
+
+def _between(flow: Tensor, size: tuple[int, int]) -> Tensor:
+    """Displacements (B, 2, knots, knots) at every pixel: (B, h, w, 2)."""
+    return F.interpolate(flow, size=size, mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
