@@ -34,7 +34,7 @@ from common.checkpoint import start_run, write_file
 from common.classify import attention_seen, classification_loss, explained_target, natural_range
 from common.classify import supervised_layers, warn_if_constant
 from common.checks import check
-from common.config import Config, parse
+from common.config import EPOCHS, STEPS, Config, parse
 from common.data import Data, load, normalise, prepared, rows_at, select, to_device
 from common.measure import QUICK, report
 from common.models import build_model, lrp_rule, make_encoder
@@ -371,6 +371,9 @@ def begin(argv: list[str]) -> tuple:
     torch.manual_seed(config.seed)
     encoder = make_encoder(config, spec.channels)
     (all_masks, masks), train = foreground_masks(config, splits, reference), splits["train"]
+    if config.epochs is None:
+        steps = max(1, len(train.names) // config.batch_size)  # an epoch
+        config = replace(config, epochs=max(EPOCHS, math.ceil(STEPS[config.task] / steps)))
     model = build_model(config, spec, encoder, encoder.grid(train.images)).to(config.device)
     millions = sum(p.numel() for p in encoder.parameters()) / 1e6
     print(f"{millions:.2f} M weights in the encoder, on {config.device}")

@@ -33,6 +33,7 @@ DEFAULTS = {  # by --task, by --backbone, and by both
     # With larger gradients some ISNet runs do not learn; with a constant weight they learn the label less.
     "classify resnet": {"lr": 2e-3, "lrp_gamma": 3.0, "clip_grad": 0.1, "isnet_end": 0.1},
 }
+EPOCHS, STEPS = 15, {"pretrain": 350, "classify": 1000}  # at least, of a folder
 ENCODER = "backbone img_size patch_size embed_dim depth num_heads registers pool pool_heads simpool_gamma"
 PER_CALL = ("out", "overwrite", "resume", "keep_going", "strict", "device")  # --resume may change these
 PLACES = ("data", "init", "masks", "prior")  # ... and these, if a file or folder that they name has moved
@@ -124,7 +125,8 @@ class Config:
     pool: str = flag(None, "patches to one vector: CLS, mean, SimPool", choices=["cls", "gap", "simpool"])
     simpool_gamma: float = flag(None, "exponent of SimPool's mean", within=(0.1, 10), needs="pool=simpool")
     pool_heads: int = flag(None, "default: --num-heads if guided, else 1", within=COUNT, needs="pool=simpool")
-    epochs: int = flag(15, "passes over the training images", group="optimisation", within=COUNT)
+    epochs: int = flag(None, "passes over the training images (default: 15, or more for a small folder)",
+        group="optimisation", within=COUNT)
     batch_size: int = flag(None, "images a step", within=COUNT)
     accumulate: int = flag(1, "parts of a batch, one after the other, where memory is short")
     amp: bool = flag(False, "compute in bfloat16 where that is safe")
@@ -220,6 +222,8 @@ def parse(argv: list[str], doc: str = "") -> tuple[Config, set[str]]:
         values |= DEFAULTS.get(key, {})
     if task == "classify" and given.get("data", "phantom") == "phantom":
         values["findings"] = (FINDINGS[0],)
+    if given.get("data", "phantom") in ("phantom", "parts"):
+        values["epochs"] = EPOCHS  # a folder's are chosen when its images are counted
     values |= given
     if values["pool_heads"] is None:
         values["pool_heads"] = values["num_heads"] if task == "pretrain" and values["prior"] != "none" else 1

@@ -322,8 +322,8 @@ def read_masks(folder: Path, data: str | None, names: list[str], size: int) -> T
 
 
 def _read_images(paths: dict[str, Path], masks: dict[str, dict], size: int, notes: list[str]) -> Data:
-    def read(name: str) -> tuple[Tensor, Tensor] | DataError:
-        """An image (C, S, S) and its masks (R, S, S), or why it is skipped."""
+    def read(name: str) -> tuple[Tensor, Tensor, int] | DataError:
+        """An image (C, S, S), its masks (R, S, S), its shorter side in the file; or why it is skipped."""
         try:
             pixels = _decode(paths[name])
         except DataError as error:
@@ -332,7 +332,7 @@ def _read_images(paths: dict[str, Path], masks: dict[str, dict], size: int, note
         for mask, files in zip(own, masks.values()):
             if path := files.get(name):
                 mask[:] = _read_mask(path, path.parents[1], str(paths[name]), pixels.shape[:2], size)
-        return _to_tensor(pixels, size, size), own
+        return _to_tensor(pixels, size, size), own, min(pixels.shape[:2])
 
     with ThreadPoolExecutor(8) as threads:
         results = list(tqdm(threads.map(read, paths), "reading", len(paths), leave=False, delay=5))
@@ -340,7 +340,10 @@ def _read_images(paths: dict[str, Path], masks: dict[str, dict], size: int, note
     names = [name for name, result in zip(paths, results) if isinstance(result, tuple)]
     if not names:
         raise DataError(f"none of {len(paths)} images can be read; replace them ({notes[-1]})")
-    images, own = zip(*(result for result in results if isinstance(result, tuple)))
+    images, own, sides = zip(*(result for result in results if isinstance(result, tuple)))
+    if (side := int(np.median(sides))) >= max(128, 2 * size):
+        more = 224 if side >= 224 else 128
+        notes.append(f"images of {side} px become {size} px; --img-size {more} --patch-size 16 keeps more of them")
     channels = max(map(len, images))
     images = torch.stack([image.expand(channels, -1, -1) for image in images])  # (N, C, S, S)
     known = torch.tensor([bool(masks) and all(name in files for files in masks.values()) for name in names])

@@ -46,6 +46,13 @@ def folder(tmp_path):
     return tmp_path
 
 
+def test_of_large_images_it_is_noted_that_they_are_made_small(folder):
+    for name in "abcdef":
+        save(folder / "images" / f"{name}.png", grey().resize((300, 240)))
+    _, _, notes = load_folder(str(folder), 64)
+    assert notes == ["images of 240 px become 64 px; --img-size 224 --patch-size 16 keeps more of them"]
+
+
 def everything(folder, img_size: int = 16, **options):
     """{name: its Data} of all splits, the reference image and the notes."""
     splits, reference, notes = load_folder(folder, img_size, **options)

@@ -145,6 +145,17 @@ def test_a_folder_with_one_labelled_image_trains_with_a_line_an_epoch_and_says_w
     assert "img" not in error and (tmp_path / "run" / "attention.png").exists()
 
 
+def test_a_small_folder_is_passed_over_more_often_unless_epochs_are_typed(tmp_path, monkeypatch):
+    """24 images: 2 of them test, 4 validate, so an epoch has 2 steps of 8."""
+    data = folder_of_phantoms(tmp_path / "mine", masked=24)
+    monkeypatch.setattr(train, "EPOCHS", 2)
+    monkeypatch.setitem(train.STEPS, "pretrain", 5)
+    argv = [*TINY[:-2], "--prior", "none", "--data", str(data), "--out"]
+    for name, typed, epochs in (("more", [], 3), ("typed", ["--epochs", "1"], 1)):
+        train.main([*argv, str(tmp_path / name), *typed])
+        assert len((tmp_path / name / "metrics.jsonl").read_text().splitlines()) == epochs
+
+
 def test_what_a_folder_lacks_is_said_in_one_line(tmp_path, refused):
     data = folder_of_phantoms(tmp_path / "mine", masked=0)
     where = "--data", str(data), "--out", str(tmp_path / "run")
