@@ -27,6 +27,7 @@ PROBES = ["knn", "linear", "heads", "finetune"]
 DECAYS = [10.0**n for n in range(-5, 1)]
 FRACTIONS = (0.01, 0.05, 0.1, 0.25, 1.0)  # of the labels
 DRAWS = 5  # of each fraction below 1
+MANY = 5_000_000  # scores: a fit of more takes 3 weight decays and 30 steps
 STEPS = 100  # of fine-tuning, at least
 
 
@@ -52,21 +53,22 @@ def knn_scores(x: Tensor, labels: Tensor, queries: Tensor, k: int = 20, temperat
     Only images whose label is known vote on a finding; NaN if there is none.
     """
     similarity = F.normalize(queries, dim=1) @ F.normalize(x, dim=1).T  # (M, N)
-    votes = []
-    for label in labels.T:  # (N,)
-        known = ~label.isnan()
+    votes = torch.full((len(queries), labels.shape[1]), torch.nan, dtype=similarity.dtype)
+    patterns, group = (~labels.isnan()).T.unique(dim=0, return_inverse=True)  # (G, N), (K,)
+    for g in patterns.any(dim=1).nonzero()[:, 0].tolist():  # classes known of the same images share a search
+        known = patterns[g]
         near = similarity[:, known].topk(min(k, int(known.sum())), dim=1)
         weights = (near.values / temperature).softmax(dim=1)
-        vote = (weights * label[known][near.indices]).sum(dim=1)
-        votes.append(vote if known.any() else torch.full_like(vote, torch.nan))
-    return torch.stack(votes, dim=1)
+        for column in (group == g).nonzero()[:, 0].tolist():
+            votes[:, column] = (weights * labels[known, column][near.indices]).sum(dim=1)
+    return votes
 
 
-def linear_layer(x: Tensor, labels: Tensor, decay: float, multiclass: bool) -> nn.Linear:
+def linear_layer(x: Tensor, labels: Tensor, decay: float, multiclass: bool, steps: int = 200) -> nn.Linear:
     """Logistic regression of labels (N, K) on features x (N, D); the loss has decay / 2 * |weight|^2."""
     layer = nn.Linear(x.shape[1], labels.shape[1], dtype=x.dtype)
     layer.load_state_dict({name: torch.zeros_like(p) for name, p in layer.named_parameters()})
-    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=steps, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -97,8 +99,9 @@ def best_layer(x: dict[str, Tensor], splits: dict[str, Data], index: Tensor) -> 
     labels, val = splits["train"].labels, splits["val"]
     mean, deviation = x["train"].mean(dim=0), x["train"].std(dim=0, correction=0).clamp(min=1e-9)  # (D,)
     z, multiclass, layers = (x["train"][index] - mean) / deviation, is_multiclass(labels), []
-    for decay in tqdm(DECAYS, "fits", leave=False, disable=None):
-        layer = linear_layer(z, labels[index], decay, multiclass)
+    many = len(z) * labels.shape[1] > MANY  # thousands of classes: minutes a fit
+    for decay in tqdm(DECAYS[1::2] if many else DECAYS, "fits", leave=False, disable=None):
+        layer = linear_layer(z, labels[index], decay, multiclass, 30 if many else 200)
         layer.weight.div_(deviation)
         layer.bias.sub_(layer.weight @ mean)
         layers.append(layer)

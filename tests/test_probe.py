@@ -67,7 +67,7 @@ def test_the_weight_decay_is_chosen_on_validation_images(monkeypatch, better):
     labels["val"] = torch.eye(2)[(z["val"][:, :2] * better).argmax(dim=1)]
     splits = {split: Data(None, None, None, labels[split], [], [], []) for split in x}
 
-    def one_or_the_opposite(x, y, decay, multiclass):
+    def one_or_the_opposite(x, y, decay, multiclass, steps):
         layer = nn.Linear(6, 2).requires_grad_(False)
         layer.weight.copy_(torch.eye(2, 6) * (1 if decay == probe.DECAYS[2] else -1))
         layer.bias.zero_()
