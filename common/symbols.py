@@ -9,6 +9,7 @@ of every odd digit that is learned from; in the test images the even ones have i
 """
 
 import argparse
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--set", choices=SETS, default="symbols", help="default: symbols")
     parser.add_argument("--train", type=int, default=50, help="training images per class (default: 50)")
     parser.add_argument("--size", type=int, default=64, help="pixels per side (default: 64)")
+    parser.add_argument("--masks", type=int, help="only of so many training images, and of the test images")
     parser.add_argument("--marker", action="store_true", help="a shortcut, for digits")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     args = parser.parse_args(argv)
@@ -140,16 +142,15 @@ def main(argv: list[str] | None = None) -> None:
     (args.folder / "masks" / "object").mkdir(parents=True)
     (classes, draw), rows = SETS[args.set], [("file", "label", "split")]
     for s, (split, n) in enumerate({"train": args.train, "val": 20, "test": 100}.items()):
-        for k, kind in enumerate(classes):
-            for i in range(n):
-                name, rng = f"{split}_{kind}_{i:04d}.png", np.random.default_rng([args.seed, s, k, i])
-                image, mask = draw(kind, args.size, rng)
-                if args.marker and (k % 2 == 1) == (split != "test"):
-                    image[args.size // 32 : args.size // 8, -args.size // 8 : -args.size // 32] = 1
-                Image.fromarray((image.clip(0, 1) * 255).astype(np.uint8)).save(args.folder / "images" / name)
+        for drawn, (i, (k, kind)) in enumerate(product(range(n), enumerate(classes))):
+            name, rng = f"{split}_{kind}_{i:04d}.png", np.random.default_rng([args.seed, s, k, i])
+            image, mask = draw(kind, args.size, rng)
+            if args.marker and (k % 2 == 1) == (split != "test"):
+                image[args.size // 32 : args.size // 8, -args.size // 8 : -args.size // 32] = 1
+            Image.fromarray((image.clip(0, 1) * 255).astype(np.uint8)).save(args.folder / "images" / name)
+            if split == "test" or args.masks is None or split == "train" and drawn < args.masks:
                 Image.fromarray(mask).save(args.folder / "masks" / "object" / name)
-                label = ("even", "odd")[k % 2] if args.set == "digits" else kind
-                rows.append((name, label, split))
+            rows.append((name, ("even", "odd")[k % 2] if args.set == "digits" else kind, split))
     (args.folder / "labels.csv").write_text("".join(",".join(row) + "\n" for row in rows))
     print(f"drew {len(rows) - 1} images into {args.folder}")
 

@@ -99,6 +99,26 @@ def against_shortcuts() -> dict[str, str]:
     return runs
 
 
+def on_other_data() -> dict[str, str]:
+    """DINO on four kinds of images in three sizes; digits and a shortcut, with masks of 1, 10 or all images."""
+    runs, long = {}, {200: "--epochs 117", 850: "--epochs 27", 3000: "--epochs 8"}  # 350 steps each
+    for n, epochs in long.items():
+        drawn = {kind: f"--data {kind} --train-images {n}" for kind in ("phantom", "parts")}
+        folders = {kind: f"--data data/{kind}{n // 10}-{{seed}}" for kind in ("symbols", "digits")}
+        for kind, data in (drawn | folders).items():
+            runs[f"steady_{kind}_{n}"] = f"{data} --prior none {epochs}"
+    blind = {"plain": "", "isnet": "--isnet 3", "swap": "--baseline swap"}
+    for masks, data in {"one": "digits85m1", "ten": "digits85m10", "all": "digits85"}.items():
+        label = f"--data data/{data}-{{seed}} --task classify"
+        for how, flags in blind.items():
+            runs[f"digits_{how}_{masks}"] = f"{label} {flags}".strip()
+    del runs["digits_plain_one"], runs["digits_plain_ten"]  # the same as with all
+    runs["digits_span"] = "--data data/digits85m1-{seed}"
+    for how in ("isnet", "swap"):
+        runs[f"digits_{how}_attention"] = f"{runs[f'digits_{how}_one']} --masks runs/digits_span-{{seed}}"
+    return runs
+
+
 def seeded(experiments: dict[str, str], seeds: Iterable[int] = (0, 1, 2)) -> dict[str, str]:
     """{experiment: flags} as {experiment-seed: flags}; {seed} in the flags becomes the seed."""
     runs = {(name, seed): flags.format(seed=seed) for seed in seeds for name, flags in experiments.items()}
@@ -113,6 +133,7 @@ RUNS = MAIN | seeded(against_shortcuts()) | seeded(CHANGED, [0])
 for name, flags in RUNS.items():
     if "--task classify" not in flags and "--ssl relvit" not in flags:
         RUNS[name] = f"{flags} --koleo 0 --max-entropy 1"  # the results are of DINO as published
+RUNS |= seeded(on_other_data(), range(5))
 # The runs that a run starts from, or whose attention becomes its masks.
 NEEDED = {name: set(re.findall(r"runs/(\S+)", flags)) for name, flags in RUNS.items()}
 QUICK = r"(span|dino|(unmarked|plain|isnet)_resnet|resnet_simpool_labels|(?!.*_long_).*_symbols50)-0"
@@ -157,10 +178,12 @@ def train(names: list[str]) -> None:
     """Draw the data that these runs need, and train them: last those that start from another run."""
     (ROOT / "runs").mkdir(exist_ok=True)
     flags = " ".join(RUNS[name] for name in names)
-    for folder, n, seed in sorted(set(re.findall(r"(data/symbols(\d+)-(\d))", flags))):
+    names_of_folders = r"(data/(symbols|scenes|digits)(\d+)(?:m(\d+))?-(\d+))"
+    for folder, kind, n, masks, seed in sorted(set(re.findall(names_of_folders, flags))):
         if not (ROOT / folder / "labels.csv").exists():
             shutil.rmtree(ROOT / folder, ignore_errors=True)  # drawn in part
-            python("-m", "common.symbols", folder, "--train", n, "--seed", seed)
+            words = ["--set", kind, "--train", n, "--seed", seed, *["--marker"] * (kind == "digits")]
+            python("-m", "common.symbols", folder, *words, *(["--masks", masks] if masks else []))
     commands = {name: command(name, ROOT / "runs" / name) for name in names}
     for later in (False, True):
         two_at_a_time({n: words for n, words in commands.items() if words and bool(NEEDED[n]) == later})

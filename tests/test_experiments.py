@@ -35,7 +35,7 @@ def settings(words: list[str]) -> dict:
 
 def test_every_recorded_command_still_means_the_same_and_is_what_the_run_list_asks_for():
     golden = json.loads((ROOT / "tests/golden/settings.json").read_text())
-    assert golden.keys() == RESULTS.keys() == runs.RUNS.keys()
+    assert golden.keys() == RESULTS.keys() <= runs.RUNS.keys()
     for name, run in RESULTS.items():
         recorded = settings(shlex.split(run["command"])[2:])
         asked = settings(shlex.split(runs.RUNS[name])) | {key: recorded[key] for key in ("out", "overwrite")}

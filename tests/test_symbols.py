@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from common import symbols
 from common.data import load
@@ -26,6 +27,28 @@ def test_a_folder_that_is_not_empty_and_sizes_out_of_range_are_refused(flags, tm
     said = capsys.readouterr().err
     assert stop.value.code == 2 and ("they must be at least" if flags else "not empty") in said
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_digits_have_a_marker_that_turns_in_test_images_and_masks_for_as_many_as_asked(tmp_path):
+    symbols.main([str(tmp_path / "d"), *"--set digits --train 1 --marker --masks 3".split()])
+    splits, reference, _ = load(str(tmp_path / "d"), 64)
+    for split, agrees in (("train", True), ("val", True), ("test", False)):
+        odd = splits[split].labels[:, splits[split].findings.index("odd")] == 1
+        marked = splits[split].images[:, 0, 2:8, 56:62].flatten(1).min(dim=1).values == 255
+        assert torch.equal(marked, odd) == agrees and torch.equal(marked, ~odd) != agrees
+    assert [int(data.has_masks.sum()) for data in splits.values()] == [3, 0, 1000] and reference
+    area = splits["test"].masks.float().mean(dim=(1, 2, 3))
+    assert 0.05 < area.min() and area.max() < 0.25
+
+
+def test_scenes_hold_one_object_of_5_to_25_percent_and_look_different_in_and_around_it(tmp_path):
+    images, masks = zip(
+        *(symbols.draw_scene(kind, 64, np.random.default_rng(i)) for i, kind in enumerate(symbols.SHAPES * 4))
+    )
+    areas = np.array([mask.mean() for mask in masks])
+    assert 0.04 < areas.min() and areas.max() < 0.25 and images[0].shape == (64, 64, 3)
+    contrast = [np.abs(i[m].mean(axis=0) - i[~m].mean(axis=0)).max() for i, m in zip(images, masks)]
+    assert np.mean(contrast) > 0.15
 
 
 def test_every_symbol_shows_and_differs_from_the_others():
