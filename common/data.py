@@ -343,7 +343,8 @@ def _read_images(paths: dict[str, Path], masks: dict[str, dict], size: int, note
     images, own, sides = zip(*(result for result in results if isinstance(result, tuple)))
     if (side := int(np.median(sides))) >= max(128, 2 * size):
         more = 224 if side >= 224 else 128
-        notes.append(f"images of {side} px become {size} px; --img-size {more} --patch-size 16 keeps more of them")
+        flags = f"--img-size {more} --patch-size 16"
+        notes.append(f"images of {side} px become {size} px; {flags} keeps more of them")
     channels = max(map(len, images))
     images = torch.stack([image.expand(channels, -1, -1) for image in images])  # (N, C, S, S)
     known = torch.tensor([bool(masks) and all(name in files for files in masks.values()) for name in names])

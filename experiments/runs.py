@@ -100,7 +100,7 @@ def against_shortcuts() -> dict[str, str]:
 
 
 def on_other_data() -> dict[str, str]:
-    """DINO on four kinds of images in three sizes; digits and a shortcut, with masks of 1, 10 or all images."""
+    """DINO on four kinds of images in three sizes; a shortcut, with masks of 1, 10 or all images."""
     runs, long = {}, {200: "--epochs 117", 850: "--epochs 27", 3000: "--epochs 8"}  # 350 steps each
     for n, epochs in long.items():
         drawn = {kind: f"--data {kind} --train-images {n}" for kind in ("phantom", "parts")}

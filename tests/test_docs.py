@@ -17,7 +17,7 @@ from vit import ViT
 ROOT = Path(__file__).parents[1]
 DOCS = {path: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 TEXT = "\n".join(DOCS.values())
-ELSEWHERE = {"--standalone", "--nproc-per-node", "--quick", "--all"}  # of torchrun and reproduce.sh
+ELSEWHERE = {"--standalone", "--nproc-per-node", "--quick", "--set", "--masks"}  # of other programs
 
 
 def snippet(file: str) -> str:
