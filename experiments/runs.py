@@ -106,16 +106,15 @@ def on_other_data() -> dict[str, str]:
         drawn = {kind: f"--data {kind} --train-images {n}" for kind in ("phantom", "parts")}
         folders = {kind: f"--data data/{kind}{n // 10}-{{seed}}" for kind in ("symbols", "digits")}
         for kind, data in (drawn | folders).items():
-            runs[f"steady_{kind}_{n}"] = f"{data} --prior none {epochs}"
-    blind = {"plain": "", "isnet": "--isnet 3", "swap": "--baseline swap"}
-    for masks, data in {"one": "digits85m1", "ten": "digits85m10", "all": "digits85"}.items():
-        label = f"--data data/{data}-{{seed}} --task classify"
-        for how, flags in blind.items():
-            runs[f"digits_{how}_{masks}"] = f"{label} {flags}".strip()
-    del runs["digits_plain_one"], runs["digits_plain_ten"]  # the same as with all
-    runs["digits_span"] = "--data data/digits85m1-{seed}"
-    for how in ("isnet", "swap"):
-        runs[f"digits_{how}_attention"] = f"{runs[f'digits_{how}_one']} --masks runs/digits_span-{{seed}}"
+            runs[f"steady_{kind}_{n}"] = f"{data} --prior none {epochs} --keep-going"
+    data = "--data data/digits85-{seed}"
+    runs |= {"digits_span": data, "digits_plain": f"{data} --task classify"}
+    for how, flags in {"isnet": "--isnet 3", "swap": "--baseline swap"}.items():
+        label = f"{data} --task classify {flags}"
+        runs[f"digits_{how}_all"] = label
+        runs[f"digits_{how}_ten"] = label.replace("digits85", "digits85m10")
+        runs[f"digits_{how}_one"] = f"{label} --masks prior"
+        runs[f"digits_{how}_attention"] = f"{label} --masks runs/digits_span-{{seed}}"
     return runs
 
 

@@ -11,6 +11,7 @@ deviation over seeds; in brackets the difference to a reference with the same se
 import argparse
 import json
 import re
+from math import log
 from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
@@ -19,7 +20,8 @@ from common.checkpoint import write_file
 from experiments.claims import BACKBONES, KINDS, Claim, claims
 from experiments.runs import RESNET_CHANGES, ROOT, SPAN_CHANGES, VIT_CHANGES
 
-FILES = ["README.md", "results/README.md", "docs/isnet.md"]
+FILES = ["README.md", "results/README.md", "docs/isnet.md", "docs/collapse.md"]
+FLOOR = 0.02 * log(256)  # of the KL: lower is a collapse, see dino.CollapseMonitor
 STUDENT = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # 97.5 % quantile; 2 to 10 seeds
 AUC = ["auc_same", "auc_removed", "auc_flipped", "auc_unseen"]
 SHORTCUT = {
@@ -55,6 +57,17 @@ LOCALISATION = {  # title: experiment, and what is measured
     "**attention, one reference image**": ("span", "attention"),
     "attention, all masks": ("masks", "attention"),
     "DINO, best head chosen on validation images": ("dino", "attention"),
+}
+DIGITS = {  # masks of how many of 850 images, what is trained, and its experiment
+    "digits_plain": "plain",
+    "digits_swap_one": "1 mask: backgrounds swapped, masks registered",
+    "digits_swap_attention": "1 mask: backgrounds swapped, masks of SPAN's attention",
+    "digits_isnet_one": "**1 mask: ISNet, masks registered**",
+    "digits_isnet_attention": "**1 mask: ISNet, masks of SPAN's attention**",
+    "digits_swap_ten": "10 masks: backgrounds swapped, the others registered",
+    "digits_isnet_ten": "10 masks: ISNet, the others registered",
+    "digits_swap_all": "all masks: backgrounds swapped",
+    "digits_isnet_all": "all masks: ISNet",
 }
 READOUTS = {"linear": "linear layer", "heads": "each head's patches", "finetune": "fine-tuned"}
 # {table: what the names of its rows contain}; the first that fits
@@ -105,6 +118,7 @@ def layout() -> dict[str, tuple[str, list[Row]]]:
         for how, title in FEW_LABELS.items():
             alone = "" if how == "scratch" else f"scratch_symbols{n}"
             few.append(Row(f"{n} labels a class: {title}", f"{how}_symbols{n}", ["accuracy_same"], alone))
+    of_digits = ["auc_same", "accuracy_same", "relevance_share_same", "mask_dice"]
     pooling = ["attention_AP_heart", "knn_mAUC", "linear_mAUC"]
     labels = "mean AUC of findings; labels: | 1 % | 5 % | 10 % | 25 % | all"
     header = "AUC | shortcut as in training | removed | flipped | another one"
@@ -122,6 +136,10 @@ def layout() -> dict[str, tuple[str, list[Row]]]:
             [Row(title, run, pooling, other) for title, run, other in POOLINGS],
         ),
         "few_labels": ("symbols | accuracy", few),
+        "digits": (
+            "digits, marker flipped | AUC | accuracy | relevance in the square | Dice of masks",
+            [Row(title, run, of_digits) for run, title in DIGITS.items()],
+        ),
     }
 
 
@@ -220,6 +238,19 @@ def of_claims(runs: dict) -> dict[str, str]:
     return {"claims": markdown(header, rows, 2), "summary": markdown(also, summary, 2)}
 
 
+def of_steadiness(runs: dict) -> dict[str, str]:
+    """DINO alone, by kind and number of images: how many seeds collapsed, and the lowest KL, in nats."""
+    rows = []
+    for kind in ("phantom", "parts", "symbols", "digits"):
+        cells = []
+        for n in (200, 850, 3000):
+            kl = [x / 100 for x in points(runs, f"steady_{kind}_{n}", "kl").values()]
+            collapsed = sum(x < FLOOR for x in kl)
+            cells.append(f"{collapsed} of {len(kl)} ({min(kl):.2f})" if kl else "not measured")
+        rows.append([kind, *cells])
+    return {"steady": markdown("seeds collapsed (lowest KL) | 200 images | 850 | 3000", rows)}
+
+
 def of_costs(costs: dict[str, list[float]]) -> dict[str, str]:
     """Medians and quartiles of benchmark.py's ratios."""
     rows: dict[str, list] = {table: [] for table in COSTS}
@@ -234,7 +265,7 @@ def tables(runs: dict, costs: dict[str, list[float]]) -> dict[str, str]:
     seed_0 = {name: run for name, run in runs.items() if run["seed"] == 0}
     made = {name: compared(runs, *table) for name, table in layout().items()}
     made["failures"] = compared(seed_0, *layout()["failures"])
-    return of_claims(runs) | made | of_costs(costs)
+    return of_claims(runs) | made | of_steadiness(runs) | of_costs(costs)
 
 
 def fill(text: str, made: dict[str, str]) -> str:
@@ -250,15 +281,16 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="TABLE", default=[], help="print these; change nothing")
     args = parser.parse_args()
     costs = json.loads((ROOT / "results/benchmark.json").read_text())
+    known = json.loads((ROOT / "results/runs.json").read_text())
     runs = collect(args.runs or ROOT / "runs") if args.runs or args.only else None
-    made = tables(runs or json.loads((ROOT / "results/runs.json").read_text()), costs)
+    made = tables(runs if args.only else known | (runs or {}), costs)
     if not set(args.only) <= set(made):
         parser.error(f"--only: choose from {', '.join(made)}")
     if args.only:
         print("\n\n".join(made[name] for name in args.only))
         return
     if runs:
-        write_file(ROOT / "results/runs.json", runs)
+        write_file(ROOT / "results/runs.json", known | runs)  # others stay as they are
     for file in FILES:
         write_file(ROOT / file, fill((ROOT / file).read_text(), made))
 
