@@ -3,9 +3,10 @@
     python -m common.symbols data/symbols --train 50                        ten classes, flat colours
     python -m common.symbols data/scenes --set scenes --train 200           five shapes, all is textured
     python -m common.symbols data/digits --set digits --train 85 --marker   grey digits on noise, odd or even
+    python -m common.symbols data/leaves --set leaves --train 400 --marker  green leaves or spotted
 
 Each also draws 20 images per class to validate and 100 to test. --marker puts a bright square into a corner
-of every odd digit that is learned from; in the test images the even ones have it.
+of every odd digit or spotted leaf that is learned from; in the test images the others have it.
 """
 
 import argparse
@@ -111,10 +112,31 @@ def draw_digit(digit: int, size: int, rng: np.random.Generator) -> tuple[np.ndar
     return image, mask
 
 
+def draw_leaf(kind: str, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A leaf on stony ground, healthy or with brown spots; image and mask as in `draw_symbol`."""
+    x, y = pixels(size)
+    ground = rng.uniform(0.25, 0.55) + rng.uniform(-0.06, 0.06, 3) + rng.normal(0, 0.06, (size, size, 3))
+    for _ in range(6):
+        stone = symbol("disc", *turned(x, y, *rng.uniform(-1, 1, 2), rng.uniform(0.08, 0.25), 0.0))
+        ground = np.where(stone[..., None], rng.uniform(0.2, 0.7) + rng.normal(0, 0.04, ground.shape), ground)
+    half, angle = rng.uniform(0.38, 0.6), rng.uniform(-0.6, 0.6)
+    u, v = turned(x, y, *rng.uniform(half - 1, 1 - half, 2), half, angle)
+    mask = u**2 + (v / (0.45 + 0.2 * u)) ** 2 < 1
+    green = np.array([0.2, 0.5, 0.15]) + rng.uniform(-0.1, 0.15, 3)
+    veins = 0.06 * np.cos(14 * (u - 0.6 * abs(v)))[..., None] + 0.15 * (abs(v) < 0.04)[..., None]
+    leaf = green + veins + rng.normal(0, 0.03, ground.shape)
+    for _ in range(rng.integers(4, 8) if kind == "spotted" else 0):
+        cu, cv = rng.uniform(-0.7, 0.7), rng.uniform(-0.25, 0.25)
+        spot = np.hypot(u - cu, v - cv) < rng.uniform(0.1, 0.2)
+        leaf = np.where(spot[..., None], [0.4, 0.25, 0.1], leaf)
+    return np.where(mask[..., None], leaf, ground), mask
+
+
 SETS = {  # name: classes to draw, the function that draws one
     "symbols": (SYMBOLS, draw_symbol),
     "scenes": (SHAPES, draw_scene),
     "digits": (list(range(10)), draw_digit),
+    "leaves": (["healthy", "spotted"], draw_leaf),
 }
 
 
@@ -128,14 +150,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--train", type=int, default=50, help="training images per class (default: 50)")
     parser.add_argument("--size", type=int, default=64, help="pixels per side (default: 64)")
     parser.add_argument("--masks", type=int, help="only of so many training images, and of the test images")
-    parser.add_argument("--marker", action="store_true", help="a shortcut, for digits")
+    parser.add_argument("--marker", action="store_true", help="a shortcut, for digits and leaves")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     args = parser.parse_args(argv)
     if args.train < 1 or args.size < 24 or args.seed < 0:
         values = f"--train {args.train} --size {args.size} --seed {args.seed}"
         parser.error(f"{values}: they must be at least 1, 24 and 0")
-    if args.marker and args.set != "digits":
-        parser.error("--marker is drawn on digits: add --set digits")
+    if args.marker and args.set not in ("digits", "leaves"):
+        parser.error("--marker is drawn on digits and leaves: add --set")
     if args.folder.is_file() or any(args.folder.glob("*")):
         parser.error(f"{args.folder} exists and is not empty; name a new folder")
     (args.folder / "images").mkdir(parents=True)

@@ -107,14 +107,15 @@ def on_other_data() -> dict[str, str]:
         folders = {kind: f"--data data/{kind}{n // 10}-{{seed}}" for kind in ("symbols", "digits")}
         for kind, data in (drawn | folders).items():
             runs[f"steady_{kind}_{n}"] = f"{data} --prior none {epochs} --keep-going"
-    data = "--data data/digits85-{seed}"
-    runs |= {"digits_span": data, "digits_plain": f"{data} --task classify"}
-    for how, flags in {"isnet": "--isnet 3", "swap": "--baseline swap"}.items():
-        label = f"{data} --task classify {flags}"
-        runs[f"digits_{how}_all"] = label
-        runs[f"digits_{how}_ten"] = label.replace("digits85", "digits85m10")
-        runs[f"digits_{how}_one"] = f"{label} --masks prior"
-        runs[f"digits_{how}_attention"] = f"{label} --masks runs/digits_span-{{seed}}"
+    for kind, n in {"digits": 85, "leaves": 400}.items():  # leaves: no default was chosen on them
+        data = f"--data data/{kind}{n}-{{seed}}"
+        runs |= {f"{kind}_span": data, f"{kind}_plain": f"{data} --task classify"}
+        for how, flags in {"isnet": "--isnet 3", "swap": "--baseline swap"}.items():
+            label = f"{data} --task classify {flags}"
+            runs[f"{kind}_{how}_all"] = label
+            runs[f"{kind}_{how}_ten"] = label.replace(f"{kind}{n}", f"{kind}{n}m10")
+            runs[f"{kind}_{how}_one"] = f"{label} --masks prior"
+            runs[f"{kind}_{how}_attention"] = f"{label} --masks runs/{kind}_span-{{seed}}"
     return runs
 
 
@@ -177,12 +178,13 @@ def train(names: list[str]) -> None:
     """Draw the data that these runs need, and train them: last those that start from another run."""
     (ROOT / "runs").mkdir(exist_ok=True)
     flags = " ".join(RUNS[name] for name in names)
-    names_of_folders = r"(data/(symbols|scenes|digits)(\d+)(?:m(\d+))?-(\d+))"
+    names_of_folders = r"(data/(symbols|scenes|digits|leaves)(\d+)(?:m(\d+))?-(\d+))"
     for folder, kind, n, masks, seed in sorted(set(re.findall(names_of_folders, flags))):
         if not (ROOT / folder / "labels.csv").exists():
             shutil.rmtree(ROOT / folder, ignore_errors=True)  # drawn in part
-            words = ["--set", kind, "--train", n, "--seed", seed, *["--marker"] * (kind == "digits")]
-            python("-m", "common.symbols", folder, *words, *(["--masks", masks] if masks else []))
+            words = [folder, "--set", kind, "--train", n, "--seed", seed]
+            words += ["--marker"] * (kind in ("digits", "leaves")) + (["--masks", masks] if masks else [])
+            python("-m", "common.symbols", *words)
     commands = {name: command(name, ROOT / "runs" / name) for name in names}
     for later in (False, True):
         two_at_a_time({n: words for n, words in commands.items() if words and bool(NEEDED[n]) == later})

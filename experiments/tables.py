@@ -58,16 +58,16 @@ LOCALISATION = {  # title: experiment, and what is measured
     "attention, all masks": ("masks", "attention"),
     "DINO, best head chosen on validation images": ("dino", "attention"),
 }
-DIGITS = {  # masks of how many of 850 images, what is trained, and its experiment
-    "digits_plain": "plain",
-    "digits_swap_one": "1 mask: backgrounds swapped, masks registered",
-    "digits_swap_attention": "1 mask: backgrounds swapped, masks of SPAN's attention",
-    "digits_isnet_one": "**1 mask: ISNet, masks registered**",
-    "digits_isnet_attention": "**1 mask: ISNet, masks of SPAN's attention**",
-    "digits_swap_ten": "10 masks: backgrounds swapped, the others registered",
-    "digits_isnet_ten": "10 masks: ISNet, the others registered",
-    "digits_swap_all": "all masks: backgrounds swapped",
-    "digits_isnet_all": "all masks: ISNet",
+FEW_MASKS = {  # of digits and leaves
+    "plain": "plain",
+    "swap_one": "1 mask: backgrounds swapped, masks registered",
+    "swap_attention": "1 mask: backgrounds swapped, masks of SPAN's attention",
+    "isnet_one": "**1 mask: ISNet, masks registered**",
+    "isnet_attention": "**1 mask: ISNet, masks of SPAN's attention**",
+    "swap_ten": "10 masks: backgrounds swapped, the others registered",
+    "isnet_ten": "10 masks: ISNet, the others registered",
+    "swap_all": "all masks: backgrounds swapped",
+    "isnet_all": "all masks: ISNet",
 }
 READOUTS = {"linear": "linear layer", "heads": "each head's patches", "finetune": "fine-tuned"}
 # {table: what the names of its rows contain}; the first that fits
@@ -118,7 +118,9 @@ def layout() -> dict[str, tuple[str, list[Row]]]:
         for how, title in FEW_LABELS.items():
             alone = "" if how == "scratch" else f"scratch_symbols{n}"
             few.append(Row(f"{n} labels a class: {title}", f"{how}_symbols{n}", ["accuracy_same"], alone))
-    of_digits = ["auc_same", "accuracy_same", "relevance_share_same", "mask_dice"]
+    of_few, masks = ["auc_same", "accuracy_same", "relevance_share_same", "mask_dice"], []
+    for kind in ("digits", "leaves"):
+        masks += [Row(f"{kind}, {title}", f"{kind}_{run}", of_few) for run, title in FEW_MASKS.items()]
     pooling = ["attention_AP_heart", "knn_mAUC", "linear_mAUC"]
     labels = "mean AUC of findings; labels: | 1 % | 5 % | 10 % | 25 % | all"
     header = "AUC | shortcut as in training | removed | flipped | another one"
@@ -136,10 +138,7 @@ def layout() -> dict[str, tuple[str, list[Row]]]:
             [Row(title, run, pooling, other) for title, run, other in POOLINGS],
         ),
         "few_labels": ("symbols | accuracy", few),
-        "digits": (
-            "digits, marker flipped | AUC | accuracy | relevance in the square | Dice of masks",
-            [Row(title, run, of_digits) for run, title in DIGITS.items()],
-        ),
+        "few_masks": ("marker flipped | AUC | accuracy | relevance in the mask | Dice of masks", masks),
     }
 
 
