@@ -9,10 +9,9 @@ teacher's distribution over K prototypes; the teacher's weights are a moving ave
     theta_t <- lambda theta_t + (1 - lambda) theta_s
 
 Centring (c) and sharpening (small tau_t) balance each other. Without balance all images get the same output:
-collapse, which the loss does not show. On a few hundred images, or where crops of an image have little in
-common, it is the rule at any temperature. Two additions, both off in DINO as published, avoid it. KoLeo
-(Sablayrolles 2019, used by DINOv2) keeps the features z of a batch apart, and the temperature falls where the
-scores have too little spread s for it (ours: scores of deviation s have an entropy of about log K - s^2 / 2):
+collapse, which the loss does not show. On small data it is the rule. Two additions, both off in DINO as
+published, avoid it. KoLeo (Sablayrolles 2019, used by DINOv2) keeps the features z of a batch apart. tau_t
+falls where the scores have too small a deviation s: P_t has an entropy of about log K - (s / tau_t)^2 / 2.
 
     L_KoLeo = -mean_i log min_(j != i) |z_i - z_j|,  |z| = 1                                             (5)
     tau_t   = min(tau_t, s / sqrt(2 (1 - e) log K)),  so that mean h(P_t) is about e log K at most       (6)
@@ -102,7 +101,7 @@ class DINOLoss(nn.Module):
 
 
 def koleo_loss(features: Tensor) -> Tensor:
-    """Equation (5), a scalar, of features (B, D); 0 for a single image, which has no neighbour."""
+    """Equation (5), a scalar, of features (B, D) of the images on this device; 0 for a single one."""
     if len(features) < 2:
         return features.sum() * 0
     z = F.normalize(features, dim=1)
@@ -210,9 +209,8 @@ class DINO(nn.Module):
         from `crops.multi_crop`. layer: the block whose attention is in the Features.
         """
         features, B = [self.student(x, layer=layer) for x in views], len(views[0]) // 2
-        student = torch.cat([self.student_head(f.pooled) for f in features]).unflatten(
-            0, (-1, B)
-        )  # (V, B, K)
+        student = torch.cat([self.student_head(f.pooled) for f in features])
+        student = student.unflatten(0, (-1, B))  # (V, B, K)
         with torch.no_grad():
             teacher = self.teacher_head(self.teacher(views[0], layer=None).pooled).unflatten(0, (2, B))
         with torch.autocast(student.device.type, enabled=False):  # sums over images need float32

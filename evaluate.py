@@ -64,7 +64,7 @@ def read_metrics(out: Path) -> dict[str, float]:
     path = out / "metrics.json"
     try:
         return dict(json.loads(path.read_text())) if path.exists() else {}
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise ValueError(f"{path} is damaged: remove it to measure anew") from None
 
 

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -30,20 +30,17 @@ from tqdm import tqdm
 from attention_priors import guidance, span_loss
 from common.baselines import PENALTIES, swapped
 from common.checkpoint import Damaged, DataSpec, check_folder, check_spec, data_spec, restore, resumed, save
-from common.checkpoint import start_run, write_file
+from common.checkpoint import start_run
 from common.classify import attention_seen, classification_loss, explained_target, natural_range
-from common.classify import supervised_layers, warn_if_constant
+from common.classify import supervised_layers
 from common.checks import check
 from common.config import EPOCHS, STEPS, Config, parse
-from common.data import Data, load, normalise, prepared, rows_at, select, to_device
-from common.measure import QUICK, report
+from common.data import Data, load, normalise, prepared, rows_at, to_device
 from common.models import build_model, lrp_rule, make_encoder
-from common.page import print_tables
-from common.plots import curves, draw_maps
 from common.processes import average_gradients, command_to_resume, fail, from_first, join, rank, remedy_for
 from common.processes import stop_requests
-from common.regions import attention_masses, foreground, keep_masks, kept_masks, mask_dice, priors_over
-from common.runs import data_of, images_to_show, maps_of, measured_by
+from common.regions import check_foreground, foreground, keep_masks, kept_masks, priors_over
+from common.runs import data_of, finish, keep_masses
 from crops import multi_crop
 from dino import Collapse, CollapseMonitor, over_processes
 from isnet_lrp import foreground_loss, isnet_background, whole_patches
@@ -67,25 +64,25 @@ def load_data(config: Config) -> tuple[dict[str, Data], str | None]:
     return splits, reference
 
 
-def foreground_masks(config: Config, splits: dict[str, Data], reference: str | None) -> tuple:
-    """The foreground (N, 1, S, S) bool of all training images, and of those that stay; None if not needed.
+def foreground_masks(
+    config: Config, splits: dict[str, Data], reference: str | None
+) -> tuple[Tensor | None, Tensor]:
+    """The foreground (N, 1, S, S) bool of the training images, if it is needed, and which images stay (N,).
 
-    Images without a known foreground leave `splits`: they would teach the background. Raises ValueError.
+    Images without a known foreground would teach the background, so they do not. Raises ValueError.
     """
     train = splits["train"]
     if config.task != "classify" or not config.isnet and config.baseline in (None, "gated"):
-        return None, None
+        return None, torch.ones(len(train.names), dtype=torch.bool)
     if config.resume:
         masks = kept_masks(config.out, (*train.images[:, :1].shape,))
     else:
         prior = config.prior, train, reference, config.prior_blur, config.align, config.device
-        least = 2 if config.isnet else 1  # one image alone has no range of relevance
-        masks = foreground(config.masks, splits, config.data, config.init, prior, least)
-    known = masks.flatten(1).any(dim=1)  # (N,)
-    known = known | train.has_masks if config.masks == "data" else known
-    splits["train"] = select(train, known)
-    data_spec(splits["train"], True, config.data)  # refuses a single class
-    return masks, to_device(masks[known], config.device)
+        masks = from_first(foreground(config.masks, splits, config.data, config.init, prior))
+    stay = masks.flatten(1).any(dim=1)  # (N,)
+    stay = stay | train.has_masks if config.masks == "data" else stay
+    check_foreground(config.masks, train, stay)
+    return masks, stay
 
 
 # The objectives
@@ -202,8 +199,9 @@ def classifier_objective(
 
 
 def train(
-    config: Config, spec: DataSpec, model: nn.Module, images: Tensor, losses: Callable, saved: dict | None
-) -> list[dict]:
+    config: Config, spec: DataSpec, model: nn.Module, images: Tensor, losses: Callable, saved: dict | None,
+    after_save: Callable[[], None],
+) -> list[dict]:  # fmt: skip
     """Train on images (N, C, S, S) by an objective; returns the history, a row an epoch.
 
     All random numbers come from one generator, whose state is in every checkpoint: a run that was stopped
@@ -238,6 +236,7 @@ def train(
                 if over_processes(torch.tensor(float(stop.is_set()), device=index.device)):
                     if not rank():
                         save(config, spec, model, optimizer, generator, history, (order.cpu(), i + 1, sums))
+                        after_save()
                     if processes > 1:
                         dist.barrier()  # the first process that ends makes torchrun end the others
                     flags = ["--keep-going"] * config.keep_going + ["--strict"] * config.strict
@@ -248,6 +247,7 @@ def train(
             history.append({"epoch": epoch + 1, **means, "images_per_s": round(speed, 1)})
             if not rank():
                 save(config, spec, model, optimizer, generator, history)
+                after_save()
             if not terminal:
                 words = ", ".join(f"{name} {value:.3g}" for name, value in means.items())
                 print(f"epoch {epoch + 1}/{config.epochs}: {words}, {speed:.0f} img/s", flush=True)
@@ -281,9 +281,12 @@ def train_step(
     if isinstance(model, DINO):
         model.update_teacher(cosine(step, total, config.momentum, 1.0))
         monitor = model.health
-        if monitor.collapsed() and not collapsed and not config.keep_going:
-            warn_of_collapse(monitor, config.prior != "none" and not config.strict)
-        logged |= {"teacher_entropy": monitor.entropy, "kl": monitor.kl, "prototypes": monitor.prototypes()}
+        guided = config.prior != "none" and not config.strict
+        if monitor.collapsed() and not config.keep_going and not (collapsed and guided):
+            warn_of_collapse(monitor, guided)
+        if config.keep_going or not collapsed:
+            of_teacher = {"teacher_entropy": monitor.entropy, "kl": monitor.kl}
+            logged |= of_teacher | {"prototypes": monitor.prototypes()}
     values = torch.stack([torch.as_tensor(value, device=index.device).float() for value in logged.values()])
     return dict(zip(logged, over_processes(values).tolist()))
 
@@ -315,40 +318,6 @@ def cosine(step: int, total: int, first: float, last: float) -> float:
     return last + (first - last) * (1 + math.cos(math.pi * step / total)) / 2
 
 
-def pretrained(model: nn.Module) -> nn.Module:
-    """The encoder that is kept of DINO, RelViT, or guidance alone."""
-    return model.student if isinstance(model, DINO) else model.encoder
-
-
-def keep_masses(config: Config, model: nn.Module, train: Data, reference: str | None) -> None:
-    """Write what --masks RUN needs of a guided run."""
-    if config.task == "pretrain" and config.prior not in ("none", "masks") and not rank():
-        prior = config.prior, train, reference, config.prior_blur, config.span_layer
-        write_file(config.out / "attention_mass.json", attention_masses(pretrained(model).eval(), *prior))
-
-
-def finish(
-    config: Config, spec: DataSpec, model: nn.Module, splits: dict, reference: str, masks: Any, history: list
-) -> None:
-    """Measure on test images, print the tables, draw the pictures, write the metrics."""
-    train, picture = splits["train"], "heatmaps.png"
-    if config.task == "pretrain":
-        model, picture = pretrained(model), "attention.png"
-    measured = report(model, splits, QUICK, **measured_by(config, spec, model, splits, reference, {}))
-    print_tables({"": measured})
-    metrics = {name: value for name, value in history[-1].items() if name != "epoch"} | measured.metrics
-    if config.task == "classify":
-        warn_if_constant(history[-1], train.labels, spec.multiclass)
-        if masks is not None and train.has_masks.any():
-            metrics["mask_dice"] = mask_dice(masks.cpu(), train)
-    write_file(config.out / "metrics.json", {k: v for k, v in metrics.items() if math.isfinite(v)})
-    shown = images_to_show(config, splits, 6)
-    maps = maps_of(config, spec, model, shown.images, measured.heads, lrp_rule(config))
-    draw_maps(config.out / picture, shown, maps, signed=config.task == "classify")
-    curves(config.out / "curves.png", {config.out.name: history})
-    print(f"wrote {config.out}/{picture}, curves.png, metrics.json, last.pt")
-
-
 # The command line
 
 
@@ -370,22 +339,23 @@ def begin(argv: list[str]) -> tuple:
         check_spec(config.out, run.spec, spec, config.data)
     torch.manual_seed(config.seed)
     encoder = make_encoder(config, spec.channels)
-    (all_masks, masks), train = foreground_masks(config, splits, reference), splits["train"]
+    masks, kept = foreground_masks(config, splits, reference)
     if config.epochs is None:
-        steps = max(1, len(train.names) // config.batch_size)  # an epoch
+        steps = max(1, int(kept.sum()) // config.batch_size)  # an epoch
         config = replace(config, epochs=max(EPOCHS, math.ceil(STEPS[config.task] / steps)))
     model = build_model(config, spec, encoder, encoder.grid(train.images)).to(config.device)
     millions = sum(p.numel() for p in encoder.parameters()) / 1e6
     print(f"{millions:.2f} M weights in the encoder, on {config.device}")
-    images, spec = to_device(train.images, config.device), run.spec if run else spec
+    images, spec = to_device(train.images[kept], config.device), run.spec if run else spec
     if config.task == "classify":
-        labels = train.labels.to(config.device)
+        labels = train.labels[kept].to(config.device)
+        of_images = None if masks is None else to_device(masks[kept], config.device)
         if config.isnet and not run:
             settings = config.lr, config.batch_size, config.explain, lrp_rule(config), config.seed
-            measured = natural_range(model, images, masks, labels, *settings)
+            measured = natural_range(model, images, of_images, labels, spec.multiclass, *settings)
             spec = spec._replace(relevance_range=from_first(measured))
             print("C1 {:.4g}, C2 {:.4g}: total relevance of a plain classifier".format(*spec.relevance_range))
-        losses = classifier_objective(config, model, images, masks, labels, spec)
+        losses = classifier_objective(config, model, images, of_images, labels, spec)
     else:
         heads = config.pool_heads if config.pool == "simpool" else config.num_heads
         prior = config.prior, train, reference, config.prior_blur, config.align, config.device, heads
@@ -394,8 +364,8 @@ def begin(argv: list[str]) -> tuple:
         losses = objective(config, model, images, priors)
     if not run and not rank():
         start_run(config, spec, argv)
-        if all_masks is not None:
-            keep_masks(config.out, all_masks)
+        if masks is not None:
+            keep_masks(config.out, masks)
     return config, spec, model, splits, reference, masks, images, losses, run and run.checkpoint
 
 
@@ -407,10 +377,8 @@ def main(argv: list[str] | None = None) -> None:
         except (ValueError, OSError) as error:
             fail("train.py", error, 2)
         (config, spec, model, splits, reference, _), started = run, time.perf_counter()
-        try:
-            history = train(config, spec, model, images, losses, saved)
-        finally:  # also of a run that is stopped
-            keep_masses(config, model, splits["train"], reference)
+        followers = partial(keep_masses, config, model, splits["train"], reference)
+        history = train(config, spec, model, images, losses, saved, followers)
         if not saved or len(saved["history"]) < len(history):
             print(f"trained in {time.perf_counter() - started:.0f} s")
         if not rank():

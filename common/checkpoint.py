@@ -5,7 +5,7 @@
     metrics.jsonl        a line an epoch
     metrics.json         final metrics, flat names to numbers
     attention_mass.json  of heads guided by one prior: {region: share of the attention that its mask holds}
-    masks.pt             a classifier's foreground masks, unless they are the data's own
+    masks.pt             the foreground of a classifier's training images
 
 Every file is written beside its place and then moved there, so that a kill leaves the old one or the new one.
 Checkpoints are read with `weights_only=True`: one that would run code is refused.
@@ -30,7 +30,7 @@ from common.config import KEYWORDS, PER_CALL, PLACES, Config, as_config, as_json
 from common.data import Data
 from common.weights import reason
 
-FORMAT = 2  # of last.pt: what it holds, and what its settings mean
+FORMAT = 3  # of last.pt: what it holds, and what its settings mean
 WRITTEN = "last.pt metrics.jsonl metrics.json attention_mass.json masks.pt report.html".split()
 WRITTEN += [f"{name}.png" for name in "attention heatmaps curves compare compare_curves low_data".split()]
 

@@ -116,8 +116,8 @@ def attention_seen(encoder: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def natural_range(
-    model: Classifier, images: Tensor, masks: Tensor, labels: Tensor, lr: float, batch_size: int,
-    explain: str, rule: dict, seed: int,
+    model: Classifier, images: Tensor, masks: Tensor, labels: Tensor, multiclass: bool, lr: float,
+    batch_size: int, explain: str, rule: dict, seed: int,
 ) -> tuple[float, float]:  # fmt: skip
     """C1 and C2 of the foreground loss: `relevance_range` of a plain classifier's heatmaps.
 
@@ -125,7 +125,7 @@ def natural_range(
     of up to 512 images with masks (N, 1, S, S). Raises FloatingPointError if their relevance has no range.
     """
     plain, generator = copy.deepcopy(model).train(), Generator().manual_seed(seed)
-    optimizer, multiclass = torch.optim.AdamW(plain.parameters(), lr=lr), is_multiclass(labels)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=lr)
     for _ in range(WARM_UP):
         order = torch.randperm(len(images), generator=generator).to(labels.device)
         for index in order.split(batch_size):

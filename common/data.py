@@ -341,8 +341,9 @@ def _read_images(paths: dict[str, Path], masks: dict[str, dict], size: int, note
     if not names:
         raise DataError(f"none of {len(paths)} images can be read; replace them ({notes[-1]})")
     images, own, sides = zip(*(result for result in results if isinstance(result, tuple)))
-    if (side := int(np.median(sides))) >= max(128, 2 * size):
-        more = 224 if side >= 224 else 128
+    side = int(np.median(sides))
+    more = 224 if side >= 224 else 128
+    if side >= max(128, 2 * size) and more > size:
         flags = f"--img-size {more} --patch-size 16"
         notes.append(f"images of {side} px become {size} px; {flags} keeps more of them")
     channels = max(map(len, images))
@@ -397,7 +398,8 @@ def _choose_reference(data: Data, masks: dict, split: dict, name: str | None, no
             nearest = " and ".join(min(lacks, key=len))
             notes.append(f"no image has a mask in every region: {counts}; to complete one, add {nearest}")
         return None
-    name = name or min(complete, key=lambda n: SPLITS.index(split[n]))  # the first of them
+    empty = dict(zip(data.names, (~data.masks.flatten(2).any(dim=2)).any(dim=1).tolist())) if complete else {}
+    name = name or min(complete, key=lambda n: (SPLITS.index(split[n]), empty[n]))  # the first that shows all
     if name not in data.names:
         raise DataError(f"sample `{name}` is no readable image; use a name like `{data.names[0]}`")
     if name not in complete:

@@ -38,6 +38,8 @@ from common.models import load_model
 from common.registration import carry, confidence, register
 from common.weights import reason
 
+REFERENCES = 5  # images with masks that are registered to those without
+
 # Priors
 
 
@@ -73,12 +75,11 @@ def priors_over(
     images: Tensor, prior: str, train: Data, reference: str | None, blur: float, how: str, device: str,
     heads: int | None = None,
 ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:  # fmt: skip
-    """A function from indices (B,) of images (N, C, S, S) to the priors (B, R, S, S) over them, and to the
-    confidence (B,) in [0, 1] that they lie where they should, both on the device.
+    """A function from indices (B,) of images (N, C, S, S) to priors (B, R, S, S) and confidence (B,).
 
-    prior, reference, blur: as in `make_priors`; or "masks", those of all images, which are `train`'s then.
-    how: bend, affine or none registers the reference image to each image. heads: how many can be guided.
-    Raises ValueError.
+    Confidence is how sure it is, from 0 to 1, that the priors lie where they should. prior, reference, blur:
+    as in `make_priors`; or "masks", those of all images, which are `train`'s then. how: bend, affine or none
+    registers the reference image to each image. heads: how many can be guided. Raises ValueError.
     """
     certain = torch.ones(len(images), device=device)
     if prior == "masks":
@@ -106,8 +107,8 @@ def priors_over(
     theta, flow, agreement = map(torch.cat, zip(*registered))
     sure = confidence(agreement)  # (N,)
     if heads is not None and (lost := int((sure < 0.5).sum())):
-        count = f"{lost} of {len(images)} images"
-        print(f"note: the priors of {count} count less: little of the reference is found there")
+        counts = f"{lost} of {len(images)} images"
+        print(f"note: little of {printable(reference)} is found in {counts}; their priors count less")
     return lambda index: (carry(priors, theta[index], flow[index]), sure[index])
 
 
@@ -181,7 +182,7 @@ def read_masses(run: Path) -> dict[str, float]:
         plain = all(Path(name).name == name not in ("", "..") for name in masses)  # they become file names
         if masses and plain and all(0 <= mass <= 1 for mass in masses.values()):
             return masses
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         pass
     settings = load_run(run).config
     guided = settings.task == "pretrain" and settings.prior not in ("none", "masks")
@@ -229,56 +230,68 @@ def export_masks(
 
 
 def foreground(
-    source: str, splits: dict[str, Data], data: str, init: Path | None, prior: tuple, least: int
+    source: str, splits: dict[str, Data], data: str, init: Path | None, prior: tuple
 ) -> Tensor:
     """The foreground of the training images, (N, 1, S, S) bool, empty where there is none.
 
     source: data, prior, attention (of the run init), or a folder. prior: the arguments of `priors_over` after
-    images. least: how many images must have a foreground. Prints how many have one, and how well it agrees
-    with the data's own masks. Raises ValueError.
+    images. Prints how well the masks agree with the data's own. Raises ValueError.
     """
     train, folder = splits["train"], Path(init if source == "attention" else source)
     if source == "data":
-        counts = {s: f"{s} {int(splits[s].has_masks.sum())} of {len(splits[s].names)}" for s in SPLITS}
-        if not train.has_masks.any():
-            line = f"images with a mask for every region: {', '.join(counts.values())}"
-            raise ValueError(f"{line}; one of train must have them: add masks, or change labels.csv")
-        masks = train.has_masks[:, None, None, None] & train.masks.any(dim=1, keepdim=True)
-        if not train.has_masks.all():
-            others = train.images[~train.has_masks]
-            masks[~train.has_masks] = given = registered_masks(others, ("sample", *prior[1:]))
-            trusted = int(given.flatten(1).any(dim=1).sum())
-            print(f"warning: masks for {counts['train']} images. {trusted} others get those of the reference")
-            print(f"image, registered; {len(others) - trusted}, where this fails, are left out of training.")
+        own = train.has_masks
+        if not own.any():
+            counts = ", ".join(f"{s} {int(d.has_masks.sum())} of {len(d.names)}" for s, d in splits.items())
+            line = f"images with a mask for every region: {counts}; one of train must have them"
+            raise ValueError(f"{line}: add masks, or change labels.csv")
+        masks = own[:, None, None, None] & train.masks.any(dim=1, keepdim=True)
+        if not own.all():
+            print(f"warning: {int(own.sum())} of {len(own)} training images have masks, the others get these")
+            masks[~own] = registered_masks(train.images[~own], ("sample", *prior[1:]), REFERENCES)
     elif source == "prior":
         masks = registered_masks(train.images, prior)
-    elif (folder / "last.pt").is_file():
+    elif (folder / "config.json").is_file():
         masks = masks_of_run(folder, data, train.images)
     else:
         masks = read_masks(folder, None if data in DRAWN else data, train.names, train.images.shape[-1])
-    covered = int(masks.flatten(1).any(dim=1).sum())
-    if covered < least:
-        counts = f"{covered} of {len(masks)} training images have a mask that is not empty"
-        raise ValueError(f"--masks {source}: {counts}, but {least} must: look at some masks")
-    if source != "data":
-        line = f"masks from {source}: of {covered} of {len(masks)} training images"
-        if train.has_masks.any():
-            line += f"; Dice {100 * mask_dice(masks, train):.1f} % with those given"
-        print(line + (", the others are left out of training" if covered < len(masks) else ""))
+    if source != "data" and train.has_masks.any():
+        print(f"masks from {source}: Dice {100 * mask_dice(masks, train):.1f} % with those of the data")
     return masks
 
 
-def registered_masks(images: Tensor, prior: tuple) -> Tensor:
+def check_foreground(source: str, train: Data, stay: Tensor) -> None:
+    """Print how many training images stay (N,) since their foreground is known.
+
+    Raises ValueError if fewer than a tenth do, or none of a class: a classifier would learn nothing of it.
+    """
+    line = f"--masks {source}: the foreground of {int(stay.sum())} of {len(stay)} training images is known"
+    there, kept = ((labels == 1).any(dim=0) for labels in (train.labels, train.labels[stay]))
+    lost = [name for name, before, now in zip(train.findings, there, kept) if before and not now]
+    if lost or stay.sum() < max(2, len(stay) / 10):
+        of_class = f", of none with {', '.join(lost[:5])}" if lost else ""
+        raise ValueError(f"{line}{of_class}: add masks, or take those of a run by --masks RUN")
+    print(line + ("" if stay.all() else "; the others are left out of training"))
+
+
+def registered_masks(images: Tensor, prior: tuple, most: int = 1) -> Tensor:
     """Masks (M, 1, S, S) bool of images (M, C, S, S) by priors, empty where these can't be trusted.
 
-    prior: the arguments of `priors_over` after images. Raises ValueError.
+    prior: the arguments of `priors_over` after images. most: how many reference images are tried; an image
+    gets the masks of the one that is found best in it. Raises ValueError.
     """
-    over, masks = priors_over(images, *prior), []
-    for index in torch.arange(len(images)).split(BATCH):
-        priors, confidence = over(index)
-        trusted = (confidence >= 0.5)[:, None, None, None]
-        masks.append(((priors > 0.5) & trusted).any(dim=1, keepdim=True).cpu())  # (B, 1, S, S)
-    return torch.cat(masks)
+    source, train, reference, *how = prior
+    masks, best = torch.zeros_like(images[:, :1], dtype=torch.bool), torch.zeros(len(images))
+    complete = train.has_masks & train.masks.flatten(2).any(dim=2).all(dim=1) if most > 1 else []
+    others = [name for name, all_of_it in zip(train.names, complete) if all_of_it and name != reference]
+    for name in [reference, *others][:most]:
+        over = priors_over(images, source, train, name, *how)
+        for index in torch.arange(len(images), device=how[-1]).split(BATCH):
+            priors, confidence = (x.cpu() for x in over(index))
+            index = index.cpu()
+            better = confidence > best[index].clamp(min=0.49)
+            masks[index[better]] = (priors[better] > 0.5).any(dim=1, keepdim=True)
+            best[index[better]] = confidence[better]
+    return masks
 
 
 def masks_of_run(folder: Path, data: str, images: Tensor) -> Tensor:

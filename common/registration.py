@@ -21,7 +21,7 @@ from attention_priors import gaussian_blur
 WORKING_SIZE = 64  # pixels: images are registered at this size, for which blurs are given
 SCALES = (0.7, 0.8, 0.9, 1.0, 1.12, 1.25, 1.4)  # of objects in an image, relative to the reference's
 SEARCH_BELOW = 0.6  # s_i of `align` under which `find` is tried
-NOTHING, CERTAIN = 0.3, 0.5  # s_i is about 0.3 in images without the object, and 0.4 at most
+NOTHING, CERTAIN = 0.4, 0.5  # s_i is 0.2 to 0.4 in noise, but up to 0.6 where another object lies
 
 
 def align(reference: Tensor, images: Tensor, steps: int = 75) -> Tensor:
@@ -126,7 +126,7 @@ def register(
 
 
 def confidence(agreement: Tensor) -> Tensor:
-    """Weights in [0, 1] of priors by their agreement (B,): 0 below NOTHING, 1 from CERTAIN on."""
+    """Weights in [0, 1] of priors by their agreement (B,): 0 up to NOTHING, 1 from CERTAIN on."""
     return ((agreement - NOTHING) / (CERTAIN - NOTHING)).clamp(0, 1)
 
 

@@ -1,4 +1,4 @@
-"""Runs and files of weights, loaded to be measured side by side, and what they show."""
+"""Runs: what they write at their end, and how they are loaded to be measured side by side."""
 
 import math
 from dataclasses import replace
@@ -8,15 +8,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from common.checkpoint import DataSpec, check_spec, data_spec, load_run
-from common.classify import is_multiclass
+from common.checkpoint import DataSpec, check_spec, data_spec, load_run, write_file
+from common.classify import is_multiclass, warn_if_constant
 from common.config import Config, parse
 from common.data import DRAWN, Data, load, select
 from common.explain import attention_of, decisions, explained_class, has_attention, relevance_of
-from common.measure import scores_in
+from common.measure import QUICK, report, scores_in
 from common.models import build_encoder, load_model, lrp_rule, start_from
-from common.page import Looks
-from common.regions import prior_maps
+from common.page import Looks, print_tables
+from common.plots import curves, draw_maps
+from common.regions import attention_masses, mask_dice, prior_maps
+from dino import DINO
 
 ON_PAGE = 60  # images on the page
 
@@ -142,6 +144,43 @@ def heads_of(encoder: nn.Module, layer: int, images: Tensor, heads: dict[str, in
     if others:
         titles |= {f"head {h}": h for h in range(attention.shape[1]) if h not in heads.values()}
     return {title: attention[:, h] for title, h in titles.items()}
+
+
+def pretrained(model: nn.Module) -> nn.Module:
+    """The encoder that is kept of DINO, RelViT, or guidance alone."""
+    return model.student if isinstance(model, DINO) else model.encoder
+
+
+def keep_masses(config: Config, model: nn.Module, train: Data, reference: str | None) -> None:
+    """Write what --masks RUN needs of a guided run, beside each checkpoint."""
+    if config.task == "pretrain" and config.prior not in ("none", "masks"):
+        prior, training = (config.prior, train, reference, config.prior_blur), model.training
+        masses = attention_masses(pretrained(model).eval(), *prior, config.span_layer)
+        write_file(config.out / "attention_mass.json", masses)
+        model.train(training)
+
+
+def finish(
+    config: Config, spec: DataSpec, model: nn.Module, splits: dict, reference: str | None,
+    masks: Tensor | None, history: list[dict],
+) -> None:  # fmt: skip
+    """Measure on test images, print the tables, draw the pictures, write the metrics."""
+    train, picture = splits["train"], "heatmaps.png"
+    if config.task == "pretrain":
+        model, picture = pretrained(model), "attention.png"
+    measured = report(model, splits, QUICK, **measured_by(config, spec, model, splits, reference, {}))
+    print_tables({"": measured})
+    metrics = {name: value for name, value in history[-1].items() if name != "epoch"} | measured.metrics
+    if config.task == "classify":
+        warn_if_constant(history[-1], train.labels, spec.multiclass)
+        if masks is not None and config.masks != "data" and train.has_masks.any():
+            metrics["mask_dice"] = mask_dice(masks, train)
+    write_file(config.out / "metrics.json", {k: v for k, v in metrics.items() if math.isfinite(v)})
+    shown = images_to_show(config, splits, 6)
+    maps = maps_of(config, spec, model, shown.images, measured.heads, lrp_rule(config))
+    draw_maps(config.out / picture, shown, maps, signed=config.task == "classify")
+    curves(config.out / "curves.png", {config.out.name: history})
+    print(f"wrote {config.out}/{picture}, curves.png, metrics.json, last.pt")
 
 
 def looks_of(

@@ -11,6 +11,7 @@ import torch
 import evaluate
 import train
 from common.checkpoint import load_run
+from common import runs
 from common.runs import images_to_show
 
 TINY = "--train-images 32 --embed-dim 24 --depth 1 --num-heads 3 --batch-size 8 --epochs 2".split()
@@ -28,7 +29,7 @@ def few_images() -> Iterator[None]:
     real = images_to_show
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("common.data.DRAWN_SIZES", {"val": 8, "test": 8})
-        for script in (train, evaluate):
+        for script in (runs, evaluate):
             patch.setattr(script, "images_to_show", lambda config, splits, n: real(config, splits, 1))
         yield
 

@@ -127,7 +127,7 @@ def test_training_with_isnet_leaves_a_plain_model_behind():
 def test_c1_and_c2_are_found_from_the_images_with_masks_and_leave_the_model_as_it_was():
     model, images = Classifier(ENCODERS["vit"](), 1), torch.randint(256, (8, 1, 16, 16), dtype=torch.uint8)
     before, rule = copy.deepcopy(model.state_dict()), {"epsilon": 0.01, "signed": True}
-    arguments = model, images, middle(4), LABELS, 1e-3, 4, "selective", rule, 0
+    arguments = model, images, middle(4), LABELS, False, 1e-3, 4, "selective", rule, 0
     c1, c2 = natural_range(*arguments)
     assert 0 < c1 < c2 and (c1, c2) == natural_range(*arguments)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

@@ -10,8 +10,10 @@ from conftest import SMALL, metrics_of
 from PIL import Image
 
 import train
-from common.data import load
-from common.regions import foreground, make_priors, mask_dice, mass_held, masks_held, prior_maps, priors_over
+from common.data import Data, load
+from common.regions import check_foreground, foreground, make_priors, mask_dice, mass_held, masks_held
+from common.regions import prior_maps, priors_over, registered_masks
+from common.symbols import draw_digit
 
 pytestmark = pytest.mark.usefixtures("few_test_images")
 
@@ -107,13 +109,13 @@ def test_attention_masks_train_a_classifier_of_either_kind_and_their_quality_is_
         assert metrics["background"] > 0 and 100 * metrics["mask_dice"] == pytest.approx(said, abs=0.06)
     started = "--task classify --isnet 1 --train-images 32 --epochs 1 --masks attention --init".split()
     train.main([*started, str(span_run), "--out", str(tmp_path / "init")])
-    assert "masks from attention: of 32 of 32 training images; Dice" in capsys.readouterr().out
+    assert "the foreground of 32 of 32 training images is known" in capsys.readouterr().out
 
 
 def test_the_registered_prior_is_a_better_mask_than_chance():
     splits, reference, _ = load("phantom", 64, 0, 32)
     prior = "sample", splits["train"], reference, 0.025, "bend", "cpu"
-    masks = foreground("prior", splits, "phantom", None, prior, 1)
+    masks = foreground("prior", splits, "phantom", None, prior)
     assert masks.shape == (32, 1, 64, 64) and mask_dice(masks, splits["train"]) > 0.85
 
 
@@ -125,21 +127,46 @@ def test_images_without_masks_get_the_reference_s_by_registration_or_are_left_ou
     train_split.has_masks[lacking] = False
     train_split.images[lacking[0]] = torch.rand(1, 64, 64, generator=torch.Generator().manual_seed(0)) * 255
     prior = "none", train_split, reference, 0.025, "bend", "cpu"
-    masks = foreground("data", splits, "phantom", None, prior, 1)
+    masks = foreground("data", splits, "phantom", None, prior)
     covered = masks.flatten(1).any(dim=1)
+    assert "1 of 8 training images have masks, the others get these" in capsys.readouterr().out
+    check_foreground("data", train_split._replace(labels=torch.ones(8, 1)), covered)
+    line = "the foreground of 7 of 8 training images is known; the others are left out"
+    assert line in capsys.readouterr().out
     assert not covered[lacking[0]] and covered.sum() == 7
     train_split.has_masks[covered] = True
     assert mask_dice(masks, train_split) > 0.85
-    printed = capsys.readouterr().out
-    assert "masks for train 1 of 8 images. 6 others get those" in printed
-    assert "1, where this fails," in printed
+
+
+def test_a_class_whose_images_would_all_be_left_out_is_named():
+    few = load("phantom", 64, 0, 4)[0]["train"]
+    few = few._replace(labels=torch.eye(2)[[0, 0, 0, 1]], findings=["well", "ill"])
+    with pytest.raises(ValueError, match="3 of 4 training images is known, of none with ill: add masks"):
+        check_foreground("prior", few, torch.tensor([True, True, True, False]))
+    many = load("phantom", 64, 0, 40)[0]["train"]
+    with pytest.raises(ValueError, match="3 of 40 training images is known"):
+        check_foreground("prior", many._replace(labels=torch.ones(40, 1)), torch.arange(40) < 3)
+
+
+def test_an_image_without_masks_gets_those_of_the_reference_that_is_found_best_in_it():
+    drawn = [draw_digit(d, 64, np.random.default_rng(d)) for d in range(4)]
+    images, masks = (torch.from_numpy(np.stack(part))[:, None] for part in zip(*drawn))
+    images = (255 * images.clamp(0, 1)).to(torch.uint8)
+    images[0] = torch.randint(80, (1, 64, 64), generator=torch.Generator().manual_seed(0))  # noise alone
+    known, names = torch.tensor([True, True, False, False]), list("abcd")
+    data = Data(images, masks, known, None, names, ["object"], [])
+    prior = "sample", data, "a", 0.0, "bend", "cpu"
+    of_noise, of_both = (registered_masks(images[2:], prior, most) for most in (1, 2))
+    assert not of_noise.any()
+    both, sizes = (of_both & masks[2:]).sum(), of_both.sum() + masks[2:].sum()
+    assert 2 * both / sizes > 0.8
 
 
 def test_without_any_mask_the_splits_that_have_some_are_named():
     splits = load("phantom", 64, 0, 4)[0]
     splits["train"].has_masks[:] = False
     with pytest.raises(ValueError, match="train 0 of 4, val 8 of 8, test 8 of 8; one of train must"):
-        foreground("data", splits, "phantom", None, (), 2)
+        foreground("data", splits, "phantom", None, ())
 
 
 def plain_folder(path, names=("a.png", "b.png", "c.png", "d.png"), size=(20, 30)):
@@ -167,8 +194,8 @@ def test_masks_of_another_tool_serve_data_that_has_none_and_it_is_said_for_how_m
     mask_file(tmp_path / "masks" / ".hidden" / "d.png")
     argv = [*SMALL, *"--isnet 1 --batch-size 2 --img-size 16 --data".split(), str(data)]
     train.main([*argv, "--masks", str(tmp_path / "masks"), "--out", str(tmp_path / "run")])
-    counts = "of 3 of 4 training images, the others are left"
-    assert f"masks from {tmp_path / 'masks'}: {counts}" in capsys.readouterr().out
+    line = f"--masks {tmp_path / 'masks'}: the foreground of 3 of 4 training images is known; the others are"
+    assert line in capsys.readouterr().out
     assert "mask_dice" not in metrics_of(tmp_path / "run")
 
 
@@ -180,13 +207,13 @@ def test_masks_of_test_images_alone_are_no_foreground_for_isnet(tmp_path, refuse
     for name in ("c.png", "d.png"):  # c.png moves to train as the reference image
         mask_file(data / "masks" / "heart" / name)
     argv = [*SMALL, "--isnet", "1", "--img-size", "16", "--data", str(data), "--out", str(tmp_path / "run")]
-    assert "1 of 3 training images have a mask that is not empty, but 2 must" in refused(train.main, *argv)
+    assert "the foreground of 1 of 3 training images is known" in refused(train.main, *argv)
 
 
 @pytest.mark.parametrize(
     "damage, line",
     [
-        (lambda data, masks: mask_file(masks / "a.png", value=0), "0 of 4 training images have a mask"),
+        (lambda data, masks: mask_file(masks / "a.png", value=0), "the foreground of 0 of 4 training images"),
         (lambda data, masks: mask_file(masks / "a.png", size=(30, 20)), "is 20 x 30 px but its image"),
         (lambda data, masks: (masks / "images").mkdir(parents=True), "holds images"),
         (lambda data, masks: mask_file(data / "images" / "a.jpg") or mask_file(masks / "a.png"), "rename"),
