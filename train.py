@@ -170,7 +170,7 @@ def classifier_objective(
             with torch.autocast(x.device.type, torch.bfloat16, enabled=config.amp):
                 logits = model(x)
             return classification_loss(logits.float(), y, multiclass), {}
-        masked = m.flatten(1).any(dim=1)  # images without a mask have the classification loss alone
+        masked = m.flatten(1).any(dim=1)  # an image all of whose regions are empty has the classification loss alone
         mean = masked / masked.sum().clamp(min=1)  # (B,), the weights of a mean over the others
         if config.baseline:
             logits, penalty = PENALTIES[config.baseline](model, x, m, y, multiclass)

@@ -10,14 +10,14 @@ import torch
 
 import evaluate
 import train
-from common import datasets
+from common import datasets, symbols
 from common.config import parse
 from vit import ViT
 
 ROOT = Path(__file__).parents[1]
 DOCS = {path: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 TEXT = "\n".join(DOCS.values())
-ELSEWHERE = {"--standalone", "--nproc-per-node", "--quick", "--set", "--masks"}  # of other programs
+ELSEWHERE = {"--standalone", "--nproc-per-node", "--quick"}  # of torchrun and reproduce.sh
 
 
 def snippet(file: str) -> str:
@@ -114,7 +114,7 @@ def test_every_train_command_parses(words):
 
 
 def test_every_flag_exists(capsys):
-    for script in (train, evaluate):
+    for script in (train, evaluate, symbols):
         with pytest.raises(SystemExit):
             script.main(["--help"])
     known = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)) | ELSEWHERE
