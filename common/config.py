@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from common.baselines import BASELINES, PENALTIES
+from common.data import DRAWN
 from common.phantom import FINDINGS, MARKERS
 from common.weights import read_weights, sizes
 from relvit import TASKS as RELATIONS
@@ -222,7 +223,7 @@ def parse(argv: list[str], doc: str = "") -> tuple[Config, set[str]]:
         values |= DEFAULTS.get(key, {})
     if task == "classify" and given.get("data", "phantom") == "phantom":
         values["findings"] = (FINDINGS[0],)
-    if given.get("data", "phantom") in ("phantom", "parts"):
+    if given.get("data", "phantom") in DRAWN:
         values["epochs"] = EPOCHS  # a folder's are chosen when its images are counted
     values |= given
     if values["pool_heads"] is None:

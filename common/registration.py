@@ -112,7 +112,8 @@ def register(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Register a reference image (C, H, W) with priors (R, H, W) to images (B, C, H, W).
 
-    Returns theta (B, 2, 3), flow (B, 2, k, k), 0 where `find` won or without deformation, and s (B,).
+    Returns theta (B, 2, 3), flow (B, 2, k, k), 0 where `find` won or without deformation, and s (B,) before
+    bending, by which `align` and `find` are compared.
     """
     theta = align(reference, images)
     s = agreement(reference, priors, images, theta)
