@@ -9,9 +9,9 @@ teacher's distribution over K prototypes; the teacher's weights are a moving ave
     theta_t <- lambda theta_t + (1 - lambda) theta_s
 
 Centring (c) and sharpening (small tau_t) balance each other. Without balance all images get the same output:
-collapse, which the loss does not show. On small data it is the rule. Two additions, both off in DINO as
-published, avoid it. KoLeo (Sablayrolles 2019, used by DINOv2) keeps the features z of a batch apart. tau_t
-falls where the scores have too small a deviation s: P_t has an entropy of about log K - (s / tau_t)^2 / 2.
+collapse, which the loss does not show. It is frequent on small data. Two additions, off in DINO as published,
+work against it. KoLeo (arXiv 1806.03198, used by DINOv2) keeps the features z of a batch apart, and tau_t
+falls where scores deviate too little, by s: P_t has an entropy of about log K - (s / tau_t)^2 / 2.
 
     L_KoLeo = -mean_i log min_(j != i) |z_i - z_j|,  |z| = 1                                             (5)
     tau_t   = min(tau_t, s / sqrt(2 (1 - e) log K)),  so that mean h(P_t) is about e log K at most       (6)
@@ -168,9 +168,8 @@ class CollapseMonitor(nn.Module):
             kind = "one prototype: every image gets the same prototype"
             remedy = "a lower centre momentum or learning rate, or a higher teacher temperature"
         figures = f"teacher entropy {self.entropy:.2f} of at most {ceiling:.2f}, KL {self.kl:.3f}"
-        return (
-            f"DINO has collapsed, {kind} ({figures}, {self.prototypes()} prototypes in use); remedy: {remedy}"
-        )
+        figures += f", {self.prototypes()} prototypes in use"
+        return f"DINO has collapsed, {kind} ({figures}); remedy: {remedy}"
 
     def check(self) -> None:
         """Raise `Collapse`, with its diagnosis, if it has happened."""

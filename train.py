@@ -170,7 +170,7 @@ def classifier_objective(
             with torch.autocast(x.device.type, torch.bfloat16, enabled=config.amp):
                 logits = model(x)
             return classification_loss(logits.float(), y, multiclass), {}
-        masked = m.flatten(1).any(dim=1)  # an image all of whose regions are empty has the classification loss alone
+        masked = m.flatten(1).any(dim=1)  # empty masks have the classification loss alone
         mean = masked / masked.sum().clamp(min=1)  # (B,), the weights of a mean over the others
         if config.baseline:
             logits, penalty = PENALTIES[config.baseline](model, x, m, y, multiclass)
@@ -349,13 +349,13 @@ def begin(argv: list[str]) -> tuple:
     images, spec = to_device(train.images[kept], config.device), run.spec if run else spec
     if config.task == "classify":
         labels = train.labels[kept].to(config.device)
-        of_images = None if masks is None else to_device(masks[kept], config.device)
+        foreground_of = None if masks is None else to_device(masks[kept], config.device)
         if config.isnet and not run:
             settings = config.lr, config.batch_size, config.explain, lrp_rule(config), config.seed
-            measured = natural_range(model, images, of_images, labels, spec.multiclass, *settings)
+            measured = natural_range(model, images, foreground_of, labels, spec.multiclass, *settings)
             spec = spec._replace(relevance_range=from_first(measured))
             print("C1 {:.4g}, C2 {:.4g}: total relevance of a plain classifier".format(*spec.relevance_range))
-        losses = classifier_objective(config, model, images, of_images, labels, spec)
+        losses = classifier_objective(config, model, images, foreground_of, labels, spec)
     else:
         heads = config.pool_heads if config.pool == "simpool" else config.num_heads
         prior = config.prior, train, reference, config.prior_blur, config.align, config.device, heads

@@ -32,9 +32,8 @@ def join(device: str, batch_size: int) -> str:
         return device
     processes = int(os.environ["WORLD_SIZE"])
     if batch_size % processes:
-        raise ValueError(
-            f"--batch-size {batch_size} can't be shared by {processes} processes: take a multiple"
-        )
+        shared = f"--batch-size {batch_size} can't be shared by {processes} processes"
+        raise ValueError(f"{shared}: take a multiple")
     device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
     check_device(device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")

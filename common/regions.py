@@ -32,7 +32,7 @@ from tqdm import tqdm
 from attention_priors import blurred, follow, priors_from_masks, priors_from_statistics
 from common.checkpoint import load_run, write_file
 from common.data import BATCH, DRAWN, SPLITS, Data, by_stem, image_size, printable, read_masks, rows_at
-from common.data import to_device
+from common.data import select, to_device
 from common.explain import attention_of
 from common.models import load_model
 from common.registration import carry, confidence, register
@@ -281,9 +281,11 @@ def registered_masks(images: Tensor, prior: tuple, most: int = 1) -> Tensor:
     """
     source, train, reference, *how = prior
     masks, best = torch.zeros_like(images[:, :1], dtype=torch.bool), torch.zeros(len(images))
-    complete = train.has_masks & train.masks.flatten(2).any(dim=2).all(dim=1) if most > 1 else []
-    others = [name for name, all_of_it in zip(train.names, complete) if all_of_it and name != reference]
-    for name in [reference, *others][:most]:
+    references = [reference]
+    if most > 1:  # whose masks are all there, and not empty
+        complete = train.has_masks & train.masks.flatten(2).any(dim=2).all(dim=1)  # (N,)
+        references += [n for n in select(train, complete).names if n != reference][: most - 1]
+    for name in references:
         over = priors_over(images, source, train, name, *how)
         for index in torch.arange(len(images), device=how[-1]).split(BATCH):
             priors, confidence = (x.cpu() for x in over(index))

@@ -76,9 +76,8 @@ def find(reference: Tensor, priors: Tensor, images: Tensor) -> Tensor:
         template = F.grid_sample(source, points[None], padding_mode="border", align_corners=False)
         template = template - template.mean(dim=(2, 3), keepdim=True)
         rows, columns = template.shape[2:]
-        padded = F.pad(
-            target, [columns // 2] * 2 + [rows // 2] * 2, mode="replicate"
-        )  # rows, columns are odd
+        margins = [columns // 2] * 2 + [rows // 2] * 2  # rows and columns are odd
+        padded = F.pad(target, margins, mode="replicate")
         mean, square = (F.avg_pool2d(v, (rows, columns), 1) for v in (padded, padded.square()))
         variance = (square - mean.square()).sum(dim=1, keepdim=True).clamp_min(1e-12) * rows * columns
         ncc = F.conv2d(padded, template) / (variance * template.square().sum()).sqrt()  # (B, 1, h, w)
@@ -146,7 +145,7 @@ def _box(priors: Tensor) -> tuple[float, float, float, float]:
     box = []
     for dim in (0, 1):  # x, then y
         covered = inside.any(dim=dim).nonzero()
-        first, last = (covered.min() / inside.shape[1 - dim], (covered.max() + 1) / inside.shape[1 - dim])
+        first, last = covered.min() / inside.shape[1 - dim], (covered.max() + 1) / inside.shape[1 - dim]
         box.append((float(first + last - 1), float(last - first)))
     (x, width), (y, height) = box
     return x, y, 1.5 * width + 0.03, 1.5 * height + 0.03

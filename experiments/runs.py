@@ -24,6 +24,7 @@ BASELINES = ["multitask --baseline-weight 100", "gain --baseline-weight 10", "rr
 BASELINES += ["gated", "pipeline", "swap"]  # weights chosen on seed 10
 LABELS = "--task classify --backbone"
 PLATES = "--data parts --lr 5e-4 --teacher-temp 0.01 --global-scale 0.7 1 --keep-going"
+LOSSES = {"steady": "", "koleo": "--max-entropy 1", "published": "--koleo 0 --max-entropy 1"}  # DINO's
 HALF = "--train-images 750"  # of SPAN's images
 GUIDED = {  # experiment: flags; SPAN against DINO, and ISNet against a marker
     "span": "",
@@ -106,7 +107,8 @@ def on_other_data() -> dict[str, str]:
         drawn = {kind: f"--data {kind} --train-images {n}" for kind in ("phantom", "parts")}
         folders = {kind: f"--data data/{kind}{n // 10}-{{seed}}" for kind in ("symbols", "digits")}
         for kind, data in (drawn | folders).items():
-            runs[f"steady_{kind}_{n}"] = f"{data} --prior none {epochs} --keep-going"
+            for loss, flags in LOSSES.items():
+                runs[f"{loss}_{kind}_{n}"] = f"{data} --prior none {epochs} --keep-going {flags}".strip()
     for kind, n in {"digits": 85, "leaves": 400}.items():  # leaves: no default was chosen on them
         data = f"--data data/{kind}{n}-{{seed}}"
         runs |= {f"{kind}_span": data, f"{kind}_plain": f"{data} --task classify"}

@@ -240,13 +240,14 @@ def of_claims(runs: dict) -> dict[str, str]:
 def of_steadiness(runs: dict) -> dict[str, str]:
     """DINO alone, by kind and number of images: how many seeds collapsed, and the lowest KL, in nats."""
     rows = []
-    for kind in ("phantom", "parts", "symbols", "digits"):
-        cells = []
-        for n in (200, 850, 3000):
-            kl = [x / 100 for x in points(runs, f"steady_{kind}_{n}", "kl").values()]
-            collapsed = sum(x < FLOOR for x in kl)
-            cells.append(f"{collapsed} of {len(kl)} ({min(kl):.2f})" if kl else "not measured")
-        rows.append([kind, *cells])
+    for loss, title in {"published": "published loss", "koleo": "KoLeo", "steady": "**default**"}.items():
+        for kind in ("phantom", "parts", "symbols", "digits"):
+            cells = []
+            for n in (200, 850, 3000):
+                kl = [x / 100 for x in points(runs, f"{loss}_{kind}_{n}", "kl").values()]
+                collapsed = sum(x < FLOOR for x in kl)
+                cells.append(f"{collapsed} of {len(kl)} ({min(kl):.2f})" if kl else "not measured")
+            rows.append([f"{title}: {kind}", *cells])
     return {"steady": markdown("seeds collapsed (lowest KL) | 200 images | 850 | 3000", rows)}
 
 
