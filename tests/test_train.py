@@ -195,6 +195,7 @@ def test_a_collapse_stops_the_run_and_keep_going_overrides(tmp_path, capsys):
     train.main([*argv, "none", "--epochs", "1", "--out", str(tmp_path / "on"), "--keep-going"])
 
 
+@pytest.mark.slow
 def test_a_guided_run_goes_on_by_span_alone_when_dino_collapses_unless_it_is_strict(tmp_path, capsys):
     argv = [*TINY, *"--epochs 160 --teacher-temp 5 --koleo 0 --max-entropy 1 --align none --out".split()]
     train.main([*argv, str(tmp_path / "on")])
@@ -211,7 +212,7 @@ def test_span_alone_needs_no_objective_beside_it_and_its_masks_serve_a_classifie
     assert "span_loss" in (tmp_path / "alone" / "metrics.jsonl").read_text()
     train.main([*SMALL, "--isnet", "1", "--masks", str(tmp_path / "alone"), "--out", str(tmp_path / "isnet")])
     assert "masks from" in capsys.readouterr().out
-    alone = *TINY, *"--ssl none --prior none".split()
+    alone = *TINY, *"--ssl none --prior none --out".split(), str(tmp_path / "unguided")
     assert "--ssl none learns from a --prior" in refused(train.main, *alone)
 
 
