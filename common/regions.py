@@ -176,7 +176,7 @@ def attention_masses(
 
 
 def read_masses(run: Path) -> dict[str, float]:
-    """What a run found by `attention_masses` when it ended. Raises ValueError if there is no such file."""
+    """What `attention_masses` found at a run's last checkpoint. Raises ValueError if there is no such file."""
     try:
         masses = json.loads((run / "attention_mass.json").read_text())
         plain = all(Path(name).name == name not in ("", "..") for name in masses)  # they become file names
@@ -186,7 +186,7 @@ def read_masses(run: Path) -> dict[str, float]:
         pass
     settings = load_run(run).config
     guided = settings.task == "pretrain" and settings.prior not in ("none", "masks")
-    wrong = f"{run}/attention_mass.json is missing or damaged: train.py writes it when a run ends"
+    wrong = f"{run}/attention_mass.json is missing or damaged: train.py writes it with each checkpoint"
     raise ValueError(wrong if guided else f"{run} makes no masks: no single prior guided its heads")
 
 

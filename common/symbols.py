@@ -153,9 +153,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--marker", action="store_true", help="a shortcut, for digits and leaves")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     args = parser.parse_args(argv)
-    if args.train < 1 or args.size < 24 or args.seed < 0:
-        values = f"--train {args.train} --size {args.size} --seed {args.seed}"
-        parser.error(f"{values}: they must be at least 1, 24 and 0")
+    if args.train < 1 or args.size < 24 or args.seed < 0 or (args.masks or 0) < 0:
+        values = f"--train {args.train} --size {args.size} --seed {args.seed} --masks {args.masks}"
+        parser.error(f"{values}: they must be at least 1, 24, 0 and 0")
     if args.marker and args.set not in ("digits", "leaves"):
         parser.error("--marker is drawn on digits and leaves: add --set")
     if args.folder.is_file() or any(args.folder.glob("*")):

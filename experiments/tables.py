@@ -79,7 +79,9 @@ COSTS = {
 }
 
 
-class Row(NamedTuple):  # figures of one experiment, beside those of a reference
+class Row(NamedTuple):
+    """Figures of one experiment, beside those of a reference."""
+
     title: str
     experiment: str
     figures: list[str]

@@ -178,7 +178,7 @@ def test_a_run_that_did_not_end_or_was_not_guided_makes_no_masks(span_run, dino_
         (tmp_path / "attention_mass.json").write_text(content)
         assert "attention_mass.json is missing or damaged" in refused(evaluate.main, str(tmp_path), *out)
     (tmp_path / "attention_mass.json").unlink()
-    assert "damaged: train.py writes it when a run ends" in refused(evaluate.main, str(tmp_path), *out)
+    assert "damaged: train.py writes it with each checkpoint" in refused(evaluate.main, str(tmp_path), *out)
     assert not (tmp_path / "masks").exists()
     assert "makes no masks: no single prior guided its heads" in refused(evaluate.main, str(dino_run), *out)
 

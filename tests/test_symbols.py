@@ -19,7 +19,7 @@ def test_symbols_are_drawn_from_their_seed_into_a_folder_that_loads(tmp_path, mo
     assert (splits["train"].labels.sum(dim=0) == 2).all() and splits["train"].images.shape[1] == 3
 
 
-@pytest.mark.parametrize("flags", ["--train 0", "--size 23", "--seed -1", ""])
+@pytest.mark.parametrize("flags", ["--train 0", "--size 23", "--seed -1", "--masks -1", ""])
 def test_a_folder_that_is_not_empty_and_sizes_out_of_range_are_refused(flags, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(SystemExit) as stop:
