@@ -9,7 +9,7 @@ teacher's distribution over K prototypes; the teacher's weights are a moving ave
     theta_t <- lambda theta_t + (1 - lambda) theta_s
 
 Centring (c) and sharpening (small tau_t) balance each other. Without balance all images get the same output:
-collapse, which the loss does not show. It is frequent on small data. Two additions, off in DINO as published,
+collapse, which the loss does not show. Small data provoke it. Two additions, off in DINO as published,
 work against it. KoLeo (arXiv 1806.03198, used by DINOv2) keeps the features z of a batch apart, and tau_t
 falls where scores deviate too little, by s: P_t has an entropy of about log K - (s / tau_t)^2 / 2.
 
