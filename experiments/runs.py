@@ -25,6 +25,7 @@ BASELINES += ["gated", "pipeline", "swap"]  # weights chosen on seed 10
 LABELS = "--task classify --backbone"
 PLATES = "--data parts --lr 5e-4 --teacher-temp 0.01 --global-scale 0.7 1 --keep-going"
 LOSSES = {"steady": "", "koleo": "--max-entropy 1", "published": "--koleo 0 --max-entropy 1"}  # DINO's
+REMEDIES = {"sinkhorn": "", "warmed": " --teacher-temp 0.07", "followed": ""}  # of experiments/remedies.py
 HALF = "--train-images 750"  # of SPAN's images
 GUIDED = {  # experiment: flags; SPAN against DINO, and ISNet against a marker
     "span": "",
@@ -109,6 +110,8 @@ def on_other_data() -> dict[str, str]:
         for kind, data in (drawn | folders).items():
             for loss, flags in LOSSES.items():
                 runs[f"{loss}_{kind}_{n}"] = f"{data} --prior none {epochs} --keep-going {flags}".strip()
+            for way, flags in REMEDIES.items():
+                runs[f"{way}_{kind}_{n}"] = runs[f"published_{kind}_{n}"] + flags
     for kind, n in {"digits": 85, "leaves": 400}.items():  # leaves: no default was chosen on them
         data = f"--data data/{kind}{n}-{{seed}}"
         runs |= {f"{kind}_span": data, f"{kind}_plain": f"{data} --task classify"}
@@ -154,7 +157,9 @@ def command(name: str, folder: Path) -> list[str] | None:
     if (folder / "metrics.json").exists():
         return None
     how = "--resume" if (folder / "last.pt").exists() else "--overwrite"
-    return ["train.py", "--out", f"runs/{name}", how, *RUNS[name].split()]
+    way = name.split("_")[0]
+    script = ["-m", "experiments.remedies", way] if way in REMEDIES else ["train.py"]
+    return [*script, "--out", f"runs/{name}", how, *RUNS[name].split()]
 
 
 def python(*words: str, log: IO | None = None) -> int:

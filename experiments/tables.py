@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from common.checkpoint import write_file
 from experiments.claims import BACKBONES, KINDS, Claim, claims
-from experiments.runs import RESNET_CHANGES, ROOT, SPAN_CHANGES, VIT_CHANGES
+from experiments.runs import LOSSES, RESNET_CHANGES, ROOT, SPAN_CHANGES, VIT_CHANGES
 
 FILES = ["README.md", "results/README.md", "docs/isnet.md", "docs/collapse.md"]
 FLOOR = 0.02 * log(256)  # of the KL: lower is a collapse, see dino.CollapseMonitor
@@ -242,14 +242,17 @@ def of_claims(runs: dict) -> dict[str, str]:
 def of_steadiness(runs: dict) -> dict[str, str]:
     """DINO alone, by kind and number of images: how many seeds collapsed, and the lowest KL, in nats."""
     rows = []
-    for loss, title in {"published": "published loss", "koleo": "KoLeo", "steady": "**default**"}.items():
+    titles = {"published": "published loss", "koleo": "KoLeo", "steady": "**default**"}
+    titles |= {"sinkhorn": "Sinkhorn-Knopp", "warmed": "warmed up", "followed": "entropy held at half"}
+    for loss, title in titles.items():
         for kind in ("phantom", "parts", "symbols", "digits"):
             cells = []
             for n in (200, 850, 3000):
                 kl = [x / 100 for x in points(runs, f"{loss}_{kind}_{n}", "kl").values()]
                 collapsed = sum(x < FLOOR for x in kl)
                 cells.append(f"{collapsed} of {len(kl)} ({min(kl):.2f})" if kl else "not measured")
-            rows.append([f"{title}: {kind}", *cells])
+            if loss in LOSSES or set(cells) != {"not measured"}:
+                rows.append([f"{title}: {kind}", *cells])
     return {"steady": markdown("seeds collapsed (lowest KL) | 200 images | 850 | 3000", rows)}
 
 

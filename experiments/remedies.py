@@ -1,0 +1,76 @@
+"""Other ways to keep DINO from collapsing on small data, which `dino.py` does not have.
+
+    python -m experiments.remedies sinkhorn [flags of train.py]
+
+Each replaces the targets of the published loss, so add --koleo 0 --max-entropy 1. docs/collapse.md has what
+came of them.
+"""
+
+import json
+import math
+import sys
+
+import torch
+from torch import Tensor
+
+import dino
+import train
+from common.checkpoint import write_file
+from common.config import parse
+
+
+class Sinkhorn(dino.DINOLoss):
+    """SwAV's targets (arXiv 2006.09882), as in DINOv2: prototypes get equal shares of each batch."""
+
+    @torch.no_grad()
+    def teacher_probabilities(self, teacher: Tensor, teacher_temp: float) -> Tensor:
+        """Scores (..., K) to probabilities (..., K), by 3 iterations of Sinkhorn and Knopp."""
+        log_q = teacher.flatten(0, -2) / teacher_temp  # (B, K)
+        for _ in range(3):
+            log_q = log_q.log_softmax(dim=0).log_softmax(dim=1)  # equal prototypes, then sums of 1
+        return log_q.exp().view_as(teacher)
+
+
+class Warmed(dino.DINOLoss):
+    """The release's schedule: the teacher's temperature rises from 4/7 of --teacher-temp in 100 steps."""
+
+    step = 0
+
+    def temperature(self, teacher: Tensor, highest: float, max_entropy: float) -> float:
+        """tau_t of the next step."""
+        self.step += 1
+        return highest * (4 + 3 * min(1, self.step / 100)) / 7
+
+
+class Followed(dino.DINOLoss):
+    """A temperature, found anew each step, at which the entropy of the targets is half of log K."""
+
+    @torch.no_grad()
+    def temperature(self, teacher: Tensor, highest: float, max_entropy: float) -> Tensor:
+        """tau_t, by bisection of its logarithm, for scores (2, B, K)."""
+        low, high = torch.tensor(1e-5), torch.tensor(10.0)
+        for _ in range(30):
+            middle = (low * high).sqrt()
+            entropy = torch.special.entr(self.teacher_probabilities(teacher, middle)).sum(dim=-1).mean()
+            low, high = (middle, high) if entropy < math.log(teacher.shape[-1]) / 2 else (low, middle)
+        return middle
+
+
+WAYS = {"sinkhorn": Sinkhorn, "warmed": Warmed, "followed": Followed}
+
+
+def main(way: str, argv: list[str]) -> None:
+    """Train with another way to make targets, and record by which command."""
+    dino.DINOLoss = WAYS[way]
+    train.main(argv)
+    path = parse(argv)[0].out / "config.json"
+    record = json.loads(path.read_text())
+    record["command"] = record["command"].replace("train.py", f"-m experiments.remedies {way}", 1)
+    write_file(path, record)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] and sys.argv[1] in WAYS:
+        main(sys.argv[1], sys.argv[2:])
+    else:
+        sys.exit(__doc__)
