@@ -33,17 +33,20 @@ the loss. Test on images where the shortcut contradicts the label.
 Where we differ:
 
     published                                             here
-    epsilon rule, eps = 0.01; z^B rule at the input       signed gamma rule (`lrp.relevance` does both)
+    (1 - P) L_class + P L_heat, `published_loss`          (1); `train.py --preset published` takes theirs
+    epsilon rule, eps = 0.01; z^B rule at the input       signed gamma rule (`lrp.relevance` does all)
     explains log-odds (Selective), or a random logit      both, or the label's logit
       (Stochastic)
     pools each channel, averages L_bg over channels       sums |R| over channels; per_channel=True: published
-    inner layers have their own C1, C2 and L_fg, and      plain mean of L_bg, no L_fg there; both functions
-      are pooled by rank                                    take any layer's R
-    hybrid L_fg grows as C1 (x - 1) + 1 above x = 1       2 x - 1, which continues the slope of x^2
-    C2 = min(25 C1, mean + 3 sd)                          no bound: pass min(25 * c1, c2) as c2
-    biases are detached in LRP's denominators             differentiated
-    batch norm is folded into the convolution before it   a layer of its own
+    inner layers have their own C1, C2 and L_fg, and      plain mean of L_bg, no L_fg there
+      are pooled by rank
+    C2 = min(25 C1, mean + 3 sd)                          no bound; `relevance_range` takes one
+    biases are detached in LRP's denominators             differentiated; `lrp.relevance` does both
     -                                                     L_att
+    Not to be had here:
+    hybrid L_fg grows as C1 (x - 1) + 1 above x = 1       2 x - 1, which continues the slope of x^2
+    log-odds are bounded, log(p + 0.01) - log(1.01 - p)   log p - log(1 - p)
+    batch norm is folded into the convolution before it   a layer of its own
 
 Compute: a plain training step costs 3 forward passes (forward 1, backward 2). The epsilon rule adds a
 relevance pass, 1, and its derivative, 2: at least 2 x. The gamma rule adds w' x with its derivative: 3 x.
@@ -108,14 +111,32 @@ def isnet_background(
     h, w = grid
     loss = background_loss(heatmap, mask, decay, E)
     for R in layers:
-        if R.dim() == 3:
-            R = R[:, R.shape[1] - h * w :].transpose(1, 2).unflatten(2, grid)  # (B, D, h, w)
+        R = _as_map(R, grid)
         covers = F.adaptive_max_pool2d(mask, R.shape[2:])
         loss = loss + background_loss(R, covers, decay, E) / len(layers)
     covers = F.adaptive_max_pool2d(mask, grid).flatten(2)  # (B, 1, N)
     for A in attention:
         loss = loss + attention_loss(A[:, :, A.shape[2] - h * w :], covers) / len(attention)
     return loss
+
+
+def published_loss(
+    heatmaps: list[Tensor], mask: Tensor, grid: tuple[int, int], ranges: list[tuple[float, float]],
+    decay: float = 0.9, E: float = 1.0, layer_decay: float = 0.8,
+) -> Tensor:  # fmt: skip
+    """L_heat of Faster ISNet, a scalar: L_bg + L_fg of the image and of inner layers, pooled by rank.
+
+    heatmaps: relevance of the image (B, C, H, W) and of layers, as in `isnet_background`; ranges: C1 and C2
+    of each. The n-th largest of their means over the batch has weight layer_decay^n. Raises ValueError.
+    """
+    losses = []
+    for R, (c1, c2) in zip(heatmaps, ranges, strict=True):
+        R = _as_map(R, grid)
+        m = F.adaptive_max_pool2d(mask, R.shape[2:])
+        loss = background_loss(R, m, decay, E, per_channel=True) + foreground_loss(R, m, c1, c2, hybrid=True)
+        losses.append(loss.mean())
+    weights = layer_decay ** torch.arange(len(losses), device=mask.device)
+    return (torch.stack(losses).sort(descending=True).values * weights).sum() / weights.sum()
 
 
 def attention_loss(attention: Tensor, foreground: Tensor) -> Tensor:
@@ -143,18 +164,25 @@ def whole_patches(masks: Tensor, patch_size: int) -> Tensor:
     return touched.repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)
 
 
-def relevance_range(totals: Tensor) -> tuple[float, float]:
-    """C1 and C2, (5), from a plain classifier's sums of |R| over images (N,).
+def relevance_range(totals: Tensor, most: float = math.inf) -> tuple[float, float]:
+    """C1 and C2, (5), from a plain classifier's sums of |R| over images (N,). most: C2 / C1, published 25.
 
     Raises FloatingPointError if they are no range.
     """
     mean, sd = totals.mean().item(), totals.std(correction=0).item()
-    c1, c2 = max(mean / 5, mean - 3 * sd), mean + 3 * sd
+    c1 = max(mean / 5, mean - 3 * sd)
+    c2 = min(mean + 3 * sd, most * c1)
     if not 0 < c1 < c2 < math.inf:
         sizes = f"mean {mean:.3g}, deviation {sd:.3g}"
         remedy = "give masks to more images, or lower the learning rate"
         raise FloatingPointError(f"a plain classifier's relevance has no range ({sizes}): {remedy}")
     return c1, c2
+
+
+def _as_map(R: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Relevance of maps, or of tokens (B, T, D) whose last h * w lie on a grid (h, w): (B, D, h, w)."""
+    n = grid[0] * grid[1]
+    return R[:, R.shape[1] - n :].transpose(1, 2).unflatten(2, grid) if R.dim() == 3 else R
 
 
 def _checked(heatmap: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

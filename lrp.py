@@ -98,14 +98,18 @@ class LRP(TorchFunctionMode):
     """Within this context, every operation on what depends on the watched input follows its relevance rule.
 
     epsilon: the stabiliser of (2). gamma: 0 for the epsilon rule; more favours contributions of one sign, by
-    (3) or, if signed, by (4). Use `watch(images)`, the model, `explain(score, inputs)`. Raises ValueError.
+    (3) or, if signed, by (4). detach_biases: a second derivative takes biases in (2) and (9) as constants,
+    as in ISNet. Use `watch(images)`, the model, `explain(score, inputs)`. Raises ValueError.
     """
 
-    def __init__(self, epsilon: float = 1e-6, gamma: float = 0.0, signed: bool = False):
+    def __init__(
+        self, epsilon: float = 1e-6, gamma: float = 0.0, signed: bool = False, detach_biases: bool = False
+    ):
         super().__init__()
         if not (epsilon >= 0 and gamma >= 0):
             raise ValueError(f"LRP: epsilon {epsilon} and gamma {gamma} must not be negative")
         self.epsilon, self.gamma, self.signed, self.explaining = epsilon, gamma, signed, False
+        self.detach_biases = detach_biases
         self.depends = WeakIdKeyDictionary()  # what depends on the watched input: a set, all values are True
         self.successor = WeakIdKeyDictionary()  # a tensor changed in place: the result, computed out of place
         self.warned: set[str] = set()
@@ -179,19 +183,22 @@ class LRP(TorchFunctionMode):
     def linear(self, op: Callable, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         """z = op(x, w, b) with rules (2) to (4), or (9) at the watched input."""
         part = lambda change: [v if v is None else change(v) for v in (w, b)]  # noqa: E731
-        z = ruled = op(x, w, b)
+        y = z = ruled = op(x, w, b)
         if self.active(w):
-            return self.half(z, x, w)
+            return self.half(y, x, w)
+        if self.detach_biases and b is not None:
+            b = b.detach()
+            z = ruled = op(x, w, b)
         if self.box and x is self.box[0]:
             _, low, high = self.box
             positive, negative = part(lambda v: v.clamp(min=0)), part(lambda v: v.clamp(max=0))
-            return _Route.apply(self, z, z - op(low, *positive) - op(high, *negative), z, 1e-9)
+            return _Route.apply(self, y, z - op(low, *positive) - op(high, *negative), z, 1e-9)
         if self.gamma and self.signed:
             sized = op(x.abs(), *part(torch.abs))  # |w| |x|
             ruled = (1 + self.gamma / 2) * z + (self.gamma / 2 * _sign(z)) * sized
         elif self.gamma:
             ruled = op(x, *part(lambda v: v + self.gamma * v.clamp(min=0)))
-        return _Route.apply(self, z, ruled, z, self.epsilon)
+        return _Route.apply(self, y, ruled, z, self.epsilon)
 
     def constant(self, x: Tensor) -> Tensor:
         """x, without relevance."""
@@ -312,14 +319,15 @@ def _reenter(func: types.FunctionType) -> types.FunctionType:
 def relevance(
     model: Callable, images: Tensor, target: Tensor | Callable, epsilon: float = 1e-6, gamma: float = 0.0,
     input_rule: tuple[float, float] | None = None, create_graph: bool = False, signed: bool = False,
-    layers: Sequence[nn.Module] = (),
+    layers: Sequence[nn.Module] = (), detach_biases: bool = False,
 ) -> tuple[Tensor, Tensor] | tuple[list[Tensor], Tensor]:  # fmt: skip
     """The signed LRP heatmap (B, C, H, W) of a classifier (B, C, H, W) -> (B, K), and its output.
 
     target: labels (B,), whose logits are explained; weights (B, K) of a sum of logits; or a function of the
-    output to scores (B,). epsilon, gamma, signed: see `LRP`. input_rule: the range (low, high) of the pixels,
-    for rule (9) in the first layer. create_graph: to train through the heatmap. layers: modules, each called
-    once; then a list takes the heatmap's place: it and the relevance of each module's output, in this order.
+    output to scores (B,). epsilon, gamma, signed, detach_biases: see `LRP`. input_rule: the range (low, high)
+    of the pixels, for rule (9) in the first layer. create_graph: to train through the heatmap. layers:
+    modules, each called once; then a list takes the heatmap's place: it and the relevance of each module's
+    output, in this order.
     Without biases, softmax and gates an image's relevance sums to its score. Raises ValueError for images
     that are not floats, an output or a target of another shape, labels out of range.
     """
@@ -327,7 +335,7 @@ def relevance(
         raise ValueError(f"relevance needs float images, not {images.dtype} {tuple(images.shape)}")
     bounds = [torch.full_like(images, bound, requires_grad=True) for bound in input_rule or ()]
     outputs: dict[nn.Module, Tensor] = {}
-    with torch.enable_grad(), LRP(epsilon, gamma, signed) as rules, ExitStack() as hooks:
+    with torch.enable_grad(), LRP(epsilon, gamma, signed, detach_biases) as rules, ExitStack() as hooks:
         for layer in layers:
             hooks.enter_context(layer.register_forward_hook(lambda m, _, y: outputs.update({m: y})))
         inputs = [rules.watch(images), *bounds]

@@ -5,10 +5,9 @@
     python train.py --data DIR --out runs/mine      your own images; docs/data.md shows how to lay them out
     python train.py --ssl relvit --out runs/relvit  relations between patches in place of DINO
     python train.py --task classify --marker 1 --isnet 3 --out runs/isnet       blind to a hospital's marker
-    torchrun --standalone --nproc-per-node 2 train.py   the same batches, shared by two processes or GPUs
 
 The file reads from top to bottom: set-up, objectives, the loop, the command line. An objective is a
-function losses(index (B,), generator, progress) -> (loss, {name: value to log}); progress runs from 0 to 1.
+function losses(index (B,), generator, step, total) -> (loss, {name: value to log}).
 """
 
 import math
@@ -24,7 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
 from attention_priors import guidance, span_loss
@@ -36,14 +35,14 @@ from common.classify import supervised_layers
 from common.checks import check
 from common.config import EPOCHS, STEPS, Config, parse
 from common.data import Data, load, normalise, prepared, rows_at, to_device
-from common.models import build_model, lrp_rule, make_encoder
+from common.models import build_model, decayed, lrp_rule, make_encoder
 from common.processes import average_gradients, command_to_resume, fail, from_first, join, rank, remedy_for
 from common.processes import stop_requests
 from common.regions import check_foreground, foreground, keep_masks, kept_masks, priors_over
 from common.runs import data_of, finish, keep_masses
 from crops import multi_crop
 from dino import Collapse, CollapseMonitor, over_processes
-from isnet_lrp import foreground_loss, isnet_background, whole_patches
+from isnet_lrp import foreground_loss, isnet_background, published_loss, whole_patches
 from lrp import relevance
 from relvit import cut, patch_views
 from ssl import DINO, RelViT  # the doorway ssl.py in this folder, which leaves Python's own ssl as it was
@@ -98,7 +97,7 @@ def views_objective(config: Config, model: nn.Module, images: Tensor, priors: Ca
     local_size = max(1, size // 2 // config.patch_size) * config.patch_size
     recipe = size, local_size, config.global_scale, config.local_scale, config.local_crops_number, config.flip
 
-    def losses(index: Tensor, generator: Generator, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(index: Tensor, generator: Generator, step: int, total: int) -> tuple[Tensor, dict]:
         views, thetas = multi_crop(rows_at(images, index).float() / 255, generator, *recipe)
         views = [normalise(v) for v in views]  # 2 B global views, and V B local ones
         with torch.autocast(index.device.type, torch.bfloat16, enabled=config.amp):
@@ -123,7 +122,7 @@ def relvit_objective(config: Config, relvit: RelViT, images: Tensor, priors: Cal
     """RelViT's loss over patches of images (N, C, S, S) uint8, plus SPAN's with priors (B, R, S, S)."""
     grid, p = relvit.grid, config.patch_size
 
-    def losses(index: Tensor, generator: Generator, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(index: Tensor, generator: Generator, step: int, total: int) -> tuple[Tensor, dict]:
         x = rows_at(images, index).float() / 255
         views, boxes, _ = patch_views(x, grid, p, generator, mega=config.mega_patches > 0)
         with torch.autocast(index.device.type, torch.bfloat16, enabled=config.amp):
@@ -152,9 +151,10 @@ def classifier_objective(
         L = L_class + weight (L_bg(image) + mean L_bg(inner layers) + mean L_span(attention) + L_fg(image))
     """
     multiclass, encoder, rule = spec.multiclass, model.encoder, lrp_rule(config)
-    layers = [] if config.isnet_layers == "none" else supervised_layers(encoder)
+    layers, pooling = supervised_layers(encoder, config.isnet_layers), (config.isnet_decay, config.isnet_e)
+    share = 1.0 if config.baseline == "swap" else config.swap
 
-    def losses(index: Tensor, generator: Generator, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(index: Tensor, generator: Generator, step: int, total: int) -> tuple[Tensor, dict]:
         x, y = rows_at(images, index), labels[index]
         if config.relations:
             grid, x = model.relvit.grid, x.float() / 255
@@ -164,9 +164,10 @@ def classifier_objective(
             classification = classification_loss(model.head(features.pooled), y, multiclass)
             return loss + classification, {"classification": classification.detach(), **scores}
         x, m = prepared(x), None if masks is None else rows_at(masks, index).float()
-        if config.baseline == "swap":
-            x = swapped(x, m, generator)
-        if not config.isnet and config.baseline not in PENALTIES:
+        if share:
+            x = swapped(x, m, generator, share)
+        isnet = config.isnet and step % config.isnet_every == 0 and m.any()
+        if not isnet and config.baseline not in PENALTIES:
             with torch.autocast(x.device.type, torch.bfloat16, enabled=config.amp):
                 logits = model(x)
             return classification_loss(logits.float(), y, multiclass), {}
@@ -174,23 +175,26 @@ def classifier_objective(
         mean = masked / masked.sum().clamp(min=1)  # (B,), the weights of a mean over the others
         if config.baseline:
             logits, penalty = PENALTIES[config.baseline](model, x, m, y, multiclass)
-            classification, penalty = classification_loss(logits, y, multiclass), (penalty * mean).sum()
-            logged = {"classification": classification.detach(), config.baseline: penalty.detach()}
-            return classification + config.baseline_weight * penalty, logged
-        m = whole_patches(m, encoder.patch_size) if isinstance(encoder, ViT) else m
-        target = explained_target(y, multiclass, config.explain, generator)
-        with attention_seen(encoder) if config.isnet_layers == "all" else nullcontext([]) as attention:
-            heatmaps, logits = relevance(model, x, target, create_graph=True, layers=layers, **rule)
-        heatmap, *inner = heatmaps if layers else [heatmaps]  # (B, C, S, S)
-        pooling = config.isnet_decay, config.isnet_e
-        background = isnet_background(heatmap, inner, attention, m, encoder.grid(x), *pooling)
-        foreground = foreground_loss(heatmap, m, *spec.relevance_range, hybrid=True)
-        parts = {"classification": classification_loss(logits, y, multiclass)}
-        parts |= {"background": (background * mean).sum(), "foreground": (foreground * mean).sum()}
-        left = cosine(progress, 1, 1.0, config.isnet_end)
-        weight = config.isnet * left * (1 if multiclass else 1 / y.shape[1])  # one finding of K is explained
-        loss = parts["classification"] + weight * (parts["background"] + parts["foreground"])
-        return loss, {name: part.detach() for name, part in parts.items()}
+            weight, parts = config.baseline_weight, {config.baseline: (penalty * mean).sum()}
+        else:
+            m = whole_patches(m, encoder.patch_size) if isinstance(encoder, ViT) else m
+            target = explained_target(y, multiclass, config.explain, generator)
+            with attention_seen(encoder) if config.isnet_layers == "all" else nullcontext([]) as attention:
+                heatmaps, logits = relevance(model, x, target, create_graph=True, layers=layers, **rule)
+            heatmaps, ranges = heatmaps if layers else [heatmaps], spec.relevance_range
+            if config.preset == "published":
+                pairs, kept = list(zip(ranges[::2], ranges[1::2])), [R[masked] for R in heatmaps]
+                parts = {"heatmaps": published_loss(kept, m[masked], encoder.grid(x), pairs, *pooling)}
+            else:
+                inner = heatmaps[1:], attention, m, encoder.grid(x)
+                background = isnet_background(heatmaps[0], *inner, *pooling)
+                foreground = foreground_loss(heatmaps[0], m, *ranges, hybrid=True)
+                parts = {"background": (background * mean).sum(), "foreground": (foreground * mean).sum()}
+            weight = config.isnet * cosine(step / total, 1, 1.0, config.isnet_end)
+            weight = weight if multiclass else weight / y.shape[1]  # one finding of K is explained
+        classification = classification_loss(logits, y, multiclass)
+        logged = {name: part.detach() for name, part in {"classification": classification, **parts}.items()}
+        return classification + weight * sum(parts.values()), logged
 
     return losses
 
@@ -208,7 +212,8 @@ def train(
     ends at the weights of one that never was. Each process of torchrun takes its share of a batch.
     Raises Damaged, Collapse, FloatingPointError before weights are spoiled, KeyboardInterrupt after saving.
     """
-    generator, optimizer = Generator().manual_seed(config.seed), make_optimizer(config, model)
+    generator = Generator().manual_seed(config.seed)
+    optimizer = AdamW(decayed(model, config.weight_decay), config.lr)
     history, begun = restore(saved, model, optimizer, generator) if saved else ([], None)
     processes = dist.get_world_size() if dist.is_initialized() else 1
     if processes > 1:
@@ -230,7 +235,9 @@ def train(
                     generator.manual_seed((config.seed * total + step) * processes + rank())
                     torch.manual_seed(generator.initial_seed() + 2**40)
                 logged = train_step(config, model, losses, optimizer, index, generator, step, total)
-                sums = {name: sums.get(name, 0.0) + value for name, value in logged.items()}
+                for name, value in logged.items():  # not all are there in every step
+                    whole, n = sums.get(name, (0.0, 0))
+                    sums[name] = whole + value, n + 1
                 bar.set_postfix(logged, refresh=False)
                 bar.update(batch)
                 if over_processes(torch.tensor(float(stop.is_set()), device=index.device)):
@@ -242,7 +249,7 @@ def train(
                     flags = ["--keep-going"] * config.keep_going + ["--strict"] * config.strict
                     command = command_to_resume(config.out, flags)
                     raise KeyboardInterrupt(f"{command} continues from here")
-            means = {name: value / steps for name, value in sums.items()}
+            means = {name: whole / n for name, (whole, n) in sums.items()}
             speed = (steps - first) * batch / (time.perf_counter() - started)
             history.append({"epoch": epoch + 1, **means, "images_per_s": round(speed, 1)})
             if not rank():
@@ -265,7 +272,7 @@ def train_step(
     optimizer.zero_grad()
     logged, whole = {}, 0.0
     for part in index.chunk(config.accumulate):
-        loss, values = losses(part, generator, step / total)
+        loss, values = losses(part, generator, step, total)
         share = len(part) / len(index)
         (loss * share).backward()
         whole = whole + loss.detach() * share
@@ -296,14 +303,6 @@ def warn_of_collapse(monitor: CollapseMonitor, guided: bool) -> None:
     if not guided:
         raise Collapse(monitor.diagnosis() + ". --keep-going trains on")
     print(f"\nwarning: {monitor.diagnosis()}. SPAN goes on alone (--strict stops, --keep-going keeps DINO)")
-
-
-def make_optimizer(config: Config, model: nn.Module) -> Optimizer:
-    """AdamW that decays matrices but neither biases nor norms."""
-    learned = [p for p in model.parameters() if p.requires_grad]
-    matrices = {"params": [p for p in learned if p.dim() > 1], "weight_decay": config.weight_decay}
-    vectors = {"params": [p for p in learned if p.dim() <= 1], "weight_decay": 0.0}
-    return torch.optim.AdamW([matrices, vectors], lr=config.lr)
 
 
 def learning_rate(config: Config, step: int, total: int) -> float:
@@ -352,9 +351,10 @@ def begin(argv: list[str]) -> tuple:
         foreground_of = None if masks is None else to_device(masks[kept], config.device)
         if config.isnet and not run:
             settings = config.lr, config.batch_size, config.explain, lrp_rule(config), config.seed
+            settings += (config.isnet_layers, 25.0) if config.preset == "published" else ()
             measured = natural_range(model, images, foreground_of, labels, spec.multiclass, *settings)
             spec = spec._replace(relevance_range=from_first(measured))
-            print("C1 {:.4g}, C2 {:.4g}: total relevance of a plain classifier".format(*spec.relevance_range))
+            print("C1 {:.4g}, C2 {:.4g}: total relevance of a plain classifier".format(*measured))
         losses = classifier_objective(config, model, images, foreground_of, labels, spec)
     else:
         heads = config.pool_heads if config.pool == "simpool" else config.num_heads

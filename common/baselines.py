@@ -54,9 +54,12 @@ class Pipeline(nn.Module):
         super().__init__()
         self.classifier, self.segmenter, self.encoder = classifier, segmenter, classifier.encoder
 
+    def foreground(self, images: Tensor) -> Tensor:
+        """The masks (B, 1, H, W) bool that the segmenter finds."""
+        return F.interpolate(self.segmenter(images)[:, None], size=images.shape[2:], mode="bilinear") > 0
+
     def forward(self, images: Tensor) -> Tensor:
-        masks = F.interpolate(self.segmenter(images)[:, None], size=images.shape[2:], mode="bilinear") > 0
-        return self.classifier(images * masks)
+        return self.classifier(images * self.foreground(images))
 
 
 def overlap_loss(logits: Tensor, masks: Tensor) -> Tensor:
@@ -125,11 +128,13 @@ def rrr(model: nn.Module, x: Tensor, m: Tensor, y: Tensor, multiclass: bool) -> 
     return logits, ((1 - m) * gradient).square().sum(dim=(1, 2, 3))
 
 
-def swapped(x: Tensor, m: Tensor, generator: Generator) -> Tensor:
-    """Images (B, C, H, W) with the background of another one of them; unchanged without a mask."""
+def swapped(x: Tensor, m: Tensor, generator: Generator, share: float = 1.0) -> Tensor:
+    """Images (B, C, H, W), a share of them with the background of another one; unchanged without a mask."""
     other = x[torch.randperm(len(x), generator=generator).to(x.device)]
-    masked = m.flatten(1).any(dim=1)[:, None, None, None]
-    return torch.where(masked, x * m + other * (1 - m), x)
+    chosen = m.flatten(1).any(dim=1)
+    if share < 1:
+        chosen = chosen & (torch.rand(len(x), generator=generator) < share).to(x.device)
+    return torch.where(chosen[:, None, None, None], x * m + other * (1 - m), x)
 
 
 # From model, images, masks, labels (B, K) and whether they are multiclass to logits (B, K) and penalty (B,).

@@ -30,7 +30,7 @@ from common.config import KEYWORDS, PER_CALL, PLACES, Config, as_config, as_json
 from common.data import Data
 from common.weights import reason
 
-FORMAT = 3  # of last.pt: what it holds, and what its settings mean
+FORMAT = 4  # of last.pt: what it holds, and what its settings mean
 WRITTEN = "last.pt metrics.jsonl metrics.json attention_mass.json masks.pt report.html".split()
 WRITTEN += [f"{name}.png" for name in "attention heatmaps curves compare compare_curves low_data".split()]
 
@@ -42,7 +42,7 @@ class DataSpec(NamedTuple):
     classes: tuple[str, ...]  # or findings; empty in pretraining
     multiclass: bool  # each image has one of the classes
     images: str  # how many training images there were, and a hash of their names
-    relevance_range: tuple[float, float] | None = None  # C1 and C2 of ISNet's foreground loss
+    relevance_range: tuple[float, ...] | None = None  # C1, C2 of ISNet's loss; as published, of inner layers
 
 
 class Run(NamedTuple):

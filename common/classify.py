@@ -5,6 +5,7 @@ Labels are multi-hot: findings, each present or not (a sigmoid each), or classes
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -75,11 +76,14 @@ def explained_target(
     return F.one_hot(chosen, K).float().to(labels.device)
 
 
-def supervised_layers(encoder: nn.Module) -> list[nn.Module]:
+def supervised_layers(encoder: nn.Module, which: str = "all") -> list[nn.Module]:
     """The modules whose outputs' relevance ISNet supervises beside the image's.
 
-    All normalisations, so that units within a block are among them, and the patches and blocks of a ViT.
+    which: "none"; "blocks", as published; else all normalisations, so that units within a block are among
+    them, and the patches and blocks of a ViT.
     """
+    if which in ("none", "blocks"):
+        return list(encoder.blocks) if which == "blocks" else []
     kinds = nn.BatchNorm2d, nn.LayerNorm, PatchEmbed, Block
     layers = [m for m in encoder.modules() if isinstance(m, kinds)]
     if encoder.pool is not None:  # the last norm runs twice then, once on patches that nothing depends on
@@ -117,12 +121,13 @@ def attention_seen(encoder: nn.Module) -> Iterator[list[Tensor]]:
 
 def natural_range(
     model: Classifier, images: Tensor, masks: Tensor, labels: Tensor, multiclass: bool, lr: float,
-    batch_size: int, explain: str, rule: dict, seed: int,
-) -> tuple[float, float]:  # fmt: skip
+    batch_size: int, explain: str, rule: dict, seed: int, layers: str = "none", most: float = math.inf,
+) -> tuple[float, ...]:  # fmt: skip
     """C1 and C2 of the foreground loss: `relevance_range` of a plain classifier's heatmaps.
 
     A copy of the model is trained for WARM_UP epochs without ISNet on images (N, C, S, S) uint8; heatmaps are
-    of up to 512 images with masks (N, 1, S, S). Raises FloatingPointError if their relevance has no range.
+    of up to 512 images with masks (N, 1, S, S). layers: as in `supervised_layers`; their C1 and C2 follow.
+    most: of C2 / C1. Raises FloatingPointError if their relevance has no range.
     """
     plain, generator = copy.deepcopy(model).train(), Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=lr)
@@ -135,14 +140,14 @@ def natural_range(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    plain.eval()
-    totals = []
+    inner, totals = supervised_layers(plain.eval().encoder, layers), []
     masked = masks.flatten(1).any(dim=1).nonzero()[:512, 0].to(labels.device)
     for index in masked.split(64):
         target = explained_target(labels[index], multiclass, explain, generator)
-        heatmap, _ = relevance(plain, prepared(rows_at(images, index)), target, **rule)
-        totals.append(heatmap.detach().abs().sum(dim=(1, 2, 3)))
-    return relevance_range(torch.cat(totals))
+        heatmaps, _ = relevance(plain, prepared(rows_at(images, index)), target, layers=inner, **rule)
+        heatmaps = heatmaps if inner else [heatmaps]
+        totals.append(torch.stack([R.detach().abs().flatten(1).sum(dim=1) for R in heatmaps]))
+    return tuple(c for sums in torch.cat(totals, dim=1) for c in relevance_range(sums, most))
 
 
 def warn_if_constant(last: dict[str, float], labels: Tensor, multiclass: bool) -> None:

@@ -34,6 +34,10 @@ DEFAULTS = {  # by --task, by --backbone, and by both
     # With larger gradients some ISNet runs do not learn; with a constant weight they learn the label less.
     "classify resnet": {"lr": 2e-3, "lrp_gamma": 3.0, "clip_grad": 0.1, "isnet_end": 0.1},
 }
+PRESETS = {  # of Faster ISNet's code; a weight of P / (1 - P), P = 0.7
+    "published": {"isnet": 7 / 3, "swap": 0.0, "isnet_every": 1, "isnet_layers": "blocks", "isnet_decay": 0.9}
+    | {"isnet_e": 1.0, "isnet_end": 1.0, "explain": "selective", "lrp_epsilon": 1e-2, "lrp_gamma": 0.0}
+}
 EPOCHS, STEPS = 15, {"pretrain": 350, "classify": 1000}  # at least, of a folder
 ENCODER = "backbone img_size patch_size embed_dim depth num_heads registers pool pool_heads simpool_gamma"
 PER_CALL = ("out", "overwrite", "resume", "keep_going", "strict", "device")  # --resume may change these
@@ -71,7 +75,8 @@ class Config:
     img_size: int = flag(64, "pixels a side that images are resized to", within=COUNT)
     findings: tuple[str, ...] = flag(None, "to classify, or all (default: phantom one, else all)", nargs="+")
     marker: float = flag(None, "probability that a marker agrees with the first finding", within=FRACTION)
-    marker_kind: str = flag("corner", "L in a corner, anywhere, tint, frame", choices=MARKERS, needs="marker")
+    marker_kind: str = flag("corner", "L in a corner, anywhere; tint; frame; or two hospitals",
+        choices=[*MARKERS, "hospitals"], needs="marker")
     sample: str = flag(None, "name of the reference image (default: the first that has all masks)")
     prior: str = flag("sample",
         "sample: one image's masks; masks: every image's; statistics; none; or a .npy file (R, S, S)",
@@ -102,6 +107,9 @@ class Config:
         nargs=2, needs="local_crops_number")
     flip: float = flag(0.0, "probability of a mirrored view", "--hflip", within=FRACTION, needs=VIEWS)
     isnet: float = flag(0.0, "weight of the ISNet loss", group="classification (ISNet)", within=WEIGHT)
+    preset: str = flag(None, "ISNet as in its papers", choices=PRESETS, needs="task=classify")
+    isnet_every: int = flag(1, "steps from one ISNet loss to the next", within=COUNT, needs="isnet")
+    swap: float = flag(0.0, "of the images get another's background", within=FRACTION, needs="isnet")
     isnet_end: float = flag(None, "fraction of --isnet left at the end", within=FRACTION, needs="isnet")
     baseline: str = flag(None, "what to train in place of ISNet; see common/baselines.py", choices=BASELINES)
     baseline_weight: float = flag(1.0, "of the baseline's penalty", within=WEIGHT, needs=PENALISED)
@@ -110,7 +118,7 @@ class Config:
     explain: str = flag("selective", "the label's logit, a random one, or the least likely class's log-odds",
         choices=["label", "random", "selective"], needs="isnet")
     isnet_layers: str = flag("all", "supervised inside: nothing, relevance, or a ViT's attention as well",
-        choices=["none", "relevance", "all"], needs="isnet")
+        choices=["none", "blocks", "relevance", "all"], needs="isnet")
     isnet_decay: float = flag(0.97, "weight of the next largest pixel", within=(1e-3, 1), needs="isnet")
     isnet_e: float = flag(0.1, "E in u = h / (h + E); small: punish traces", within=POSITIVE, needs="isnet")
     lrp_epsilon: float = flag(1e-2, "epsilon of LRP", within=POSITIVE)
@@ -225,7 +233,7 @@ def parse(argv: list[str], doc: str = "") -> tuple[Config, set[str]]:
         values["findings"] = (FINDINGS[0],)
     if given.get("data", "phantom") in DRAWN:
         values["epochs"] = EPOCHS  # a folder's are chosen when its images are counted
-    values |= given
+    values |= PRESETS.get(given.get("preset"), {}) | given
     if values["pool_heads"] is None:
         values["pool_heads"] = values["num_heads"] if task == "pretrain" and values["prior"] != "none" else 1
     if values["device"] == "auto":

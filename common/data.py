@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import phantom, plates
+from common.hospitals import HOSPITALS, mixed, taken_at
 
 SPLITS = ("train", "val", "test")
 DRAWN = {  # name: function, regions, findings
@@ -79,9 +80,10 @@ def load(
     """A folder, or a key of DRAWN (which alone uses seed, train_images and marker), as three splits.
 
     marker: how likely a marker on a phantom agrees with its first finding. It adds three splits, the test
-    images with the marker "removed", "flipped" (present where it was absent), and flipped and of a kind
-    "unseen" in training. findings: a list, or ["all"], to choose labels; a single one becomes two classes,
-    without and with it. Raises DataError.
+    images with the marker "flipped" (present where it was absent), "removed", and flipped and of a kind
+    "unseen" in training. marker_kind "hospitals" takes images at A or B instead, and adds the test images
+    "flipped", and all of them at "hospital A", B and C. findings: a list, or ["all"], to choose labels; a
+    single one becomes two classes, without and with it. Raises DataError.
     """
     if data in DRAWN:
         splits, reference, notes = _draw_splits(data, img_size, seed, train_images, reference)
@@ -119,16 +121,23 @@ def _draw_splits(data: str, img_size: int, seed: int, train_images: int, referen
 
 
 def _stamp_splits(splits: dict[str, Data], column: int, agreement: float, kind: str, seed: int) -> None:
-    """Put markers on all splits, which agree with a column of labels; add the three splits of `load`."""
-    splits["removed"] = splits["flipped"] = splits["unseen"] = splits["test"]
+    """Put markers on all splits, which agree with a column of labels; add the splits of `load`."""
+    hospitals = {f"hospital {name}": name for name in HOSPITALS} if kind == "hospitals" else {}
+    added = ["flipped", *hospitals] if hospitals else ["removed", "flipped", "unseen"]
+    splits |= dict.fromkeys(added, splits["test"])
     for i, (split, data) in enumerate(splits.items()):
         stream = np.random.default_rng([seed, min(i, 2)])  # the same for all kinds of test images
         agrees = torch.from_numpy(stream.random(len(data.names))) < agreement
         present = ((data.labels[:, column] == 1) == agrees) ^ (split in ("flipped", "unseen"))
-        look = phantom.UNSEEN if split == "unseen" else kind
-        if split != "removed":
-            images = phantom.stamp(data.images, present, look, data.masks, int(stream.integers(2**31)))
-            splits[split] = data._replace(images=images)
+        images, masks, chance = data.images, data.masks, int(stream.integers(2**31))
+        if split in hospitals:
+            images, masks = taken_at(hospitals[split], images, masks, chance)
+        elif hospitals:
+            images, masks = mixed(present, images, masks, chance)
+        elif split != "removed":
+            look = phantom.UNSEEN if split == "unseen" else kind
+            images = phantom.stamp(images, present, look, masks, chance)
+        splits[split] = data._replace(images=images, masks=masks)
 
 
 def to_device(images: Tensor, device: str) -> Tensor:

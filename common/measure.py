@@ -7,6 +7,7 @@ attention  pixel average precision (AP) and Dice of one attention head for each 
 bias       a classifier's AUC and accuracy on test images as in training and, if these have a marker, with
            it removed, flipped, and flipped to an unseen kind. These show whether it relies on the marker.
            The share of relevance in the foreground does not: a heatmap can look right and be wrong.
+backgrounds  a classifier's AUC and accuracy on test images with exchanged backgrounds, see `backgrounds.py`
 others     how good an encoder's features are, see `probe.py`
 """
 
@@ -15,15 +16,18 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
-from common.data import Data, select
+from common.backgrounds import exchanged
+from common.baselines import Pipeline
+from common.data import SPLITS, Data, batches, select
 from common.explain import attention_of, pools_evenly, relevance_of, scores_of
 from common.metrics import CannotMeasure, auc, best_threshold, dice
 from common.metrics import known_mean, localisation_ap, relevance_share
 from common.probe import PROBES, draw_labelled, probe
 
-MEASURES = ["attention", "bias", *PROBES]
+MEASURES = ["attention", "bias", "backgrounds", *PROBES]
+NOT_OF = {True: ["finetune"], False: ["bias", "backgrounds"]}  # classifiers, pretrained encoders
 QUICK = ["attention", "bias", "knn", "linear"]  # seconds a run
 Table = dict[str, dict[str, float]]  # {column: {row: value}}
 Maps = dict[str, tuple[Tensor, tuple[int, int]]]  # {name: (maps (M, R, N), their grid (h, w))}
@@ -40,8 +44,8 @@ class Report(NamedTuple):
 
 
 def applicable(measures: list[str], classifier: bool) -> list[str]:
-    """The measures that a model can have: bias is of classifiers, fine-tuning of pretrained encoders only."""
-    return [what for what in measures if what != ("finetune" if classifier else "bias")]
+    """The measures that a model can have: fine-tuning is of pretrained encoders only, bias of classifiers."""
+    return [what for what in measures if what not in NOT_OF[classifier]]
 
 
 def report(
@@ -63,8 +67,10 @@ def report(
         found.notes.extend(f"{what} is of {others} only" for what in measures if what not in apply)
     for what in apply:
         try:
-            if what == "bias":
-                found.tables["test images, in %"] = table = measure_bias(model, splits, multiclass, rule)
+            if what in ("bias", "backgrounds"):
+                given = model, splits, multiclass
+                table = measure_bias(*given, rule) if what == "bias" else measure_backgrounds(*given)
+                found.tables["test images, in %" if what == "bias" else "exchanged backgrounds, in %"] = table
                 found.metrics.update(flatten(table, name_of_bias))
             elif what == "attention":
                 table, overlap, heads = measure_attention(encoder, splits, layer, guided, priors)
@@ -129,11 +135,44 @@ def measure_attention(
 def measure_bias(model: nn.Module, splits: dict[str, Data], multiclass: bool, rule: dict | None) -> Table:
     """AUC, accuracy and share of relevance in the foreground: {test images: {metric: value}}, NaN if unknown.
 
-    The test images are "same" as in training and, with a marker, "removed", "flipped" and "unseen". Accuracy
-    is that of the likeliest of three classes or more, otherwise of the thresholds that are best on validation
-    images. Raises CannotMeasure without labels.
+    The test images are "same" as in training and, with a marker, those that `data.load` adds. Of a pipeline,
+    also the Dice of its segmenter. Raises CannotMeasure without labels.
     """
-    test, val, table = splits["test"], splits["val"], {}
+    kinds, table = {"same": splits["test"], **{k: d for k, d in splits.items() if k not in SPLITS}}, {}
+    for name, found in classified(model, splits["val"], kinds, multiclass).items():
+        table[name], data = found, kinds[name]
+        if data.has_masks.any():
+            masked = select(data, data.has_masks)
+            foreground = masked.masks.any(dim=1, keepdim=True)  # (M, 1, S, S)
+            R = relevance_of(model, masked.images, multiclass, rule or {})  # (M, C, S, S)
+            table[name]["relevance share"] = float(relevance_share(R, foreground).nanmean())
+            if isinstance(model, Pipeline):
+                with torch.no_grad():
+                    found = torch.cat([model.foreground(x).cpu() for x in batches(masked.images, model)])
+                overlap = 2 * (found & foreground).sum(dim=(1, 2, 3))
+                sizes = found.sum(dim=(1, 2, 3)) + foreground.sum(dim=(1, 2, 3))
+                table[name]["segmentation Dice"] = float((overlap / sizes).nanmean())
+    return table
+
+
+def measure_backgrounds(model: nn.Module, splits: dict[str, Data], multiclass: bool) -> Table:
+    """AUC and accuracy on exchanged backgrounds, see `backgrounds.py`. Raises CannotMeasure without masks."""
+    test = select(splits["test"], splits["test"].has_masks)
+    if not test.names:
+        raise CannotMeasure("no test image has all masks: backgrounds can't be exchanged")
+    m = test.masks.any(dim=1, keepdim=True).float()
+    made = exchanged(test.images.float(), m, test.labels, Generator().manual_seed(0))
+    kinds = {name: test._replace(images=images.to(torch.uint8)) for name, images in made.items()}
+    return classified(model, splits["val"], {"original": test} | kinds, multiclass)
+
+
+def classified(model: nn.Module, val: Data, kinds: dict[str, Data], multiclass: bool) -> Table:
+    """AUC and accuracy on kinds of test images, {kind: {metric: value}}, NaN if unknown.
+
+    Accuracy is that of the likeliest of three classes or more, otherwise of the thresholds that are best on
+    validation images. Raises CannotMeasure without labels.
+    """
+    test, table = next(iter(kinds.values())), {}
     if test.labels is None or test.labels.isnan().all():
         raise CannotMeasure("no test image has a label: AUC can't be measured")
     findings = dict(enumerate(test.findings))
@@ -142,8 +181,7 @@ def measure_bias(model: nn.Module, splits: dict[str, Data], multiclass: bool, ru
     chosen_on = scores_of(model, val.images, multiclass)
     known = [k for k in findings if val.labels is not None and not val.labels[:, k].isnan().all()]
     thresholds = {k: best_threshold(chosen_on[:, k], val.labels[:, k]) for k in known}
-    markers = [name for name in ("removed", "flipped", "unseen") if name in splits]
-    for name, data in {"same": test, **{name: splits[name] for name in markers}}.items():
+    for name, data in kinds.items():
         scores, labels = scores_of(model, data.images, multiclass), data.labels
         each = {f"AUC {finding}": auc(scores[:, k], labels[:, k]) for k, finding in findings.items()}
         if multiclass and len(findings) > 1:
@@ -152,11 +190,6 @@ def measure_bias(model: nn.Module, splits: dict[str, Data], multiclass: bool, ru
             columns = [(scores[:, k] > t, labels[:, k]) for k, t in thresholds.items()]
             right = torch.cat([torch.zeros(0), *((said == y)[~y.isnan()] for said, y in columns)])
         table[name] = {"AUC": known_mean(each.values()), **each, "accuracy": float(right.double().mean())}
-        if data.has_masks.any():
-            masked = select(data, data.has_masks)
-            R = relevance_of(model, masked.images, multiclass, rule or {})  # (M, C, S, S)
-            share = relevance_share(R, masked.masks.any(dim=1, keepdim=True))  # (M,)
-            table[name]["relevance share"] = float(share.nanmean())
     return table
 
 

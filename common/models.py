@@ -9,6 +9,7 @@ from common.baselines import AttentionGate, Pipeline, Segmenter
 from common.checkpoint import DataSpec, Run, load_run
 from common.classify import Classifier
 from common.config import Config
+from common.data import normalise
 from common.weights import fit, read_weights, sizes
 from relvit import TASKS
 from resnet import ResNet
@@ -121,6 +122,15 @@ def build_model(config: Config, spec: DataSpec, encoder: nn.Module, grid: tuple[
     return model
 
 
-def lrp_rule(config: Config) -> dict[str, float | bool]:
+def decayed(model: nn.Module, weight_decay: float) -> list[dict]:
+    """What is learned, as groups for an optimizer that decays matrices but neither biases nor norms."""
+    learned = [p for p in model.parameters() if p.requires_grad]
+    matrices = {"params": [p for p in learned if p.dim() > 1], "weight_decay": weight_decay}
+    return [matrices, {"params": [p for p in learned if p.dim() <= 1], "weight_decay": 0.0}]
+
+
+def lrp_rule(config: Config) -> dict:
     """The relevance rule of the settings, as arguments of `relevance`."""
-    return {"epsilon": config.lrp_epsilon, "gamma": config.lrp_gamma, "signed": True}
+    rule = {"epsilon": config.lrp_epsilon, "gamma": config.lrp_gamma, "signed": True}
+    pixels = tuple(normalise(torch.tensor([0.0, 1.0])).tolist())
+    return rule | ({"input_rule": pixels, "detach_biases": True} if config.preset == "published" else {})

@@ -229,9 +229,7 @@ def export_masks(
 # The foreground of training images
 
 
-def foreground(
-    source: str, splits: dict[str, Data], data: str, init: Path | None, prior: tuple
-) -> Tensor:
+def foreground(source: str, splits: dict[str, Data], data: str, init: Path | None, prior: tuple) -> Tensor:
     """The foreground of the training images, (N, 1, S, S) bool, empty where there is none.
 
     source: data, prior, attention (of the run init), or a folder. prior: the arguments of `priors_over` after

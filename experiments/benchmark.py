@@ -73,7 +73,7 @@ def classifier(flags: str, shape: tuple[int, ...], device: str) -> tuple[Callabl
     spec = DataSpec(C, ("without", "with"), True, "", relevance_range=(1.0, 10.0))  # any costs the same
     losses = classifier_objective(config, model, images, masks, labels, spec)
     index, generator = torch.arange(B, device=device), Generator().manual_seed(0)
-    return lambda: losses(index, generator, 0.0)[0], torch.inference_mode()(lambda: model(prepared(images)))
+    return lambda: losses(index, generator, 0, 1)[0], torch.inference_mode()(lambda: model(prepared(images)))
 
 
 def kept_bytes(loss: Callable) -> int:

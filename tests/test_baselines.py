@@ -110,6 +110,8 @@ def test_a_swapped_image_keeps_its_foreground_and_one_without_a_mask_everything(
     assert torch.equal(found * m, x * m) and torch.equal(found[::4], x[::4])
     changed = (found != x).flatten(1).any(dim=1)
     assert changed[m.flatten(1).any(dim=1)].sum() > 20  # of 24; a few met themselves
+    some = baselines.swapped(x, m, torch.Generator().manual_seed(0), share=0.5)
+    assert 4 < (some != x).flatten(1).any(dim=1).sum() < 18  # half of 24
     for image in found[changed]:  # the background is that of one other image, not a mixture
         assert ((image == x) | (m[1] == 1)).flatten(1).all(dim=1).any()
 
@@ -167,9 +169,9 @@ def step_of(flags: str, masked: int = 8) -> tuple:
     model = build_classifier(config, ResNet(1, 16), 2, 1)
     images, masks = torch.randint(255, (8, 1, 16, 16)).byte(), torch.zeros(8, 1, 16, 16, dtype=torch.bool)
     masks[:masked, :, 4:12, 4:12] = True
-    labels, spec = torch.eye(2)[torch.arange(8) % 2], DataSpec(1, ("a", "b"), True, "")
+    labels, spec = torch.eye(2)[torch.arange(8) % 2], DataSpec(1, ("a", "b"), True, "", (1.0, 2.0))
     losses = train.classifier_objective(config, model, images, masks, labels, spec)
-    return *losses(torch.arange(8), torch.Generator().manual_seed(0), 0.0), model
+    return *losses(torch.arange(8), torch.Generator().manual_seed(0), 0, 1), model
 
 
 @pytest.mark.parametrize("name", baselines.PENALTIES)
@@ -183,10 +185,11 @@ def test_the_loss_adds_the_weighted_penalty_which_is_zero_without_masks(name):
     assert none == 0 < one
 
 
-def test_a_step_swaps_backgrounds(monkeypatch):
-    monkeypatch.setattr(train, "swapped", lambda x, m, generator: x * 0)
-    swapped, plain = (step_of(flags)[0] for flags in ("--baseline swap", ""))
-    assert not torch.equal(swapped, plain)
+def test_a_step_swaps_the_backgrounds_of_all_images_or_of_a_share(monkeypatch):
+    monkeypatch.setattr(train, "swapped", lambda x, m, generator, share: x * (1 - share))
+    flags = "--baseline swap", "--isnet 1 --swap 0.5", "--isnet 1", ""
+    every, half, isnet, plain = (step_of(f)[0] for f in flags)
+    assert not torch.equal(every, plain) and not torch.equal(half, isnet)
 
 
 @pytest.mark.slow

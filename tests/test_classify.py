@@ -13,7 +13,7 @@ from common.checkpoint import DataSpec
 from common.classify import Classifier, attention_seen, classification_loss, constant_loss, explained_target
 from common.classify import is_multiclass, natural_range, supervised_layers
 from common.config import parse
-from common.models import build_classifier, build_encoder
+from common.models import build_classifier, build_encoder, lrp_rule
 from isnet_lrp import log_odds
 from resnet import ResNet
 from simpool import GAP, SimPool
@@ -91,30 +91,55 @@ def test_one_of_several_findings_has_its_share_of_the_loss():
     """Its logit is explained alone, while the classification loss is the mean of all findings' losses."""
     labels = torch.tensor([[0.0, 1, 1], [1, 0, 0], [1, 1, 0], [0, 0, 0]])
     _, losses = losses_of("resnet", "--findings all", labels)
-    loss, logged = losses(torch.arange(4), Generator().manual_seed(0), 0.0)
+    loss, logged = losses(torch.arange(4), Generator().manual_seed(0), 0, 1)
     isnet = logged["background"] + logged["foreground"]
     torch.testing.assert_close(loss.detach(), logged["classification"] + isnet / 3)
 
 
 def test_the_weight_of_isnet_falls_as_half_a_cosine_to_its_share():
     _, losses = losses_of("resnet", "--isnet 3 --isnet-end 0.2")
-    for progress, weight in ((0.0, 3.0), (0.25, 0.6 + 2.4 * (2 + 2**0.5) / 4), (0.5, 1.8), (1.0, 0.6)):
-        loss, logged = losses(torch.arange(4), Generator().manual_seed(0), progress)
+    for step, weight in ((0, 3.0), (1, 0.6 + 2.4 * (2 + 2**0.5) / 4), (2, 1.8), (4, 0.6)):
+        loss, logged = losses(torch.arange(4), Generator().manual_seed(0), step, 4)
         isnet = logged["background"] + logged["foreground"]
         torch.testing.assert_close(loss.detach(), logged["classification"] + weight * isnet)
 
 
+@pytest.mark.parametrize("name", ENCODERS)
+def test_the_published_loss_is_weighed_against_the_classification_s(name):
+    model, images = Classifier(ENCODERS[name](), 1), torch.randint(256, (8, 1, 16, 16), dtype=torch.uint8)
+    config = parse(f"--task classify --preset published --backbone {name}".split())[0]
+    rule = lrp_rule(config)
+    assert rule["input_rule"] == (-2.0, 2.0) and rule["detach_biases"]
+    arguments = model, images, middle(), LABELS, False, 1e-3, 4, "selective", rule, 0, "blocks", 25.0
+    ranges = natural_range(*arguments)
+    assert len(ranges) == 2 * (1 + len(model.encoder.blocks))
+    spec = DataSpec(1, (), False, "", ranges)
+    losses = train.classifier_objective(config, model, images, middle(), LABELS, spec)
+    loss, logged = losses(torch.arange(8), Generator().manual_seed(0), 0, 1)
+    assert logged.keys() == {"classification", "heatmaps"} and logged["heatmaps"] > 0
+    torch.testing.assert_close(loss.detach(), logged["classification"] + 0.7 / 0.3 * logged["heatmaps"])
+
+
 def test_images_without_a_mask_only_teach_the_classification():
     _, losses = losses_of("resnet", masks=middle(4))
-    _, logged = losses(torch.arange(4, 8), Generator().manual_seed(0), 0.0)
-    assert logged["background"] == logged["foreground"] == 0 < logged["classification"]
+    loss, logged = losses(torch.arange(4, 8), Generator().manual_seed(0), 0, 1)
+    assert logged == {} and loss > 0
+    with pytest.warns(UserWarning, match="empty mask"):
+        _, logged = losses(torch.arange(8), Generator().manual_seed(0), 0, 1)
+    assert logged["background"] > 0
+
+
+def test_isnet_may_act_on_every_nth_step_alone():
+    _, losses = losses_of("resnet", "--isnet 3 --isnet-every 3")
+    logged = [losses(torch.arange(4), Generator().manual_seed(0), step, 6)[1].keys() for step in range(6)]
+    assert [len(keys) for keys in logged] == [3, 0, 0, 3, 0, 0]
 
 
 def test_training_with_isnet_leaves_a_plain_model_behind():
     """No parameter, hook or operation more than the plain classifier has, so no cost in use."""
     model, losses = losses_of("resnet")
     before = copy.deepcopy(model)
-    loss, logged = losses(torch.arange(4), Generator().manual_seed(0), 0.0)
+    loss, logged = losses(torch.arange(4), Generator().manual_seed(0), 0, 1)
     loss.backward()
     assert set(logged) == {"classification", "background", "foreground"}
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
@@ -168,7 +193,7 @@ def test_isnet_trains_vits_of_every_pooling_and_with_registers(flags):
     )
     images = torch.randint(256, (8, 1, 16, 16), dtype=torch.uint8)
     losses = train.classifier_objective(config, model, images, middle(), LABELS, spec)
-    losses(torch.arange(4), Generator().manual_seed(0), 0.0)[0].backward()
+    losses(torch.arange(4), Generator().manual_seed(0), 0, 1)[0].backward()
     assert model.encoder.patch_embed.proj.weight.grad.abs().sum() > 0
 
 
@@ -180,7 +205,7 @@ def test_isnet_s_foreground_for_a_vit_is_made_of_whole_patches(name, monkeypatch
     masks = torch.zeros(8, 1, 16, 16, dtype=torch.bool)
     masks[:, :, 3:6, 5] = True
     _, losses = losses_of(name, masks=masks)
-    losses(torch.arange(8), Generator().manual_seed(0), 0.0)
+    losses(torch.arange(8), Generator().manual_seed(0), 0, 1)
     if name == "vit":
         masks[:, :, 0:8, 4:8] = True  # two patches of 4 x 4
     assert torch.equal(seen[0], masks.float())

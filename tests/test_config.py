@@ -105,6 +105,14 @@ def test_a_run_is_not_overwritten_by_its_own_config(tmp_path):
     assert parse([*words, "--out", "other"])[0].out == Path("other")
 
 
+def test_a_preset_changes_defaults_and_what_is_typed_wins():
+    words = ["--task", "classify", "--preset", "published", "--lrp-epsilon", "0.5"]
+    config, _ = parse(words)
+    assert (config.isnet_e, config.lrp_gamma, config.isnet_layers) == (1.0, 0.0, "blocks")
+    assert config.lrp_epsilon == 0.5 and config.isnet == pytest.approx(0.7 / 0.3)
+    assert parse(words[:2])[0].isnet == 0
+
+
 def test_init_brings_the_encoder_s_sizes_and_typed_ones_win(tmp_path):
     run = run_folder(tmp_path, "--embed-dim 24 --depth 2 --num-heads 3 --patch-size 4")
     config, _ = parse(["--task", "classify", "--init", str(run), "--depth", "1"])

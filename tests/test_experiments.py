@@ -26,7 +26,7 @@ def pretrained_runs_exist(monkeypatch):
     monkeypatch.setattr(config, "encoder_of", lambda init: PRETRAINED)
 
 
-NEWER = ("device", "koleo", "max_entropy", "strict")  # than the recorded settings
+NEWER = ("device", "koleo", "max_entropy", "strict", "preset", "isnet_every", "swap")  # than the recorded settings
 
 
 def settings(words: list[str]) -> dict:

@@ -8,7 +8,7 @@ import torch
 
 from attention_priors import span_loss
 from isnet_lrp import attention_loss, background_loss, foreground_loss, isnet_background
-from isnet_lrp import log_odds, relevance_range, whole_patches
+from isnet_lrp import log_odds, published_loss, relevance_range, whole_patches
 
 HEATMAPS = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 MASK = torch.zeros(2, 1, 8, 8, dtype=torch.float64)
@@ -58,6 +58,19 @@ def test_inner_layers_and_attention_count_as_background_where_they_cover_no_fore
     torch.testing.assert_close(found, background_loss(HEATMAPS, MASK, 0.9, 0.1) + sum(parts) / 2)
 
 
+def test_as_published_each_layer_has_both_losses_and_the_worst_layer_counts_most():
+    maps, tokens = HEATMAPS[:, :2, ::2, ::2], 9 * torch.randn(2, 17, 5).double()
+    covers, ranges = whole_patches(MASK, 2)[:, :, ::2, ::2], [(1.0, 9.0), (2.0, 3.0), (0.1, 0.2)]
+    layers = (HEATMAPS, MASK), (maps, covers), (tokens[:, 1:].mT.unflatten(2, GRID), covers)
+    losses = [
+        (background_loss(R, m, 0.9, 1.0, per_channel=True) + foreground_loss(R, m, *c, hybrid=True)).mean()
+        for (R, m), c in zip(layers, ranges)
+    ]
+    first, second, third = sorted(losses, reverse=True)
+    found = published_loss([HEATMAPS, maps, tokens], MASK, GRID, ranges)
+    torch.testing.assert_close(found, (first + 0.8 * second + 0.64 * third) / 2.44)
+
+
 def test_patches_log_odds_and_the_range_of_relevance():
     grown = whole_patches(MASK, 4)
     assert grown[0, 0, ::4, ::4].tolist() == [[1, 1], [1, 1]] and torch.equal(whole_patches(grown, 4), grown)
@@ -66,6 +79,7 @@ def test_patches_log_odds_and_the_range_of_relevance():
     torch.testing.assert_close(log_odds(logits, torch.full((8,), 2)), (p / (1 - p)).log())
     assert relevance_range(torch.tensor([1.0, 3.0])) == (0.4, 5.0)  # mean 2, deviation 1: mean / 5 is larger
     assert relevance_range(torch.tensor([1.9, 2.1])) == pytest.approx((1.7, 2.3))
+    assert relevance_range(torch.tensor([1.0, 3.0]), most=10) == pytest.approx((0.4, 4.0))
     for bad in ([0.0, 0.0], [1.0, float("nan")]):
         with pytest.raises(FloatingPointError, match="has no range"):
             relevance_range(torch.tensor(bad))

@@ -214,6 +214,18 @@ CONSERVED = {
 }
 
 
+@pytest.mark.parametrize("box", [None, (-3, 3)])
+def test_detached_biases_are_constants_in_the_denominators_and_nowhere_else(box):
+    layer, x, found = nn.Linear(6, 3).double(), doubles(4, 6), []
+    for detach in (False, True):
+        R, output = relevance(layer, x, TARGET[:4], 0.3, 0.0, box, create_graph=True, detach_biases=detach)
+        of_R = torch.autograd.grad(R.square().sum(), layer.weight, retain_graph=True)
+        (to_bias,) = torch.autograd.grad(R.square().sum(), layer.bias, retain_graph=True, allow_unused=True)
+        found.append([R, *of_R, *torch.autograd.grad(output.square().sum(), layer.parameters())])
+        assert (to_bias is None or not to_bias.any()) == detach
+    assert all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize("name", CONSERVED)
 def test_operations_conserve_relevance_however_they_are_called(name):
     x = doubles(4, 6)

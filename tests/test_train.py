@@ -221,14 +221,11 @@ def test_a_step_whose_loss_or_gradient_is_not_finite_changes_no_weight(bad):
     """The second one is finite, but its slope is not."""
     model, config = torch.nn.Linear(1, 1), parse([])[0]
     before, times = model.weight.clone(), []
-    losses = lambda index, generator, progress: times.append(progress) or (
-        bad(model.weight),
-        {},
-    )  # noqa: E731
+    losses = lambda index, generator, *when: times.append(when) or (bad(model.weight), {})  # noqa: E731
     optimizer = torch.optim.SGD(model.parameters(), lr=1)
     with pytest.raises(FloatingPointError, match="step 7 is not taken: the loss is .* Lower --lr"):
         train.train_step(config, model, losses, optimizer, torch.arange(2), torch.Generator(), 7, 14)
-    assert torch.equal(model.weight, before) and times == [0.5]
+    assert torch.equal(model.weight, before) and times == [(7, 14)]
 
 
 @pytest.mark.parametrize("words", ["", "--ssl relvit", "--task classify --isnet 1"])
@@ -339,7 +336,7 @@ def by_two_processes(folder: Path, name: str, words: str, stop_at: int | None = 
                 torch.manual_seed(rank)
                 batches, model, last_words = [], torch.nn.Linear(1, 1), ""
 
-                def losses(index, generator, progress):
+                def losses(index, generator, step, total):
                     noise = torch.rand(len(index), 1, generator=generator)
                     noise = torch.cat([noise, torch.rand(1).expand(noise.shape)], dim=1)
                     batches.append((index, noise))

@@ -1,0 +1,122 @@
+"""Hospitals and exchanged backgrounds: what they change, and what they tell of a model."""
+
+import pytest
+import torch
+
+from common.backgrounds import exchanged, without_foreground
+from common.baselines import Pipeline
+from common.data import SPLITS, Data, load
+from common.hospitals import HOSPITALS, mixed, taken_at
+from common.measure import measure_backgrounds, measure_bias
+from common.phantom import phantom
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    return phantom(40, seed=1)
+
+
+def has_the_letter(images):
+    """Whether images (n, 1, 64, 64) have hospital A's L in the upper right corner, (n,) bool."""
+    return images[:, 0, :8, -8:].amax(dim=(1, 2)) == 255
+
+
+def test_a_hospital_moves_image_and_masks_together_and_draws_the_same_for_a_seed(drawn):
+    images, masks, _ = drawn
+    coded = (masks[:, 2:] * 255).to(torch.uint8)  # the heart alone, as an image
+    for name in HOSPITALS:
+        moved, where = taken_at(name, coded, masks, seed=3)
+        heart = where[:, 2:]
+        assert (moved.float() * heart).sum() / heart.sum() > 5 * (moved.float() * ~heart).sum() / (
+            ~heart
+        ).sum()
+        assert not torch.equal(where, masks) and torch.equal(taken_at(name, coded, masks, seed=3)[0], moved)
+    a, c = (taken_at(name, images, masks, 3)[1].float().mean() for name in "AC")
+    assert c < a  # smaller on the image
+
+
+def test_positives_come_from_hospital_a_and_flipped_ones_from_b():
+    splits, *_ = load("phantom", 64, 0, 30, marker=1.0, marker_kind="hospitals", findings=["enlarged heart"])
+    assert set(splits) == {*SPLITS, "flipped", "hospital A", "hospital B", "hospital C"}
+    for split, of_a in {"train": True, "test": True, "flipped": False}.items():
+        assert torch.equal(has_the_letter(splits[split].images), (splits[split].labels[:, 1] == 1) == of_a)
+    assert has_the_letter(splits["hospital A"].images).all()
+    assert not has_the_letter(splits["hospital B"].images).any()
+    assert torch.equal(splits["hospital C"].labels, splits["test"].labels)
+
+
+def test_images_are_mixed_one_by_one(drawn):
+    images, masks, _ = drawn
+    present = torch.arange(40) % 2 == 0
+    found, a, b = mixed(present, images, masks, 5), *(taken_at(h, images, masks, 5) for h in "AB")
+    for k in range(2):
+        assert torch.equal(found[k][::2], a[k][::2]) and torch.equal(found[k][1::2], b[k][1::2])
+
+
+def striped(n: int = 40):
+    """Images (n, 1, 16, 16) whose background is 50 or 150 by the label, an object of 250 or 0, and masks."""
+    y = torch.eye(2)[torch.arange(n) % 2]
+    x, m = torch.where(y[:, 1] == 1, 150.0, 50.0)[:, None, None, None].repeat(1, 1, 16, 16), torch.zeros(
+        n, 1, 16, 16
+    )
+    m[:, :, 4:8, 4:8] = 1
+    return torch.where(m > 0, 250 * y[:, 1, None, None, None], x), m, y
+
+
+def test_a_hole_is_filled_with_background_and_backgrounds_are_those_of_the_class_or_of_any():
+    x, m, y = striped()
+    assert set(without_foreground(x, m).unique().tolist()) == {50, 150}
+    kinds = exchanged(x, m, y, torch.Generator().manual_seed(0))
+    ground = {name: images[:, 0, 0, 0] for name, images in kinds.items()}
+    assert torch.equal(ground["mixed same"], x[:, 0, 0, 0])
+    assert 8 < (ground["mixed rand"] != x[:, 0, 0, 0]).sum() < 32  # half of 40
+    assert all(torch.equal(kinds[name] * m, x * m) for name in ("mixed same", "mixed rand"))
+    assert not (kinds["no foreground"] * m).any() and torch.equal(
+        kinds["only background"] * m, ground["only background"][:, None, None, None] * m
+    )
+
+
+@pytest.mark.parametrize(
+    "reads, expected", [("ground", (100, 100, 50, 100, 100)), ("object", (100, 100, 100, 50, 50))]
+)
+def test_exchanged_backgrounds_tell_what_a_model_reads(reads, expected):
+    x, m, y = striped(400)
+    data = Data(
+        x.to(torch.uint8),
+        m.bool(),
+        torch.ones(400).bool(),
+        y,
+        [str(i) for i in range(400)],
+        ["o"],
+        ["a", "b"],
+    )
+
+    class Reader(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, images):
+            x = images[:, 0, 0, 0] if reads == "ground" else images[:, 0, 4:8, 4:8].mean(dim=(1, 2)) > 1
+            return torch.stack([-x.float(), x.float()], dim=1) * self.weight
+
+    table = measure_backgrounds(Reader(), {"test": data, "val": data}, True)
+    assert [100 * row["AUC"] for row in table.values()] == pytest.approx(expected, abs=6)
+
+
+def test_of_a_pipeline_the_segmenter_s_dice_is_measured_on_each_kind_of_test_images():
+    x, m, y = striped(8)
+    data = Data(
+        x.to(torch.uint8), m.bool(), torch.ones(8).bool(), y, [str(i) for i in range(8)], ["o"], ["a", "b"]
+    )
+
+    class Half(Pipeline):
+        def foreground(self, images):
+            return (torch.ones_like(images[:, :1]) * m.flip(0)).bool() & (torch.arange(16) < 6)
+
+    classifier = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 2))
+    classifier.encoder = None
+    table = measure_bias(
+        Half(classifier, torch.nn.Identity()), {"test": data, "val": data}, True, {"epsilon": 0.1}
+    )
+    assert table["same"]["segmentation Dice"] == pytest.approx(2 / 3)  # half of each mask
