@@ -66,7 +66,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, row: bool = False) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, T, D) to tokens (B, T, D) and, if `row`, the first token's attention (B, heads, T)."""
         q, k, v = self.split(x)
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, T, D)
+        if x.is_cuda or q.dtype != torch.bfloat16:
+            mixed = F.scaled_dot_product_attention(q, k, v)
+        else:  # on CPUs its derivative takes several times as long in bfloat16
+            with torch.autocast(x.device.type, enabled=False):
+                mixed = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+        mixed = mixed.transpose(1, 2).flatten(2)  # (B, T, D)
         return self.proj(mixed), self.weights(q[:, :, :1], k)[:, :, 0] if row else None
 
     @staticmethod

@@ -67,6 +67,21 @@ def test_memory_of_the_row_grows_with_the_number_of_patches_and_not_with_its_squ
     assert few > 0 and many < 17 * few
 
 
+def test_in_bfloat16_a_cpu_still_mixes_the_values_in_float32_and_its_gradients_stay_near(monkeypatch):
+    vit, seen, mix = small(), [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        "torch.nn.functional.scaled_dot_product_attention", lambda q, *kv: seen.append(q.dtype) or mix(q, *kv)
+    )
+    gradients = []
+    for low in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            features = vit(IMAGES)
+        loss = features.pooled.float().square().sum() + features.attention.float().square().sum()
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, vit.parameters())]))
+    assert set(seen) == {torch.float32}
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.99
+
+
 def test_other_image_sizes_get_resized_positions():
     vit = small()
     images = torch.rand(2, 1, 8, 24)
