@@ -60,6 +60,71 @@ def dice(maps: Tensor, masks: Tensor, grid: tuple[int, int], thresholds: int = 1
     return torch.cat(found, dim=1)
 
 
+def boxes(masks: Tensor, largest: bool = False) -> Tensor:
+    """Boxes (B, K, 4) around the connected components of masks (B, H, W) bool: left, top, right, bottom.
+
+    Pixels are connected to their 8 neighbours; right and bottom lie behind the last one. K: the largest
+    number of components, missing ones are all 0. largest: of each mask the component of most pixels, K = 1.
+    """
+    B, H, W = masks.shape
+    pixels, inside = torch.arange(H * W, device=masks.device), masks.flatten(1)
+    roots = pixels.expand(B, -1)  # a pixel further on in the same component, at last the last one
+    while True:
+        numbers = torch.where(inside, roots, -1).view(B, 1, H, W).float()  # exact below 2^24
+        near = F.max_pool2d(numbers, 3, 1, 1).flatten(1).long()
+        spread = torch.where(inside, roots.gather(1, torch.maximum(near, roots)), pixels)
+        if torch.equal(spread, roots):
+            break
+        roots = spread
+    sizes = torch.zeros(B, H * W, device=masks.device).scatter_add_(1, roots, inside.float())
+    K = 1 if largest else max(1, int((sizes > 0).sum(dim=1).max()))
+    sizes, kept = sizes.topk(K, dim=1)  # (B, K)
+    sides = []
+    for place, n in ((pixels % W, W), (pixels // W, H)):
+        place = place.expand(B, -1).float()
+        first = torch.full_like(place, n).scatter_reduce(1, roots, place, "amin").gather(1, kept)
+        last = torch.zeros_like(place).scatter_reduce(1, roots, place + 1, "amax").gather(1, kept)
+        sides.append(torch.stack([first, last], dim=2) * (sizes > 0)[:, :, None])  # (B, K, 2)
+    return torch.stack(sides, dim=3).flatten(2)
+
+
+def overlap(a: Tensor, b: Tensor) -> Tensor:
+    """Intersection over union (...) of boxes (..., 4), which are broadcast."""
+    sides = (torch.minimum(a, b)[..., 2:] - torch.maximum(a, b)[..., :2]).clamp(min=0)
+    areas = [(box[..., 2:] - box[..., :2]).prod(dim=-1) for box in (a, b)]
+    both = sides.prod(dim=-1)
+    return both / (sum(areas) - both).clamp_min(1e-12)
+
+
+def box_overlaps(maps: Tensor, masks: Tensor, largest: bool = False, thresholds: int = 20) -> Tensor:
+    """How well boxes around what lies above t / thresholds of a map's largest value fit: (thresholds, B).
+
+    maps (B, H, W), non-negative; masks (B, H, W) bool, one object in each; t = 0, 1, ... The IoU of the best
+    component's box with the object's, or of the largest component's.
+    """
+    true = boxes(masks, largest=True)  # (B, 1, 4)
+    top = maps.amax(dim=(1, 2), keepdim=True)
+    found = [boxes(maps >= top * max(t / thresholds, 1e-6), largest) for t in range(thresholds)]
+    return torch.stack([overlap(b, true).amax(dim=1) for b in found])
+
+
+def max_box_acc(overlaps: Tensor) -> float:
+    """MaxBoxAccV2 (Choe et al. 2020, arXiv 2007.04178) of `box_overlaps` (T, B), in [0, 1].
+
+    The share of images whose IoU reaches 0.3, 0.5 or 0.7 at the best common threshold, averaged over these.
+    """
+    return float(torch.stack([(overlaps >= d).double().mean(dim=1).amax() for d in (0.3, 0.5, 0.7)]).mean())
+
+
+def corloc(overlaps: Tensor, chosen_on: Tensor) -> float:
+    """The share of images with an IoU of 0.5 or more, in [0, 1], of `box_overlaps` (T, B).
+
+    The common threshold is the best on other images' overlaps (T, M).
+    """
+    best = (chosen_on >= 0.5).double().mean(dim=1).argmax()
+    return float((overlaps[best] >= 0.5).double().mean())
+
+
 def auc(scores: Tensor, labels: Tensor) -> float:
     """Area under the ROC curve of scores (M,) against labels (M,): 1, 0 or NaN (unknown, left out).
 

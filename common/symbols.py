@@ -2,15 +2,16 @@
 
     python -m common.symbols data/symbols --train 50                        ten classes, flat colours
     python -m common.symbols data/scenes --set scenes --train 200           five shapes, all is textured
+    python -m common.symbols data/grounds --set grounds --train 200         scenes, whose ground tells the shape
     python -m common.symbols data/digits --set digits --train 85 --marker   grey digits on noise, odd or even
     python -m common.symbols data/leaves --set leaves --train 400 --marker  green leaves or spotted
 
 Each also draws 20 images per class to validate and 100 to test. --marker puts a bright square into a corner
-of every odd digit or spotted leaf that is learned from; in the test images the others have it. In scenes it
-gives each shape a ground of its own hue and stripes, in test images as well.
+of every odd digit or spotted leaf that is learned from; in the test images the others have it.
 """
 
 import argparse
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -78,11 +79,11 @@ def draw_symbol(kind: str, size: int, rng: np.random.Generator) -> tuple[np.ndar
 
 
 def draw_scene(
-    kind: str, size: int, rng: np.random.Generator, marker: bool = False
+    kind: str, size: int, rng: np.random.Generator, grounds: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """A textured shape of 5 to 25 % of the area on texture, with two small discs; image and mask as above.
 
-    marker: the ground's hue and stripes tell the shape.
+    grounds: each shape has a ground of its own hue, and stripes of its own direction.
     """
     x, y = pixels(size)
 
@@ -95,7 +96,7 @@ def draw_scene(
     half = rng.uniform(0.34, 0.55)
     places = turned(x, y, *rng.uniform(half - 1, 1 - half, 2), half, rng.uniform(-0.5, 0.5))
     mask, image = symbol(kind, *places), texture()
-    if marker:
+    if grounds:
         angle, thirds = SHAPES.index(kind) * np.pi / len(SHAPES) + rng.uniform(-0.2, 0.2), np.arange(3) * 2.1
         stripes = np.sin(9 * (np.cos(angle) * x + np.sin(angle) * y) + rng.uniform(0, 2 * np.pi))[..., None]
         colour = 0.5 + 0.25 * np.cos(2 * angle + thirds) + rng.uniform(-0.1, 0.1, 3) + 0.15 * stripes
@@ -146,6 +147,7 @@ def draw_leaf(kind: str, size: int, rng: np.random.Generator) -> tuple[np.ndarra
 SETS = {  # name: classes to draw, the function that draws one
     "symbols": (SYMBOLS, draw_symbol),
     "scenes": (SHAPES, draw_scene),
+    "grounds": (SHAPES, partial(draw_scene, grounds=True)),
     "digits": (list(range(10)), draw_digit),
     "leaves": (["healthy", "spotted"], draw_leaf),
 }
@@ -161,14 +163,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--train", type=int, default=50, help="training images per class (default: 50)")
     parser.add_argument("--size", type=int, default=64, help="pixels per side (default: 64)")
     parser.add_argument("--masks", type=int, help="only of so many training images, and of the test images")
-    parser.add_argument("--marker", action="store_true", help="a shortcut, but for symbols")
+    parser.add_argument("--marker", action="store_true", help="a shortcut, for digits and leaves")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     args = parser.parse_args(argv)
     if args.train < 1 or args.size < 24 or args.seed < 0 or (args.masks or 0) < 0:
         values = f"--train {args.train} --size {args.size} --seed {args.seed} --masks {args.masks}"
         parser.error(f"{values}: they must be at least 1, 24, 0 and 0")
-    if args.marker and args.set == "symbols":
-        parser.error("--marker is drawn on scenes, digits and leaves: add --set")
+    if args.marker and args.set not in ("digits", "leaves"):
+        parser.error("--marker is drawn on digits and leaves: add --set")
     if args.folder.is_file() or any(args.folder.glob("*")):
         parser.error(f"{args.folder} exists and is not empty; name a new folder")
     (args.folder / "images").mkdir(parents=True)
@@ -177,9 +179,8 @@ def main(argv: list[str] | None = None) -> None:
     for s, (split, n) in enumerate({"train": args.train, "val": 20, "test": 100}.items()):
         for drawn, (i, (k, kind)) in enumerate(product(range(n), enumerate(classes))):
             name, rng = f"{split}_{kind}_{i:04d}.png", np.random.default_rng([args.seed, s, k, i])
-            scene = {"marker": args.marker} if args.set == "scenes" else {}
-            image, mask = draw(kind, args.size, rng, **scene)
-            if args.marker and not scene and (k % 2 == 1) == (split != "test"):
+            image, mask = draw(kind, args.size, rng)
+            if args.marker and (k % 2 == 1) == (split != "test"):
                 image[args.size // 32 : args.size // 8, -args.size // 8 : -args.size // 32] = 1
             Image.fromarray((image.clip(0, 1) * 255).astype(np.uint8)).save(args.folder / "images" / name)
             if split == "test" or args.masks is None or split == "train" and drawn < args.masks:

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from common.metrics import auc, average_precision, best_threshold, dice, localisation_ap, relevance_share
+from common.metrics import auc, average_precision, best_threshold, box_overlaps, boxes, corloc, dice
+from common.metrics import localisation_ap, max_box_acc, overlap, relevance_share
 
 NAN = torch.nan
 
@@ -87,3 +88,45 @@ def test_the_relevance_share_is_the_part_of_absolute_relevance_in_the_mask():
     R = torch.tensor([[[[1.0, -2], [3, 0]]], [[[0.0, 0], [0, 0]]]])
     share = relevance_share(R, torch.tensor([[[[1, 1], [0, 0]]]]).expand(2, 1, 2, 2))
     assert share[0] == 0.5 and share[1].isnan()
+
+
+def flooded(mask):
+    """The boxes of a mask's components, found by flood fill."""
+    left, found = {(int(y), int(x)) for y, x in mask.nonzero()}, []
+    while left:
+        front, part = [left.pop()], []
+        while front:
+            part.append(front.pop())
+            near = {(part[-1][0] + dy, part[-1][1] + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & left
+            left -= near
+            front += near
+        ys, xs = zip(*part)
+        found.append((min(xs), min(ys), max(xs) + 1, max(ys) + 1))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("density", [0.2, 0.35, 0.5, 0.8])
+def test_boxes_are_those_of_flood_fill(density):
+    masks = torch.rand(10, 9, 13, generator=torch.Generator().manual_seed(0)) < density
+    for mask, found in zip(masks, boxes(masks).long().tolist()):
+        assert sorted(tuple(box) for box in found if any(box)) == flooded(mask)
+    spiral = torch.zeros(1, 7, 7, dtype=torch.bool)
+    spiral[0, 0], spiral[0, :, 6], spiral[0, 6], spiral[0, 2:, 0], spiral[0, 2, :5] = (True,) * 5
+    assert boxes(spiral).tolist() == [[[0, 0, 7, 7]]] and not boxes(spiral & False).any()
+
+
+def test_the_best_component_counts_for_box_accuracy_and_the_largest_for_corloc():
+    mask = torch.zeros(1, 8, 8, dtype=torch.bool)
+    mask[0, 1:5, 1:5] = True
+    larger = torch.zeros(1, 8, 8)
+    larger[0, 6:8], larger[0, 1:5, 1:4] = 1, 1  # beside it a larger part; 3 of the 4 columns
+    assert overlap(boxes(larger > 0), boxes(mask)).amax() == 0.75
+    assert box_overlaps(larger, mask).unique().tolist() == [0.75]
+    assert not box_overlaps(larger, mask, largest=True).any()
+
+
+def test_one_threshold_serves_all_images_and_corloc_takes_it_from_others():
+    overlaps = torch.tensor([[0.4, 0.6], [0.9, 0.2], [0.6, 0.3]])  # 3 thresholds, 2 images
+    assert max_box_acc(overlaps) == pytest.approx((1 + 0.5 + 0.5) / 3)
+    assert corloc(overlaps, torch.tensor([[0.1], [0.1], [0.6]])) == 0.5
+    assert corloc(torch.tensor([[0.4], [0.7]]), overlaps[:2]) == 0.0  # equally good there: the lower one
