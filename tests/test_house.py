@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CONCEPTS = "vit resnet simpool attention_priors crops ssl dino relvit lrp isnet_lrp".split()
-SCRIPTS = ["train", "evaluate"]
+SCRIPTS = ["train", "evaluate", "tour"]
 STOREYS = [CONCEPTS, ["common"], SCRIPTS, ["experiments"]]
 
 
@@ -25,7 +25,7 @@ def names_in(source: str) -> tuple[set[str], set[str]]:
     return modules, names
 
 
-def test_the_root_holds_the_concepts_and_the_two_scripts():
+def test_the_root_holds_the_concepts_and_three_scripts():
     assert {path.stem for path in ROOT.glob("*.py")} == {*CONCEPTS, *SCRIPTS}
 
 

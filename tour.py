@@ -1,0 +1,140 @@
+"""The whole chain on two screens: one outlined image teaches a ViT where to look, and its gaze a classifier.
+
+    python tour.py        about 3 minutes on 2 CPU cores; draws tour.png
+
+A hospital stamps an L on every image with an enlarged heart. A classifier reads the L, unless something keeps
+it off the background. Masks of the foreground would, but only one image has them.
+"""
+
+import copy
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from torch import Generator, nn
+from torch.optim import AdamW
+
+from attention_priors import guidance, priors_from_masks
+from common.metrics import auc, localisation_ap
+from common.phantom import REGIONS, phantom, stamp
+from common.registration import carry, confidence, register
+from crops import multi_crop
+from dino import DINO
+from isnet_lrp import background_loss, foreground_loss, relevance_range
+from lrp import relevance
+from resnet import ResNet
+from vit import ViT
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+STEPS, GRID = 200, (8, 8)
+torch.manual_seed(0)
+torch.set_flush_denormal(True)  # relevance fades into numbers that make a CPU slow
+generator = Generator().manual_seed(0)
+
+# 1. Draw chest X-rays. The L agrees with the label in training and contradicts it in the test.
+images, masks, labels = phantom(800, seed=0)  # (N, 1, 64, 64) uint8, (N, 3, 64, 64) bool, (N, 4)
+tests, test_masks, test_labels = phantom(300, seed=1)
+sick, test_sick = labels[:, 0] == 1, test_labels[:, 0] == 1
+images, tests = stamp(images, sick), stamp(tests, ~test_sick)
+x, test_x = images / 127.5 - 1, tests / 127.5 - 1
+
+# 2. One image has masks. Blurred, they are the priors; registration carries them to all other images.
+one = int(masks.flatten(2).any(dim=2).all(dim=1).int().argmax())
+priors = priors_from_masks(masks[one])  # (3, 64, 64), for left lung, right lung, heart
+theta, flow, agreement = map(torch.cat, zip(*[
+    register(images[one], priors, part, deformable=True) for part in images.split(200)
+]))  # fmt: skip
+
+# 3. DINO learns features of two views of an image; SPAN guides a head to each prior, through the same crops.
+encoder = ViT(img_size=64, patch_size=8, in_chans=1, embed_dim=96, depth=4, num_heads=6)
+dino = DINO(encoder, embed_dim=96, koleo=0.1, max_entropy=0.8)
+optimizer = AdamW([p for p in dino.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.04)
+for step in range(STEPS):
+    index = torch.randint(len(images), (64,), generator=generator)
+    views, thetas = multi_crop(images[index] / 255, generator, size=64)
+    views = [2 * v - 1 for v in views]
+    loss, features = dino(views, teacher_temp=0.02)
+    prior, sure = carry(priors, theta[index], flow[index]), confidence(agreement[index])
+    span = guidance([f.attention for f in features], prior, thetas, [GRID], confidence=sure)
+    optimizer.zero_grad()
+    (loss + 3 * span).backward()
+    nn.utils.clip_grad_norm_(dino.parameters(), 3.0)
+    optimizer.step()
+    dino.update_teacher(0.996)
+    if step % 50 == 49:
+        print(f"step {step + 1}: DINO {loss:.2f}, SPAN {span:.3f}")
+dino.health.check()  # raises if DINO has collapsed
+
+# 4. The guided heads have learned where to look, also in images that they have never seen.
+with torch.no_grad():
+    gaze = torch.cat([encoder.eval()(part).attention[:, :3] for part in x.split(200)])  # (N, 3, 64)
+    test_gaze = torch.cat([encoder(part).attention[:, :3] for part in test_x.split(200)])
+aps = localisation_ap(test_gaze, test_masks, GRID).diagonal(dim1=1, dim2=2).nanmean(dim=0)  # (3,)
+print("average precision: " + ", ".join(f"{region} {100 * ap:.1f}" for region, ap in zip(REGIONS, aps)))
+
+# 5. Their attention becomes the masks of all training images.
+maps = F.interpolate(gaze.unflatten(2, GRID), size=64, mode="bilinear")  # (N, 3, 64, 64)
+foreground = (maps > 0.4 * maps.amax(dim=(2, 3), keepdim=True)).any(dim=1, keepdim=True)  # (N, 1, 64, 64)
+true = masks.any(dim=1, keepdim=True)
+print(f"Dice of the masks: {100 * 2 * (foreground & true).sum() / (foreground.sum() + true.sum()):.1f}")
+
+
+# 6. A classifier, plain; and one that sees swapped backgrounds and whose relevance must stay inside the masks.
+class Classifier(nn.Module):
+    """A ResNet and a logit: images (B, 1, H, W) to (B, 1)."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = ResNet(in_chans=1, embed_dim=64)
+        self.head = nn.Linear(64, 1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.encoder(images).pooled)
+
+
+def train(model: nn.Module, steps: int, c1: float = 0, c2: float = 0) -> nn.Module:
+    """Train to find enlarged hearts; off the background if C1 and C2, the range of relevance, are given."""
+    optimizer = AdamW(model.parameters(), lr=2e-3)
+    for step in range(steps):
+        index = torch.randint(len(images), (16,), generator=generator)
+        batch, y, m = x[index], sick[index].float(), foreground[index].float()
+        if c1:
+            batch = batch * m + batch.roll(1, 0) * (1 - m)
+        if c1 and step % 3 == 0:
+            R, logits = relevance(model, batch, torch.ones(16, 1), 0.01, 3.0, create_graph=True, signed=True)
+            isnet = background_loss(R, m, decay=0.97, E=0.1) + foreground_loss(R, m, c1, c2, hybrid=True)
+        else:
+            logits, isnet = model(batch), torch.zeros(16)
+        loss = F.binary_cross_entropy_with_logits(logits[:, 0], y) + isnet.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+    return model.eval()
+
+
+first = Classifier()
+plain = train(copy.deepcopy(first), 600)
+some = x[:200]
+R, _ = relevance(plain, some, torch.ones(len(some), 1), 0.01, 3.0, signed=True)
+blind = train(first, 900, *relevance_range(R.abs().sum(dim=(1, 2, 3))))
+heat = {}
+for name, model in {"plain": plain, "blind": blind}.items():
+    heat[name], logits = relevance(model, test_x, torch.ones(len(tests), 1), 0.01, 3.0, signed=True)
+    print(f"{name} classifier, AUC with the L on the other images: {100 * auc(logits[:, 0], test_sick):.1f}")
+
+# 7. One picture: test image, three heads, relevance of both classifiers.
+figure, axes = plt.subplots(4, 6, figsize=(9, 6.4), layout="constrained")
+for i, row in enumerate(axes):
+    shown = [tests[i, 0], *test_gaze[i].unflatten(1, GRID), *(R[i, 0].detach() for R in heat.values())]
+    for k, (axis, picture) in enumerate(zip(row, shown)):
+        top = float(picture.abs().max()) if k > 3 else 0.15
+        low, high = {0: (0, 255)}.get(k, (-top if k > 3 else 0, top))
+        colours = "gray" if k == 0 else "magma" if k < 4 else "RdBu_r"
+        axis.imshow(picture, cmap=colours, vmin=low, vmax=high)
+        axis.axis("off")
+        axis.set_title(["test image", *REGIONS, "plain", "blind"][k] if i == 0 else "", fontsize=9)
+figure.savefig("tour.png", dpi=100)
+print("drew tour.png")
