@@ -5,7 +5,7 @@ a fixed camera. SPAN guides single attention heads of a ViT by priors, one each;
 self-supervised training goes on as before. Priors come from one labelled reference image, or from statistics
 of unlabelled images. There is no public code; the equation numbers are ours (theta: a view, see `crops.py`):
 
-    P_r   = prior_r(theta x), averaged over each patch, normalised to sum 1 over the N patches (1) `follow`
+    P_r   = prior_r(theta x), averaged over each patch, normalised to sum 1 over patches       (1) `follow`
     s_r   = fraction of prior_r's mass that the view sees, in [0, 1]                           (2) `follow`
     A_r   = the CLS row of head r over the patches, normalised to sum 1                        (3) `span_loss`
     L     = sum_r s_r KL(P_r || A_r) / sum_r s_r                                               (4) `span_loss`

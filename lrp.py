@@ -181,7 +181,7 @@ class LRP(TorchFunctionMode):
         return y
 
     def linear(self, op: Callable, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-        """z = op(x, w, b) with rules (2) to (4), or (9) at the watched input."""
+        """z = op(x, w, b) with rules (2) to (4), or rule (9) at the watched input."""
         part = lambda change: [v if v is None else change(v) for v in (w, b)]  # noqa: E731
         y = z = ruled = op(x, w, b)
         if self.active(w):
@@ -228,6 +228,7 @@ class LRP(TorchFunctionMode):
         return func(a, self.constant(b) if self.active(b) else b, *args, **kwargs)
 
     def _elementwise(self, func, input, *args, **kwargs) -> Tensor:
+        """Rule (5)."""
         y = func(input, *args, **kwargs)
         return _Route.apply(self, y, input, y, 1e-9) if self.active(input) else y
 
@@ -345,7 +346,7 @@ def relevance(
             raise ValueError(f"relevance needs output (B, K), not {getattr(output, 'shape', type(output))}")
         inner = [rules.current(y[0] if isinstance(y, tuple) else y) for y in (outputs[m] for m in layers)]
         gradients = rules.explain(_score(output, target), inputs + inner, create_graph)
-    products = [x * g for x, g in zip(inputs + inner, gradients)]
+    products = [x * g for x, g in zip(inputs + inner, gradients)]  # equation (1)
     heatmap = sum(products[: len(inputs)])
     return ([heatmap, *products[len(inputs) :]] if layers else heatmap), output
 

@@ -105,6 +105,7 @@ def test_a_run_killed_20_times_ends_at_the_weights_of_an_unbroken_one(tmp_path, 
     assert same_weights(tmp_path / "whole", killed) and same_rows(tmp_path / "whole", killed)
 
 
+@pytest.mark.slow
 def test_a_run_stopped_by_ctrl_c_within_its_epochs_ends_at_the_weights_of_an_unbroken_one(
     tmp_path, monkeypatch, threads
 ):

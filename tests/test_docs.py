@@ -129,7 +129,7 @@ def test_every_public_dataset_has_a_row(capsys):
 
 
 def test_every_file_exists():
-    links = {path.parent / link for path in DOCS for link in re.findall(r"\]\(([^):]+)\)", DOCS[path])}
+    links = {path.parent / link for path in DOCS for link in re.findall(r"\]\(([^):#]+)[#)]", DOCS[path])}
     named = set(re.findall(r"`(?:\./)?([\w/]+\.(?:py|sh))", TEXT))
     modules = re.findall(r"python -m ((?:common|experiments)\.\w+)", TEXT)
     named |= {f"{module.replace('.', '/')}.py" for module in modules}

@@ -49,6 +49,7 @@ def test_runs_are_compared_side_by_side_on_the_same_images(two_runs, capsys):
     assert f"{100 * metrics_of(Path(two_runs[0]))['attention_mAP']:.1f}" in table  # what train.py measured
 
 
+@pytest.mark.slow
 def test_all_labels_are_the_default_and_few_of_them_are_measured_on_request(two_runs, capsys, monkeypatch):
     monkeypatch.setattr("evaluate.FRACTIONS", (0.25, 1.0))
     monkeypatch.setattr("common.probe.DRAWS", 1)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from common import config
-from experiments import benchmark, runs, tables
+from experiments import benchmark, equations, runs, tables
 from experiments.claims import Claim, claims
 
 ROOT = Path(__file__).parents[1]
@@ -151,3 +151,18 @@ def test_the_recorded_costs_are_those_that_the_benchmark_measures(monkeypatch):
     for part, value in parts.items():
         monkeypatch.setattr(f"experiments.benchmark.{part}", lambda *args, value=value: value)
     assert [name for name, _ in benchmark.measured(1, "cpu")] == list(COSTS)
+
+
+def test_every_numbered_equation_has_its_lines_and_a_test_that_exists():
+    assert (ROOT / "docs/equations.md").read_text() == equations.page(), "python -m experiments.equations"
+    for file, checked in equations.TESTS.items():
+        tests = (ROOT / "tests" / f"test_{Path(file).name}").read_text()
+        assert all(f"def {test}(" in tests for test in checked.values()), file
+
+
+def test_an_equation_without_lines_or_a_test_is_missed(monkeypatch):
+    assert equations.numbers("rules (2) to (4), f(9) and (12)-(13)") == ["2", "3", "4", "12", "13"]
+    for checked in ({"1 2": "", "3": ""}, {"1": ""}):
+        monkeypatch.setattr(equations, "TESTS", {"resnet.py": checked})
+        with pytest.raises(KeyError):
+            equations.page()

@@ -96,6 +96,7 @@ def test_a_wider_map_makes_a_wider_mask_of_the_same_mass():
 # The foreground
 
 
+@pytest.mark.slow
 def test_attention_masks_train_a_classifier_of_either_kind_and_their_quality_is_said(
     span_run, tmp_path, capsys
 ):

@@ -50,6 +50,7 @@ def test_a_run_leaves_its_settings_its_metrics_its_weights_and_its_pictures(span
     assert not list(span_run.glob("*.part"))
 
 
+@pytest.mark.slow
 def test_guided_heads_learn_to_look_where_the_reference_image_s_masks_say(tmp_path):
     argv = "--train-images 128 --embed-dim 48 --depth 1 --epochs 10 --batch-size 16 --out-dim 32 --lr 3e-3"
     train.main([*argv.split(), "--out", str(tmp_path / "span")])
@@ -65,6 +66,7 @@ def test_a_seed_gives_the_same_weights_again_and_so_does_a_run_s_config(span_run
     assert not same_weights(span_run, tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_priors_may_be_every_image_s_masks_statistics_or_a_file(tmp_path):
     np.save(tmp_path / "priors.npy", phantom(1, seed=9)[1][0].numpy().astype(np.float32))
     for prior in ("masks", "statistics", str(tmp_path / "priors.npy")):
@@ -189,6 +191,7 @@ def failed(capsys, *argv: str) -> str:
     return capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_collapse_stops_the_run_and_keep_going_overrides(tmp_path, capsys):
     argv = [*TINY, *"--epochs 160 --teacher-temp 5 --koleo 0 --max-entropy 1 --prior".split()]
     assert "DINO has collapsed, uniform" in failed(capsys, *argv, "none", "--out", str(tmp_path / "stopped"))
@@ -295,6 +298,7 @@ def test_a_batch_in_parts_gives_the_same_step(tmp_path):
         for words in ("--ssl relvit --align none", "--task classify")
     ],
 )
+@pytest.mark.slow
 def test_bfloat16_learns_nearly_the_same(words, tmp_path):
     *_, whole, amp = two_runs(tmp_path, [*TINY, *words.split()], ["--amp"])
     assert 0 < abs(whole - amp) < 0.1 * whole
