@@ -152,7 +152,7 @@ def classifier_objective(
     """
     multiclass, encoder, rule = spec.multiclass, model.encoder, lrp_rule(config)
     layers, pooling = supervised_layers(encoder, config.isnet_layers), (config.isnet_decay, config.isnet_e)
-    share = 1.0 if config.baseline == "swap" else config.swap
+    share = config.swap if config.isnet else float(config.baseline == "swap")
 
     def losses(index: Tensor, generator: Generator, step: int, total: int) -> tuple[Tensor, dict]:
         x, y = rows_at(images, index), labels[index]

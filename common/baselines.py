@@ -11,7 +11,7 @@ The loss, of images x, masks m (1 in the foreground) and labels y, is L = L_clas
     rrr         right for the right reasons: no gradient outside the mask (Ross et al. 2017, 1703.03717):
                 penalty = sum ((1 - m) d/dx sum_k log p_k)^2                                          (3)
     pipeline    a segmenter hides the background from a classifier, which is trained with the given masks
-    swap        no penalty: the background is that of another image of the batch
+    swap        no penalty: the background is that of another image of the batch, its foreground filled
 
 Where we differ, for brevity: one gate, at the end, with a softmax (published: several, normalised by minimum
 and sum); A is taken at the last block's input, and divided by its maximum; a segmenter has a logit per patch.
@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from common.backgrounds import without_foreground
 
 
 class AttentionGate(nn.Module):
@@ -129,8 +131,11 @@ def rrr(model: nn.Module, x: Tensor, m: Tensor, y: Tensor, multiclass: bool) -> 
 
 
 def swapped(x: Tensor, m: Tensor, generator: Generator, share: float = 1.0) -> Tensor:
-    """Images (B, C, H, W), a share of them with the background of another one; unchanged without a mask."""
-    other = x[torch.randperm(len(x), generator=generator).to(x.device)]
+    """Images (B, C, H, W), a share of them with the background of another one; unchanged without a mask.
+
+    Where the other one's foreground was, there is background, too: two hearts would be hard to learn from.
+    """
+    other = without_foreground(x, m)[torch.randperm(len(x), generator=generator).to(x.device)]
     chosen = m.flatten(1).any(dim=1)
     if share < 1:
         chosen = chosen & (torch.rand(len(x), generator=generator) < share).to(x.device)

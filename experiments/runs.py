@@ -139,6 +139,9 @@ for name, flags in RUNS.items():
     if "--task classify" not in flags and "--ssl relvit" not in flags:
         RUNS[name] = f"{flags} --koleo 0 --max-entropy 1"  # the results are of DINO as published
 RUNS |= seeded(on_other_data(), range(5))
+for name, flags in RUNS.items():
+    if "--isnet " in flags:
+        RUNS[name] = f"{flags} --swap 0 --isnet-every 1"  # the results are of ISNet alone
 # The runs that a run starts from, or whose attention becomes its masks.
 NEEDED = {name: set(re.findall(r"runs/(\S+)", flags)) for name, flags in RUNS.items()}
 QUICK = r"(span|dino|(unmarked|plain|isnet)_resnet|resnet_simpool_labels|(?!.*_long_).*_symbols50)-0"

@@ -37,7 +37,7 @@ def middle(masked: int = 8) -> torch.Tensor:
 
 def losses_of(name: str, words: str = "", labels: torch.Tensor = LABELS, masks: torch.Tensor | None = None):
     """A classifier on random images of 16 px, and its objective with ISNet."""
-    flags = f"--task classify --isnet 1 --isnet-decay 0.9 --isnet-end 1 --lrp-gamma 3 {words}"
+    flags = f"--task classify --isnet 1 --isnet-every 1 --isnet-decay 0.9 --isnet-end 1 --lrp-gamma 3 {words}"
     config, model = parse(flags.split())[0], Classifier(ENCODERS[name](), labels.shape[1])
     images = torch.randint(256, (8, 1, 16, 16), dtype=torch.uint8)
     masks = middle() if masks is None else masks
