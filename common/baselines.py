@@ -133,9 +133,12 @@ def rrr(model: nn.Module, x: Tensor, m: Tensor, y: Tensor, multiclass: bool) -> 
 def swapped(x: Tensor, m: Tensor, generator: Generator, share: float = 1.0) -> Tensor:
     """Images (B, C, H, W), a share of them with the background of another one; unchanged without a mask.
 
-    Where the other one's foreground was, there is background, too: two hearts would be hard to learn from.
+    None keeps its own, which would leave 1 / B of the shortcut. Where the other one's foreground was, there
+    is background, too: two hearts would be hard to learn from.
     """
-    other = without_foreground(x, m)[torch.randperm(len(x), generator=generator).to(x.device)]
+    order = torch.randperm(len(x), generator=generator).to(x.device)
+    other = torch.empty_like(x)
+    other[order] = without_foreground(x, m)[order.roll(1)]
     chosen = m.flatten(1).any(dim=1)
     if share < 1:
         chosen = chosen & (torch.rand(len(x), generator=generator) < share).to(x.device)

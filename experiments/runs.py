@@ -124,6 +124,25 @@ def on_other_data() -> dict[str, str]:
     return runs
 
 
+def against_backgrounds() -> dict[str, str]:
+    """ISNet by default and as published on four shortcuts; all methods on hospitals, and on grounds."""
+    runs = {}
+    for backbone, isnet in ISNET.items():
+        ways = {"blind": isnet, "published": "--preset published"}
+        others = {how.split()[0]: f"--baseline {how}" for how in BASELINES}
+        for kind in ("corner", "anywhere", "tint", "border"):
+            label = f"{LABELS} {backbone} --marker 1 --marker-kind {kind}"
+            runs |= {f"{way}_{backbone}_{kind}": f"{label} {flags}" for way, flags in ways.items()}
+            runs[f"blind_one_{backbone}_{kind}"] = f"{label} {isnet} --masks prior"
+        for way, flags in ({"plain": ""} | others | ways).items():
+            label = f"{LABELS} {backbone} --marker 1 --marker-kind hospitals"
+            runs[f"{way}_{backbone}_hospitals"] = f"{label} {flags}".strip()
+            runs[f"{way}_{backbone}_grounds"] = (
+                f"{LABELS} {backbone} --data data/grounds200-{{seed}} {flags}".strip()
+            )
+    return runs
+
+
 def seeded(experiments: dict[str, str], seeds: Iterable[int] = (0, 1, 2)) -> dict[str, str]:
     """{experiment: flags} as {experiment-seed: flags}; {seed} in the flags becomes the seed."""
     runs = {(name, seed): flags.format(seed=seed) for seed in seeds for name, flags in experiments.items()}
@@ -142,6 +161,7 @@ RUNS |= seeded(on_other_data(), range(5))
 for name, flags in RUNS.items():
     if "--isnet " in flags:
         RUNS[name] = f"{flags} --swap 0 --isnet-every 1"  # the results are of ISNet alone
+RUNS |= seeded(against_backgrounds(), range(5))
 # The runs that a run starts from, or whose attention becomes its masks.
 NEEDED = {name: set(re.findall(r"runs/(\S+)", flags)) for name, flags in RUNS.items()}
 QUICK = r"(span|dino|(unmarked|plain|isnet)_resnet|resnet_simpool_labels|(?!.*_long_).*_symbols50)-0"
@@ -188,7 +208,7 @@ def train(names: list[str]) -> None:
     """Draw the data that these runs need, and train them: last those that start from another run."""
     (ROOT / "runs").mkdir(exist_ok=True)
     flags = " ".join(RUNS[name] for name in names)
-    names_of_folders = r"(data/(symbols|scenes|digits|leaves)(\d+)(?:m(\d+))?-(\d+))"
+    names_of_folders = r"(data/(symbols|grounds|digits|leaves)(\d+)(?:m(\d+))?-(\d+))"
     for folder, kind, n, masks, seed in sorted(set(re.findall(names_of_folders, flags))):
         if not (ROOT / folder / "labels.csv").exists():
             shutil.rmtree(ROOT / folder, ignore_errors=True)  # drawn in part
@@ -198,6 +218,12 @@ def train(names: list[str]) -> None:
     commands = {name: command(name, ROOT / "runs" / name) for name in names}
     for later in (False, True):
         two_at_a_time({n: words for n, words in commands.items() if words and bool(NEEDED[n]) == later})
+    grounds = [
+        name for name in names if "_grounds-" in name and (ROOT / f"runs/{name}/metrics.json").exists()
+    ]
+    unmeasured = [n for n in grounds if "mixed_rand" not in (ROOT / f"runs/{n}/metrics.json").read_text()]
+    exchanged = {f"{n}.grounds": ["evaluate.py", f"runs/{n}", "--only", "backgrounds"] for n in unmeasured}
+    two_at_a_time(exchanged)
 
 
 def probe(names: list[str], readouts: list[str]) -> None:

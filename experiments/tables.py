@@ -69,6 +69,10 @@ FEW_MASKS = {  # of digits and leaves
     "swap_all": "all masks: backgrounds swapped",
     "isnet_all": "all masks: ISNet",
 }
+BLIND = {  # ways against backgrounds
+    "blind": "**ISNet, swapping: default**", "blind_one": "**the same, one mask, registered**",
+    "published": "ISNet as published",
+}  # fmt: skip
 READOUTS = {"linear": "linear layer", "heads": "each head's patches", "finetune": "fine-tuned"}
 # {table: what the names of its rows contain}; the first that fits
 COSTS = {
@@ -123,6 +127,18 @@ def layout() -> dict[str, tuple[str, list[Row]]]:
     of_few, masks = ["auc_same", "accuracy_same", "relevance_share_same", "mask_dice"], []
     for kind in ("digits", "leaves"):
         masks += [Row(f"{kind}, {title}", f"{kind}_{run}", of_few) for run, title in FEW_MASKS.items()]
+    blind, hospitals, grounds = [], [], []
+    for backbone, name in BACKBONES.items():
+        for kind, words in {"corner": "an L in a corner", **KINDS}.items():
+            figures = ["auc_same", "auc_flipped", "auc_unseen", "relevance_share_same", "mask_dice"]
+            blind += [Row(f"{words}, {name}: {BLIND[w]}", f"{w}_{backbone}_{kind}", figures) for w in BLIND]
+        for way, title in (SHORTCUT | BLIND).items():
+            at = [f"auc_{x}" for x in ("same", "flipped", "hospital_A", "hospital_B", "hospital_C")]
+            at += ["relevance_share_hospital_C", "segmentation_Dice_hospital_C"]
+            hospitals.append(Row(f"{name}: {title}", f"{way}_{backbone}_hospitals", at))
+            exchanged = ("original", "mixed_same", "mixed_rand", "no_foreground", "only_background")
+            of = [f"accuracy_{x}" for x in exchanged]
+            grounds.append(Row(f"{name}: {title}", f"{way}_{backbone}_grounds", of))
     pooling = ["attention_AP_heart", "knn_mAUC", "linear_mAUC"]
     labels = "mean AUC of findings; labels: | 1 % | 5 % | 10 % | 25 % | all"
     header = "AUC | shortcut as in training | removed | flipped | another one"
@@ -134,6 +150,15 @@ def layout() -> dict[str, tuple[str, list[Row]]]:
         "parts_transfer": (labels, transfer["parts_"]),
         "shortcut": (f"{header} | relevance in lungs and heart | Dice of masks", shortcut),
         "kinds": (header, kinds),
+        "blind": ("AUC | as in training | flipped | another one | relevance inside | Dice of masks", blind),
+        "hospitals": (
+            "AUC | as in training | flipped | at A | at B | at C | relevance inside at C | Dice of segmenter at C",
+            hospitals,
+        ),
+        "grounds": (
+            "accuracy | original | mixed same | mixed rand | no foreground | only background",
+            grounds,
+        ),
         "failures": ("AUC | as in training | removed | flipped | relevance in lungs and heart", failures),
         "pooling": (
             "500 test images | attention on the heart, AP | k-NN, AUC | linear, AUC",

@@ -61,10 +61,9 @@ def test_a_table_changes_when_a_result_changes():
 
 def test_every_experiment_that_a_claim_or_table_names_is_run():
     named = {words.split()[0] for claim in claims() for words in claim[3:6] if words}
-    rows = [row for name, (_, rows) in tables.layout().items() for row in rows if name != "kinds"]
-    named |= {
-        name for row in rows for name in (row.experiment, row.reference)
-    }  # not every way meets every kind
+    some = ("kinds", "hospitals", "grounds")  # not every way meets these
+    rows = [row for name, (_, rows) in tables.layout().items() if name not in some for row in rows]
+    named |= {experiment for row in rows for experiment in (row.experiment, row.reference)}
     named |= {name for words in runs.PICTURES.values() for name in words.split()[1:]}
     assert named - {""} <= {name.rpartition("-")[0] for name in runs.RUNS}
 
