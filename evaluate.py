@@ -84,7 +84,7 @@ def compare(args: argparse.Namespace) -> None:
         settings = measured_by(config, spec, model, splits, reference, registered)
         found = reports[name] = report(model, splits, args.measures, fractions, **settings)
         out.mkdir(parents=True, exist_ok=True)
-        if config.marker is None and "removed" in splits:
+        if config.marker is None and "flipped" in splits:
             found.notes.append("its metrics are not kept: only the others were trained with a marker")
         else:  # NaN is no JSON
             finite = {k: v for k, v in found.metrics.items() if math.isfinite(v)}

@@ -28,8 +28,8 @@ A network can satisfy the loss and keep its shortcut. Each part closes one way t
 On absence: a unit that its bias activates and the marker silences has no relevance where the marker is.
 Elsewhere its relevance goes to the bias and to no pixel, but it shows in the unit's own layer. None of this
 is proof: LRP hardly sees evidence that silences units, so a frame or a tint around the foreground gets past
-the loss. Backgrounds swapped between images, as in `train.py`, close that way: then they tell no label. Test
-on images where the shortcut contradicts the label.
+the loss. Backgrounds swapped between images, as in `train.py`, tell no label, if the masks are exact. Test on
+images where the shortcut contradicts the label.
 
 Where we differ:
 

@@ -125,7 +125,9 @@ class LRP(TorchFunctionMode):
         """The changed gradients of the scores' sum with respect to inputs."""
         self.explaining = True
         try:
-            return list(torch.autograd.grad(self.current(score).sum(), inputs, create_graph=create_graph))
+            score = self.current(score).sum()
+            found = torch.autograd.grad(score, inputs, create_graph=create_graph, allow_unused=True)
+            return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found)]
         finally:
             self.explaining = False
 

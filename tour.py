@@ -1,4 +1,4 @@
-"""The whole chain on two screens: one outlined image teaches a ViT where to look, and its gaze a classifier.
+"""The whole chain from top to bottom: one outlined image, a ViT that knows where to look, a classifier.
 
     python tour.py        about 3 minutes on 2 CPU cores; draws tour.png
 
@@ -81,7 +81,7 @@ true = masks.any(dim=1, keepdim=True)
 print(f"Dice of the masks: {100 * 2 * (foreground & true).sum() / (foreground.sum() + true.sum()):.1f}")
 
 
-# 6. A classifier, plain; and one that sees swapped backgrounds and whose relevance must stay inside the masks.
+# 6. A classifier, plain; and one with swapped backgrounds whose relevance must stay inside the masks.
 class Classifier(nn.Module):
     """A ResNet and a logit: images (B, 1, H, W) to (B, 1)."""
 
@@ -101,7 +101,7 @@ def train(model: nn.Module, steps: int, c1: float = 0, c2: float = 0) -> nn.Modu
         index = torch.randint(len(images), (16,), generator=generator)
         batch, y, m = x[index], sick[index].float(), foreground[index].float()
         if c1:
-            batch = batch * m + batch.roll(1, 0) * (1 - m)
+            batch = batch * m + batch.roll(1, 0) * (1 - m)  # train.py fills the other's foreground first
         if c1 and step % 3 == 0:
             R, logits = relevance(model, batch, torch.ones(16, 1), 0.01, 3.0, create_graph=True, signed=True)
             isnet = background_loss(R, m, decay=0.97, E=0.1) + foreground_loss(R, m, c1, c2, hybrid=True)
@@ -116,7 +116,7 @@ def train(model: nn.Module, steps: int, c1: float = 0, c2: float = 0) -> nn.Modu
 
 
 first = Classifier()
-plain = train(copy.deepcopy(first), 600)
+plain = train(copy.deepcopy(first), 900)
 some = x[:200]
 R, _ = relevance(plain, some, torch.ones(len(some), 1), 0.01, 3.0, signed=True)
 blind = train(first, 900, *relevance_range(R.abs().sum(dim=(1, 2, 3))))

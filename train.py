@@ -164,9 +164,8 @@ def classifier_objective(
             classification = classification_loss(model.head(features.pooled), y, multiclass)
             return loss + classification, {"classification": classification.detach(), **scores}
         x, m = prepared(x), None if masks is None else rows_at(masks, index).float()
-        if share:
-            x = swapped(x, m, generator, share)
-        isnet = config.isnet and step % config.isnet_every == 0 and m.any()
+        x = swapped(x, m, generator, share) if share else x
+        isnet = config.isnet and step % config.isnet_every == 0
         if not isnet and config.baseline not in PENALTIES:
             with torch.autocast(x.device.type, torch.bfloat16, enabled=config.amp):
                 logits = model(x)
@@ -183,17 +182,18 @@ def classifier_objective(
                 heatmaps, logits = relevance(model, x, target, create_graph=True, layers=layers, **rule)
             heatmaps, ranges = heatmaps if layers else [heatmaps], spec.relevance_range
             if config.preset == "published":
-                pairs, kept = list(zip(ranges[::2], ranges[1::2])), [R[masked] for R in heatmaps]
-                parts = {"heatmaps": published_loss(kept, m[masked], encoder.grid(x), pairs, *pooling)}
+                known, pairs = masked | ~masked.any(), list(zip(ranges[::2], ranges[1::2]))
+                given = [R[known] for R in heatmaps], m[known], encoder.grid(x), pairs
+                parts = {"heatmaps": published_loss(*given, *pooling) * masked.any()}
             else:
                 inner = heatmaps[1:], attention, m, encoder.grid(x)
                 background = isnet_background(heatmaps[0], *inner, *pooling)
                 foreground = foreground_loss(heatmaps[0], m, *ranges, hybrid=True)
                 parts = {"background": (background * mean).sum(), "foreground": (foreground * mean).sum()}
             weight = config.isnet * cosine(step / total, 1, 1.0, config.isnet_end)
-            weight = weight if multiclass else weight / y.shape[1]  # one finding of K is explained
+            weight /= 1 if multiclass else y.shape[1]  # one finding of K is explained
         classification = classification_loss(logits, y, multiclass)
-        logged = {name: part.detach() for name, part in {"classification": classification, **parts}.items()}
+        logged = {name: part.detach() for name, part in [("classification", classification), *parts.items()]}
         return classification + weight * sum(parts.values()), logged
 
     return losses
@@ -352,9 +352,9 @@ def begin(argv: list[str]) -> tuple:
         if config.isnet and not run:
             settings = config.lr, config.batch_size, config.explain, lrp_rule(config), config.seed
             settings += (config.isnet_layers, 25.0) if config.preset == "published" else ()
-            measured = natural_range(model, images, foreground_of, labels, spec.multiclass, *settings)
-            spec = spec._replace(relevance_range=from_first(measured))
-            print("C1 {:.4g}, C2 {:.4g}: total relevance of a plain classifier".format(*measured))
+            given = model, images, foreground_of, labels, spec.multiclass, *settings
+            spec = spec._replace(relevance_range=from_first(natural_range(*given)))
+            print("C1 {:.4g}, C2 {:.4g}: total relevance of a plain classifier".format(*spec.relevance_range))
         losses = classifier_objective(config, model, images, foreground_of, labels, spec)
     else:
         heads = config.pool_heads if config.pool == "simpool" else config.num_heads

@@ -8,7 +8,7 @@ As in ImageNet-9 (Xiao et al. 2020, arXiv 2006.09994), for all images with masks
     only background background where the foreground was
 
 From mixed same to mixed rand, the accuracy falls by what the background alone tells. Where we differ: a hole
-is filled with the same image's pixels from half its size away, where these are background.
+is filled with the same image's pixels from a half or a quarter of its size away, where these are background.
 """
 
 import torch
@@ -22,7 +22,8 @@ def without_foreground(x: Tensor, m: Tensor) -> Tensor:
     for shift in ((h, w), (h, 0), (0, w), (h // 2, w // 2), (-h // 2, w // 2)):
         free = left * (1 - m.roll(shift, (2, 3)))
         filled, left = torch.where(free > 0, x.roll(shift, (2, 3)), filled), left - free
-    return filled
+    ground = (x * (1 - m)).sum(dim=(2, 3), keepdim=True) / (1 - m).sum(dim=(2, 3), keepdim=True).clamp(min=1)
+    return torch.where(left > 0, ground, filled)  # its mean, where a mask is too large for that
 
 
 def exchanged(x: Tensor, m: Tensor, y: Tensor, generator: Generator) -> dict[str, Tensor]:

@@ -133,8 +133,8 @@ def rrr(model: nn.Module, x: Tensor, m: Tensor, y: Tensor, multiclass: bool) -> 
 def swapped(x: Tensor, m: Tensor, generator: Generator, share: float = 1.0) -> Tensor:
     """Images (B, C, H, W), a share of them with the background of another one; unchanged without a mask.
 
-    None keeps its own, which would leave 1 / B of the shortcut. Where the other one's foreground was, there
-    is background, too: two hearts would be hard to learn from.
+    None keeps its own (unless it is alone), which would leave 1 / B of the shortcut. Where the other one's
+    foreground was, there is background, too: two hearts would be hard to learn from.
     """
     order = torch.randperm(len(x), generator=generator).to(x.device)
     other = torch.empty_like(x)

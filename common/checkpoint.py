@@ -88,7 +88,7 @@ def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
         raise ValueError(f"--out {out} is a file; name a folder")
     empty = not out.exists() or all(path.suffix == ".part" for path in out.iterdir())  # left by a kill
     record = out / "config.json"
-    if not empty and not (record.exists() and b'"command": "python train.py' in record.read_bytes()):
+    if not empty and not (record.exists() and b'"command": "python ' in record.read_bytes()):
         raise ValueError(f"--out {out} holds something else than a run; name another folder")
     if resume and not (out / "last.pt").exists():
         stopped = "it stopped before its first epoch ended, --overwrite starts again"

@@ -81,6 +81,9 @@ def check_pairs(c: Config) -> None:
         (c.baseline and (c.isnet or c.relations), "--baseline excludes --isnet and --relations: choose one"),
         (c.amp and classify and not plain, "--amp is for pretraining and plain classifiers; leave it out"),
         (c.compile and classify, "--compile is for pretraining: LRP follows each operation; leave it out"),
+        (c.preset == "published" and vit, "--preset published needs --backbone resnet, as published"),
+        (c.isnet and c.swap and c.accumulate > c.batch_size // 2, f"--swap needs parts of 2 images or more: "
+         f"lower --accumulate {c.accumulate}"),
         (c.pool == "cls" and not vit, "--pool cls needs --backbone vit; a ResNet has gap or simpool"),
         (relational and not vit, "RelViT (--ssl relvit, --relations) needs --backbone vit"),
         (relational and c.isnet, "--relations moves patches, and --isnet's masks don't follow: choose one"),

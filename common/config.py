@@ -107,7 +107,7 @@ class Config:
         nargs=2, needs="local_crops_number")
     flip: float = flag(0.0, "probability of a mirrored view", "--hflip", within=FRACTION, needs=VIEWS)
     isnet: float = flag(0.0, "weight of the ISNet loss", group="classification (ISNet)", within=WEIGHT)
-    preset: str = flag(None, "ISNet as in its papers", choices=PRESETS, needs="task=classify")
+    preset: str = flag(None, "ISNet's loss as published", choices=PRESETS, needs="task=classify")
     isnet_every: int = flag(3, "steps from one ISNet loss to the next", within=COUNT, needs="isnet")
     swap: float = flag(1.0, "fraction that get another image's background", within=FRACTION, needs="isnet")
     isnet_end: float = flag(None, "fraction of --isnet left at the end", within=FRACTION, needs="isnet")

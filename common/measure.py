@@ -157,9 +157,11 @@ def measure_bias(model: nn.Module, splits: dict[str, Data], multiclass: bool, ru
 
 def measure_backgrounds(model: nn.Module, splits: dict[str, Data], multiclass: bool) -> Table:
     """AUC and accuracy on exchanged backgrounds, see `backgrounds.py`. Raises CannotMeasure without masks."""
-    test = select(splits["test"], splits["test"].has_masks)
-    if not test.names:
-        raise CannotMeasure("no test image has all masks: backgrounds can't be exchanged")
+    test = splits["test"]
+    if test.has_masks.any():
+        test = select(test, test.has_masks & test.masks.flatten(1).any(dim=1))
+    if not test.names or not test.has_masks.all():
+        raise CannotMeasure("no test image has masks that show something: backgrounds can't be exchanged")
     m = test.masks.any(dim=1, keepdim=True).float()
     made = exchanged(test.images.float(), m, test.labels, Generator().manual_seed(0))
     kinds = {name: test._replace(images=images.to(torch.uint8)) for name, images in made.items()}

@@ -2,7 +2,7 @@
 
     python -m common.symbols data/symbols --train 50                        ten classes, flat colours
     python -m common.symbols data/scenes --set scenes --train 200           five shapes, all is textured
-    python -m common.symbols data/grounds --set grounds --train 200         scenes, whose ground tells the shape
+    python -m common.symbols data/grounds --set grounds --train 200         and the ground tells the shape
     python -m common.symbols data/digits --set digits --train 85 --marker   grey digits on noise, odd or even
     python -m common.symbols data/leaves --set leaves --train 400 --marker  green leaves or spotted
 

@@ -50,8 +50,8 @@ TESTS = {  # file: {numbers: the test that checks them}
 }
 HEAD = """# From equation to line
 
-Each numbered equation in the files' docstrings, the lines that compute it, and the test that checks it. Numbers are those
-of the papers where a file says so. `python -m experiments.equations` writes this page.
+Each numbered equation in the files' docstrings, the lines that compute it, and the test that checks it.
+Numbers are those of the papers where a file says so. `python -m experiments.equations` writes this page.
 """
 
 
@@ -75,22 +75,29 @@ def formulas(docstring: str) -> dict[str, str]:
 
 
 def places(source: str) -> dict[str, tuple[str, int]]:
-    """{number: (name, line)} of the first function that mentions it, or else the first class."""
+    """{number: (name, line)} of the function whose docstring begins with it, or that mentions it first.
+
+    Otherwise of the first class.
+    """
     functions: dict[str, tuple[str, int]] = {}
+    own: dict[str, tuple[str, int]] = {}
     classes: dict[str, tuple[str, int]] = {}
 
     def visit(node: ast.AST, prefix: str) -> None:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.FunctionDef):
+                place = (prefix + child.name, child.lineno)
                 for n in numbers(ast.get_source_segment(source, child)):
-                    functions.setdefault(n, (prefix + child.name, child.lineno))
+                    functions.setdefault(n, place)
+                if first := re.match(r"(Rule|Equation) \((\d+)\)", ast.get_docstring(child) or ""):
+                    own.setdefault(first[2], place)
             elif isinstance(child, ast.ClassDef):
                 for n in numbers(ast.get_docstring(child)):
                     classes.setdefault(n, (child.name, child.lineno))
                 visit(child, f"{child.name}.")
 
     visit(ast.parse(source), "")
-    return classes | functions
+    return classes | functions | own
 
 
 def page() -> str:

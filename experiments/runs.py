@@ -128,7 +128,7 @@ def against_backgrounds() -> dict[str, str]:
     """ISNet by default and as published on four shortcuts; all methods on hospitals, and on grounds."""
     runs = {}
     for backbone, isnet in ISNET.items():
-        ways = {"blind": isnet, "published": "--preset published"}
+        ways = {"blind": isnet} | ({"published": "--preset published"} if backbone == "resnet" else {})
         others = {how.split()[0]: f"--baseline {how}" for how in BASELINES}
         for kind in ("corner", "anywhere", "tint", "border"):
             label = f"{LABELS} {backbone} --marker 1 --marker-kind {kind}"

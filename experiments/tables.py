@@ -152,7 +152,7 @@ def layout() -> dict[str, tuple[str, list[Row]]]:
         "kinds": (header, kinds),
         "blind": ("AUC | as in training | flipped | another one | relevance inside | Dice of masks", blind),
         "hospitals": (
-            "AUC | as in training | flipped | at A | at B | at C | relevance inside at C | Dice of segmenter at C",
+            "AUC | as in training | flipped | at A | at B | at C | relevance inside, C | segmenter's Dice, C",
             hospitals,
         ),
         "grounds": (

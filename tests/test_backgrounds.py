@@ -66,6 +66,9 @@ def striped(n: int = 40):
 def test_a_hole_is_filled_with_background_and_backgrounds_are_those_of_the_class_or_of_any():
     x, m, y = striped()
     assert set(without_foreground(x, m).unique().tolist()) == {50, 150}
+    large = torch.zeros_like(m)
+    large[:, :, 1:15, 1:15] = 1
+    assert set(without_foreground(x, large).unique().tolist()) == {50, 150}
     kinds = exchanged(x, m, y, torch.Generator().manual_seed(0))
     ground = {name: images[:, 0, 0, 0] for name, images in kinds.items()}
     assert torch.equal(ground["mixed same"], x[:, 0, 0, 0])

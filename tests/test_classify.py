@@ -104,10 +104,9 @@ def test_the_weight_of_isnet_falls_as_half_a_cosine_to_its_share():
         torch.testing.assert_close(loss.detach(), logged["classification"] + weight * isnet)
 
 
-@pytest.mark.parametrize("name", ENCODERS)
-def test_the_published_loss_is_weighed_against_the_classification_s(name):
-    model, images = Classifier(ENCODERS[name](), 1), torch.randint(256, (8, 1, 16, 16), dtype=torch.uint8)
-    config = parse(f"--task classify --preset published --backbone {name}".split())[0]
+def test_the_published_loss_is_weighed_against_the_classification_s():
+    model, images = Classifier(ENCODERS["resnet"](), 1), torch.randint(256, (8, 1, 16, 16), dtype=torch.uint8)
+    config = parse("--task classify --preset published".split())[0]
     rule = lrp_rule(config)
     assert rule["input_rule"] == (-2.0, 2.0) and rule["detach_biases"]
     arguments = model, images, middle(), LABELS, False, 1e-3, 4, "selective", rule, 0, "blocks", 25.0
@@ -122,8 +121,9 @@ def test_the_published_loss_is_weighed_against_the_classification_s(name):
 
 def test_images_without_a_mask_only_teach_the_classification():
     _, losses = losses_of("resnet", masks=middle(4))
-    loss, logged = losses(torch.arange(4, 8), Generator().manual_seed(0), 0, 1)
-    assert logged == {} and loss > 0
+    with pytest.warns(UserWarning, match="empty mask"):
+        _, logged = losses(torch.arange(4, 8), Generator().manual_seed(0), 0, 1)
+    assert logged["background"] == logged["foreground"] == 0 < logged["classification"]
     with pytest.warns(UserWarning, match="empty mask"):
         _, logged = losses(torch.arange(8), Generator().manual_seed(0), 0, 1)
     assert logged["background"] > 0

@@ -144,6 +144,8 @@ def test_init_brings_the_encoder_s_sizes_and_typed_ones_win(tmp_path):
         ("--task classify --backbone vit --isnet 1 --relations angles", "masks don't follow: choose one"),
         ("--isnet 1", "--isnet needs --task classify"),
         ("--task classify --isnet 1 --amp", "--amp is for pretraining and plain classifiers"),
+        ("--task classify --preset published --backbone vit", "needs --backbone resnet"),
+        ("--task classify --isnet 1 --accumulate 16", "lower --accumulate 16"),
         ("--task classify --compile", "--compile is for pretraining"),
         ("--task classify --baseline swap --isnet 1", "--baseline excludes --isnet"),
         ("--task classify --isnet 1 --masks nowhere", "neither data, prior, attention, nor a folder"),

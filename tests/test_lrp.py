@@ -226,6 +226,12 @@ def test_detached_biases_are_constants_in_the_denominators_and_nowhere_else(box)
     assert all(map(torch.equal, *found))
 
 
+def test_the_z_box_rule_asks_nothing_of_a_model_whose_first_layer_sees_a_product():
+    layer, x = nn.Linear(6, 3).double(), doubles(4, 6)
+    R, _ = relevance(lambda x: layer(x * 2), x, TARGET[:4], 0.0, input_rule=(-3, 3))
+    torch.testing.assert_close(R, relevance(lambda x: layer(x * 2), x, TARGET[:4], 0.0)[0])
+
+
 @pytest.mark.parametrize("name", CONSERVED)
 def test_operations_conserve_relevance_however_they_are_called(name):
     x = doubles(4, 6)
