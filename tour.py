@@ -133,7 +133,7 @@ for i, row in enumerate(axes):
         top = float(picture.abs().max()) if k > 3 else 0.15
         low, high = {0: (0, 255)}.get(k, (-top if k > 3 else 0, top))
         colours = "gray" if k == 0 else "magma" if k < 4 else "RdBu_r"
-        axis.imshow(picture, cmap=colours, vmin=low, vmax=high)
+        axis.imshow(picture.numpy(), cmap=colours, vmin=low, vmax=high)
         axis.axis("off")
         axis.set_title(["test image", *REGIONS, "plain", "blind"][k] if i == 0 else "", fontsize=9)
 figure.savefig("tour.png", dpi=100)
