@@ -34,12 +34,14 @@ class Sinkhorn(dino.DINOLoss):
 class Warmed(dino.DINOLoss):
     """The release's schedule: the teacher's temperature rises from 4/7 of --teacher-temp in 100 steps."""
 
-    step = 0
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        self.register_buffer("step", torch.tensor(0))  # in checkpoints, for --resume
 
-    def temperature(self, teacher: Tensor, highest: float, max_entropy: float) -> float:
+    def temperature(self, teacher: Tensor, highest: float, max_entropy: float) -> Tensor:
         """tau_t of the next step."""
         self.step += 1
-        return highest * (4 + 3 * min(1, self.step / 100)) / 7
+        return highest * (4 + 3 * (self.step / 100).clamp(max=1)) / 7
 
 
 class Followed(dino.DINOLoss):
