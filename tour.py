@@ -29,6 +29,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 STEPS, GRID = 200, (8, 8)
+RULE = {"epsilon": 0.01, "gamma": 3.0, "signed": True}  # of LRP
 torch.manual_seed(0)
 torch.set_flush_denormal(True)  # relevance fades into numbers that make a CPU slow
 generator = Generator().manual_seed(0)
@@ -103,7 +104,7 @@ def train(model: nn.Module, steps: int, c1: float = 0, c2: float = 0) -> nn.Modu
         if c1:
             batch = batch * m + batch.roll(1, 0) * (1 - m)  # train.py fills the other's foreground first
         if c1 and step % 3 == 0:
-            R, logits = relevance(model, batch, torch.ones(16, 1), 0.01, 3.0, create_graph=True, signed=True)
+            R, logits = relevance(model, batch, torch.ones(16, 1), create_graph=True, **RULE)
             isnet = background_loss(R, m, decay=0.97, E=0.1) + foreground_loss(R, m, c1, c2, hybrid=True)
         else:
             logits, isnet = model(batch), torch.zeros(16)
@@ -118,11 +119,11 @@ def train(model: nn.Module, steps: int, c1: float = 0, c2: float = 0) -> nn.Modu
 first = Classifier()
 plain = train(copy.deepcopy(first), 900)
 some = x[:200]
-R, _ = relevance(plain, some, torch.ones(len(some), 1), 0.01, 3.0, signed=True)
+R, _ = relevance(plain, some, torch.ones(len(some), 1), **RULE)
 blind = train(first, 900, *relevance_range(R.abs().sum(dim=(1, 2, 3))))
 heat = {}
 for name, model in {"plain": plain, "blind": blind}.items():
-    heat[name], logits = relevance(model, test_x, torch.ones(len(tests), 1), 0.01, 3.0, signed=True)
+    heat[name], logits = relevance(model, test_x, torch.ones(len(tests), 1), **RULE)
     print(f"{name} classifier, AUC with the L on the other images: {100 * auc(logits[:, 0], test_sick):.1f}")
 
 # 7. One picture: test image, three heads, relevance of both classifiers.

@@ -117,7 +117,7 @@ class Config:
         needs=f"isnet {PENALISED}|swap")
     explain: str = flag("selective", "the label's logit, a random one, or the least likely class's log-odds",
         choices=["label", "random", "selective"], needs="isnet")
-    isnet_layers: str = flag("all", "supervised inside: nothing, relevance, or a ViT's attention as well",
+    isnet_layers: str = flag("all", "supervised inside: nothing, blocks, all layers, or attention too",
         choices=["none", "blocks", "relevance", "all"], needs="isnet")
     isnet_decay: float = flag(0.97, "weight of the next largest pixel", within=(1e-3, 1), needs="isnet")
     isnet_e: float = flag(0.1, "E in u = h / (h + E); small: punish traces", within=POSITIVE, needs="isnet")

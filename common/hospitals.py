@@ -1,7 +1,7 @@
 """Three hospitals take the same X-rays: a shortcut of many parts, as in data that were put together.
 
 Positives from hospital A and negatives from B differ in marker and collimation, and partly in pose, exposure
-and noise, whose ranges overlap. C lies beyond both in most of them: images outside of the training data.
+and noise, whose ranges overlap. C reaches beyond both: images outside of the training data.
 """
 
 from typing import NamedTuple
