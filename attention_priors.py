@@ -152,3 +152,9 @@ def gaussian_blur(x: Tensor, sigma: float) -> Tensor:
     kernel = (kernel / kernel.sum()).view(1, 1, 1, -1)
     x, shape = F.pad(x, [radius] * 4, mode="replicate").flatten(0, 1)[:, None], x.shape
     return F.conv2d(F.conv2d(x, kernel), kernel.transpose(2, 3)).view(shape)
+
+
+if __name__ == "__main__":
+    from common import chapters
+
+    chapters.attention_priors()  # prints a few facts and draws attention_priors.png

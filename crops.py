@@ -127,3 +127,9 @@ def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
     x = F.pad(images.reshape(1, B * C, H, W), [radius] * 4, mode="replicate")
     x = F.conv2d(x, kernel[:, :, None, :], groups=B * C)  # across
     return F.conv2d(x, kernel[:, :, :, None], groups=B * C).view(B, C, H, W)  # down
+
+
+if __name__ == "__main__":
+    from common import chapters
+
+    chapters.crops()  # prints a few facts and draws crops.png

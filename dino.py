@@ -178,19 +178,16 @@ class CollapseMonitor(nn.Module):
 
 
 class DINO(nn.Module):
-    """Student, teacher and their heads around an encoder(images, layer=...) -> Features, such as a ViT."""
+    """Student, teacher and their heads around an encoder(images, layer=...) -> Features, such as a ViT.
+
+    The sizes are for thousands of images; for millions the paper has out_dim 65536, hidden_dim 2048,
+    bottleneck_dim 256. koleo: the weight of (5); max_entropy: e of (6).
+    """
 
     def __init__(
-        self,
-        encoder: nn.Module,
-        embed_dim: int,
-        out_dim: int = 256,  # for thousands of images; for millions the paper has 65536
-        hidden_dim: int = 256,  # 2048
-        bottleneck_dim: int = 64,  # 256
-        center_momentum: float = 0.9,
-        koleo: float = 0.0,  # weight of (5)
-        max_entropy: float = 1.0,  # e of (6)
-    ):
+        self, encoder: nn.Module, embed_dim: int, out_dim: int = 256, hidden_dim: int = 256,
+        bottleneck_dim: int = 64, center_momentum: float = 0.9, koleo: float = 0.0, max_entropy: float = 1.0,
+    ):  # fmt: skip
         super().__init__()
         self.koleo, self.max_entropy = koleo, max_entropy
         self.student, self.student_head = encoder, DINOHead(embed_dim, out_dim, hidden_dim, bottleneck_dim)
@@ -237,3 +234,9 @@ class DINO(nn.Module):
         for teacher, student in ((self.teacher, self.student), (self.teacher_head, self.student_head)):
             for t, s in zip(teacher.parameters(), student.parameters()):
                 t.lerp_(s, 1 - momentum)
+
+
+if __name__ == "__main__":
+    from common import chapters
+
+    chapters.dino()  # prints a few facts and draws dino.png

@@ -195,3 +195,9 @@ def _checked(heatmap: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     if not ((inside == 0) | (inside == 1)).all():
         raise ValueError("a mask must hold only 0 (background) and 1 (foreground): threshold it first")
     return heatmap.to(inside.dtype).abs().flatten(2), inside
+
+
+if __name__ == "__main__":
+    from common import chapters
+
+    chapters.isnet_lrp()  # prints a few facts and draws isnet_lrp.png

@@ -176,8 +176,7 @@ class LRP(TorchFunctionMode):
         if new and not (name in RULES or name in KEEPS_GRADIENT or name in self.warned):
             self.warned.add(name)
             warnings.warn(f"LRP: no rule for '{name}'. {NO_RULE}", stacklevel=3)
-        for t in new:
-            self.depends[t] = True
+        self.depends.update((t, True) for t in new)
         if changed is not None and y is not changed:  # dropout returns its input in evaluation
             self.depends[changed], self.successor[changed] = True, y
         return y
@@ -330,9 +329,8 @@ def relevance(
     output to scores (B,). epsilon, gamma, signed, detach_biases: see `LRP`. input_rule: the range (low, high)
     of the pixels, for rule (9) in the first layer. create_graph: to train through the heatmap. layers:
     modules, each called once; then a list takes the heatmap's place: it and the relevance of each module's
-    output, in this order.
-    Without biases, softmax and gates an image's relevance sums to its score. Raises ValueError for images
-    that are not floats, an output or a target of another shape, labels out of range.
+    output, in this order. Without biases, softmax and gates an image's relevance sums to its score. Raises
+    ValueError for images that are not floats, an output or a target of another shape, labels out of range.
     """
     if not images.is_floating_point() or not len(images):
         raise ValueError(f"relevance needs float images, not {images.dtype} {tuple(images.shape)}")
@@ -368,3 +366,9 @@ def _score(output: Tensor, target: Tensor | Callable) -> Tensor:
     if score.shape != (len(output),):
         raise ValueError(f"a target must give one score an image, ({len(output)},), not {tuple(score.shape)}")
     return score
+
+
+if __name__ == "__main__":
+    from common import chapters
+
+    chapters.lrp()  # prints a few facts and draws lrp.png

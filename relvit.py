@@ -216,3 +216,9 @@ class RelViT(nn.Module):
                 metrics[task] = (as_high.sum(dim=1) == 1).float().mean()  # as with argmax, but far faster
             loss = loss + error
         return loss, metrics
+
+
+if __name__ == "__main__":
+    from common import chapters
+
+    chapters.relvit()  # prints a few facts and draws relvit.png

@@ -94,3 +94,9 @@ class GAP(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         attention = x.new_full(x.shape[:2], 1 / x.shape[1])
         return (attention[:, None] @ x)[:, 0], attention
+
+
+if __name__ == "__main__":
+    from common import chapters
+
+    chapters.simpool()  # prints a few facts and draws simpool.png

@@ -169,9 +169,8 @@ class ViT(nn.Module):
             if side % p or side < p:
                 near = " or ".join(str(n * p) for n in (side // p, side // p + 1) if n)
                 remedy = f"use a multiple of {p}, such as {near}"
-                raise ValueError(
-                    f"an image of {height}x{width} px cannot be cut into patches of {p} px: {remedy}"
-                )
+                size = f"an image of {height}x{width} px"
+                raise ValueError(f"{size} cannot be cut into patches of {p} px: {remedy}")
         return height // p, width // p
 
     def grid(self, images: Tensor) -> tuple[int, int]:
@@ -233,3 +232,9 @@ class ViT(nn.Module):
             maps.append(Attention.weights(q, k))
             x, _ = block(x)
         return torch.stack(maps, dim=1)
+
+
+if __name__ == "__main__":
+    from common import chapters
+
+    chapters.vit()  # prints a few facts and draws vit.png

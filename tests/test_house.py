@@ -14,9 +14,14 @@ STOREYS = [CONCEPTS, ["common"], SCRIPTS, ["experiments"]]
 
 
 def names_in(source: str) -> tuple[set[str], set[str]]:
-    """All modules that a source imports, `a.b` also as `from a import b`; and all names in it."""
-    modules, names = set(), set()
-    for node in ast.walk(ast.parse(source)):
+    """All modules that a source imports, `a.b` also as `from a import b`; and all names in it.
+
+    What runs only as a script is left out: there a concept file shows its chapter.
+    """
+    modules, names, tree = set(), set(), ast.parse(source)
+    script = "__name__ == '__main__'"
+    tree.body = [node for node in tree.body if ast.unparse(getattr(node, "test", node)) != script]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -65,3 +70,10 @@ def test_no_file_but_the_config_s_users_sees_all_settings():
     allowed = {"config", "checks", "models", "runs", "regions", "checkpoint"}  # make, check, use, store them
     paths = [*(ROOT / "common").glob("*.py"), *(ROOT / f"{name}.py" for name in CONCEPTS)]
     assert {path.stem for path in paths if sees_all_settings(path.read_text())} <= allowed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CONCEPTS if name not in ("resnet", "ssl")])
+def test_each_chapter_runs_from_any_folder_and_draws_its_picture(name, tmp_path):
+    said = subprocess.run([sys.executable, ROOT / f"{name}.py"], cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / f"{name}.png").stat().st_size > 5000 and said.stdout.count(b"\n") >= 2

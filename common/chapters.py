@@ -1,0 +1,257 @@
+"""What each concept file draws when it is run: `python vit.py` prints a few facts and writes vit.png.
+
+A chapter takes at most 20 seconds on a CPU. It trains on synthetic images, or computes by hand.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib import pyplot as plt
+from matplotlib.patches import Rectangle
+from torch import Generator, Tensor, nn
+from torch.optim import AdamW
+
+from attention_priors import follow, priors_from_masks, span_loss
+from common.metrics import localisation_ap
+from common.phantom import REGIONS, phantom, stamp
+from common.plots import COLOURS
+from common.symbols import SETS
+from crops import crop, multi_crop, random_crops
+from dino import CollapseMonitor
+from isnet_lrp import background_loss, foreground_loss
+from lrp import relevance
+from relvit import chance, relation_targets
+from resnet import ResNet
+from simpool import GAP, SimPool
+from vit import ViT
+
+EYE = torch.eye(2, 3)
+
+
+def panels(rows: int, columns: int) -> tuple[plt.Figure, np.ndarray]:
+    """A figure with axes (rows, columns) that show no ticks."""
+    shape = {"figsize": (1.6 * columns, 1.6 * rows + 0.2), "squeeze": False, "layout": "constrained"}
+    figure, axes = plt.subplots(rows, columns, **shape)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+    return figure, axes
+
+
+def show(ax: plt.Axes, picture: Tensor, title: str, top: float | None = None, signed: bool = False) -> None:
+    """Draw a map (h, w): grey if it has no `top`, else from 0, or if signed from -top, to top."""
+    colours = "gray" if top is None else "RdBu_r" if signed else "magma"
+    low, high = -top if signed else 0, 1 if top is None else top
+    ax.imshow(picture.detach().numpy(), cmap=colours, vmin=low, vmax=high)
+    ax.set_title(title)
+
+
+def draw(figure: plt.Figure, name: str) -> None:
+    """Write NAME.png into the current folder."""
+    figure.savefig(f"{name}.png", dpi=100)
+    plt.close(figure)
+    print(f"drew {name}.png")
+
+
+def fit(model: nn.Module, steps: int, n: int, loss: Callable[[Tensor], Tensor], lr: float = 1e-3) -> None:
+    """Train on loss(indices (32,)) of n images."""
+    optimizer, generator = AdamW(model.parameters(), lr), Generator().manual_seed(0)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(torch.randint(n, (32,), generator=generator)).backward()
+        optimizer.step()
+    model.eval()
+
+
+def vit() -> None:
+    """One row of the attention, and the whole map that it belongs to, after a short guided training."""
+    torch.manual_seed(0)
+    images, masks, _ = phantom(300, seed=0)
+    x, model = images / 127.5 - 1, ViT(64, 8, 1, 96, 4, 6)
+    prior, share = follow(masks.float(), EYE.expand(300, 2, 3), (8, 8))
+    fit(model, 80, 300, lambda i: span_loss(model(x[i]).attention, prior[i], share[i]))
+    row, full = model(x[:1]).attention[0], model.attention_maps(x[:1])[0, -1]  # (6, 64), (6, 65, 65)
+    difference = (row - full[:, 0, 1:]).abs().max()
+    print(f"the row returned and row 0 of the full maps differ by at most {difference:.0e}")
+    print(f"numbers in the row: {row.numel()}; in the full maps of all blocks: {4 * full.numel()}")
+    figure, axes = panels(2, 4)
+    show(axes[0, 0], images[0, 0] / 255, "image")
+    show(axes[1, 0], masks[0].any(dim=0).float(), "true regions")
+    for r, region in enumerate(REGIONS):
+        show(axes[0, r + 1], row[r].view(8, 8), f"head {r}: {region}", top=12 / 64)
+        show(axes[1, r + 1], full[r], "its full map", top=12 / 64)
+        axes[1, r + 1].add_patch(Rectangle((0.5, -0.5), 64, 1, fill=False, color=COLOURS[0]))
+    draw(figure, "vit")
+
+
+def attention_priors() -> None:
+    """A prior carried through crops: what each view sees of it, and the loss of even attention."""
+    images, masks, _ = phantom(1, seed=0)
+    priors, generator = priors_from_masks(masks[0]), Generator().manual_seed(1)
+    theta = torch.cat([EYE[None], random_crops(4, (0.1, 0.5), generator)])
+    P, share = follow(priors, theta, (8, 8))  # (5, 3, 64), (5, 3)
+    views = crop((images / 255).expand(5, 1, 64, 64), theta, 64)
+    figure, axes = panels(4, 5)
+    for b in range(5):
+        show(axes[0, b], views[b, 0], f"view {b}" if b else "image")
+        for r, region in enumerate(REGIONS):
+            show(axes[r + 1, b], P[b, r].view(8, 8), f"{region}: sees {100 * share[b, r]:.0f} %", top=12 / 64)
+    even, own = (span_loss(A, P, share).abs() for A in (torch.full((5, 6, 64), 1 / 64), P))
+    print(f"SPAN loss, equation (4): {even:.2f} nats for even attention, {own:.2f} for the prior itself")
+    draw(figure, "attention_priors")
+
+
+def crops() -> None:
+    """The views of one image: boxes in the image, and what is cut out and recoloured."""
+    image, generator = phantom(1, seed=0)[0] / 255, Generator().manual_seed(0)
+    views, thetas = multi_crop(image, generator, 64, 32, locals_number=4)
+    figure, axes = panels(1, 7)
+    show(axes[0, 0], image[0, 0], "2 global, 4 local views")
+    for i, (view, theta) in enumerate(zip([*views[0], *views[1]], torch.cat(thetas))):
+        (w, _, cx), (_, h, cy) = theta.tolist()
+        left, up = ((c - side + 1) * 32 - 0.5 for c, side in ((cx, w), (cy, h)))
+        axes[0, 0].add_patch(Rectangle((left, up), 64 * w, 64 * h, fill=False, color=COLOURS[i]))
+        show(axes[0, i + 1], view[0], f"{100 * w * h:.0f} % of the area")
+        axes[0, i + 1].spines[:].set(color=COLOURS[i], linewidth=3)
+    theta = thetas[0]
+    lifted = torch.cat([theta, torch.tensor([[[0.0, 0, 1]]]).expand(2, 1, 3)], dim=1)  # (2, 3, 3)
+    twice = crop(crop(image, theta[:1], 256), theta[1:], 64)
+    once = crop(image, theta[:1] @ lifted[1:], 64)
+    off = (twice - once).abs().mean()
+    print(f"a crop of a crop, and the product of their matrices, differ by {off:.3f} (interpolation)")
+    draw(figure, "crops")
+
+
+def dino() -> None:
+    """Three toy teachers and what the monitor says of them: one healthy, two that collapse."""
+    K, generator = 64, Generator().manual_seed(0)
+    own, common = torch.randn(32, K, generator=generator), torch.randn(K, generator=generator)
+    teachers = {  # step -> scores (32, K)
+        "healthy": lambda step: 4 * own,
+        "uniform": lambda step: 4 * own * 0.97**step,
+        "one prototype": lambda step: 4 * own + 0.3 * step * common,
+    }
+    figure, axes = plt.subplots(1, 3, figsize=(9, 2.4), sharey=True, layout="constrained")
+    for ax, (name, scores) in zip(axes, teachers.items()):
+        monitor, lines = CollapseMonitor(K, patience=50), {"entropy h": [], "KL to the mean": []}
+        for step in range(400):
+            monitor.update(scores(step).softmax(dim=1))
+            for line, value in zip(lines.values(), (monitor.entropy, monitor.kl)):
+                line.append(float(value) / np.log(K))
+        for (label, line), colour in zip(lines.items(), COLOURS[5:]):
+            ax.plot(line, label=label, color=colour)
+        ax.set(title=name, xlabel="step", ylabel="fraction of log K", ylim=(0, 1.02))
+        print(f"{name}:", monitor.diagnosis() if monitor.collapsed() else "no collapse")
+    axes[0].legend()
+    draw(figure, "dino")
+
+
+def relvit() -> None:
+    """RelViT's targets on a grid of 4 x 4 patches, and those of one patch as a map."""
+    targets = relation_targets(4, 4)
+    levels = {task: f"{value:.2f}" for task, value in chance(targets).items()}
+    print("what a constant prediction reaches (accuracy, or root mean squared error):", levels)
+    figure, axes = panels(2, 3)
+    for k, task in enumerate(["relations", "distances", "angles"]):
+        colours = "tab10" if k == 0 else "viridis"
+        axes[0, k].imshow(targets[task], cmap=colours)
+        axes[1, k].imshow(targets[task][5].view(4, 4), cmap=colours)
+        axes[0, k].set_title(task), axes[1, k].set_title("of patch 5")
+    draw(figure, "relvit")
+
+
+def simpool() -> None:
+    """CLS, GAP and SimPool, trained a few seconds on digits that lie anywhere; where does each look?"""
+    rng, (_, draw_one) = np.random.default_rng(0), SETS["digits"]
+    drawn = [draw_one(k, 32, rng) for k in (1, 8) for _ in range(250)]
+    x = torch.tensor(np.stack([image for image, _ in drawn]), dtype=torch.float32)[:, None] * 2 - 1
+    masks, y = torch.tensor(np.stack([m for _, m in drawn])), torch.arange(2).repeat_interleave(250)
+    figure, axes = panels(4, 4)
+    for k, (name, pool) in enumerate({"CLS": None, "GAP": GAP(), "SimPool": SimPool(48, 1.25)}.items()):
+        torch.manual_seed(0)
+        encoder, head = ViT(32, 4, 1, 48, 2, 3, pool=pool), nn.Linear(48, 2)
+        model = nn.ModuleList([encoder, head])
+        fit(model, 150, 500, lambda i: F.cross_entropy(head(encoder(x[i]).pooled), y[i]), lr=2e-3)
+        features = encoder(x)
+        maps = features.attention.mean(dim=1, keepdim=True)  # over heads: (500, 1, 64)
+        ap = localisation_ap(maps.detach(), masks[:, None], (8, 8)).mean()
+        right = (head(features.pooled).argmax(dim=1) == y).float().mean()
+        print(f"{name}: {100 * right:.0f} % of training right, attention's AP on the digit {100 * ap:.0f} %")
+        for i, row in enumerate(axes):
+            show(row[0], x[100 * i + 50, 0] / 2 + 0.5, "image" if i == 0 else "")
+            show(row[k + 1], maps[100 * i + 50, 0].view(8, 8), name if i == 0 else "", top=5 / 64)
+    draw(figure, "simpool")
+
+
+def classifier(images: Tensor, y: Tensor, steps: int) -> tuple[nn.Module, Tensor]:
+    """A ResNet that was trained to tell labels y (N,), and images (N, 1, S, S) as it sees them."""
+    torch.manual_seed(0)
+    x, encoder, head = images / 127.5 - 1, ResNet(1, 32), nn.Linear(32, 1)
+
+    class Classifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.head = encoder, head
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.encoder(x).pooled)
+
+    model = Classifier()
+    fit(model, steps, len(x), lambda i: F.binary_cross_entropy_with_logits(model(x[i])[:, 0], y[i]), lr=2e-3)
+    return model, x
+
+
+def lrp() -> None:
+    """One network that reads an L, by four rules: heatmaps, and how much of the score they hold."""
+    images, _, labels = phantom(300, seed=0)
+    model, x = classifier(stamp(images, labels[:, 0] == 1), labels[:, 0], 60)
+    some = labels[:, 0].nonzero()[:3, 0]
+    rules = {
+        "epsilon, 1e-6": {}, "gamma, 3": {"gamma": 3.0}, "signed gamma, 3": {"gamma": 3.0, "signed": True},
+        "signed gamma, z^B": {"gamma": 3.0, "signed": True, "input_rule": (-1.0, 1.0)},
+    }  # fmt: skip
+    figure, axes = panels(3, 5)
+    for k, (name, rule) in enumerate(rules.items()):
+        R, logits = relevance(model, x[some], torch.ones(3, 1), **rule)
+        sums = ", ".join(f"{r:.2f} of {z:.2f}" for r, z in zip(R.sum(dim=(1, 2, 3)), logits[:, 0]))
+        print(f"{name}: relevance of score {sums}; the rest went to biases")
+        for i, row in enumerate(axes):
+            show(row[0], x[some[i], 0] / 2 + 0.5, "image" if i == 0 else "")
+            heat = R[i, 0] / R[i].abs().mean()
+            show(row[k + 1], heat, name if i == 0 else "", top=12, signed=True)
+    draw(figure, "lrp")
+
+
+def isnet_lrp() -> None:
+    """Four ways round the ISNet loss, on 16 x 16 px with the foreground in the middle; what closes each."""
+    mask, marker, generator = torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 16, 16), Generator().manual_seed(0)
+    mask[..., 4:12, 4:12], marker[..., 1:3, 1:3] = 1, 1
+    x = mask * torch.rand(mask.shape, generator=generator) + marker
+    shadow = F.relu(marker - marker * (x - marker))  # units that a bias activates and the marker silences
+
+    def heat(score: Callable) -> Tensor:  # of a model that returns a logit for each pixel
+        def total(images: Tensor) -> Tensor:
+            return score(images).flatten(1).sum(dim=1, keepdim=True)
+
+        return relevance(total, x, torch.ones(1, 1))[0].detach()
+
+    def strict(R: Tensor) -> Tensor:
+        return background_loss(R, mask, decay=0.97, E=0.1)
+
+    both, clean = heat(lambda im: im * (mask + marker)), heat(lambda im: im * mask)
+    loud = both * (1 + 200 * mask)
+    bounded = strict(loud) + foreground_loss(loud, mask, 10, 60, hybrid=True)
+    ways = {  # what happens: heatmap and loss, what closes it: heatmap and loss
+        "a small marker": (both, background_loss(both, mask), "small E, pooled by rank", both, strict(both)),
+        "a loud foreground": (loud, strict(loud), "foreground loss", loud, bounded),
+        "the other logit reads it": (clean, strict(clean), "log-odds explained", both, strict(both)),
+        "its absence is coded": (clean, strict(clean), "inner layer", clean + shadow, strict(clean + shadow)),
+    }
+    figure, axes = panels(3, len(ways))
+    for (title, (R, passes, part, seen, closed)), column in zip(ways.items(), axes.T):
+        print(f"{title}: background loss {float(passes):.2f}; with {part} {float(closed):.2f}")
+        show(column[0], x[0, 0], title)
+        show(column[1], R[0, 0] / R.max(), f"loss {float(passes):.2f}", top=1, signed=True)
+        show(column[2], seen[0, 0] / seen.max(), f"{part}: {float(closed):.2f}", top=1, signed=True)
+    draw(figure, "isnet_lrp")
