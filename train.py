@@ -31,7 +31,7 @@ from common.baselines import PENALTIES, swapped
 from common.checkpoint import Damaged, DataSpec, check_folder, check_spec, data_spec, restore, resumed, save
 from common.checkpoint import start_run
 from common.classify import attention_seen, classification_loss, explained_target, natural_range
-from common.classify import supervised_layers
+from common.classify import shifted, supervised_layers
 from common.checks import check
 from common.config import EPOCHS, STEPS, Config, parse
 from common.data import Data, load, normalise, prepared, rows_at, to_device
@@ -152,7 +152,8 @@ def classifier_objective(
     """
     multiclass, encoder, rule = spec.multiclass, model.encoder, lrp_rule(config)
     layers, pooling = supervised_layers(encoder, config.isnet_layers), (config.isnet_decay, config.isnet_e)
-    share = config.swap if config.isnet else float(config.baseline == "swap")
+    swap = config.swap if config.isnet else float(config.baseline == "swap")
+    margin = round(config.swap_margin * images.shape[-1])  # in pixels
 
     def losses(index: Tensor, generator: Generator, step: int, total: int) -> tuple[Tensor, dict]:
         x, y = rows_at(images, index), labels[index]
@@ -163,8 +164,9 @@ def classifier_objective(
             loss, scores = model.relvit.compare(features.patches, order)
             classification = classification_loss(model.head(features.pooled), y, multiclass)
             return loss + classification, {"classification": classification.detach(), **scores}
-        x, m = prepared(x), None if masks is None else rows_at(masks, index).float()
-        x = swapped(x, m, generator, share) if share else x
+        m = None if masks is None else rows_at(masks, index).float()
+        x, m = shifted(prepared(x), m, config.shift, generator)
+        x = swapped(x, m, generator, swap, margin) if swap else x
         isnet = config.isnet and step % config.isnet_every == 0
         if not isnet and config.baseline not in PENALTIES:
             with torch.autocast(x.device.type, torch.bfloat16, enabled=config.amp):
@@ -278,8 +280,7 @@ def train_step(
         whole = whole + loss.detach() * share
         for name, value in {"loss": loss.detach(), **values}.items():
             logged[name] = logged.get(name, 0.0) + value * share
-    if dist.is_initialized():
-        average_gradients(model)
+    average_gradients(model)
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
     if not (whole.isfinite() and norm.isfinite()):
         sizes = f"the loss is {whole.item():.3g}, its gradient's norm {norm.item():.3g}"
@@ -287,8 +288,7 @@ def train_step(
     optimizer.step()
     if isinstance(model, DINO):
         model.update_teacher(cosine(step, total, config.momentum, 1.0))
-        monitor = model.health
-        guided = config.prior != "none" and not config.strict
+        monitor, guided = model.health, config.prior != "none" and not config.strict
         if monitor.collapsed() and not config.keep_going and not (collapsed and guided):
             warn_of_collapse(monitor, guided)
         if config.keep_going or not collapsed:

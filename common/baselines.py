@@ -130,11 +130,12 @@ def rrr(model: nn.Module, x: Tensor, m: Tensor, y: Tensor, multiclass: bool) -> 
     return logits, ((1 - m) * gradient).square().sum(dim=(1, 2, 3))
 
 
-def swapped(x: Tensor, m: Tensor, generator: Generator, share: float = 1.0) -> Tensor:
+def swapped(x: Tensor, m: Tensor, generator: Generator, share: float = 1.0, margin: int = 0) -> Tensor:
     """Images (B, C, H, W), a share of them with the background of another one; unchanged without a mask.
 
     None keeps its own (unless it is alone), which would leave 1 / B of the shortcut. Where the other one's
-    foreground was, there is background, too: two hearts would be hard to learn from.
+    foreground was, there is background, too: two hearts would be hard to learn from. margin: pixels by which
+    what is kept is narrower than m, so that no background shows where a mask is a little too wide.
     """
     order = torch.randperm(len(x), generator=generator).to(x.device)
     other = torch.empty_like(x)
@@ -142,7 +143,8 @@ def swapped(x: Tensor, m: Tensor, generator: Generator, share: float = 1.0) -> T
     chosen = m.flatten(1).any(dim=1)
     if share < 1:
         chosen = chosen & (torch.rand(len(x), generator=generator) < share).to(x.device)
-    return torch.where(chosen[:, None, None, None], x * m + other * (1 - m), x)
+    core = 1 - F.max_pool2d(1 - m, 2 * margin + 1, 1, margin) if margin else m
+    return torch.where(chosen[:, None, None, None], x * core + other * (1 - core), x)
 
 
 # From model, images, masks, labels (B, K) and whether they are multiclass to logits (B, K) and penalty (B,).

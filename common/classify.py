@@ -56,6 +56,19 @@ def constant_loss(labels: Tensor, multiclass: bool) -> float:
     return float(classification_loss(logits.nan_to_num().expand(labels.shape), labels, multiclass))
 
 
+def shifted(x: Tensor, m: Tensor | None, most: float, generator: Generator) -> tuple[Tensor, Tensor | None]:
+    """Images (B, C, H, W), each moved at random by up to `most` of a side, and masks (B, 1, H, W) with them.
+
+    What leaves on one side comes in on the other.
+    """
+    if not most:
+        return x, m
+    moves = (2 * torch.rand(len(x), 2, generator=generator) - 1) * most * torch.tensor(x.shape[2:])
+    moves = moves.round().int().tolist()  # pixels down and across
+    x = torch.stack([image.roll(move, (1, 2)) for image, move in zip(x, moves)])
+    return x, None if m is None else torch.stack([mask.roll(move, (1, 2)) for mask, move in zip(m, moves)])
+
+
 def explained_target(
     labels: Tensor, multiclass: bool, explain: str, generator: Generator
 ) -> Tensor | Callable:

@@ -30,9 +30,9 @@ DEFAULTS = {  # by --task, by --backbone, and by both
     | {"backbone": "resnet", "embed_dim": 64, "depth": 3, "num_heads": 4},
     "vit": {"pool": "cls", "simpool_gamma": 1.25},
     "resnet": {"pool": "gap", "simpool_gamma": 2.0},
-    "classify vit": {"lr": 5e-4, "lrp_gamma": 0.0, "clip_grad": 3.0, "isnet_end": 1.0},
+    "classify vit": {"lr": 5e-4, "lrp_gamma": 0.0, "clip_grad": 3.0, "isnet_end": 1.0, "shift": 0.06},
     # With larger gradients some ISNet runs do not learn; with a constant weight they learn the label less.
-    "classify resnet": {"lr": 2e-3, "lrp_gamma": 3.0, "clip_grad": 0.1, "isnet_end": 0.1},
+    "classify resnet": {"lr": 2e-3, "lrp_gamma": 3.0, "clip_grad": 0.1, "isnet_end": 0.1} | {"shift": 0.0},
 }
 PRESETS = {  # of Faster ISNet's code; a weight of P / (1 - P), P = 0.7
     "published": {"isnet": 7 / 3, "swap": 0.0, "isnet_every": 1, "isnet_layers": "blocks", "isnet_decay": 0.9}
@@ -106,10 +106,14 @@ class Config:
     local_scale: tuple[float, float] = flag((0.1, 0.4), "area of the local crops", "--local-crops-scale",
         nargs=2, needs="local_crops_number")
     flip: float = flag(0.0, "probability of a mirrored view", "--hflip", within=FRACTION, needs=VIEWS)
-    isnet: float = flag(0.0, "weight of the ISNet loss", group="classification (ISNet)", within=WEIGHT)
+    shift: float = flag(None, "fraction of a side that images move by, at random", within=FRACTION,
+        group="classification (ISNet)", needs="task=classify")
+    isnet: float = flag(0.0, "weight of the ISNet loss", within=WEIGHT)
     preset: str = flag(None, "ISNet's loss as published", choices=PRESETS, needs="task=classify")
     isnet_every: int = flag(3, "steps from one ISNet loss to the next", within=COUNT, needs="isnet")
     swap: float = flag(1.0, "fraction that get another image's background", within=FRACTION, needs="isnet")
+    swap_margin: float = flag(None, "fraction of a side by which less than the mask is kept (default: 0.025 "
+        "for masks made from one image's, else 0)", within=(0, 0.2), needs="isnet baseline=swap")
     isnet_end: float = flag(None, "fraction of --isnet left at the end", within=FRACTION, needs="isnet")
     baseline: str = flag(None, "what to train in place of ISNet; see common/baselines.py", choices=BASELINES)
     baseline_weight: float = flag(1.0, "of the baseline's penalty", within=WEIGHT, needs=PENALISED)
@@ -236,6 +240,9 @@ def parse(argv: list[str], doc: str = "") -> tuple[Config, set[str]]:
     values |= PRESETS.get(given.get("preset"), {}) | given
     if values["pool_heads"] is None:
         values["pool_heads"] = values["num_heads"] if task == "pretrain" and values["prior"] != "none" else 1
+    if values["swap_margin"] is None:
+        made = values["masks"] in ("prior", "attention") or Path(values["masks"], "config.json").is_file()
+        values["swap_margin"] = 0.025 if made else 0.0
     if values["device"] == "auto":
         values["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     return as_config(values), set(typed)

@@ -59,7 +59,9 @@ def remedy_for(error: Exception) -> str:
 
 
 def average_gradients(model: nn.Module) -> None:
-    """Replace gradients by their means over all processes, in one message."""
+    """Replace gradients by their means over all processes, if there are several, in one message."""
+    if not dist.is_initialized():
+        return
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     means = over_processes(torch.cat([g.flatten() for g in gradients]))
     for g, mean in zip(gradients, means.split([g.numel() for g in gradients])):

@@ -176,7 +176,7 @@ def attention_masses(
 
 
 def read_masses(run: Path) -> dict[str, float]:
-    """What `attention_masses` found at a run's last checkpoint. Raises ValueError if there is no such file."""
+    """What `attention_masses` found at a run's last checkpoint. Raises ValueError without that file."""
     try:
         masses = json.loads((run / "attention_mass.json").read_text())
         plain = all(Path(name).name == name not in ("", "..") for name in masses)  # they become file names

@@ -161,6 +161,8 @@ RUNS |= seeded(on_other_data(), range(5))
 for name, flags in RUNS.items():
     if "--isnet " in flags:
         RUNS[name] = f"{flags} --swap 0 --isnet-every 1"  # the results are of ISNet alone
+    if "--task classify" in flags and "--backbone vit" in flags:
+        RUNS[name] += " --shift 0"  # the results are of images that stay where they are
 RUNS |= seeded(against_backgrounds(), range(5))
 # The runs that a run starts from, or whose attention becomes its masks.
 NEEDED = {name: set(re.findall(r"runs/(\S+)", flags)) for name, flags in RUNS.items()}

@@ -125,5 +125,3 @@ REFUSED = {
 def test_bad_arguments_are_named(line):
     with pytest.raises(ValueError, match=line):
         REFUSED[line]()
-
-

@@ -116,6 +116,16 @@ def test_a_swapped_image_keeps_its_foreground_and_one_without_a_mask_everything(
         assert ((image == x) | (m[1] == 1)).flatten(1).all(dim=1).any()
 
 
+def test_with_a_margin_an_image_keeps_no_pixel_near_the_border_of_its_mask():
+    m, x = torch.zeros(2, 2, 1, 12, 12)
+    m[0, :, 2:10, 2:10], m[1, :, 2:, 2:10] = 1, 1  # the second reaches the image's lower border
+    x[0], x[1] = 1, 2
+    found = baselines.swapped(x, m, torch.Generator().manual_seed(0), margin=2)
+    kept = (found == x)[:, 0]
+    assert kept[0].nonzero().unique().tolist() == [4, 5, 6, 7] and kept[1].sum() == 4 * 8
+    assert kept[1, 11, 4:8].all()  # there nothing is next to it
+
+
 def test_a_swapped_background_shows_no_foreground_of_the_image_that_it_comes_from():
     m = torch.zeros(8, 1, 16, 16)
     for i in range(8):
@@ -198,7 +208,7 @@ def test_the_loss_adds_the_weighted_penalty_which_is_zero_without_masks(name):
 
 
 def test_a_step_swaps_the_backgrounds_of_all_images_or_of_a_share(monkeypatch):
-    monkeypatch.setattr(train, "swapped", lambda x, m, generator, share: x * (1 - share))
+    monkeypatch.setattr(train, "swapped", lambda x, m, generator, share, margin: x * (1 - share))
     flags = "--baseline swap", "--isnet 1 --swap 0.5", "--isnet 1", ""
     every, half, isnet, plain = (step_of(f)[0] for f in flags)
     assert not torch.equal(every, plain) and not torch.equal(half, isnet)

@@ -11,7 +11,7 @@ from torch import Generator, nan
 import train
 from common.checkpoint import DataSpec
 from common.classify import Classifier, attention_seen, classification_loss, constant_loss, explained_target
-from common.classify import is_multiclass, natural_range, supervised_layers
+from common.classify import is_multiclass, natural_range, shifted, supervised_layers
 from common.config import parse
 from common.models import build_classifier, build_encoder, lrp_rule
 from isnet_lrp import log_odds
@@ -43,6 +43,16 @@ def losses_of(name: str, words: str = "", labels: torch.Tensor = LABELS, masks: 
     masks = middle() if masks is None else masks
     spec = DataSpec(1, (), is_multiclass(labels), "", (1.0, 20.0))
     return model, train.classifier_objective(config, model, images, masks, labels, spec)
+
+
+def test_images_move_at_random_within_bounds_and_their_masks_move_with_them():
+    x = torch.arange(6 * 400.0).view(6, 1, 20, 20)
+    moved, m = shifted(x, (x % 7 == 0).float(), 0.1, Generator().manual_seed(0))
+    assert torch.equal(m, (moved % 7 == 0).float())
+    origin = [(int(one.argmin()) // 20, int(one.argmin()) % 20) for one in moved]  # where the first pixel is
+    assert {place for row in origin for place in row} == {0, 1, 2, 18, 19} and len(set(origin)) > 3
+    assert torch.equal(moved.flatten(1).sort().values, x.flatten(1))  # nothing is lost
+    assert shifted(x, None, 0.1, Generator())[1] is None and shifted(x, m, 0, None)[0] is x
 
 
 def test_classes_exclude_each_other_and_findings_do_not():

@@ -26,7 +26,8 @@ def pretrained_runs_exist(monkeypatch):
     monkeypatch.setattr(config, "encoder_of", lambda init: PRETRAINED)
 
 
-NEWER = ("device", "koleo", "max_entropy", "strict", "preset", "isnet_every", "swap")  # than the recorded
+# Settings that are newer than the recorded commands, or depend on the machine.
+NEWER = ("device", "koleo", "max_entropy", "strict", "preset", "isnet_every", "swap", "swap_margin", "shift")
 
 
 def settings(words: list[str]) -> dict:
