@@ -4,7 +4,7 @@
     python train.py --prior none --out runs/dino    the same without guidance: DINO
     python train.py --data DIR --out runs/mine      your own images; docs/data.md shows how to lay them out
     python train.py --ssl relvit --out runs/relvit  relations between patches in place of DINO
-    python train.py --task classify --marker 1 --isnet 3 --out runs/isnet       blind to a hospital's marker
+    python train.py --task classify --marker 1 --isnet 0.3 --out runs/isnet     blind to a hospital's marker
 
 The file reads from top to bottom: set-up, objectives, the loop, the command line. An objective is a
 function losses(index (B,), generator, step, total) -> (loss, {name: value to log}).
@@ -33,7 +33,7 @@ from common.checkpoint import start_run
 from common.classify import attention_seen, classification_loss, explained_target, natural_range
 from common.classify import shifted, supervised_layers
 from common.checks import check
-from common.config import EPOCHS, STEPS, Config, parse
+from common.config import Config, epochs_for, parse
 from common.data import Data, load, normalise, prepared, rows_at, to_device
 from common.models import build_model, decayed, lrp_rule, make_encoder
 from common.processes import average_gradients, command_to_resume, fail, from_first, join, rank, remedy_for
@@ -341,7 +341,7 @@ def begin(argv: list[str]) -> tuple:
     masks, kept = foreground_masks(config, splits, reference)
     if config.epochs is None:
         steps = max(1, int(kept.sum()) // config.batch_size)  # an epoch
-        config = replace(config, epochs=max(EPOCHS, math.ceil(STEPS[config.task] / steps)))
+        config = replace(config, epochs=epochs_for(config.task, config.backbone, steps))
     model = build_model(config, spec, encoder, encoder.grid(train.images)).to(config.device)
     millions = sum(p.numel() for p in encoder.parameters()) / 1e6
     print(f"{millions:.2f} M weights in the encoder, on {config.device}")

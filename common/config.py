@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
 import re
 from dataclasses import Field, asdict, dataclass, field, fields
 from functools import partial
@@ -27,18 +28,19 @@ DEFAULTS = {  # by --task, by --backbone, and by both
     "pretrain": {"out": Path("runs/span"), "batch_size": 64, "train_images": 1500, "lr": 2e-3}
     | {"backbone": "vit", "embed_dim": 96, "depth": 4, "num_heads": 6, "lrp_gamma": 0.0, "clip_grad": 3.0},
     "classify": {"out": Path("runs/classifier"), "batch_size": 16, "train_images": 3000}
-    | {"backbone": "resnet", "embed_dim": 64, "depth": 3, "num_heads": 4},
+    | {"backbone": "resnet", "embed_dim": 64, "depth": 3, "num_heads": 4, "isnet_end": 1.0},
     "vit": {"pool": "cls", "simpool_gamma": 1.25},
     "resnet": {"pool": "gap", "simpool_gamma": 2.0},
-    "classify vit": {"lr": 5e-4, "lrp_gamma": 0.0, "clip_grad": 3.0, "isnet_end": 1.0, "shift": 0.06},
-    # With larger gradients some ISNet runs do not learn; with a constant weight they learn the label less.
-    "classify resnet": {"lr": 2e-3, "lrp_gamma": 3.0, "clip_grad": 0.1, "isnet_end": 0.1} | {"shift": 0.0},
+    "classify vit": {"lr": 5e-4, "lrp_gamma": 0.0, "clip_grad": 3.0, "shift": 0.06},
+    # With larger gradients some ISNet runs do not learn.
+    "classify resnet": {"lr": 2e-3, "lrp_gamma": 3.0, "clip_grad": 0.1, "shift": 0.0},
 }
 PRESETS = {  # of Faster ISNet's code; a weight of P / (1 - P), P = 0.7
     "published": {"isnet": 7 / 3, "swap": 0.0, "isnet_every": 1, "isnet_layers": "blocks", "isnet_decay": 0.9}
-    | {"isnet_e": 1.0, "isnet_end": 1.0, "explain": "selective", "lrp_epsilon": 1e-2, "lrp_gamma": 0.0}
+    | {"isnet_e": 1.0, "explain": "selective", "lrp_epsilon": 1e-2, "lrp_gamma": 0.0}
 }
-EPOCHS, STEPS = 15, {"pretrain": 350, "classify": 1000}  # at least, of a folder
+# Epochs at least, and steps at least of a folder. A ViT learns a label more slowly.
+LENGTHS = {"pretrain": (15, 350), "classify resnet": (15, 2800), "classify vit": (40, 7500)}
 ENCODER = "backbone img_size patch_size embed_dim depth num_heads registers pool pool_heads simpool_gamma"
 PER_CALL = ("out", "overwrite", "resume", "keep_going", "strict", "device")  # --resume may change these
 PLACES = ("data", "init", "masks", "prior")  # ... and these, if a file or folder that they name has moved
@@ -138,13 +140,12 @@ class Config:
     pool: str = flag(None, "patches to one vector: CLS, mean, SimPool", choices=["cls", "gap", "simpool"])
     simpool_gamma: float = flag(None, "exponent of SimPool's mean", within=(0.1, 10), needs="pool=simpool")
     pool_heads: int = flag(None, "default: --num-heads if guided, else 1", within=COUNT, needs="pool=simpool")
-    epochs: int = flag(None, "passes over the training images (default: 15, or more for a small folder)",
+    epochs: int = flag(None, "passes over the training images (default: 15, a ViT's with labels 40; more for a small folder)",
         group="optimisation", within=COUNT)
     batch_size: int = flag(None, "images a step", within=COUNT)
     accumulate: int = flag(1, "parts of a batch, one after the other, where memory is short")
     amp: bool = flag(False, "compute in bfloat16 where that is safe")
     compile: bool = flag(False, "pretrain with torch.compile")
-    channels_last: bool = flag(False, "store a ResNet's weights with channels last", needs="backbone=resnet")
     lr: float = flag(None, "highest learning rate (AdamW, cosine)", within=(1e-9, 1e9))
     warmup: float = flag(0.1, "fraction of all steps in which the learning rate rises", within=FRACTION)
     weight_decay: float = flag(0.04, "of matrices; vectors have none", within=WEIGHT)
@@ -213,6 +214,12 @@ def parser_of(doc: str = "") -> Parser:
     return parser
 
 
+def epochs_for(task: str, backbone: str, steps: float = math.inf) -> int:
+    """How many epochs of so many steps a run trains for, unless --epochs says so."""
+    epochs, floor = LENGTHS["pretrain" if task == "pretrain" else f"classify {backbone}"]
+    return max(epochs, math.ceil(floor / steps))
+
+
 def parse(argv: list[str], doc: str = "") -> tuple[Config, set[str]]:
     """The settings of a command line, and the names of those that were typed. Raises ValueError."""
     typed = vars(parser_of(doc).parse_args(argv))
@@ -236,7 +243,7 @@ def parse(argv: list[str], doc: str = "") -> tuple[Config, set[str]]:
     if task == "classify" and given.get("data", "phantom") == "phantom":
         values["findings"] = (FINDINGS[0],)
     if given.get("data", "phantom") in DRAWN:
-        values["epochs"] = EPOCHS  # a folder's are chosen when its images are counted
+        values["epochs"] = epochs_for(task, backbone)  # a folder's are chosen when its images are counted
     values |= PRESETS.get(given.get("preset"), {}) | given
     if values["pool_heads"] is None:
         values["pool_heads"] = values["num_heads"] if task == "pretrain" and values["prior"] != "none" else 1

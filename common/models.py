@@ -1,6 +1,7 @@
 """Models as the settings describe them: built, started from other weights, loaded from runs."""
 
 from pathlib import Path
+from ssl import DINO, RelViT
 
 import torch
 from torch import nn
@@ -14,7 +15,6 @@ from common.weights import fit, read_weights, sizes
 from relvit import TASKS
 from resnet import ResNet
 from simpool import GAP, SimPool
-from ssl import DINO, RelViT
 from vit import ViT
 
 
@@ -28,8 +28,7 @@ def build_encoder(config: Config, in_chans: int) -> ViT | ResNet:
     elif config.pool == "gap" and config.backbone == "vit":
         pool = GAP()
     if config.backbone == "resnet":
-        resnet = ResNet(in_chans, D, pool=pool)
-        return resnet.to(memory_format=torch.channels_last) if config.channels_last else resnet
+        return ResNet(in_chans, D, pool=pool)
     dimensions = config.img_size, config.patch_size, in_chans, D, config.depth, config.num_heads
     return ViT(*dimensions, drop_path=config.drop_path, pool=pool, registers=config.registers)
 

@@ -20,6 +20,7 @@ from typing import IO
 
 ROOT = Path(__file__).parents[1]
 ISNET = {"resnet": "--isnet 3", "vit": "--isnet 1"}  # chosen on seeds 10 and 11, which are in no table
+BLIND = "--isnet 0.3"  # with swapped backgrounds; chosen on seed 10
 BASELINES = ["multitask --baseline-weight 100", "gain --baseline-weight 10", "rrr --baseline-weight 1"]
 BASELINES += ["gated", "pipeline", "swap"]  # weights chosen on seed 10
 LABELS = "--task classify --backbone"
@@ -103,7 +104,11 @@ def against_shortcuts() -> dict[str, str]:
 
 def on_other_data() -> dict[str, str]:
     """DINO on four kinds of images in three sizes; a shortcut, with masks of 1, 10 or all images."""
-    runs, long = {}, {200: "--epochs 117", 850: "--epochs 27", 3000: "--epochs 8"}  # 350 steps each
+    runs, long = {"phantom_span": ""}, {
+        200: "--epochs 117",
+        850: "--epochs 27",
+        3000: "--epochs 8",
+    }  # 350 steps each
     for n, epochs in long.items():
         drawn = {kind: f"--data {kind} --train-images {n}" for kind in ("phantom", "parts")}
         folders = {kind: f"--data data/{kind}{n // 10}-{{seed}}" for kind in ("symbols", "digits")}
@@ -115,25 +120,25 @@ def on_other_data() -> dict[str, str]:
     for kind, n in {"digits": 85, "leaves": 400}.items():  # leaves: no default was chosen on them
         data = f"--data data/{kind}{n}-{{seed}}"
         runs |= {f"{kind}_span": data, f"{kind}_plain": f"{data} --task classify"}
-        for how, flags in {"isnet": "--isnet 3", "swap": "--baseline swap"}.items():
+        for how, flags in {"blind": BLIND, "swap": "--baseline swap"}.items():
             label = f"{data} --task classify {flags}"
-            runs[f"{kind}_{how}_all"] = label
-            runs[f"{kind}_{how}_ten"] = label.replace(f"{kind}{n}", f"{kind}{n}m10")
             runs[f"{kind}_{how}_one"] = f"{label} --masks prior"
-            runs[f"{kind}_{how}_attention"] = f"{label} --masks runs/{kind}_span-{{seed}}"
+        runs[f"{kind}_blind_attention"] = f"{data} --task classify {BLIND} --masks runs/{kind}_span-{{seed}}"
+        runs[f"{kind}_blind_ten"] = f"{data} --task classify {BLIND}".replace(f"{kind}{n}", f"{kind}{n}m10")
+        runs[f"{kind}_blind_all"] = f"{data} --task classify {BLIND}"
     return runs
 
 
 def against_backgrounds() -> dict[str, str]:
     """ISNet by default and as published on four shortcuts; all methods on hospitals, and on grounds."""
     runs = {}
-    for backbone, isnet in ISNET.items():
-        ways = {"blind": isnet} | ({"published": "--preset published"} if backbone == "resnet" else {})
+    for backbone in ISNET:
+        ways = {"blind": BLIND} | ({"published": "--preset published"} if backbone == "resnet" else {})
         others = {how.split()[0]: f"--baseline {how}" for how in BASELINES}
         for kind in ("corner", "anywhere", "tint", "border"):
             label = f"{LABELS} {backbone} --marker 1 --marker-kind {kind}"
             runs |= {f"{way}_{backbone}_{kind}": f"{label} {flags}" for way, flags in ways.items()}
-            runs[f"blind_one_{backbone}_{kind}"] = f"{label} {isnet} --masks prior"
+            runs[f"blind_one_{backbone}_{kind}"] = f"{label} {BLIND} --masks prior"
         for way, flags in ({"plain": ""} | others | ways).items():
             label = f"{LABELS} {backbone} --marker 1 --marker-kind hospitals"
             runs[f"{way}_{backbone}_hospitals"] = f"{label} {flags}".strip()
@@ -149,21 +154,25 @@ def seeded(experiments: dict[str, str], seeds: Iterable[int] = (0, 1, 2)) -> dic
     return {f"{name}-{seed}": f"--seed {seed} {flags}".strip() for (name, seed), flags in runs.items()}
 
 
+def as_then(flags: str) -> str:
+    """The flags of a run whose results are older than some defaults, which it sets back."""
+    before, label = [], "--task classify" in flags
+    if not label and "--ssl relvit" not in flags:
+        before += ["--koleo 0 --max-entropy 1"]  # DINO as published
+    if label and "--backbone vit" in flags:
+        before += ["--epochs 15 --shift 0"]
+    if "--isnet " in flags:
+        before += ["--swap 0 --isnet-every 1"] + ["--isnet-end 0.1"] * ("--backbone vit" not in flags)
+    return " ".join([*before, flags])
+
+
 MAIN = seeded(GUIDED | POOLINGS | few_labels())  # claims 1 to 7
 CHANGED = {"dino_long": "--prior none --epochs 60"} | SPAN_CHANGES
 for guided, changes in {"isnet_resnet": RESNET_CHANGES, "isnet_vit": VIT_CHANGES}.items():
     CHANGED |= {name: f"{GUIDED[guided]} {flags}" for name, flags in changes.items()}
 RUNS = MAIN | seeded(against_shortcuts()) | seeded(CHANGED, [0])
-for name, flags in RUNS.items():
-    if "--task classify" not in flags and "--ssl relvit" not in flags:
-        RUNS[name] = f"{flags} --koleo 0 --max-entropy 1"  # the results are of DINO as published
-RUNS |= seeded(on_other_data(), range(5))
-for name, flags in RUNS.items():
-    if "--isnet " in flags:
-        RUNS[name] = f"{flags} --swap 0 --isnet-every 1"  # the results are of ISNet alone
-    if "--task classify" in flags and "--backbone vit" in flags:
-        RUNS[name] += " --shift 0"  # the results are of images that stay where they are
-RUNS |= seeded(against_backgrounds(), range(5))
+RUNS = {name: as_then(flags) for name, flags in RUNS.items()}
+RUNS |= seeded(on_other_data() | against_backgrounds(), range(5))
 # The runs that a run starts from, or whose attention becomes its masks.
 NEEDED = {name: set(re.findall(r"runs/(\S+)", flags)) for name, flags in RUNS.items()}
 QUICK = r"(span|dino|(unmarked|plain|isnet)_resnet|resnet_simpool_labels|(?!.*_long_).*_symbols50)-0"

@@ -55,19 +55,17 @@ LOCALISATION = {  # title: experiment, and what is measured
     "prior": ("span", "prior"),
     "registered prior": ("span", "aligned_prior"),
     "**attention, one reference image**": ("span", "attention"),
+    "attention, one reference image, defaults of today": ("phantom_span", "attention"),
     "attention, all masks": ("masks", "attention"),
     "DINO, best head chosen on validation images": ("dino", "attention"),
 }
 FEW_MASKS = {  # of digits and leaves
     "plain": "plain",
     "swap_one": "1 mask: backgrounds swapped, masks registered",
-    "swap_attention": "1 mask: backgrounds swapped, masks of SPAN's attention",
-    "isnet_one": "**1 mask: ISNet, masks registered**",
-    "isnet_attention": "**1 mask: ISNet, masks of SPAN's attention**",
-    "swap_ten": "10 masks: backgrounds swapped, the others registered",
-    "isnet_ten": "10 masks: ISNet, the others registered",
-    "swap_all": "all masks: backgrounds swapped",
-    "isnet_all": "all masks: ISNet",
+    "blind_one": "**1 mask: ISNet, swapping (default), masks registered**",
+    "blind_attention": "**1 mask: default, masks of SPAN's attention**",
+    "blind_ten": "10 masks: default, the others registered",
+    "blind_all": "all masks: default",
 }
 BLIND = {  # ways against backgrounds
     "blind": "**ISNet, swapping: default**", "blind_one": "**the same, one mask, registered**",

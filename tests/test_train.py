@@ -21,9 +21,8 @@ import train
 from common.checkpoint import DataSpec, check_spec, data_spec, load_run, start_run
 from common.checks import check
 from common.classify import warn_if_constant
-from common.config import parse
+from common.config import LENGTHS, parse
 from common.data import Data
-from common.models import build_encoder
 from common.phantom import REGIONS, phantom
 from common.processes import fail, from_first, join
 from common.regions import read_masses
@@ -150,8 +149,7 @@ def test_a_folder_with_one_labelled_image_trains_with_a_line_an_epoch_and_says_w
 def test_a_small_folder_is_passed_over_more_often_unless_epochs_are_typed(tmp_path, monkeypatch):
     """24 images: 2 of them test, 4 validate, so an epoch has 2 steps of 8."""
     data = folder_of_phantoms(tmp_path / "mine", masked=24)
-    monkeypatch.setattr(train, "EPOCHS", 2)
-    monkeypatch.setitem(train.STEPS, "pretrain", 5)
+    monkeypatch.setitem(LENGTHS, "pretrain", (2, 5))
     argv = [*TINY[:-2], "--prior", "none", "--data", str(data), "--out"]
     for name, typed, epochs in (("more", [], 3), ("typed", ["--epochs", "1"], 1)):
         train.main([*argv, str(tmp_path / name), *typed])
@@ -302,14 +300,6 @@ def test_a_batch_in_parts_gives_the_same_step(tmp_path):
 def test_bfloat16_learns_nearly_the_same(words, tmp_path):
     *_, whole, amp = two_runs(tmp_path, [*TINY, *words.split()], ["--amp"])
     assert 0 < abs(whole - amp) < 0.1 * whole
-
-
-def test_channels_last_is_another_layout_of_the_same_step(tmp_path):
-    argv = [*SMALL, "--isnet", "1", "--batch-size", "32", "--marker", "1"]
-    _, last, *losses = two_runs(tmp_path, argv, ["--channels-last"])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    convolutions = [m for m in build_encoder(last.config, 1).modules() if isinstance(m, torch.nn.Conv2d)]
-    assert all(m.weight.is_contiguous(memory_format=torch.channels_last) for m in convolutions[1:])
 
 
 @pytest.mark.slow
