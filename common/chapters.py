@@ -224,7 +224,7 @@ def lrp() -> None:
 
 
 def isnet_lrp() -> None:
-    """Four ways round the ISNet loss, on 16 x 16 px with the foreground in the middle; what closes each."""
+    """Five ways round the ISNet loss, on 16 x 16 px with the foreground in the middle; what closes each."""
     mask, marker, generator = torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 16, 16), Generator().manual_seed(0)
     mask[..., 4:12, 4:12], marker[..., 1:3, 1:3] = 1, 1
     x = mask * torch.rand(mask.shape, generator=generator) + marker
@@ -248,10 +248,22 @@ def isnet_lrp() -> None:
         "the other logit reads it": (clean, strict(clean), "log-odds explained", both, strict(both)),
         "its absence is coded": (clean, strict(clean), "inner layer", clean + shadow, strict(clean + shadow)),
     }
-    figure, axes = panels(3, len(ways))
+    figure, axes = panels(3, len(ways) + 1)
     for (title, (R, passes, part, seen, closed)), column in zip(ways.items(), axes.T):
         print(f"{title}: background loss {float(passes):.2f}; with {part} {float(closed):.2f}")
         show(column[0], x[0, 0], title)
         show(column[1], R[0, 0] / R.max(), f"loss {float(passes):.2f}", top=1, signed=True)
         show(column[2], seen[0, 0] / seen.max(), f"{part}: {float(closed):.2f}", top=1, signed=True)
+    tint, other = 0.5 * (1 - mask), torch.rand(mask.shape, generator=generator) * (1 - mask)
+
+    def dark(images: Tensor) -> Tensor:  # units that see darkness outside the foreground; a tint silences them
+        return images * mask + F.relu(0.2 - images) * (1 - mask)
+
+    x = x * mask + tint
+    R, scores = heat(dark), [float(dark(image).sum()) for image in (x, x - tint)]
+    print(f"a tint silences units: background loss {float(strict(R)):.2f}, yet the score is {scores[0]:.0f} with")
+    print(f"the tint and {scores[1]:.0f} without it; backgrounds swapped between images tell no label")
+    show(axes[0, -1], x[0, 0], "a tint silences units")
+    show(axes[1, -1], R[0, 0] / R.max(), f"loss {float(strict(R)):.2f}", top=1, signed=True)
+    show(axes[2, -1], (x * mask + other)[0, 0], "background swapped")
     draw(figure, "isnet_lrp")
