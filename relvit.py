@@ -21,8 +21,9 @@ All of this is a table of `boxes`, one per patch: shuffling permutes it, and `cu
 whole batch at once. Priors over an image are cut with the same boxes.
 
 Where we differ from the published code: its scripts use relations and positions only; its joint training
-classifies images whose patches are in order and unchanged; it splits columns of mega-patches as it splits
-rows, and only between patches; its grids are square; it also changes hue and saturation.
+classifies images whose patches are in order and unchanged (`compare` without `order`); it splits columns of
+mega-patches as it splits rows, and only between patches; its grids are square; it also changes hue and
+saturation.
 """
 
 import math

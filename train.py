@@ -156,17 +156,16 @@ def classifier_objective(
     margin = round(config.swap_margin * images.shape[-1])  # in pixels
 
     def losses(index: Tensor, generator: Generator, step: int, total: int) -> tuple[Tensor, dict]:
-        x, y = rows_at(images, index), labels[index]
+        y, m = labels[index], None if masks is None else rows_at(masks, index).float()
+        x, m = shifted(rows_at(images, index), m, config.shift, generator)
         if config.relations:
-            grid, x = model.relvit.grid, x.float() / 255
-            views, _, order = patch_views(x, grid, config.patch_size, generator, shuffle=True)
+            x, how = x.float() / 255, (model.relvit.grid, config.patch_size, generator)
+            views, _, order = (x, None, None) if config.in_order else patch_views(x, *how, shuffle=True)
             features = encoder(normalise(views))
             loss, scores = model.relvit.compare(features.patches, order)
             classification = classification_loss(model.head(features.pooled), y, multiclass)
             return loss + classification, {"classification": classification.detach(), **scores}
-        m = None if masks is None else rows_at(masks, index).float()
-        x, m = shifted(prepared(x), m, config.shift, generator)
-        x = swapped(x, m, generator, swap, margin) if swap else x
+        x = swapped(prepared(x), m, generator, swap, margin) if swap else prepared(x)
         isnet = config.isnet and step % config.isnet_every == 0
         if not isnet and config.baseline not in PENALTIES:
             with torch.autocast(x.device.type, torch.bfloat16, enabled=config.amp):

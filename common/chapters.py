@@ -256,13 +256,13 @@ def isnet_lrp() -> None:
         show(column[2], seen[0, 0] / seen.max(), f"{part}: {float(closed):.2f}", top=1, signed=True)
     tint, other = 0.5 * (1 - mask), torch.rand(mask.shape, generator=generator) * (1 - mask)
 
-    def dark(images: Tensor) -> Tensor:  # units that see darkness outside the foreground; a tint silences them
+    def dark(images: Tensor) -> Tensor:  # outside the foreground a unit sees darkness; a tint silences it
         return images * mask + F.relu(0.2 - images) * (1 - mask)
 
     x = x * mask + tint
     R, scores = heat(dark), [float(dark(image).sum()) for image in (x, x - tint)]
-    print(f"a tint silences units: background loss {float(strict(R)):.2f}, yet the score is {scores[0]:.0f} with")
-    print(f"the tint and {scores[1]:.0f} without it; backgrounds swapped between images tell no label")
+    print(f"a tint silences units: background loss {float(strict(R)):.2f}, but it moves the score from")
+    print(f"{scores[1]:.0f} to {scores[0]:.0f}; with backgrounds swapped between images it tells no label")
     show(axes[0, -1], x[0, 0], "a tint silences units")
     show(axes[1, -1], R[0, 0] / R.max(), f"loss {float(strict(R)):.2f}", top=1, signed=True)
     show(axes[2, -1], (x * mask + other)[0, 0], "background swapped")

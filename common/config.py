@@ -93,6 +93,8 @@ class Config:
         group="self-supervision", choices=["dino", "relvit", "none"], needs="task=pretrain")
     relations: tuple[str, ...] = flag(None, "RelViT's tasks (default: all), joint in --task classify",
         choices=RELATIONS, nargs="+", needs="ssl=relvit task=classify")
+    in_order: bool = flag(False, "joint RelViT on images whose patches keep their places, as published",
+        needs="task=classify&relations")
     mega_patches: int = flag(0, "cells a side of RelViT; 0: patches", within=(0, 10**9), needs="ssl=relvit")
     out_dim: int = flag(256, "prototypes; hundreds for thousands of images", within=(2, 10**9), needs=DINO)
     teacher_temp: float = flag(0.02, "softmax temperature of the teacher", within=POSITIVE, needs=DINO)
@@ -140,7 +142,7 @@ class Config:
     pool: str = flag(None, "patches to one vector: CLS, mean, SimPool", choices=["cls", "gap", "simpool"])
     simpool_gamma: float = flag(None, "exponent of SimPool's mean", within=(0.1, 10), needs="pool=simpool")
     pool_heads: int = flag(None, "default: --num-heads if guided, else 1", within=COUNT, needs="pool=simpool")
-    epochs: int = flag(None, "passes over the training images (default: 15, a ViT's with labels 40; more for a small folder)",
+    epochs: int = flag(None, "passes over the images (default: 15, a ViT with labels 40, small folders more)",
         group="optimisation", within=COUNT)
     batch_size: int = flag(None, "images a step", within=COUNT)
     accumulate: int = flag(1, "parts of a batch, one after the other, where memory is short")

@@ -27,7 +27,7 @@ def pretrained_runs_exist(monkeypatch):
 
 
 # Settings that are newer than the recorded commands, or depend on the machine.
-NEWER = ("device", "koleo", "max_entropy", "strict", "preset", "isnet_every", "swap", "swap_margin", "shift")
+NEWER = "device koleo max_entropy strict preset isnet_every swap swap_margin shift in_order".split()
 
 
 def settings(words: list[str]) -> dict:

@@ -6,9 +6,13 @@ from conftest import TINY, metrics_of
 
 import evaluate
 import train
-from common.checkpoint import load_run
+from common.checkpoint import DataSpec, load_run
+from common.classify import Classifier, classification_loss
 from common.config import parse
+from common.data import prepared
 from common.models import build_encoder, load_model
+from relvit import RelViT
+from vit import ViT
 
 pytestmark = pytest.mark.usefixtures("few_test_images")
 
@@ -76,3 +80,18 @@ def test_a_classifier_that_learns_relations_beside_its_labels_is_used_without_th
     assert any(name.startswith("relvit.heads") for name in weights)
     model = load_model(tmp_path / "joint", load_run(tmp_path / "joint"))
     assert not any("relvit" in name for name in model.state_dict())
+
+
+def test_in_order_a_joint_classifier_sees_its_images_as_they_are_and_else_shuffled():
+    images, labels = torch.randint(256, (4, 1, 16, 16)).byte(), torch.tensor([[0.0], [1], [1], [0]])
+    spec = DataSpec(1, (), False, "", None)
+    flags = "--task classify --backbone vit --patch-size 4 --shift 0 --relations angles"
+    encoder = ViT(16, 4, 1, 18, 1, 2)
+    model = Classifier(encoder, 1)
+    model.relvit = RelViT(encoder, 18, (4, 4), ["angles"])
+    whole = classification_loss(model(prepared(images)), labels, False)
+    for more, same in (("", False), ("--in-order", True)):
+        config, _ = parse(f"{flags} {more}".split())
+        losses = train.classifier_objective(config, model, images, None, labels, spec)
+        found = losses(torch.arange(4), torch.Generator().manual_seed(0), 0, 1)[1]["classification"]
+        assert torch.equal(found, whole.detach()) == same
