@@ -13,6 +13,7 @@ import matplotlib
 matplotlib.use("Agg")  # files, no windows
 matplotlib.rcParams |= {"axes.titlesize": 7, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7}
 matplotlib.rcParams |= {"legend.fontsize": 7, "legend.frameon": False, "savefig.dpi": 120}
+matplotlib.rcParams["image.interpolation"] = "nearest"  # pixels as they are, in half as many bytes
 matplotlib.rcParams["text.parse_math"] = False  # a region's name may hold $, _ or {
 
 import matplotlib.pyplot as plt
