@@ -7,6 +7,7 @@ attention  pixel average precision (AP) and Dice of one attention head for each 
 bias       a classifier's AUC and accuracy on test images as in training and, if these have a marker, with
            it removed, flipped, and flipped to an unseen kind. These show whether it relies on the marker.
            The share of relevance in the foreground does not: a heatmap can look right and be wrong.
+objects    how well maps outline the one object of an image, see `objects.py`
 backgrounds  a classifier's AUC and accuracy on test images with exchanged backgrounds, see `backgrounds.py`
 others     how good an encoder's features are, see `probe.py`
 """
@@ -24,9 +25,10 @@ from common.data import SPLITS, Data, batches, select
 from common.explain import attention_of, pools_evenly, relevance_of, scores_of
 from common.metrics import CannotMeasure, auc, best_threshold, dice
 from common.metrics import known_mean, localisation_ap, relevance_share
+from common.objects import measure_objects
 from common.probe import PROBES, draw_labelled, probe
 
-MEASURES = ["attention", "bias", "backgrounds", *PROBES]
+MEASURES = ["attention", "objects", "bias", "backgrounds", *PROBES]
 NOT_OF = {True: ["finetune"], False: ["bias", "backgrounds"]}  # classifiers, pretrained encoders
 QUICK = ["attention", "bias", "knn", "linear"]  # seconds a run
 Table = dict[str, dict[str, float]]  # {column: {row: value}}
@@ -72,6 +74,10 @@ def report(
                 table = measure_bias(*given, rule) if what == "bias" else measure_backgrounds(*given)
                 found.tables["test images, in %" if what == "bias" else "exchanged backgrounds, in %"] = table
                 found.metrics.update(flatten(table, name_of_bias))
+            elif what == "objects":
+                if list(measures) != MEASURES or len(splits["test"].regions) == 1:
+                    found.tables["objects, in %"] = measure_objects(model, splits, layer)
+                    found.metrics.update(flatten(found.tables["objects, in %"], lambda of, x: f"{of}_{x}"))
             elif what == "attention":
                 table, overlap, heads = measure_attention(encoder, splits, layer, guided, priors)
                 for score, scores in {"AP": table, "Dice": overlap}.items():
