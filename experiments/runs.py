@@ -148,6 +148,13 @@ def against_backgrounds() -> dict[str, str]:
     return runs
 
 
+def poolings_of_objects() -> dict[str, str]:
+    """Poolings on textured objects of 5 to 25 % of the area that lie anywhere, with labels, to a plateau."""
+    label = f"--data data/scenes200-{{seed}} {LABELS}"
+    runs = {f"object_vit_{pool}": f"{label} vit --pool {pool}" for pool in ("cls", "gap", "simpool")}
+    return runs | {f"object_resnet_{pool}": f"{label} resnet --pool {pool}" for pool in ("gap", "simpool")}
+
+
 def seeded(experiments: dict[str, str], seeds: Iterable[int] = (0, 1, 2)) -> dict[str, str]:
     """{experiment: flags} as {experiment-seed: flags}; {seed} in the flags becomes the seed."""
     runs = {(name, seed): flags.format(seed=seed) for seed in seeds for name, flags in experiments.items()}
@@ -172,11 +179,12 @@ for guided, changes in {"isnet_resnet": RESNET_CHANGES, "isnet_vit": VIT_CHANGES
     CHANGED |= {name: f"{GUIDED[guided]} {flags}" for name, flags in changes.items()}
 RUNS = MAIN | seeded(against_shortcuts()) | seeded(CHANGED, [0])
 RUNS = {name: as_then(flags) for name, flags in RUNS.items()}
-RUNS |= seeded(on_other_data() | against_backgrounds(), range(5))
+RUNS |= seeded(on_other_data() | against_backgrounds() | poolings_of_objects(), range(5))
 # The runs that a run starts from, or whose attention becomes its masks.
 NEEDED = {name: set(re.findall(r"runs/(\S+)", flags)) for name, flags in RUNS.items()}
 QUICK = r"(span|dino|(unmarked|plain|isnet)_resnet|resnet_simpool_labels|(?!.*_long_).*_symbols50)-0"
 PROBED = {"dino": "span", "parts_dino": "parts_span"}  # also with few labels, side by side
+AFTER = {"_grounds-": "backgrounds mixed_rand", "object_": "objects CorLoc"}  # a measure, and a figure of it
 PICTURES = {  # results/NAME.png: what evaluate.py measures, and the runs that stand side by side
     "compare": "attention span dino",
     "pooling": "attention vit_cls_dino vit_simpool_dino vit_simpool_span",
@@ -219,7 +227,7 @@ def train(names: list[str]) -> None:
     """Draw the data that these runs need, and train them: last those that start from another run."""
     (ROOT / "runs").mkdir(exist_ok=True)
     flags = " ".join(RUNS[name] for name in names)
-    names_of_folders = r"(data/(symbols|grounds|digits|leaves)(\d+)(?:m(\d+))?-(\d+))"
+    names_of_folders = r"(data/(symbols|scenes|grounds|digits|leaves)(\d+)(?:m(\d+))?-(\d+))"
     for folder, kind, n, masks, seed in sorted(set(re.findall(names_of_folders, flags))):
         if not (ROOT / folder / "labels.csv").exists():
             shutil.rmtree(ROOT / folder, ignore_errors=True)  # drawn in part
@@ -227,14 +235,14 @@ def train(names: list[str]) -> None:
             words += ["--marker"] * (kind in ("digits", "leaves")) + (["--masks", masks] if masks else [])
             python("-m", "common.symbols", *words)
     commands = {name: command(name, ROOT / "runs" / name) for name in names}
-    for later in (False, True):
-        two_at_a_time({n: words for n, words in commands.items() if words and bool(NEEDED[n]) == later})
-    grounds = [
-        name for name in names if "_grounds-" in name and (ROOT / f"runs/{name}/metrics.json").exists()
-    ]
-    unmeasured = [n for n in grounds if "mixed_rand" not in (ROOT / f"runs/{n}/metrics.json").read_text()]
-    exchanged = {f"{n}.grounds": ["evaluate.py", f"runs/{n}", "--only", "backgrounds"] for n in unmeasured}
-    two_at_a_time(exchanged)
+    for follows in (False, True):
+        two_at_a_time({n: words for n, words in commands.items() if words and bool(NEEDED[n]) == follows})
+    later = {}
+    for name, (what, figure) in ((n, of.split()) for n in names for part, of in AFTER.items() if part in n):
+        metrics = ROOT / f"runs/{name}/metrics.json"
+        if metrics.exists() and figure not in metrics.read_text():
+            later[f"{name}.{what}"] = ["evaluate.py", f"runs/{name}", "--only", what]
+    two_at_a_time(later)
 
 
 def probe(names: list[str], readouts: list[str]) -> None:
