@@ -136,6 +136,17 @@ def test_every_file_exists():
     assert not [path for path in links | {ROOT / name for name in named} if not path.exists()]
 
 
+def test_each_line_that_an_exercise_breaks_occurs_once_in_its_file_and_its_test_exists():
+    text = DOCS[ROOT / "docs/exercises.md"]
+    parts = re.findall(r"^## .*`(\w+\.py)`\n```diff\n-(.*)\n\+(.*)\n```$", text, re.MULTILINE)
+    assert len(parts) == text.count("\n## ") == text.count("```diff") == 10
+    for file, broken, changed in parts:
+        lines = (ROOT / file).read_text().splitlines()
+        assert lines.count(broken) == 1 and changed not in lines, broken
+    for file, word in re.findall(r"pytest (tests/\w+\.py) -k \"?(\w+)", text):
+        assert re.search(rf"^def test_\w*{word}", (ROOT / file).read_text(), re.MULTILINE), word
+
+
 def test_the_readme_explains_what_an_epoch_prints(span_run):
     epoch = json.loads((span_run / "metrics.jsonl").read_text().splitlines()[0])
     for name in epoch.keys() - {"epoch", "images_per_s"}:
