@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from common.checkpoint import DataSpec, check_spec, data_spec, load_run, write_file
 from common.classify import is_multiclass, warn_if_constant
 from common.config import Config, parse
-from common.data import DRAWN, Data, load, select
+from common.data import DRAWN, Data, load, normalise, select
 from common.explain import attention_of, decisions, explained_class, has_attention, relevance_of
 from common.measure import QUICK, report, scores_in
 from common.models import build_encoder, load_model, lrp_rule, start_from
@@ -19,6 +19,7 @@ from common.page import Looks, print_tables
 from common.plots import curves, draw_maps
 from common.regions import attention_masses, mask_dice, prior_maps
 from dino import DINO
+from relvit import RelViT, patch_views
 
 ON_PAGE = 60  # images on the page
 
@@ -160,17 +161,35 @@ def keep_masses(config: Config, model: nn.Module, train: Data, reference: str | 
         model.train(training)
 
 
+@torch.no_grad()
+def related(relvit: RelViT, images: Tensor, patch_size: int) -> dict[str, float]:
+    """RelViT's metrics, TASK_test, on images (M, C, S, S) uint8 that it was not trained on, cut anew."""
+    generator, found = torch.Generator().manual_seed(0), {}
+    relvit.eval()
+    device = next(relvit.parameters()).device
+    for x in images.split(64):
+        views, *_ = patch_views(x.to(device).float() / 255, relvit.grid, patch_size, generator)
+        for task, value in relvit(normalise(views))[1].items():
+            found[task] = found.get(task, 0.0) + float(value) * len(x) / len(images)
+    levels = ", ".join(f"{task} {found[task]:.3f} ({relvit.chance[task]:.3f})" for task in found)
+    print(f"on test images, and what a constant prediction reaches: {levels}")
+    return {f"{task}_test": value for task, value in found.items()}
+
+
 def finish(
     config: Config, spec: DataSpec, model: nn.Module, splits: dict, reference: str | None,
     masks: Tensor | None, history: list[dict],
 ) -> None:  # fmt: skip
     """Measure on test images, print the tables, draw the pictures, write the metrics."""
-    train, picture = splits["train"], "heatmaps.png"
+    train, picture, held_out = splits["train"], "heatmaps.png", {}
+    if isinstance(model, RelViT) and len(splits["test"].names):
+        held_out = related(model, splits["test"].images, config.patch_size)
     if config.task == "pretrain":
         model, picture = pretrained(model), "attention.png"
     measured = report(model, splits, QUICK, **measured_by(config, spec, model, splits, reference, {}))
     print_tables({"": measured})
-    metrics = {name: value for name, value in history[-1].items() if name != "epoch"} | measured.metrics
+    metrics = {name: value for name, value in history[-1].items() if name != "epoch"}
+    metrics |= held_out | measured.metrics
     if config.task == "classify":
         warn_if_constant(history[-1], train.labels, spec.multiclass)
         if masks is not None and config.masks != "data" and train.has_masks.any():

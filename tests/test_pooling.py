@@ -46,8 +46,9 @@ def test_priors_guide_attention_whatever_pools_and_whatever_the_objective(how, t
 
 def test_relvit_shows_its_tasks_beside_chance_and_a_classifier_starts_from_its_encoder(tmp_path, capsys):
     how = "--ssl relvit --prior none --mega-patches 3 --relations relations distances"
-    _, before = trained(tmp_path / "relvit", *how.split())
+    metrics, before = trained(tmp_path / "relvit", *how.split())
     said = capsys.readouterr().out
+    assert f"reaches: relations {metrics['relations_test']:.3f} (0.111), distances" in said
     assert "a constant prediction reaches relations 0.111, distances" in said and "angles" not in said
     assert "relations 0." in said.split("epoch 1/2")[1]
     assert not before["encoder.pos_embed"].any()  # measured without positions
