@@ -214,8 +214,8 @@ def lrp() -> None:
     figure, axes = panels(3, 5)
     for k, (name, rule) in enumerate(rules.items()):
         R, logits = relevance(model, x[some], torch.ones(3, 1), **rule)
-        sums = ", ".join(f"{r:.2f} of {z:.2f}" for r, z in zip(R.sum(dim=(1, 2, 3)), logits[:, 0]))
-        print(f"{name}: relevance of score {sums}; the rest went to biases")
+        sums = ", ".join(f"{r:.2f} for {z:.2f}" for r, z in zip(R.sum(dim=(1, 2, 3)), logits[:, 0]))
+        print(f"{name}: sum of relevance for score, biases hold the difference: {sums}")
         for i, row in enumerate(axes):
             show(row[0], x[some[i], 0] / 2 + 0.5, "image" if i == 0 else "")
             heat = R[i, 0] / R[i].abs().mean()
@@ -261,8 +261,10 @@ def isnet_lrp() -> None:
 
     x = x * mask + tint
     R, scores = heat(dark), [float(dark(image).sum()) for image in (x, x - tint)]
-    print(f"a tint silences units: background loss {float(strict(R)):.2f}, but it moves the score from")
-    print(f"{scores[1]:.0f} to {scores[0]:.0f}; with backgrounds swapped between images it tells no label")
+    moved = f"the tint moves the score from {scores[1]:.0f} to {scores[0]:.0f}"
+    print(
+        f"a tint silences units: background loss {float(strict(R)):.2f}, but {moved}; swapped, it is no clue"
+    )
     show(axes[0, -1], x[0, 0], "a tint silences units")
     show(axes[1, -1], R[0, 0] / R.max(), f"loss {float(strict(R)):.2f}", top=1, signed=True)
     show(axes[2, -1], (x * mask + other)[0, 0], "background swapped")

@@ -1,9 +1,9 @@
 """How well maps outline the one object of an image: AP at every pixel, MaxBoxAccV2 and CorLoc.
 
-A pooling by attention shows the mean over its heads and the head with the best AP on validation masks, which
-nobody has who looks for objects without masks. An even pooling shows the class activation map of the likeliest
-class (Zhou et al. 2016, arXiv 1512.04150), the patches' own logits. Two controls show what needs no learning:
-a Gaussian in the middle of each image, and the same network with random weights.
+A pooling by attention shows the mean over its heads, and the head with the best AP on validation masks, which
+are not there when one looks for objects without masks. An even pooling shows the class activation map of the
+likeliest class (Zhou et al. 2016, arXiv 1512.04150), the patches' own logits. Two controls show what needs no
+learning: a Gaussian in the middle of each image, and the same network with random weights.
 """
 
 import copy
@@ -41,7 +41,7 @@ def untrained(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def measure_objects(model: nn.Module, splits: dict[str, Data], layer: int) -> dict[str, dict[str, float]]:
-    """{map: {"AP", "MaxBoxAccV2" or "CorLoc": value in [0, 1]}} on test images, of an encoder or a classifier.
+    """{map: {AP, MaxBoxAccV2 or CorLoc: value in [0, 1]}} on test images, of an encoder or a classifier.
 
     The best head and CorLoc's threshold are chosen on validation images. Raises CannotMeasure without masks
     of one region, and for an even pooling without labels.
