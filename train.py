@@ -38,7 +38,7 @@ from common.data import Data, load, normalise, prepared, rows_at, to_device
 from common.models import build_model, decayed, lrp_rule, make_encoder
 from common.processes import average_gradients, command_to_resume, fail, from_first, join, rank, remedy_for
 from common.processes import stop_requests
-from common.regions import check_foreground, foreground, keep_masks, kept_masks, priors_over
+from common.regions import are_made, check_foreground, foreground, keep_masks, kept_masks, priors_over
 from common.runs import data_of, finish, keep_masses
 from crops import multi_crop
 from dino import Collapse, CollapseMonitor, over_processes
@@ -135,8 +135,7 @@ def relvit_objective(config: Config, relvit: RelViT, images: Tensor, priors: Cal
         mass = prior.sum(dim=2)
         prior = prior / mass.clamp_min(1e-12)[:, :, None]
         span = span_loss(features.attention, prior, (mass > 0) * confidence[:, None], config.span_loss)
-        logged = {"loss": loss.detach(), **scores, "span_loss": span.detach()}
-        return loss + config.span_weight * span, logged
+        return loss + config.span_weight * span, {"loss": loss.detach(), **scores, "span_loss": span.detach()}
 
     return losses
 
@@ -153,7 +152,7 @@ def classifier_objective(
     multiclass, encoder, rule = spec.multiclass, model.encoder, lrp_rule(config)
     layers, pooling = supervised_layers(encoder, config.isnet_layers), (config.isnet_decay, config.isnet_e)
     swap = config.swap if config.isnet else float(config.baseline == "swap")
-    margin = round(config.swap_margin * images.shape[-1])  # in pixels
+    margin = round((config.swap_margin or 0) * images.shape[-1])  # in pixels
 
     def losses(index: Tensor, generator: Generator, step: int, total: int) -> tuple[Tensor, dict]:
         y, m = labels[index], None if masks is None else rows_at(masks, index).float()
@@ -338,6 +337,8 @@ def begin(argv: list[str]) -> tuple:
     torch.manual_seed(config.seed)
     encoder = make_encoder(config, spec.channels)
     masks, kept = foreground_masks(config, splits, reference)
+    if masks is not None and config.swap_margin is None:
+        config = replace(config, swap_margin=0.025 if are_made(config.masks, train.has_masks) else 0.0)
     if config.epochs is None:
         steps = max(1, int(kept.sum()) // config.batch_size)  # an epoch
         config = replace(config, epochs=epochs_for(config.task, config.backbone, steps))

@@ -143,7 +143,8 @@ def swapped(x: Tensor, m: Tensor, generator: Generator, share: float = 1.0, marg
     chosen = m.flatten(1).any(dim=1)
     if share < 1:
         chosen = chosen & (torch.rand(len(x), generator=generator) < share).to(x.device)
-    core = 1 - F.max_pool2d(1 - m, 2 * margin + 1, 1, margin) if margin else m
+    core = 1 - F.max_pool2d(1 - m, 2 * margin + 1, 1, margin)
+    core = torch.where(core.flatten(1).any(dim=1)[:, None, None, None], core, m)  # not of a thin mask
     return torch.where(chosen[:, None, None, None], x * core + other * (1 - core), x)
 
 

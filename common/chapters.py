@@ -260,11 +260,10 @@ def isnet_lrp() -> None:
         return images * mask + F.relu(0.2 - images) * (1 - mask)
 
     x = x * mask + tint
-    R, scores = heat(dark), [float(dark(image).sum()) for image in (x, x - tint)]
-    moved = f"the tint moves the score from {scores[1]:.0f} to {scores[0]:.0f}"
-    print(
-        f"a tint silences units: background loss {float(strict(R)):.2f}, but {moved}; swapped, it is no clue"
-    )
+    R, seen = heat(dark), (x, x - tint, x * mask + other, (x - tint) * mask + other)
+    scores = ["{:.0f}".format(float(dark(image).sum())) for image in seen]
+    print(f"a tint silences units: loss {float(strict(R)):.2f}, score with the tint {scores[0]}, without")
+    print(f"{scores[1]}; with the background of another image {scores[2]} and {scores[3]}")
     show(axes[0, -1], x[0, 0], "a tint silences units")
     show(axes[1, -1], R[0, 0] / R.max(), f"loss {float(strict(R)):.2f}", top=1, signed=True)
     show(axes[2, -1], (x * mask + other)[0, 0], "background swapped")

@@ -110,14 +110,15 @@ class Config:
     local_scale: tuple[float, float] = flag((0.1, 0.4), "area of the local crops", "--local-crops-scale",
         nargs=2, needs="local_crops_number")
     flip: float = flag(0.0, "probability of a mirrored view", "--hflip", within=FRACTION, needs=VIEWS)
-    shift: float = flag(None, "fraction of a side that images move by, at random", within=FRACTION,
-        group="classification (ISNet)", needs="task=classify")
+    shift: float = flag(None, "fraction of a side that images move by, at random and round their edges",
+        group="classification (ISNet)", within=FRACTION, needs="task=classify")
     isnet: float = flag(0.0, "weight of the ISNet loss", within=WEIGHT)
     preset: str = flag(None, "ISNet's loss as published", choices=PRESETS, needs="task=classify")
     isnet_every: int = flag(3, "steps from one ISNet loss to the next", within=COUNT, needs="isnet")
     swap: float = flag(1.0, "fraction that get another image's background", within=FRACTION, needs="isnet")
-    swap_margin: float = flag(None, "fraction of a side by which less than the mask is kept (default: 0.025 "
-        "for masks made from one image's, else 0)", within=(0, 0.2), needs="isnet baseline=swap")
+    swap_margin: float = flag(None, "how much narrower than its mask the kept foreground is, in fractions "
+        "of a side (default: 0.025 if some masks are made, else 0)", within=(0, 0.2),
+        needs="isnet&swap baseline=swap")
     isnet_end: float = flag(None, "fraction of --isnet left at the end", within=FRACTION, needs="isnet")
     baseline: str = flag(None, "what to train in place of ISNet; see common/baselines.py", choices=BASELINES)
     baseline_weight: float = flag(1.0, "of the baseline's penalty", within=WEIGHT, needs=PENALISED)
@@ -249,9 +250,6 @@ def parse(argv: list[str], doc: str = "") -> tuple[Config, set[str]]:
     values |= PRESETS.get(given.get("preset"), {}) | given
     if values["pool_heads"] is None:
         values["pool_heads"] = values["num_heads"] if task == "pretrain" and values["prior"] != "none" else 1
-    if values["swap_margin"] is None:
-        made = values["masks"] in ("prior", "attention") or Path(values["masks"], "config.json").is_file()
-        values["swap_margin"] = 0.025 if made else 0.0
     if values["device"] == "auto":
         values["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     return as_config(values), set(typed)

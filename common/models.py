@@ -1,7 +1,6 @@
 """Models as the settings describe them: built, started from other weights, loaded from runs."""
 
 from pathlib import Path
-from ssl import DINO, RelViT
 
 import torch
 from torch import nn
@@ -15,6 +14,7 @@ from common.weights import fit, read_weights, sizes
 from relvit import TASKS
 from resnet import ResNet
 from simpool import GAP, SimPool
+from ssl import DINO, RelViT
 from vit import ViT
 
 

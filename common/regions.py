@@ -257,6 +257,13 @@ def foreground(source: str, splits: dict[str, Data], data: str, init: Path | Non
     return masks
 
 
+def are_made(source: str, has_masks: Tensor) -> bool:
+    """Whether masks from a source are made of those of few images, and so fit less well."""
+    if source == "data":
+        return not bool(has_masks.all())
+    return source in ("prior", "attention") or (Path(source) / "config.json").is_file()
+
+
 def check_foreground(source: str, train: Data, stay: Tensor) -> None:
     """Print how many training images stay (N,) since their foreground is known.
 

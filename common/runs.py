@@ -162,15 +162,17 @@ def keep_masses(config: Config, model: nn.Module, train: Data, reference: str | 
 
 
 @torch.no_grad()
-def related(relvit: RelViT, images: Tensor, patch_size: int) -> dict[str, float]:
-    """RelViT's metrics, TASK_test, on images (M, C, S, S) uint8 that it was not trained on, cut anew."""
+def related(relvit: RelViT, images: Tensor, patch_size: int, mega: bool) -> dict[str, float]:
+    """RelViT's metrics, TASK_test, on images (M, C, S, S) uint8 that it has not seen, cut as in training."""
     generator, found = torch.Generator().manual_seed(0), {}
     relvit.eval()
     device = next(relvit.parameters()).device
     for x in images.split(64):
-        views, *_ = patch_views(x.to(device).float() / 255, relvit.grid, patch_size, generator)
-        for task, value in relvit(normalise(views))[1].items():
-            found[task] = found.get(task, 0.0) + float(value) * len(x) / len(images)
+        views, *_ = patch_views(x.to(device).float() / 255, relvit.grid, patch_size, generator, mega)
+        for task, value in relvit(normalise(views))[1].items():  # errors are squared before their mean
+            value = float(value) ** (2 if task in ("distances", "angles") else 1)
+            found[task] = found.get(task, 0.0) + value * len(x) / len(images)
+    found = {task: v**0.5 if task in ("distances", "angles") else v for task, v in found.items()}
     levels = ", ".join(f"{task} {found[task]:.3f} ({relvit.chance[task]:.3f})" for task in found)
     print(f"on test images, and what a constant prediction reaches: {levels}")
     return {f"{task}_test": value for task, value in found.items()}
@@ -183,7 +185,7 @@ def finish(
     """Measure on test images, print the tables, draw the pictures, write the metrics."""
     train, picture, held_out = splits["train"], "heatmaps.png", {}
     if isinstance(model, RelViT) and len(splits["test"].names):
-        held_out = related(model, splits["test"].images, config.patch_size)
+        held_out = related(model, splits["test"].images, config.patch_size, config.mega_patches > 0)
     if config.task == "pretrain":
         model, picture = pretrained(model), "attention.png"
     measured = report(model, splits, QUICK, **measured_by(config, spec, model, splits, reference, {}))

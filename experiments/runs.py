@@ -104,11 +104,8 @@ def against_shortcuts() -> dict[str, str]:
 
 def on_other_data() -> dict[str, str]:
     """DINO on four kinds of images in three sizes; a shortcut, with masks of 1, 10 or all images."""
-    runs, long = {"phantom_span": ""}, {
-        200: "--epochs 117",
-        850: "--epochs 27",
-        3000: "--epochs 8",
-    }  # 350 steps each
+    runs = {"phantom_span": ""}
+    long = {200: "--epochs 117", 850: "--epochs 27", 3000: "--epochs 8"}  # 350 steps each
     for n, epochs in long.items():
         drawn = {kind: f"--data {kind} --train-images {n}" for kind in ("phantom", "parts")}
         folders = {kind: f"--data data/{kind}{n // 10}-{{seed}}" for kind in ("symbols", "digits")}
@@ -149,7 +146,7 @@ def against_backgrounds() -> dict[str, str]:
 
 
 def poolings_of_objects() -> dict[str, str]:
-    """Poolings on textured objects of 5 to 25 % of the area that lie anywhere, with labels, to a plateau."""
+    """Poolings on textured objects of 5 to 25 % of the area that lie anywhere, with labels."""
     label = f"--data data/scenes200-{{seed}} {LABELS}"
     runs = {f"object_vit_{pool}": f"{label} vit --pool {pool}" for pool in ("cls", "gap", "simpool")}
     return runs | {f"object_resnet_{pool}": f"{label} resnet --pool {pool}" for pool in ("gap", "simpool")}
@@ -168,6 +165,8 @@ def as_then(flags: str) -> str:
         before += ["--koleo 0 --max-entropy 1"]  # DINO as published
     if label and "--backbone vit" in flags:
         before += ["--epochs 15 --shift 0"]
+    if "--baseline swap" in flags:
+        before += ["--swap-margin 0"]
     if "--isnet " in flags:
         before += ["--swap 0 --isnet-every 1"] + ["--isnet-end 0.1"] * ("--backbone vit" not in flags)
     return " ".join([*before, flags])
@@ -184,7 +183,8 @@ RUNS |= seeded(on_other_data() | against_backgrounds() | poolings_of_objects(), 
 NEEDED = {name: set(re.findall(r"runs/(\S+)", flags)) for name, flags in RUNS.items()}
 QUICK = r"(span|dino|(unmarked|plain|isnet)_resnet|resnet_simpool_labels|(?!.*_long_).*_symbols50)-0"
 PROBED = {"dino": "span", "parts_dino": "parts_span"}  # also with few labels, side by side
-AFTER = {"_grounds-": "backgrounds mixed_rand", "object_": "objects CorLoc"}  # a measure, and a figure of it
+# Part of a name: what is measured of the finished run, and a figure that tells whether it was.
+AFTER = {"_grounds-": ("backgrounds", "mixed_rand"), "object_": ("objects", "CorLoc")}
 PICTURES = {  # results/NAME.png: what evaluate.py measures, and the runs that stand side by side
     "compare": "attention span dino",
     "pooling": "attention vit_cls_dino vit_simpool_dino vit_simpool_span",
@@ -235,14 +235,15 @@ def train(names: list[str]) -> None:
             words += ["--marker"] * (kind in ("digits", "leaves")) + (["--masks", masks] if masks else [])
             python("-m", "common.symbols", *words)
     commands = {name: command(name, ROOT / "runs" / name) for name in names}
-    for follows in (False, True):
-        two_at_a_time({n: words for n, words in commands.items() if words and bool(NEEDED[n]) == follows})
-    later = {}
-    for name, (what, figure) in ((n, of.split()) for n in names for part, of in AFTER.items() if part in n):
-        metrics = ROOT / f"runs/{name}/metrics.json"
-        if metrics.exists() and figure not in metrics.read_text():
-            later[f"{name}.{what}"] = ["evaluate.py", f"runs/{name}", "--only", what]
-    two_at_a_time(later)
+    for later in (False, True):
+        two_at_a_time({n: words for n, words in commands.items() if words and bool(NEEDED[n]) == later})
+    measures = {}
+    for part, (what, figure) in AFTER.items():
+        for name in (name for name in names if part in name):
+            metrics = ROOT / f"runs/{name}/metrics.json"
+            if metrics.exists() and figure not in metrics.read_text():
+                measures[f"{name}.{what}"] = ["evaluate.py", f"runs/{name}", "--only", what]
+    two_at_a_time(measures)
 
 
 def probe(names: list[str], readouts: list[str]) -> None:

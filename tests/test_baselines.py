@@ -124,6 +124,9 @@ def test_with_a_margin_an_image_keeps_no_pixel_near_the_border_of_its_mask():
     kept = (found == x)[:, 0]
     assert kept[0].nonzero().unique().tolist() == [4, 5, 6, 7] and kept[1].sum() == 4 * 8
     assert kept[1, 11, 4:8].all()  # there nothing is next to it
+    m[0] *= 0
+    m[0, :, 5, 2:10] = 1  # too thin for the margin: all of it is kept
+    assert torch.equal((baselines.swapped(x, m, torch.Generator(), margin=2) == x)[0], m[0] == 1)
 
 
 def test_a_swapped_background_shows_no_foreground_of_the_image_that_it_comes_from():
@@ -208,10 +211,17 @@ def test_the_loss_adds_the_weighted_penalty_which_is_zero_without_masks(name):
 
 
 def test_a_step_swaps_the_backgrounds_of_all_images_or_of_a_share(monkeypatch):
-    monkeypatch.setattr(train, "swapped", lambda x, m, generator, share, margin: x * (1 - share))
-    flags = "--baseline swap", "--isnet 1 --swap 0.5", "--isnet 1", ""
+    margins = []
+
+    def swapped(x, m, generator, share, margin):
+        margins.append(margin)
+        return x * (1 - share)
+
+    monkeypatch.setattr(train, "swapped", swapped)
+    flags = "--baseline swap --swap-margin 0.1", "--isnet 1 --swap 0.5", "--isnet 1", ""
     every, half, isnet, plain = (step_of(f)[0] for f in flags)
     assert not torch.equal(every, plain) and not torch.equal(half, isnet)
+    assert margins == [2, 0, 0]  # of 16 px
 
 
 @pytest.mark.slow

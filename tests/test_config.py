@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from common.checks import check
-from common.config import Config, as_json, option, parse
+from common.config import Config, as_json, epochs_for, option, parse
 
 
 def refused(capsys, words: str) -> str:
@@ -61,6 +61,13 @@ def run_folder(tmp_path: Path, words: str, **edited) -> Path:
     record = as_json(parse(words.split())[0]) | {"command": f"python train.py {words}", "channels": 1}
     (tmp_path / "config.json").write_text(json.dumps(record | edited))
     return tmp_path
+
+
+def test_a_folder_is_learned_from_for_some_steps_at_least_and_a_vit_s_labels_for_more():
+    assert epochs_for("pretrain", "vit") == epochs_for("classify", "resnet") == 15
+    assert epochs_for("classify", "vit") == 40
+    assert epochs_for("pretrain", "resnet", 10) == 35  # epochs of 10 steps
+    assert epochs_for("classify", "resnet", 53) == 53 and epochs_for("classify", "vit", 53) == 142
 
 
 def test_config_repeats_a_run_and_what_is_typed_beside_it_wins(tmp_path):

@@ -48,6 +48,25 @@ def test_every_recorded_command_still_means_the_same_and_is_what_the_run_list_as
         assert digest[:12] == golden[name], name
 
 
+def test_older_runs_have_none_of_what_is_new_by_default():
+    for name in json.loads((ROOT / "tests/golden/settings.json").read_text()):
+        s = settings(runs.RUNS[name].split())
+        if s["task"] == "pretrain" and s["ssl"] == "dino":
+            assert (s["koleo"], s["max_entropy"]) == (0, 1), name
+        if s["task"] == "classify":
+            assert s["shift"] == 0 and (s["baseline"] != "swap" or s["swap_margin"] == 0), name
+            assert not s["isnet"] or (s["swap"], s["isnet_every"]) == (0, 1), name
+
+
+def test_a_recent_run_has_the_settings_that_the_run_list_asks_for():
+    golden = json.loads((ROOT / "tests/golden/settings.json").read_text())
+    for name in RESULTS.keys() - golden.keys():
+        recorded, asked = RESULTS[name]["command"], runs.RUNS[name]
+        if "train.py" in recorded:
+            recorded, asked = (settings(shlex.split(c)) for c in (recorded[16:], asked))
+            assert recorded | {"out": 0, "overwrite": 0} == asked | {"out": 0, "overwrite": 0}, name
+
+
 def test_the_tables_in_the_documents_are_those_that_the_results_give():
     filled = []
     for file in tables.FILES:

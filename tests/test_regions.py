@@ -11,7 +11,15 @@ from PIL import Image
 
 import train
 from common.data import Data, load
-from common.regions import check_foreground, foreground, make_priors, mask_dice, mass_held, masks_held
+from common.regions import (
+    are_made,
+    check_foreground,
+    foreground,
+    make_priors,
+    mask_dice,
+    mass_held,
+    masks_held,
+)
 from common.regions import prior_maps, priors_over, registered_masks
 from common.symbols import draw_digit
 
@@ -107,10 +115,17 @@ def test_attention_masks_train_a_classifier_of_either_kind_and_their_quality_is_
         )
         said = float(re.search(r"Dice ([\d.]+) %", capsys.readouterr().out)[1])
         metrics = metrics_of(tmp_path / backbone)
+        assert load_run(tmp_path / backbone).config.swap_margin == 0.025  # made masks are kept narrower
         assert metrics["background"] > 0 and 100 * metrics["mask_dice"] == pytest.approx(said, abs=0.06)
     started = "--task classify --isnet 1 --train-images 32 --epochs 1 --masks attention --init".split()
     train.main([*started, str(span_run), "--out", str(tmp_path / "init")])
     assert "the foreground of 32 of 32 training images is known" in capsys.readouterr().out
+
+
+def test_masks_are_made_unless_every_image_has_its_own_or_another_tool_s(span_run, tmp_path):
+    all_, some = torch.ones(3, dtype=torch.bool), torch.tensor([True, False, True])
+    assert not are_made("data", all_) and are_made("data", some) and not are_made(str(tmp_path), some)
+    assert all(are_made(source, all_) for source in ("prior", "attention", str(span_run)))
 
 
 def test_the_registered_prior_is_a_better_mask_than_chance():
