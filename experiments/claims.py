@@ -42,16 +42,22 @@ def claims() -> list[Claim]:
         (4, "each head's patches", 0, "parts_span heads_mAUC", "parts_dino"),
         (4, "attention mAP", 0, "parts_span attention_mAP", "parts_dino"),
     ]
+    for run, bar in {"resnet": 95, "vit": 92}.items():
+        for kind, shortcut in {"corner": "an L in a corner", **KINDS}.items():
+            text = f"ISNet by default, {BACKBONES[run]}: AUC with {shortcut} flipped"
+            rows.append((5, text, bar, f"blind_{run}_{kind} auc_flipped"))
+    hospital = "blind_resnet_hospitals auc_hospital_C", "pipeline_resnet_hospitals"
+    rows.append((5, "ResNet, at a third hospital: above a segmenter, then a classifier", 1, *hospital))
     for run, name in BACKBONES.items():
         flipped = f"isnet_{run} auc_flipped"
         rows += [
-            (5, f"ISNet, {name}: AUC with the marker flipped", 85, flipped),
+            (5, f"ISNet alone, {name}: AUC with the marker flipped", 85, flipped),
             (5, f"{name}: to the marker as in training", None, flipped, f"isnet_{run} auc_same"),
             (5, f"{name}: to training without marker", -5, flipped, f"unmarked_{run} auc_same"),
         ]
         for kind, shortcut in KINDS.items():
             experiment = f"isnet_{kind}" if run == "resnet" else f"vit_isnet_{kind}"
-            rows.append((5, f"{shortcut} flipped, {name}", 85, f"{experiment} auc_flipped"))
+            rows.append((5, f"alone, {name}: {shortcut} flipped", 85, f"{experiment} auc_flipped"))
     for n in (50, 500):
         alone, accuracy = f"scratch_symbols{n}", f"symbols{n} accuracy_same"
         long = f"tuned_relvit_long_{accuracy}"
@@ -69,12 +75,16 @@ def claims() -> list[Claim]:
         (7, "ResNet, without labels", None, f"{resnet}_dino {heart}", "resnet_gap_dino", *untested),
         (7, "ViT, without labels: linear", None, f"{vit}_dino linear_mAUC", "vit_cls_dino", *untested),
     ]
+    for run, bar in {"resnet": 95, "vit": 92}.items():
+        for kind, shortcut in {"corner": "an L in a corner", **KINDS}.items():
+            text = f"One mask, registered, default, {BACKBONES[run]}: AUC with {shortcut} flipped"
+            rows.append((8, text, bar, f"blind_one_{run}_{kind} auc_flipped"))
     for masks, made in {"prior": "registered", "attention": "attention"}.items():
         for run, name in BACKBONES.items():
             one, who = f"isnet_{masks}_{run}", f"{made}, {name}"
             flipped = f"{one} auc_flipped"
             rows += [
-                (8, f"One mask, {who}: AUC with the marker flipped", 85, flipped),
+                (8, f"ISNet alone, one mask, {who}: AUC with the marker flipped", 85, flipped),
                 (8, f"{who}: to the marker as in training", None, flipped, f"{one} auc_same"),
                 (8, f"{who}: share of true masks' gain, %", 80, flipped, f"plain_{run}", f"isnet_{run}"),
             ]

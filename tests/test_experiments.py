@@ -107,12 +107,13 @@ def test_a_claim_is_measured_seed_by_seed_and_one_without_runs_says_so():
 
 @pytest.mark.parametrize("auc", [0.0, 0.5])
 def test_a_model_at_chance_or_one_that_reads_the_shortcut_supports_no_claim(auc):
-    unguided = {name: run for name, run in RESULTS.items() if "isnet" not in name}
-    fooled = {name: run | {"auc_flipped": auc, "auc_same": 1 - auc} for name, run in RESULTS.items()}
+    unguided = {name: run for name, run in RESULTS.items() if not re.search("isnet|blind", name)}
+    fooled = {"auc_flipped": auc, "auc_same": 1 - auc, "auc_hospital_C": auc}
+    fooled = {name: run | fooled for name, run in RESULTS.items()}
     guided = {name: RESULTS[name] for name in RESULTS if name.startswith(("isnet_resnet", "isnet_vit"))}
     for number, results in {5: fooled | unguided, 8: fooled | unguided | guided}.items():
         verdicts = {tables.measured(results, claim)[-1] for claim in claims() if claim.number == number}
-        assert verdicts == {"no claim", "0 of 3"}
+        assert verdicts <= {"no claim", "not measured", "0 of 1", "0 of 2", "0 of 3", "0 of 5"}
 
 
 def test_intervals_and_spreads_are_those_of_student_and_of_the_same_seeds():
