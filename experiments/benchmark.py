@@ -35,9 +35,11 @@ CLASSIFIERS = {  # name: flags of the plain classifier, added flags, images
     "ISNet / plain: ResNet, epsilon rule": (RESNET, EPSILON, SMALL),
     "ISNet / plain: ResNet, gamma rule": (RESNET, "--isnet 1 --isnet-layers none", SMALL),
     "ISNet / plain: ResNet, gamma rule, inner layers": (RESNET, "--isnet 1", SMALL),
+    "ISNet / plain: ResNet, three steps by default": (RESNET, "--isnet 1", SMALL),
     "ISNet / plain: ResNet 8 times as wide, epsilon rule": (f"{RESNET} --embed-dim 512", EPSILON, WIDE),
     "ISNet / plain: ViT, epsilon rule": (VIT, EPSILON, SMALL),
     "ISNet / plain: ViT, epsilon rule, inner layers and attention": (VIT, "--isnet 1", SMALL),
+    "ISNet / plain: ViT, three steps by default": (VIT, "--isnet 1", SMALL),
     "ISNet / plain: ViT-S/16 at 224 px, epsilon rule": (f"{VIT} {VIT_S}", EPSILON, LARGE),
 } | {
     f"{way} / plain: {name}": (flags, f"--baseline {way}", SMALL)
@@ -61,7 +63,7 @@ def ratio(a: Callable, b: Callable, runs: int) -> tuple[float, float, float]:
 
 
 def classifier(flags: str, shape: tuple[int, ...], device: str) -> tuple[Callable, Callable]:
-    """A classifier's training loss on images (B, C, H, W), and its use."""
+    """A classifier's training loss of a step (0: with ISNet) on images (B, C, H, W), and its use."""
     config, _ = parse(f"--task classify --device {device} {flags}".split())
     B, C, H, W = shape
     torch.manual_seed(0)
@@ -73,7 +75,8 @@ def classifier(flags: str, shape: tuple[int, ...], device: str) -> tuple[Callabl
     spec = DataSpec(C, ("without", "with"), True, "", relevance_range=(1.0, 10.0))  # any costs the same
     losses = classifier_objective(config, model, images, masks, labels, spec)
     index, generator = torch.arange(B, device=device), Generator().manual_seed(0)
-    return lambda: losses(index, generator, 0, 1)[0], torch.inference_mode()(lambda: model(prepared(images)))
+    use = torch.inference_mode()(lambda: model(prepared(images)))
+    return lambda step=0: losses(index, generator, step, 3)[0], use
 
 
 def kept_bytes(loss: Callable) -> int:
@@ -133,10 +136,12 @@ def measured(runs: int, device: str) -> Iterator[tuple[str, tuple[float, float, 
     for name, (flags, added, shape) in CLASSIFIERS.items():
         plain, plain_use = classifier(flags, shape, device)
         other, use = classifier(f"{flags} {added}", shape, device)
-        yield f"training step, {name}", ratio(lambda: plain().backward(), lambda: other().backward(), runs)
-        if "ISNet /" in name:
+        steps = range(3 if "three" in name else 1)
+        trained = [lambda loss=loss: [loss(step).backward() for step in steps] for loss in (plain, other)]
+        yield f"training step, {name}", ratio(*trained, runs)
+        if "ISNet /" in name and len(steps) == 1:
             yield f"memory kept for the backward pass, {name}", (kept_bytes(other) / kept_bytes(plain),) * 3
-        elif "gated" in name or "pipeline" in name:  # of the others a plain model remains
+        if "gated" in name or "pipeline" in name:  # of the others a plain model remains
             yield f"use, {name}", ratio(plain_use, use, runs)
     generator = Generator().manual_seed(0)
     for size, channels in ((64, 1), (64, 3), (224, 3)):
