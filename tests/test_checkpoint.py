@@ -266,7 +266,7 @@ def test_a_checkpoint_that_is_damaged_or_would_run_code_is_refused(content, span
 @pytest.mark.parametrize(
     "change, line",
     [
-        ({"format": 1}, "written by another version of train.py (format 1, here 4)"),
+        ({"format": 1}, "written by another version of train.py (format 1, here 5)"),
         ({"torch_rng": None}, "last.pt does not fit its settings (TypeError"),
         ({"model": {}}, "last.pt does not fit its settings (RuntimeError"),
         ({"optimizer": None}, "last.pt does not fit its settings"),
