@@ -10,17 +10,10 @@ from conftest import SMALL, metrics_of
 from PIL import Image
 
 import train
+from common.checkpoint import load_run
 from common.data import Data, load
-from common.regions import (
-    are_made,
-    check_foreground,
-    foreground,
-    make_priors,
-    mask_dice,
-    mass_held,
-    masks_held,
-)
-from common.regions import prior_maps, priors_over, registered_masks
+from common.regions import are_made, check_foreground, foreground, make_priors, mask_dice, masks_held
+from common.regions import mass_held, prior_maps, priors_over, registered_masks
 from common.symbols import draw_digit
 
 pytestmark = pytest.mark.usefixtures("few_test_images")

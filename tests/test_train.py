@@ -305,7 +305,7 @@ def test_bfloat16_learns_nearly_the_same(words, tmp_path):
 @pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path):
     """With the same batches and nothing random: losses and weights of an ISNet ViT, up to rounding."""
-    argv = ["train.py", *SMALL, *"--backbone vit --isnet 1 --swap 0 --isnet-every 1 --epochs 1 --out".split()]
+    argv = ["train.py", *SMALL, *"--backbone vit --isnet 1 --swap 0 --shift 0 --epochs 1 --out".split()]
     train.main([*argv[1:], str(tmp_path / "one")])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *argv]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
