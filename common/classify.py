@@ -64,9 +64,12 @@ def shifted(x: Tensor, m: Tensor | None, most: float, generator: Generator) -> t
     if not most:
         return x, m
     moves = (2 * torch.rand(len(x), 2, generator=generator) - 1) * most * torch.tensor(x.shape[2:])
-    moves = moves.round().int().tolist()  # pixels down and across
-    x = torch.stack([image.roll(move, (1, 2)) for image, move in zip(x, moves)])
-    return x, None if m is None else torch.stack([mask.roll(move, (1, 2)) for mask, move in zip(m, moves)])
+    down, right = moves.round().long().T[:, :, None]  # pixels, (B, 1)
+    H, W = x.shape[2:]
+    rows, cols = (torch.arange(H) - down) % H, (torch.arange(W) - right) % W  # (B, H), (B, W)
+    index = (rows[:, :, None] * W + cols[:, None]).flatten(1)[:, None].to(x.device)  # (B, 1, H * W)
+    x = x.flatten(2).gather(2, index.expand(-1, x.shape[1], -1)).view_as(x)
+    return x, None if m is None else m.flatten(2).gather(2, index).view_as(m)
 
 
 def explained_target(
