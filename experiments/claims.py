@@ -19,6 +19,21 @@ class Claim(NamedTuple):
     verdict: str = "no claim"  # instead of the number of seeds, if there is no bar
 
 
+def on_all_shortcuts(number: int, who: str, way: str) -> list[tuple]:
+    """A claim for each backbone and shortcut, as arguments of `Claim`."""
+    kinds, bars = {"corner": "an L in a corner", **KINDS}, {"resnet": 95, "vit": 92}
+    return [
+        (
+            number,
+            f"{who}, {BACKBONES[run]}: AUC with {shortcut} flipped",
+            bar,
+            f"{way}_{run}_{kind} auc_flipped",
+        )
+        for run, bar in bars.items()
+        for kind, shortcut in kinds.items()
+    ]
+
+
 def claims() -> list[Claim]:
     """All claims, in the order of their numbers."""
     attention, best = "span attention_mAP", "DINO's heads (best on validation)"
@@ -42,10 +57,7 @@ def claims() -> list[Claim]:
         (4, "each head's patches", 0, "parts_span heads_mAUC", "parts_dino"),
         (4, "attention mAP", 0, "parts_span attention_mAP", "parts_dino"),
     ]
-    for run, bar in {"resnet": 95, "vit": 92}.items():
-        for kind, shortcut in {"corner": "an L in a corner", **KINDS}.items():
-            text = f"ISNet by default, {BACKBONES[run]}: AUC with {shortcut} flipped"
-            rows.append((5, text, bar, f"blind_{run}_{kind} auc_flipped"))
+    rows += on_all_shortcuts(5, "ISNet by default", "blind")
     hospital = "blind_resnet_hospitals auc_hospital_C", "pipeline_resnet_hospitals"
     rows.append((5, "ResNet, at a third hospital: above a segmenter, then a classifier", 1, *hospital))
     for run, name in BACKBONES.items():
@@ -75,10 +87,7 @@ def claims() -> list[Claim]:
         (7, "ResNet, without labels", None, f"{resnet}_dino {heart}", "resnet_gap_dino", *untested),
         (7, "ViT, without labels: linear", None, f"{vit}_dino linear_mAUC", "vit_cls_dino", *untested),
     ]
-    for run, bar in {"resnet": 95, "vit": 92}.items():
-        for kind, shortcut in {"corner": "an L in a corner", **KINDS}.items():
-            text = f"One mask, registered, default, {BACKBONES[run]}: AUC with {shortcut} flipped"
-            rows.append((8, text, bar, f"blind_one_{run}_{kind} auc_flipped"))
+    rows += on_all_shortcuts(8, "One mask, registered, default", "blind_one")
     for masks, made in {"prior": "registered", "attention": "attention"}.items():
         for run, name in BACKBONES.items():
             one, who = f"isnet_{masks}_{run}", f"{made}, {name}"
