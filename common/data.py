@@ -344,7 +344,8 @@ def _read_images(paths: dict[str, Path], masks: dict[str, dict], size: int, note
         return _to_tensor(pixels, size, size), own, min(pixels.shape[:2])
 
     with ThreadPoolExecutor(8) as threads:
-        results = list(tqdm(threads.map(read, paths), "reading", len(paths), leave=False, delay=5))
+        bar = dict(desc="reading", total=len(paths), leave=False, delay=5, disable=None)
+        results = list(tqdm(threads.map(read, paths), **bar))
     notes += [f"skipped {result}" for result in results if isinstance(result, DataError)]
     names = [name for name, result in zip(paths, results) if isinstance(result, tuple)]
     if not names:

@@ -286,12 +286,26 @@ def of_costs(costs: dict[str, list[float]]) -> dict[str, str]:
     return {table: markdown("measured | ratio", lines) for table, lines in rows.items()}
 
 
+def of_wrong_masks(found: dict[str, list]) -> dict[str, str]:
+    """AP and Dice of registered priors by how wrong the reference's masks are: mean, lowest to highest."""
+    titles = {"reference image": "true masks of {n} reference images", "swapped": "masks of other regions"}
+    titles |= {"shift": "shifted by {amount} % of a side", "scale": "scaled to {amount} % of the size"}
+    rows = []
+    for what, measured in found.items():
+        for amount, each in measured:
+            cells = [f"{mean(x):.1f} ({min(x):.1f} to {max(x):.1f})" for x in zip(*each)]
+            if (what, amount) not in (("shift", 0), ("scale", 100)):
+                rows.append([titles[what].format(n=len(each), amount=amount), *cells])
+    return {"wrong_mask": markdown("the one mask | mAP | Dice of the union", rows)}
+
+
 def tables(runs: dict, costs: dict[str, list[float]]) -> dict[str, str]:
     """All tables, by name."""
+    wrong = json.loads((ROOT / "results/wrong_mask.json").read_text())
     seed_0 = {name: run for name, run in runs.items() if run["seed"] == 0}
     made = {name: compared(runs, *table) for name, table in layout().items()}
     made["failures"] = compared(seed_0, *layout()["failures"])
-    return of_claims(runs) | made | of_steadiness(runs) | of_costs(costs)
+    return of_claims(runs) | made | of_steadiness(runs) | of_costs(costs) | of_wrong_masks(wrong)
 
 
 def fill(text: str, made: dict[str, str]) -> str:

@@ -7,9 +7,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 from common import config
-from experiments import benchmark, equations, runs, tables
+from experiments import benchmark, equations, runs, tables, wrong_mask
 from experiments.claims import Claim, claims
 
 ROOT = Path(__file__).parents[1]
@@ -188,3 +189,21 @@ def test_an_equation_without_lines_or_a_test_is_missed(monkeypatch):
         monkeypatch.setattr(equations, "TESTS", {"resnet.py": checked})
         with pytest.raises(KeyError):
             equations.page()
+
+
+def test_a_wrong_mask_moves_to_the_right_and_grows_about_its_own_centre():
+    masks = torch.zeros(2, 20, 20, dtype=torch.bool)
+    masks[0, 5:10, 5:10] = masks[1, 14:16, 3:7] = True
+    moved, grown = wrong_mask.wrong(masks, 0.1, 1.0), wrong_mask.wrong(masks, 0.0, 2.0)
+    assert torch.equal(moved, masks.roll(2, dims=2)) and torch.equal(wrong_mask.wrong(masks, 0, 1), masks)
+    for before, after in zip(masks, grown):
+        assert int(after.sum()) == pytest.approx(4 * int(before.sum()), rel=0.3)
+        assert torch.allclose(*(m.nonzero().double().mean(dim=0) for m in (before, after)), atol=0.5)
+
+
+def test_a_worse_mask_scores_less(monkeypatch):
+    splits, *_ = wrong_mask.load("phantom", 64, 0, 8)
+    train, test = splits["train"], wrong_mask.select(splits["test"], torch.arange(4))
+    true = wrong_mask.scores(train, 0, train.masks[0], test)
+    moved = wrong_mask.scores(train, 0, wrong_mask.wrong(train.masks[0], 0.1, 1.0), test)
+    assert all(a > b + 10 for a, b in zip(true, moved)) and min(true) > 70

@@ -1,0 +1,102 @@
+"""How wrong may the one mask be? Other reference images, and masks that are shifted, scaled or swapped.
+
+    python -m experiments.wrong_mask [OUT]      some minutes; writes wrong_mask.json and .png into results/
+
+SPAN's attention follows its priors, so what is measured are the priors: the reference image's blurred masks,
+registered to test images. AP at every pixel, mean over regions; Dice of the union with the true one, for all
+images and not only those whose registration is trusted.
+"""
+
+import sys
+from pathlib import Path
+from statistics import mean
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.checkpoint import write_file
+from common.data import Data, load, select
+from common.metrics import localisation_ap
+from common.plots import LINES, plt
+from common.regions import mask_dice, priors_over
+from experiments.runs import ROOT
+
+REFERENCES, IMAGES, BLUR = 20, 60, 0.025  # wrong masks: of a quarter of the reference images
+SHIFTS = (0, 2, 4, 6, 8, 12)  # percent of a side, to the right
+SCALES = (50, 70, 85, 100, 120, 140, 170)  # percent of the true size
+
+
+def wrong(masks: Tensor, shift: float, scale: float) -> Tensor:
+    """Masks (R, H, W) bool, each scaled about its own centre and moved to the right by a fraction of a side."""
+    (R, H, W), (y, x) = masks.shape, (2 * (torch.arange(n) + 0.5) / n - 1 for n in masks.shape[1:])
+    area = masks.sum(dim=(1, 2)).clamp(min=1)
+    centre = torch.stack([(masks.sum(dim=1) * x).sum(dim=1), (masks.sum(dim=2) * y).sum(dim=1)], dim=1)
+    centre = centre / area[:, None]  # (R, 2)
+    offset = centre - (centre + torch.tensor([2 * shift, 0.0])) / scale
+    theta = torch.cat([torch.eye(2).expand(R, 2, 2) / scale, offset[:, :, None]], dim=2)
+    points = F.affine_grid(theta, [R, 1, H, W], align_corners=False)
+    return F.grid_sample(masks[:, None].float(), points, mode="nearest", align_corners=False)[:, 0] > 0.5
+
+
+def scores(train: Data, reference: int, masks: Tensor, test: Data) -> tuple[float, float]:
+    """Mean AP and Dice, in percent, of a reference image's priors by masks (R, S, S), registered to test."""
+    name, given = train.names[reference], train.masks.clone()
+    given[reference] = masks
+    over = priors_over(test.images, "sample", train._replace(masks=given), name, BLUR, "bend", "cpu")
+    priors, _ = over(torch.arange(len(test.names)))  # (M, R, S, S)
+    ap = localisation_ap(priors.flatten(2), test.masks, tuple(priors.shape[2:]))
+    found = (priors > 0.5).any(dim=1, keepdim=True)
+    return 100 * float(ap.diagonal(dim1=1, dim2=2).nanmean()), 100 * mask_dice(found, test)
+
+
+def measured() -> dict[str, list]:
+    """{what is wrong: [(how much, (AP, Dice) of each reference image), ...]}, of drawn X-rays with seed 0."""
+    splits, *_ = load("phantom", 64, 0, 200)
+    train, test = splits["train"], select(splits["test"], torch.arange(IMAGES))
+    complete = train.masks.flatten(2).any(dim=2).all(dim=1).nonzero()[:REFERENCES, 0].tolist()
+    few, masks = complete[:: REFERENCES // 5], train.masks
+
+    def of(references: list[int], change) -> list[tuple[float, float]]:
+        return [scores(train, k, change(masks[k]), test) for k in references]
+
+    return {
+        "reference image": [(0, of(complete, lambda m: m))],
+        "shift": [(s, of(few, lambda m, s=s: wrong(m, s / 100, 1.0))) for s in SHIFTS],
+        "scale": [(s, of(few, lambda m, s=s: wrong(m, 0.0, s / 100))) for s in SCALES],
+        "swapped": [(1, of(few, lambda m: m.roll(1, dims=0)))],  # each region has another one's mask
+    }
+
+
+def draw(found: dict[str, list], path: Path) -> None:
+    """Write the curves: AP and Dice by shift and by scale, and a point for each reference image."""
+    figure, axes = plt.subplots(1, 3, figsize=(8.4, 2.4), sharey=True, layout="constrained")
+    panels = {"reference image": "reference image", "shift": "mask shifted, % of a side"}
+    panels["scale"] = "mask scaled, % of its size"
+    for ax, (what, label) in zip(axes, panels.items()):
+        for i, (name, colour) in enumerate(zip(("mAP", "Dice"), LINES)):
+            values = [[score[i] for score in each] for _, each in found[what]]
+            if what == "reference image":
+                ax.plot(range(1, 1 + len(values[0])), sorted(values[0]), "o", color=colour, ms=3, label=name)
+                continue
+            x = [amount for amount, _ in found[what]]
+            ax.plot(x, [mean(v) for v in values], color=colour, marker="o", markersize=3)
+            ax.fill_between(x, *([f(v) for v in values] for f in (min, max)), color=colour, alpha=0.2, lw=0)
+        ax.set_xlabel(label)
+    axes[0].set_ylabel("registered prior, %")
+    axes[0].set_ylim(0, 102)
+    axes[0].legend(loc="lower right")
+    figure.savefig(path)
+
+
+def main() -> None:
+    """Measure, write the figures and draw them."""
+    out = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "results"
+    found = measured()
+    rounded = {w: [[a, [[round(x, 2) for x in s] for s in each]] for a, each in v] for w, v in found.items()}
+    write_file(out / "wrong_mask.json", rounded)
+    draw(found, out / "wrong_mask.png")
+
+
+if __name__ == "__main__":
+    main()
