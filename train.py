@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -78,8 +77,7 @@ def foreground_masks(
     else:
         prior = config.prior, train, reference, config.prior_blur, config.align, config.device
         masks = from_first(foreground(config.masks, splits, config.data, config.init, prior))
-    stay = masks.flatten(1).any(dim=1)  # (N,)
-    stay = stay | train.has_masks if config.masks == "data" else stay
+    stay = masks.flatten(1).any(dim=1) | train.has_masks & (config.masks == "data")  # (N,)
     check_foreground(config.masks, train, stay)
     return masks, stay
 
@@ -152,7 +150,8 @@ def classifier_objective(
     multiclass, encoder, rule = spec.multiclass, model.encoder, lrp_rule(config)
     layers, pooling = supervised_layers(encoder, config.isnet_layers), (config.isnet_decay, config.isnet_e)
     swap = config.swap if config.isnet else float(config.baseline == "swap")
-    margin = round((config.swap_margin or 0) * images.shape[-1])  # in pixels
+    narrower = round((config.swap_margin or 0) * images.shape[-1])  # pixels
+    wider = round(config.isnet_margin * images.shape[-1])
 
     def losses(index: Tensor, generator: Generator, step: int, total: int) -> tuple[Tensor, dict]:
         y, m = labels[index], None if masks is None else rows_at(masks, index).float()
@@ -164,7 +163,7 @@ def classifier_objective(
             loss, scores = model.relvit.compare(features.patches, order)
             classification = classification_loss(model.head(features.pooled), y, multiclass)
             return loss + classification, {"classification": classification.detach(), **scores}
-        x = swapped(prepared(x), m, generator, swap, margin) if swap else prepared(x)
+        x = swapped(prepared(x), m, generator, swap, narrower) if swap else prepared(x)
         isnet = config.isnet and step % config.isnet_every == 0
         if not isnet and config.baseline not in PENALTIES:
             with torch.autocast(x.device.type, torch.bfloat16, enabled=config.amp):
@@ -176,6 +175,7 @@ def classifier_objective(
             logits, penalty = PENALTIES[config.baseline](model, x, m, y, multiclass)
             weight, parts = config.baseline_weight, {config.baseline: (penalty * mean).sum()}
         else:
+            m = F.max_pool2d(m, 2 * wider + 1, 1, wider)  # an outline lies on both of its sides
             m = whole_patches(m, encoder.patch_size) if isinstance(encoder, ViT) else m
             target = explained_target(y, multiclass, config.explain, generator)
             with attention_seen(encoder) if config.isnet_layers == "all" else nullcontext([]) as attention:
@@ -377,7 +377,7 @@ def main(argv: list[str] | None = None) -> None:
         except (ValueError, OSError) as error:
             fail("train.py", error, 2)
         (config, spec, model, splits, reference, _), started = run, time.perf_counter()
-        followers = partial(keep_masses, config, model, splits["train"], reference)
+        followers = lambda: keep_masses(config, model, splits["train"], reference)  # noqa: E731
         history = train(config, spec, model, images, losses, saved, followers)
         if not saved or len(saved["history"]) < len(history):
             print(f"trained in {time.perf_counter() - started:.0f} s")

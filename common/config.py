@@ -31,13 +31,13 @@ DEFAULTS = {  # by --task, by --backbone, and by both
     | {"backbone": "resnet", "embed_dim": 64, "depth": 3, "num_heads": 4, "isnet_end": 1.0},
     "vit": {"pool": "cls", "simpool_gamma": 1.25},
     "resnet": {"pool": "gap", "simpool_gamma": 2.0},
-    "classify vit": {"lr": 5e-4, "lrp_gamma": 0.0, "clip_grad": 3.0, "shift": 0.06},
+    "classify vit": {"lr": 5e-4, "lrp_gamma": 0.0, "clip_grad": 3.0, "shift": 0.06, "isnet_margin": 0.0},
     # With larger gradients some ISNet runs do not learn.
-    "classify resnet": {"lr": 2e-3, "lrp_gamma": 3.0, "clip_grad": 0.1, "shift": 0.0},
+    "classify resnet": {"lr": 2e-3, "lrp_gamma": 3.0, "clip_grad": 0.1, "shift": 0.0, "isnet_margin": 0.03},
 }
 PRESETS = {  # of Faster ISNet's code; a weight of P / (1 - P), P = 0.7
     "published": {"isnet": 7 / 3, "swap": 0.0, "isnet_every": 1, "isnet_layers": "blocks", "isnet_decay": 0.9}
-    | {"isnet_e": 1.0, "explain": "selective", "lrp_epsilon": 1e-2, "lrp_gamma": 0.0}
+    | {"isnet_margin": 0.0, "isnet_e": 1.0, "explain": "selective", "lrp_epsilon": 1e-2, "lrp_gamma": 0.0}
 }
 # Epochs at least, and steps at least of a folder. A ViT learns a label more slowly.
 LENGTHS = {"pretrain": (15, 350), "classify resnet": (15, 2800), "classify vit": (40, 7500)}
@@ -119,6 +119,8 @@ class Config:
     swap_margin: float = flag(None, "how much narrower than its mask the kept foreground is, in fractions "
         "of a side (default: 0.025 if some masks are made, else 0)", within=(0, 0.2),
         needs="isnet&swap baseline=swap")
+    isnet_margin: float = flag(None, "how far around the foreground relevance is free, in fractions of "
+        "a side", within=(0, 0.5), needs="isnet")
     isnet_end: float = flag(None, "fraction of --isnet left at the end", within=FRACTION, needs="isnet")
     baseline: str = flag(None, "what to train in place of ISNet; see common/baselines.py", choices=BASELINES)
     baseline_weight: float = flag(1.0, "of the baseline's penalty", within=WEIGHT, needs=PENALISED)

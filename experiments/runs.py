@@ -168,7 +168,8 @@ def as_then(flags: str) -> str:
     if "--baseline swap" in flags:
         before += ["--swap-margin 0"]
     if "--isnet " in flags:
-        before += ["--swap 0 --isnet-every 1"] + ["--isnet-end 0.1"] * ("--backbone vit" not in flags)
+        before += ["--swap 0 --isnet-every 1 --isnet-margin 0"]
+        before += ["--isnet-end 0.1"] * ("--backbone vit" not in flags)
     return " ".join([*before, flags])
 
 

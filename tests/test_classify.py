@@ -139,6 +139,13 @@ def test_images_without_a_mask_only_teach_the_classification():
     assert logged["background"] > 0
 
 
+@pytest.mark.parametrize("margin, free", [(0, False), (0.1, False), (0.25, True)])
+def test_relevance_is_free_in_a_margin_around_the_foreground(margin, free):
+    """The foreground ends 4 of 16 pixels before the border of the image."""
+    _, losses = losses_of("resnet", f"--isnet-margin {margin}")
+    assert (losses(torch.arange(8), Generator().manual_seed(0), 0, 1)[1]["background"] == 0) == free
+
+
 def test_isnet_may_act_on_every_nth_step_alone():
     _, losses = losses_of("resnet", "--isnet 3 --isnet-every 3")
     logged = [losses(torch.arange(4), Generator().manual_seed(0), step, 6)[1].keys() for step in range(6)]
@@ -214,7 +221,7 @@ def test_isnet_s_foreground_for_a_vit_is_made_of_whole_patches(name, monkeypatch
     monkeypatch.setattr(train, "isnet_background", lambda *args: seen.append(args[3]) or real(*args))
     masks = torch.zeros(8, 1, 16, 16, dtype=torch.bool)
     masks[:, :, 3:6, 5] = True
-    _, losses = losses_of(name, masks=masks)
+    _, losses = losses_of(name, "--isnet-margin 0", masks=masks)
     losses(torch.arange(8), Generator().manual_seed(0), 0, 1)
     if name == "vit":
         masks[:, :, 0:8, 4:8] = True  # two patches of 4 x 4

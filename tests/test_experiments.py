@@ -28,7 +28,7 @@ def pretrained_runs_exist(monkeypatch):
 
 
 # Settings that are newer than the recorded commands, or depend on the machine.
-NEWER = "device koleo max_entropy strict preset isnet_every swap swap_margin shift in_order".split()
+NEWER = "device koleo max_entropy strict preset isnet_every swap swap_margin shift in_order isnet_margin".split()
 
 
 def settings(words: list[str]) -> dict:
@@ -56,7 +56,7 @@ def test_older_runs_have_none_of_what_is_new_by_default():
             assert (s["koleo"], s["max_entropy"]) == (0, 1), name
         if s["task"] == "classify":
             assert s["shift"] == 0 and (s["baseline"] != "swap" or s["swap_margin"] == 0), name
-            assert not s["isnet"] or (s["swap"], s["isnet_every"]) == (0, 1), name
+            assert not s["isnet"] or (s["swap"], s["isnet_every"], s["isnet_margin"]) == (0, 1, 0), name
 
 
 def test_a_recent_run_has_the_settings_that_the_run_list_asks_for():
