@@ -138,6 +138,7 @@ def layout() -> dict[str, tuple[str, list[Row]]]:
     pooling = ["attention_AP_heart", "knn_mAUC", "linear_mAUC"]
     labels = "mean AUC of findings; labels: | 1 % | 5 % | 10 % | 25 % | all"
     header = "AUC | shortcut as in training | removed | flipped | another one"
+    at_each = "AUC | as in training | flipped | at A | at B | at C"
     return {
         "localisation": ("pixel AP | left lung | right lung | heart | mAP", where),
         "ablation": ("one flag added | attention mAP", ablation),
@@ -147,14 +148,8 @@ def layout() -> dict[str, tuple[str, list[Row]]]:
         "shortcut": (f"{header} | relevance in lungs and heart | Dice of masks", shortcut),
         "kinds": (header, kinds),
         "blind": ("AUC | as in training | flipped | another one | relevance inside | Dice of masks", blind),
-        "hospitals": (
-            "AUC | as in training | flipped | at A | at B | at C | relevance inside, C | segmenter's Dice, C",
-            hospitals,
-        ),
-        "grounds": (
-            "accuracy | original | mixed same | mixed rand | no foreground | only background",
-            grounds,
-        ),
+        "hospitals": (f"{at_each} | relevance inside, C | segmenter's Dice, C", hospitals),
+        "grounds": (f"accuracy | {' | '.join(exchanged).replace('_', ' ')}", grounds),
         "failures": ("AUC | as in training | removed | flipped | relevance in lungs and heart", failures),
         "pooling": (
             "500 test images | attention on the heart, AP | k-NN, AUC | linear, AUC",
@@ -170,9 +165,8 @@ def collect(runs: Path) -> dict[str, dict]:
     results = {}
     for path in sorted(runs.glob("*/config.json")):  # published weights have metrics alone
         if (path.parent / "metrics.json").exists():
-            config, metrics = (
-                json.loads((path.parent / f).read_text()) for f in ("config.json", "metrics.json")
-            )
+            files = path, path.parent / "metrics.json"
+            config, metrics = (json.loads(file.read_text()) for file in files)
             facts = {key: config[key] for key in ("command", "seed", "versions", "machine")}
             results[path.parent.name] = facts | {name: round(x, 5) for name, x in metrics.items()}
     if not results:

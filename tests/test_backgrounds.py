@@ -27,9 +27,8 @@ def test_a_hospital_moves_image_and_masks_together_and_draws_the_same_for_a_seed
     for name in HOSPITALS:
         moved, where = taken_at(name, coded, masks, seed=3)
         heart = where[:, 2:]
-        assert (moved.float() * heart).sum() / heart.sum() > 5 * (moved.float() * ~heart).sum() / (
-            ~heart
-        ).sum()
+        inside, outside = ((moved.float() * m).sum() / m.sum() for m in (heart, ~heart))
+        assert inside > 5 * outside
         assert not torch.equal(where, masks) and torch.equal(taken_at(name, coded, masks, seed=3)[0], moved)
     a, c = (taken_at(name, images, masks, 3)[1].float().mean() for name in "AC")
     assert c < a  # smaller on the image
@@ -56,11 +55,16 @@ def test_images_are_mixed_one_by_one(drawn):
 def striped(n: int = 40):
     """Images (n, 1, 16, 16) whose background is 50 or 150 by the label, an object of 250 or 0, and masks."""
     y = torch.eye(2)[torch.arange(n) % 2]
-    x, m = torch.where(y[:, 1] == 1, 150.0, 50.0)[:, None, None, None].repeat(1, 1, 16, 16), torch.zeros(
-        n, 1, 16, 16
-    )
+    x = torch.where(y[:, 1] == 1, 150.0, 50.0)[:, None, None, None].repeat(1, 1, 16, 16)
+    m = torch.zeros(n, 1, 16, 16)
     m[:, :, 4:8, 4:8] = 1
     return torch.where(m > 0, 250 * y[:, 1, None, None, None], x), m, y
+
+
+def striped_data(n: int):
+    """The same as Data, and the masks (n, 1, 16, 16)."""
+    (x, m, y), names = striped(n), [str(i) for i in range(n)]
+    return Data(x.to(torch.uint8), m.bool(), torch.ones(n).bool(), y, names, ["o"], ["a", "b"]), m
 
 
 def test_a_hole_is_filled_with_background_and_backgrounds_are_those_of_the_class_or_of_any():
@@ -74,25 +78,16 @@ def test_a_hole_is_filled_with_background_and_backgrounds_are_those_of_the_class
     assert torch.equal(ground["mixed same"], x[:, 0, 0, 0])
     assert 8 < (ground["mixed rand"] != x[:, 0, 0, 0]).sum() < 32  # half of 40
     assert all(torch.equal(kinds[name] * m, x * m) for name in ("mixed same", "mixed rand"))
-    assert not (kinds["no foreground"] * m).any() and torch.equal(
-        kinds["only background"] * m, ground["only background"][:, None, None, None] * m
-    )
+    assert not (kinds["no foreground"] * m).any()
+    alone = ground["only background"][:, None, None, None]
+    assert torch.equal(kinds["only background"] * m, alone * m)
 
 
 @pytest.mark.parametrize(
     "reads, expected", [("ground", (100, 100, 50, 100, 100)), ("object", (100, 100, 100, 50, 50))]
 )
 def test_exchanged_backgrounds_tell_what_a_model_reads(reads, expected):
-    x, m, y = striped(400)
-    data = Data(
-        x.to(torch.uint8),
-        m.bool(),
-        torch.ones(400).bool(),
-        y,
-        [str(i) for i in range(400)],
-        ["o"],
-        ["a", "b"],
-    )
+    data, _ = striped_data(400)
 
     class Reader(torch.nn.Module):
         def __init__(self):
@@ -108,10 +103,7 @@ def test_exchanged_backgrounds_tell_what_a_model_reads(reads, expected):
 
 
 def test_of_a_pipeline_the_segmenter_s_dice_is_measured_on_each_kind_of_test_images():
-    x, m, y = striped(8)
-    data = Data(
-        x.to(torch.uint8), m.bool(), torch.ones(8).bool(), y, [str(i) for i in range(8)], ["o"], ["a", "b"]
-    )
+    data, m = striped_data(8)
 
     class Half(Pipeline):
         def foreground(self, images):
@@ -119,7 +111,6 @@ def test_of_a_pipeline_the_segmenter_s_dice_is_measured_on_each_kind_of_test_ima
 
     classifier = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 2))
     classifier.encoder = None
-    table = measure_bias(
-        Half(classifier, torch.nn.Identity()), {"test": data, "val": data}, True, {"epsilon": 0.1}
-    )
+    model = Half(classifier, torch.nn.Identity())
+    table = measure_bias(model, {"test": data, "val": data}, True, {"epsilon": 0.1})
     assert table["same"]["segmentation Dice"] == pytest.approx(2 / 3)  # half of each mask

@@ -205,9 +205,8 @@ def test_what_the_cls_token_and_all_tokens_attend_to_in_each_block_is_seen_and_c
 def test_isnet_trains_vits_of_every_pooling_and_with_registers(flags):
     words = f"--task classify --isnet 1 --backbone vit --img-size 16 --patch-size 4 --depth 1 {flags}"
     config, _ = parse(words.split())
-    model, spec = build_classifier(config, build_encoder(config, 1), 1, 1), DataSpec(
-        1, (), False, "", (1.0, 20.0)
-    )
+    model = build_classifier(config, build_encoder(config, 1), 1, 1)
+    spec = DataSpec(1, (), False, "", (1.0, 20.0))
     images = torch.randint(256, (8, 1, 16, 16), dtype=torch.uint8)
     losses = train.classifier_objective(config, model, images, middle(), LABELS, spec)
     losses(torch.arange(4), Generator().manual_seed(0), 0, 1)[0].backward()
