@@ -1,9 +1,10 @@
 """What is reported of a model, measured on test images that no choice was made on.
 
 attention  pixel average precision (AP) and Dice of one attention head for each region: the one that masks
-           guided, otherwise the best on validation images. The prior's own AP stands beside it: as it is,
-           registered to each image at every pixel, and the same on the attention's grid of patches. Of an
-           even pooling the AP is that of a flat map, to compare with: it is in metrics.json, not in a table.
+           guided, otherwise the best on validation images and, beside it, the mean over all heads, which
+           needs no masks. The prior's own AP stands there, too: as it is, registered to each image at every
+           pixel, and the same on the attention's grid of patches. Of an even pooling the AP is that of a
+           flat map, to compare with: it is in metrics.json, not in a table.
 bias       a classifier's AUC and accuracy on test images as in training and, if these have a marker, with
            it removed, flipped, and flipped to an unseen kind. These show whether it relies on the marker.
            The share of relevance in the foreground does not: a heatmap can look right and be wrong.
@@ -126,8 +127,11 @@ def measure_attention(
         for region in (region for region, best in zip(val.regions, ap[0]) if best.isnan()):
             raise CannotMeasure(f"no validation image shows {region}: no head can be chosen for it")
         heads = ap.argmax(dim=0)  # (R,)
-    attention, table, overlap = attention_of(encoder, test.images, layer)[:, heads], {}, {}  # (M, R, N)
-    maps = (priors(test.images) if priors else {}) | {"attention": (attention, grid)}
+    all_heads, table, overlap = attention_of(encoder, test.images, layer), {}, {}  # (M, heads, N)
+    attention, maps = all_heads[:, heads], dict(priors(test.images)) if priors else {}
+    if not guided and all_heads.shape[1] > 1:
+        maps["mean of heads"] = all_heads.mean(dim=1, keepdim=True).expand_as(attention), grid
+    maps["attention"] = attention, grid  # (M, R, N)
     for name, (m, size) in maps.items():
         ap = localisation_ap(m, test.masks, size).diagonal(dim1=1, dim2=2).nanmean(dim=0)  # (R,)
         table[name] = dict(zip(test.regions, ap.tolist()))

@@ -32,21 +32,29 @@ def on_all_shortcuts(number: int, who: str, way: str) -> list[tuple]:
 def claims() -> list[Claim]:
     """All claims, in the order of their numbers."""
     attention, best = "span attention_mAP", "DINO's heads (best on validation)"
+    long, equal = "long_span attention_mAP", "60 epochs each: "
     rows: list[tuple] = [
+        (1, f"{equal}SPAN's attention mAP, above {best}", 58.7, long, "long_dino", "", "+58.7"),
+        (1, f"{equal}above the mean of DINO's heads", 58.7, long, "long_dino mean_of_heads_mAP"),
+        (1, f"{equal}prior as published, not registered", 58.7, "long_published attention_mAP", "long_dino"),
         (1, f"SPAN's attention mAP, above {best}", 58.7, attention, "dino", "", "+58.7"),
         (1, "above DINO's after longer training", 58.7, attention, "dino_long"),
         (1, "above the prior as it is", 15, attention, "span prior_mAP"),
         (1, "above the registered prior, same grid", 0, attention, "span aligned_prior_mAP"),
         (1, "above it at every pixel", 0, attention, "span aligned_prior_every_pixel_mAP"),
         (1, "to that with all images' masks", -1, attention, "masks"),
+        (2, f"{equal}linear's mAUC, above DINO's", 2.2, "long_span linear_mAUC", "long_dino", "", "+2.2"),
+        (2, f"{equal}k-NN's mAUC", 2.2, "long_span knn_mAUC", "long_dino"),
+        (2, f"{equal}linear layer's, a tenth of SPAN's weight", 2.2, "long_light linear_mAUC", "long_dino"),
         (2, "SPAN transfers: linear layer's mAUC, above DINO's", 2.2, "span linear_mAUC", "dino", "", "+2.2"),
         (2, "fine-tuned", 2.2, "span finetune_mAUC", "dino"),
         (2, "each head's patches (our readout)", 2.2, "span heads_mAUC", "dino"),
     ]
     for how, name in {"linear": "linear layer", "heads": "each head's patches"}.items():
         for n in (1, 5, 10):
-            text = f"With {n} % of labels: {name}, above DINO's"
-            rows.append((3, text, 0, f"span {how}_mAUC_{n}_percent", "dino"))
+            text, figure = f"ith {n} % of labels: {name}, above DINO's", f"{how}_mAUC_{n}_percent"
+            rows.append((3, f"{equal}w{text}", 0, f"long_span {figure}", "long_dino"))
+            rows.append((3, f"W{text}", 0, f"span {figure}", "dino"))
     rows += [
         (4, "Priors from statistics: linear layer, above DINO's", 0, "parts_span linear_mAUC", "parts_dino"),
         (4, "each head's patches", 0, "parts_span heads_mAUC", "parts_dino"),

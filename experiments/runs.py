@@ -152,6 +152,15 @@ def poolings_of_objects() -> dict[str, str]:
     return runs | {f"object_resnet_{pool}": f"{label} resnet --pool {pool}" for pool in ("gap", "simpool")}
 
 
+def at_equal_length() -> dict[str, str]:
+    """SPAN and DINO for 60 epochs each, when DINO's features have left chance; SPAN also as published."""
+    long = "--epochs 60"
+    return {
+        "long_dino": f"--prior none {long}", "long_span": long, "long_published": f"--align none {long}",
+        "long_light": f"--span-weight 0.3 {long}", "after_dino": "--init runs/long_dino-{seed}",
+    }  # fmt: skip
+
+
 def seeded(experiments: dict[str, str], seeds: Iterable[int] = (0, 1, 2)) -> dict[str, str]:
     """{experiment: flags} as {experiment-seed: flags}; {seed} in the flags becomes the seed."""
     runs = {(name, seed): flags.format(seed=seed) for seed in seeds for name, flags in experiments.items()}
@@ -179,11 +188,13 @@ for guided, changes in {"isnet_resnet": RESNET_CHANGES, "isnet_vit": VIT_CHANGES
     CHANGED |= {name: f"{GUIDED[guided]} {flags}" for name, flags in changes.items()}
 RUNS = MAIN | seeded(against_shortcuts()) | seeded(CHANGED, [0])
 RUNS = {name: as_then(flags) for name, flags in RUNS.items()}
-RUNS |= seeded(on_other_data() | against_backgrounds() | poolings_of_objects(), range(5))
+RECENT = on_other_data() | against_backgrounds() | poolings_of_objects() | at_equal_length()
+RUNS |= seeded(RECENT, range(5))
 # The runs that a run starts from, or whose attention becomes its masks.
 NEEDED = {name: set(re.findall(r"runs/(\S+)", flags)) for name, flags in RUNS.items()}
 QUICK = r"(span|dino|(unmarked|plain|isnet)_resnet|resnet_simpool_labels|(?!.*_long_).*_symbols50)-0"
-PROBED = {"dino": "span", "parts_dino": "parts_span"}  # also with few labels, side by side
+# Pairs that are also measured with few labels, side by side.
+PROBED = {"dino": "span", "parts_dino": "parts_span", "long_dino": "long_span"}
 # Part of a name: what is measured of the finished run, and a figure that tells whether it was.
 AFTER = {"_grounds-": ("backgrounds", "mixed_rand"), "object_": ("objects", "CorLoc")}
 PICTURES = {  # results/NAME.png: what evaluate.py measures, and the runs that stand side by side

@@ -28,7 +28,7 @@ SCALES = (50, 70, 85, 100, 120, 140, 170)  # percent of the true size
 
 
 def wrong(masks: Tensor, shift: float, scale: float) -> Tensor:
-    """Masks (R, H, W) bool, each scaled about its own centre and moved to the right by a fraction of a side."""
+    """Masks (R, H, W) bool, each scaled about its own centre and moved right by a fraction of a side."""
     (R, H, W), (y, x) = masks.shape, (2 * (torch.arange(n) + 0.5) / n - 1 for n in masks.shape[1:])
     area = masks.sum(dim=(1, 2)).clamp(min=1)
     centre = torch.stack([(masks.sum(dim=1) * x).sum(dim=1), (masks.sum(dim=2) * y).sum(dim=1)], dim=1)

@@ -62,6 +62,15 @@ def test_heads_of_an_unguided_encoder_are_chosen_on_validation_images(lungs):
     assert found.heads == {"lung": 1} and found.metrics["attention_mAP"] < 0.5
 
 
+def test_the_mean_over_the_heads_of_an_unguided_encoder_stands_beside_the_best(lungs):
+    splits, exact = lungs
+    maps = torch.cat([exact, -exact, exact * 1.5], dim=1)  # their mean is exact / 2
+    found = measure.report(Encoder(maps, maps), splits, ["attention"]).metrics
+    assert found["mean_of_heads_mAP"] == pytest.approx(found["attention_mAP"]) and found["attention_mAP"] > 0.9
+    guided = measure.report(Encoder(maps, maps), splits, ["attention"], guided=True).metrics
+    assert not any("mean_of_heads" in name for name in guided)
+
+
 def test_the_dice_threshold_is_chosen_on_validation_images(lungs):
     splits, exact = lungs
     flat = exact + 1.0  # above half of the largest value: the whole image
