@@ -139,10 +139,9 @@ def against_backgrounds() -> dict[str, str]:
         for way, flags in ({"plain": ""} | others | ways).items():
             label = f"{LABELS} {backbone} --marker 1 --marker-kind hospitals"
             runs[f"{way}_{backbone}_hospitals"] = f"{label} {flags}".strip()
-            runs[f"{way}_{backbone}_grounds"] = (
-                f"{LABELS} {backbone} --data data/grounds200-{{seed}} {flags}".strip()
-            )
-    return runs
+            label = f"{LABELS} {backbone} --data data/grounds200-{{seed}}"
+            runs[f"{way}_{backbone}_grounds"] = f"{label} {flags}".strip()
+    return runs | {"tight_resnet_grounds": f"{runs['blind_resnet_grounds']} --isnet-margin 0"}
 
 
 def poolings_of_objects() -> dict[str, str]:

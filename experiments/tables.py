@@ -128,7 +128,7 @@ def layout() -> dict[str, tuple[str, list[Row]]]:
         for kind, words in {"corner": "an L in a corner", **KINDS}.items():
             figures = ["auc_same", "auc_flipped", "auc_unseen", "relevance_share_same", "mask_dice"]
             blind += [Row(f"{words}, {name}: {BLIND[w]}", f"{w}_{backbone}_{kind}", figures) for w in BLIND]
-        for way, title in (SHORTCUT | BLIND).items():
+        for way, title in (SHORTCUT | BLIND | {"tight": "default, no margin"}).items():
             at = [f"auc_{x}" for x in ("same", "flipped", "hospital_A", "hospital_B", "hospital_C")]
             at += ["relevance_share_hospital_C", "segmentation_Dice_hospital_C"]
             hospitals.append(Row(f"{name}: {title}", f"{way}_{backbone}_hospitals", at))
