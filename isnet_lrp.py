@@ -31,6 +31,9 @@ is proof: LRP hardly sees evidence that silences units, so a frame or a tint aro
 the loss. Backgrounds swapped between images, as in `train.py`, tell no label, if the masks are exact. Test on
 images where the shortcut contradicts the label.
 
+Grow exact masks by a few pixels for this loss: an outline has relevance on both of its sides, and classes
+that differ in outline are hardly learned if one side is penalised.
+
 Where we differ:
 
     published                                             here
