@@ -32,7 +32,7 @@ the loss. Backgrounds swapped between images, as in `train.py`, tell no label, i
 images where the shortcut contradicts the label.
 
 Grow exact masks by a few pixels for this loss: an outline has relevance on both of its sides, and classes
-that differ in outline are hardly learned if one side is penalised.
+that differ in outline are learned far worse if one side is penalised.
 
 Where we differ:
 

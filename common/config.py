@@ -234,7 +234,7 @@ def parse(argv: list[str], doc: str = "") -> tuple[Config, set[str]]:
         raise ValueError(f"--config {typed['config']} with --overwrite would replace that run: add --out")
     saved = read_settings(typed.pop("config"), "--config") if "config" in typed else {}
     encoder = encoder_of(typed["init"]) if "init" in typed else {}
-    given = saved | encoder | typed
+    given = saved | PRESETS.get(typed.get("preset"), {}) | encoder | typed
     if encoder and given["num_heads"] is None:
         raise ValueError(f"{typed['init']} doesn't say how many heads it has: add --num-heads")
     if encoder and given["backbone"] != encoder["backbone"]:

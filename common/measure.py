@@ -111,7 +111,7 @@ def report(
 def measure_attention(
     encoder: nn.Module, splits: dict[str, Data], layer: int, guided: bool, priors: Callable | None
 ) -> tuple[Table, Table, dict[str, int]]:
-    """AP {attention or a prior: {region: AP}}, Dice {attention: {region: Dice}} and heads {region: number}.
+    """AP {attention or another map: {region: AP}}, Dice {attention: {region: Dice}}, heads {region: number}.
 
     The threshold for Dice is the best on validation images with masks. Arguments: see `report`. Raises
     CannotMeasure without masks.

@@ -1,4 +1,4 @@
-"""What exposed attention, augmentation and ISNet cost on this machine, as ratios.
+"""What DINO, exposed attention, augmentation and ISNet cost on this machine, as ratios.
 
     python -m experiments.benchmark [--json FILE] [--device cpu]
 
@@ -15,22 +15,29 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Generator, Tensor
+from torch.optim import AdamW
 
 from common.checkpoint import DataSpec, write_file
 from common.config import parse
 from common.data import prepared
-from common.models import build_classifier, build_encoder
+from common.models import build_classifier, build_encoder, build_model, decayed
 from common.phantom import phantom
 from crops import crop, distort, random_crops
-from train import classifier_objective
+from train import classifier_objective, train_step
 from vit import Attention
 
 SMALL, WIDE, LARGE = (16, 1, 64, 64), (8, 3, 64, 64), (2, 3, 224, 224)  # images (B, C, H, W)
 RESNET, VIT = "--backbone resnet", "--backbone vit"
 VIT_S = "--img-size 224 --patch-size 16 --embed-dim 384 --depth 12 --num-heads 6"
 EPSILON = "--isnet 1 --lrp-gamma 0 --isnet-layers none"
+PRETRAINING = {  # name: flags, images (B, C, H, W)
+    "64 px, 2 crops": ("", (64, 1, 64, 64)),
+    "64 px, 2 + 4 crops": ("--local-crops-number 4", (64, 1, 64, 64)),
+    "ViT-S/16 at 224 px, 2 + 6 crops": (f"{VIT_S} --local-crops-number 6", (4, 3, 224, 224)),
+}
 CLASSIFIERS = {  # name: flags of the plain classifier, added flags, images
     "ISNet / plain: ResNet, epsilon rule": (RESNET, EPSILON, SMALL),
     "ISNet / plain: ResNet, gamma rule": (RESNET, "--isnet 1 --isnet-layers none", SMALL),
@@ -106,6 +113,59 @@ def attention_layer(tokens: int, exposed: str, device: str) -> Callable:
     return work
 
 
+class WrittenOut(Attention):
+    """Attention that forms the whole matrix, as the releases of 2021 do."""
+
+    def forward(self, x: Tensor, row: bool = False) -> tuple[Tensor, Tensor | None]:
+        q, k, v = self.split(x)
+        A = self.weights(q, k)  # (B, heads, T, T)
+        return self.proj((A @ v).transpose(1, 2).flatten(2)), A[:, :, 0] if row else None
+
+
+def dino_steps(flags: str, shape: tuple[int, ...], device: str) -> tuple[Callable, Callable]:
+    """A training step of DINO as train.py takes it, and as DINO's release does, on the same views."""
+    config, _ = parse(f"--prior none --koleo 0 --max-entropy 1 --device {device} {flags}".split())
+    B, C, H, W = shape
+    views = [torch.randn(2 * B, C, H, W, device=device)]
+    if V := config.local_crops_number:
+        views.append(torch.randn(V * B, C, H // 2, W // 2, device=device))
+    spec, grid = DataSpec(C, (), False, ""), (H // config.patch_size, W // config.patch_size)
+    encoders = build_encoder(config, C), build_encoder(config, C)
+    model, other = (build_model(config, spec, encoder, grid).to(device).train() for encoder in encoders)
+    optimizer, slower = (AdamW(decayed(m, config.weight_decay), config.lr) for m in (model, other))
+    index, generator, temp = torch.arange(B, device=device), Generator(), config.teacher_temp
+    for module in other.modules():
+        if isinstance(module, Attention):
+            module.__class__ = WrittenOut
+
+    def ours() -> None:
+        losses = lambda *_: (model(views, temp, config.span_layer)[0], {})  # noqa: E731
+        train_step(config, model, losses, optimizer, index, generator, 0, 100)
+
+    def released() -> float:
+        student = other.student_head(torch.cat([other.student(x, layer=None).pooled for x in views]))
+        with torch.no_grad():
+            teacher = other.teacher_head(other.teacher(views[0], layer=None).pooled)
+            center = other.loss.center
+            targets = ((teacher - center) / temp).softmax(dim=-1).split(B)
+            center.mul_(0.9).add_(0.1 * teacher.mean(dim=0, keepdim=True))
+        scores = (student / 0.1).split(B)
+        pairs = [(q, s) for i, q in enumerate(targets) for j, s in enumerate(scores) if i != j]
+        loss = sum((-q * F.log_softmax(s, dim=-1)).sum(dim=-1).mean() for q, s in pairs) / len(pairs)
+        slower.zero_grad()
+        loss.backward()
+        for p in (p for p in other.parameters() if p.grad is not None):
+            p.grad.mul_(min(1.0, config.clip_grad / (p.grad.norm().item() + 1e-6)))
+        slower.step()
+        with torch.no_grad():
+            for t, s in ((other.teacher, other.student), (other.teacher_head, other.student_head)):
+                for q, p in zip(t.parameters(), s.parameters()):
+                    q.mul_(config.momentum).add_((1 - config.momentum) * p)
+        return loss.item()
+
+    return ours, released
+
+
 def pillow_view(picture: Image.Image, size: int) -> Tensor:
     """A random view of one picture, as data loaders make it: crop, jitter, blur, solarise."""
     area, aspect = random.uniform(0.4, 1.0), (3 / 4) * (16 / 9) ** random.random()
@@ -133,6 +193,9 @@ def measured(runs: int, device: str) -> Iterator[tuple[str, tuple[float, float, 
         none, row, whole = (attention_layer(tokens, exposed, device) for exposed in ("none", "row", "all"))
         yield f"attention layer with its row / without: {tokens} tokens", ratio(none, row, runs)
         yield f"attention layer written out / without its row: {tokens} tokens", ratio(none, whole, runs)
+    for name, (flags, shape) in PRETRAINING.items():
+        fewer = runs if shape[-1] == 64 else max(2, runs // 4)  # seconds a step
+        yield f"DINO's step, released / here: {name}", ratio(*dino_steps(flags, shape, device), fewer)
     for name, (flags, added, shape) in CLASSIFIERS.items():
         plain, plain_use = classifier(flags, shape, device)
         other, use = classifier(f"{flags} {added}", shape, device)

@@ -1,7 +1,7 @@
 """The evidence: all runs, the claims that they test, and a runner.
 
-    python -m experiments.runs           3 seeds of claims 1 to 7, then all tables (under 3 hours on 2 cores)
-    python -m experiments.runs --all     and claim 8, longer DINO, baselines, shortcuts, ablations, costs
+    python -m experiments.runs           3 seeds of older runs of claims 1 to 7, then all tables (3 hours)
+    python -m experiments.runs --all     and all other runs: defaults, claim 8, baselines, ablations, costs
     python -m experiments.runs --quick   1 seed of some runs; prints their tables (12 minutes)
 
 Two runs train at a time, on one core each. Finished runs are skipped, stopped ones resumed.
@@ -152,7 +152,7 @@ def poolings_of_objects() -> dict[str, str]:
 
 
 def at_equal_length() -> dict[str, str]:
-    """SPAN and DINO for 60 epochs each, when DINO's features have left chance; SPAN also as published."""
+    """SPAN and DINO for 60 epochs each, when DINO's features have left chance; SPAN in three other ways."""
     long = "--epochs 60"
     return {
         "long_dino": f"--prior none {long}", "long_span": long, "long_published": f"--align none {long}",

@@ -74,7 +74,8 @@ BLIND = {  # ways against backgrounds
 READOUTS = {"linear": "linear layer", "heads": "each head's patches", "finetune": "fine-tuned"}
 # {table: what the names of its rows contain}; the first that fits
 COSTS = {
-    "default_costs": "three steps", "isnet_costs": "ISNet / plain", "baseline_costs": "/ plain",
+    "dino_costs": "DINO's step", "default_costs": "three steps", "isnet_costs": "ISNet / plain",
+    "baseline_costs": "/ plain",
     "exposure": "attention", "views": "views",
 }  # fmt: skip
 
@@ -124,6 +125,7 @@ def layout() -> dict[str, tuple[str, list[Row]]]:
     for kind in ("digits", "leaves"):
         masks += [Row(f"{kind}, {title}", f"{kind}_{run}", of_few) for run, title in FEW_MASKS.items()]
     blind, hospitals, grounds = [], [], []
+    exchanged = ("original", "mixed_same", "mixed_rand", "no_foreground", "only_background")
     for backbone, name in BACKBONES.items():
         for kind, words in {"corner": "an L in a corner", **KINDS}.items():
             figures = ["auc_same", "auc_flipped", "auc_unseen", "relevance_share_same", "mask_dice"]
@@ -132,8 +134,7 @@ def layout() -> dict[str, tuple[str, list[Row]]]:
             at = [f"auc_{x}" for x in ("same", "flipped", "hospital_A", "hospital_B", "hospital_C")]
             at += ["relevance_share_hospital_C", "segmentation_Dice_hospital_C"]
             hospitals.append(Row(f"{name}: {title}", f"{way}_{backbone}_hospitals", at))
-            exchanged = ("original", "mixed_same", "mixed_rand", "no_foreground", "only_background")
-            of = [f"accuracy_{x}" for x in exchanged]
+            of = [*(f"accuracy_{x}" for x in exchanged), "relevance_share_same"]
             grounds.append(Row(f"{name}: {title}", f"{way}_{backbone}_grounds", of))
     pooling = ["attention_AP_heart", "knn_mAUC", "linear_mAUC"]
     labels = "mean AUC of findings; labels: | 1 % | 5 % | 10 % | 25 % | all"
@@ -149,7 +150,7 @@ def layout() -> dict[str, tuple[str, list[Row]]]:
         "kinds": (header, kinds),
         "blind": ("AUC | as in training | flipped | another one | relevance inside | Dice of masks", blind),
         "hospitals": (f"{at_each} | relevance inside, C | segmenter's Dice, C", hospitals),
-        "grounds": (f"accuracy | {' | '.join(exchanged).replace('_', ' ')}", grounds),
+        "grounds": (f"accuracy | {' | '.join(exchanged).replace('_', ' ')} | relevance inside", grounds),
         "failures": ("AUC | as in training | removed | flipped | relevance in lungs and heart", failures),
         "pooling": (
             "500 test images | attention on the heart, AP | k-NN, AUC | linear, AUC",
@@ -283,7 +284,7 @@ def of_costs(costs: dict[str, list[float]]) -> dict[str, str]:
 def of_wrong_masks(found: dict[str, list]) -> dict[str, str]:
     """AP and Dice of registered priors by how wrong the reference's masks are: mean, lowest to highest."""
     titles = {"reference image": "true masks of {n} reference images", "swapped": "masks of other regions"}
-    titles |= {"shift": "shifted by {amount} % of a side", "scale": "scaled to {amount} % of the size"}
+    titles |= {"shift": "shifted by {amount} % of a side", "scale": "{amount} % as wide and high"}
     rows = []
     for what, measured in found.items():
         for amount, each in measured:

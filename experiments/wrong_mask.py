@@ -24,7 +24,7 @@ from experiments.runs import ROOT
 
 REFERENCES, IMAGES, BLUR = 20, 60, 0.025  # wrong masks: of a quarter of the reference images
 SHIFTS = (0, 2, 4, 6, 8, 12)  # percent of a side, to the right
-SCALES = (50, 70, 85, 100, 120, 140, 170)  # percent of the true size
+SCALES = (50, 70, 85, 100, 120, 140, 170)  # percent of the true width and height
 
 
 def wrong(masks: Tensor, shift: float, scale: float) -> Tensor:
@@ -72,7 +72,7 @@ def draw(found: dict[str, list], path: Path) -> None:
     """Write the curves: AP and Dice by shift and by scale, and a point for each reference image."""
     figure, axes = plt.subplots(1, 3, figsize=(8.4, 2.4), sharey=True, layout="constrained")
     panels = {"reference image": "reference image", "shift": "mask shifted, % of a side"}
-    panels["scale"] = "mask scaled, % of its size"
+    panels["scale"] = "mask, % as wide and high"
     for ax, (what, label) in zip(axes, panels.items()):
         for i, (name, colour) in enumerate(zip(("mAP", "Dice"), LINES)):
             values = [[score[i] for score in each] for _, each in found[what]]

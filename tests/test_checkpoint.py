@@ -17,7 +17,7 @@ from PIL import Image
 
 import evaluate
 import train
-from common.checkpoint import load_run, write_file
+from common.checkpoint import FORMAT, load_run, write_file
 from common.processes import command_to_resume
 
 MOVING = "--align none --local-crops-number 2 --flip 0.5 --drop-path 0.2".split()  # all that draws numbers
@@ -266,7 +266,7 @@ def test_a_checkpoint_that_is_damaged_or_would_run_code_is_refused(content, span
 @pytest.mark.parametrize(
     "change, line",
     [
-        ({"format": 1}, "written by another version of train.py (format 1, here 5)"),
+        ({"format": 1}, f"written by another version of train.py (format 1, here {FORMAT})"),
         ({"torch_rng": None}, "last.pt does not fit its settings (TypeError"),
         ({"model": {}}, "last.pt does not fit its settings (RuntimeError"),
         ({"optimizer": None}, "last.pt does not fit its settings"),

@@ -220,7 +220,7 @@ def test_isnet_s_foreground_for_a_vit_is_made_of_whole_patches(name, monkeypatch
     monkeypatch.setattr(train, "isnet_background", lambda *args: seen.append(args[3]) or real(*args))
     masks = torch.zeros(8, 1, 16, 16, dtype=torch.bool)
     masks[:, :, 3:6, 5] = True
-    _, losses = losses_of(name, "--isnet-margin 0", masks=masks)
+    _, losses = losses_of(name, masks=masks)
     losses(torch.arange(8), Generator().manual_seed(0), 0, 1)
     if name == "vit":
         masks[:, :, 0:8, 4:8] = True  # two patches of 4 x 4

@@ -112,12 +112,17 @@ def test_a_run_is_not_overwritten_by_its_own_config(tmp_path):
     assert parse([*words, "--out", "other"])[0].out == Path("other")
 
 
-def test_a_preset_changes_defaults_and_what_is_typed_wins():
+def test_a_preset_changes_defaults_and_what_is_typed_wins(tmp_path):
     words = ["--task", "classify", "--preset", "published", "--lrp-epsilon", "0.5"]
     config, _ = parse(words)
     assert (config.isnet_e, config.lrp_gamma, config.isnet_layers) == (1.0, 0.0, "blocks")
     assert config.lrp_epsilon == 0.5 and config.isnet == pytest.approx(0.7 / 0.3)
     assert parse(words[:2])[0].isnet == 0
+    run = run_folder(tmp_path, "--task classify --isnet 0.3 --lrp-epsilon 0.1")
+    again, _ = parse(["--config", str(run), "--out", "other", "--preset", "published"])
+    assert again.isnet == config.isnet and again.lrp_epsilon == 0.01  # typed after the run's own
+    backbones = [parse([*words[:2], "--backbone", name])[0].isnet_margin for name in ("resnet", "vit")]
+    assert backbones == [0.03, 0] and config.isnet_margin == 0
 
 
 def test_init_brings_the_encoder_s_sizes_and_typed_ones_win(tmp_path):

@@ -64,9 +64,10 @@ def test_heads_of_an_unguided_encoder_are_chosen_on_validation_images(lungs):
 
 def test_the_mean_over_the_heads_of_an_unguided_encoder_stands_beside_the_best(lungs):
     splits, exact = lungs
-    maps = torch.cat([exact, -exact, exact * 1.5], dim=1)  # their mean is exact / 2
+    noise = 9 * torch.rand(8, 1, 64, generator=torch.Generator().manual_seed(0))
+    maps = torch.cat([exact + noise, exact - noise], dim=1)  # their mean is exact
     found = measure.report(Encoder(maps, maps), splits, ["attention"]).metrics
-    assert found["mean_of_heads_mAP"] == pytest.approx(found["attention_mAP"]) and found["attention_mAP"] > 0.9
+    assert found["mean_of_heads_mAP"] > 0.9 > found["attention_mAP"] + 0.2
     guided = measure.report(Encoder(maps, maps), splits, ["attention"], guided=True).metrics
     assert not any("mean_of_heads" in name for name in guided)
 
