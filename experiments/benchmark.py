@@ -143,9 +143,10 @@ def dino_steps(flags: str, shape: tuple[int, ...], device: str) -> tuple[Callabl
         train_step(config, model, losses, optimizer, index, generator, 0, 100)
 
     def released() -> float:
-        student = other.student_head(torch.cat([other.student(x, layer=None).pooled for x in views]))
+        student = torch.cat([other.student(x, layer=None).pooled for x in views])
+        student = other.student_head(student)  # (V B, K), V views of B images
         with torch.no_grad():
-            teacher = other.teacher_head(other.teacher(views[0], layer=None).pooled)
+            teacher = other.teacher_head(other.teacher(views[0], layer=None).pooled)  # (2 B, K)
             center = other.loss.center
             targets = ((teacher - center) / temp).softmax(dim=-1).split(B)
             center.mul_(0.9).add_(0.1 * teacher.mean(dim=0, keepdim=True))

@@ -1,6 +1,6 @@
 """The evidence: all runs, the claims that they test, and a runner.
 
-    python -m experiments.runs           3 seeds of older runs of claims 1 to 7, then all tables (3 hours)
+    python -m experiments.runs           3 seeds of claims 1 to 7 with older defaults, then all tables
     python -m experiments.runs --all     and all other runs: defaults, claim 8, baselines, ablations, costs
     python -m experiments.runs --quick   1 seed of some runs; prints their tables (12 minutes)
 
