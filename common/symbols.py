@@ -26,6 +26,7 @@ FONT = (  # digits 0 to 9, 5 rows of 4
 DIGITS = dict(two=FONT[2], five=FONT[5], seven=FONT[7])
 SYMBOLS = ["disc", "square", "triangle", "ring", "stripes", "checks", "dots", *DIGITS]
 SHAPES = ["disc", "square", "triangle", "ring", "cross"]
+HELD_OUT = {"val": 20, "test": 100}  # images per class
 
 
 def bits(digit: str) -> np.ndarray:
@@ -176,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     (args.folder / "images").mkdir(parents=True)
     (args.folder / "masks" / "object").mkdir(parents=True)
     (classes, draw), rows = SETS[args.set], [("file", "label", "split")]
-    for s, (split, n) in enumerate({"train": args.train, "val": 20, "test": 100}.items()):
+    for s, (split, n) in enumerate({"train": args.train, **HELD_OUT}.items()):
         for drawn, (i, (k, kind)) in enumerate(product(range(n), enumerate(classes))):
             name, rng = f"{split}_{kind}_{i:04d}.png", np.random.default_rng([args.seed, s, k, i])
             image, mask = draw(kind, args.size, rng)

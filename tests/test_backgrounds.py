@@ -34,7 +34,7 @@ def test_a_hospital_moves_image_and_masks_together_and_draws_the_same_for_a_seed
     assert c < a  # smaller on the image
 
 
-def test_positives_come_from_hospital_a_and_flipped_ones_from_b():
+def test_positives_come_from_hospital_a_and_flipped_ones_from_b(few_test_images):
     splits, *_ = load("phantom", 64, 0, 30, marker=1.0, marker_kind="hospitals", findings=["enlarged heart"])
     assert set(splits) == {*SPLITS, "flipped", "hospital A", "hospital B", "hospital C"}
     for split, of_a in {"train": True, "test": True, "flipped": False}.items():

@@ -25,8 +25,7 @@ pytestmark = pytest.mark.usefixtures("few_test_images")
 
 
 def forked(argv: list[str]) -> int:
-    """A fork, which need not load torch again, that trains with one thread, as a forked process must."""
-    torch.set_num_threads(1)
+    """A fork, which need not load torch again, that trains."""
     process = os.fork()
     if process == 0:
         status = 1
@@ -51,14 +50,6 @@ def finished_in_spite_of(stop, argv: list[str], out: Path) -> int:
     return stops
 
 
-@pytest.fixture
-def threads():
-    """As many threads as before, once a test has forked."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def same_rows(*runs: Path) -> bool:
     """Whether the runs logged the same, but for their speed."""
     logs = [[json.loads(line) | {"images_per_s": 0} for line in (r / "metrics.jsonl").open()] for r in runs]
@@ -66,7 +57,7 @@ def same_rows(*runs: Path) -> bool:
 
 
 @pytest.mark.slow
-def test_a_run_killed_20_times_ends_at_the_weights_of_an_unbroken_one(tmp_path, monkeypatch, threads):
+def test_a_run_killed_20_times_ends_at_the_weights_of_an_unbroken_one(tmp_path, monkeypatch):
     """By SIGKILL, at any moment, or with half a file on the disk, as when the power fails."""
     chance, killed, real = random.Random(0), tmp_path / "killed", os.fsync
     argv = [*TINY, *MOVING, "--epochs", "24", "--depth", "3"]
@@ -107,7 +98,7 @@ def test_a_run_killed_20_times_ends_at_the_weights_of_an_unbroken_one(tmp_path, 
 
 @pytest.mark.slow
 def test_a_run_stopped_by_ctrl_c_within_its_epochs_ends_at_the_weights_of_an_unbroken_one(
-    tmp_path, monkeypatch, threads
+    tmp_path, monkeypatch
 ):
     """After 3, 5, 1 and 4 of its steps, 4 of which are an epoch."""
     stopped, real, steps, after = tmp_path / "stopped", train.train_step, [], []
@@ -202,9 +193,7 @@ def test_a_resumed_run_keeps_the_data_priors_and_masks_that_it_was_trained_on(wo
     assert "leave out either" in line
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_usable_and_ends_in_one_line(
-    tmp_path, monkeypatch, capfd, threads
-):
+def test_a_full_disk_leaves_the_last_checkpoint_usable_and_ends_in_one_line(tmp_path, monkeypatch, capfd):
     """No file may become larger than a limit that is set after the first checkpoint, which is larger."""
     out, real = tmp_path / "run", train.save
 

@@ -319,8 +319,7 @@ def test_two_processes_train_as_one_does(tmp_path):
 def by_two_processes(folder: Path, name: str, words: str, stop_at: int | None = None) -> list:
     """Two forks fit a line to 10 numbers, one may be stopped: [(indices, noise)], last words, weights."""
     config, _ = parse([*words.split(), "--batch-size", "4", "--out", str(folder)])
-    threads, processes, images = torch.get_num_threads(), [], torch.zeros(10, 1, 2, 2)
-    torch.set_num_threads(1)
+    processes, images = [], torch.zeros(10, 1, 2, 2)
     for rank in range(2):
         processes.append(os.fork())
         if processes[-1] == 0:
@@ -349,7 +348,6 @@ def by_two_processes(folder: Path, name: str, words: str, stop_at: int | None = 
                 os._exit(0)
     for process in processes:
         os.waitpid(process, 0)
-    torch.set_num_threads(threads)
     return [torch.load(folder / f"{name}-{rank}.pt") for rank in range(2)]
 
 
