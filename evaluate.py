@@ -54,6 +54,7 @@ def expected_seconds(runs: list[Loaded], splits: dict[str, Data], measures: list
         steps = max(100, 5 * n // 32) + (2500 if several else 0)  # of 32 images, forward and backward
         passes = {"attention": 2 * test, "bias": 25 * test, "finetune": 32 * 3 * steps}  # else all images
         fits = {"attention": 5, "linear": 20 if several else 2, "heads": 90 if several else 15}  # seconds
+        fits["objects"] = test / 6  # boxes of 3 or 4 maps an image at 20 thresholds
         for measure in applicable(measures, config.task == "classify"):
             seconds += an_image * passes.get(measure, n + test) + fits.get(measure, 0)
     return seconds

@@ -60,25 +60,25 @@ def dice(maps: Tensor, masks: Tensor, grid: tuple[int, int], thresholds: int = 1
     return torch.cat(found, dim=1)
 
 
-def boxes(masks: Tensor, largest: bool = False) -> Tensor:
+def boxes(masks: Tensor) -> Tensor:
     """Boxes (B, K, 4) around the connected components of masks (B, H, W) bool: left, top, right, bottom.
 
     Pixels are connected to their 8 neighbours; right and bottom lie behind the last one. K: the largest
-    number of components, missing ones are all 0. largest: of each mask the component of most pixels, K = 1.
+    number of components, those of most pixels first; missing ones are all 0.
     """
     B, H, W = masks.shape
     pixels, inside = torch.arange(H * W, device=masks.device), masks.flatten(1)
     roots = pixels.expand(B, -1)  # a pixel further on in the same component, at last the last one
     while True:
         numbers = torch.where(inside, roots, -1).view(B, 1, H, W).float()  # exact below 2^24
-        near = F.max_pool2d(numbers, 3, 1, 1).flatten(1).long()
-        spread = torch.where(inside, roots.gather(1, torch.maximum(near, roots)), pixels)
-        if torch.equal(spread, roots):
+        near = torch.where(inside, F.max_pool2d(numbers, 3, 1, 1).flatten(1).long(), pixels)
+        joined = roots.scatter_reduce(1, roots, near, "amax")  # each root points to its largest neighbour
+        joined = joined.gather(1, joined.gather(1, joined))
+        if torch.equal(joined, roots):
             break
-        roots = spread
+        roots = joined
     sizes = torch.zeros(B, H * W, device=masks.device).scatter_add_(1, roots, inside.float())
-    K = 1 if largest else max(1, int((sizes > 0).sum(dim=1).max()))
-    sizes, kept = sizes.topk(K, dim=1)  # (B, K)
+    sizes, kept = sizes.topk(max(1, int((sizes > 0).sum(dim=1).max())), dim=1)  # (B, K)
     sides = []
     for place, n in ((pixels % W, W), (pixels // W, H)):
         place = place.expand(B, -1).float()
@@ -96,16 +96,16 @@ def overlap(a: Tensor, b: Tensor) -> Tensor:
     return both / (sum(areas) - both).clamp_min(1e-12)
 
 
-def box_overlaps(maps: Tensor, masks: Tensor, largest: bool = False, thresholds: int = 20) -> Tensor:
-    """How well boxes around what lies above t / thresholds of a map's largest value fit: (thresholds, B).
+def box_overlaps(maps: Tensor, masks: Tensor, thresholds: int = 20) -> Tensor:
+    """How well boxes around what lies above t / thresholds of a map's largest value fit: (2, thresholds, B).
 
-    maps (B, H, W), non-negative; masks (B, H, W) bool, one object in each; t = 0, 1, ... The IoU of the best
-    component's box with the object's, or of the largest component's.
+    maps (B, H, W), non-negative; masks (B, H, W) bool, one object in each; t = 0, 1, ... The IoU with the
+    object's box of the best component's box, and of the largest component's.
     """
-    true = boxes(masks, largest=True)  # (B, 1, 4)
+    true = boxes(masks)[:, :1]  # (B, 1, 4)
     top = maps.amax(dim=(1, 2), keepdim=True)
-    found = [boxes(maps >= top * max(t / thresholds, 1e-6), largest) for t in range(thresholds)]
-    return torch.stack([overlap(b, true).amax(dim=1) for b in found])
+    found = (overlap(boxes(maps >= top * max(t / thresholds, 1e-6)), true) for t in range(thresholds))
+    return torch.stack([torch.stack([of.amax(dim=1), of[:, 0]]) for of in found], dim=1)
 
 
 def max_box_acc(overlaps: Tensor) -> float:

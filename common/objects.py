@@ -86,15 +86,13 @@ def outlined(chosen_on: Tensor, maps: Tensor, val: Tensor, test: Tensor, grid: t
     Boxes are of maps from 0, their lowest pixel, to 1, as in the paper of MaxBoxAccV2.
     """
 
-    def overlaps(maps: Tensor, masks: Tensor, largest: bool) -> Tensor:
+    def overlaps(maps: Tensor, masks: Tensor) -> Tensor:
         found = []
         for m, k in at_pixels(maps, masks, grid):  # (b, 1, H * W)
             m = (m - m.amin(dim=2, keepdim=True)).view(len(m), *masks.shape[2:])
-            found.append(box_overlaps(m, k.view(m.shape), largest))
-        return torch.cat(found, dim=1)  # (thresholds, M)
+            found.append(box_overlaps(m, k.view(m.shape)))
+        return torch.cat(found, dim=2)  # (2, thresholds, M)
 
-    return {
-        "AP": float(localisation_ap(maps, test, grid).nanmean()),
-        "MaxBoxAccV2": max_box_acc(overlaps(maps, test, False)),
-        "CorLoc": corloc(overlaps(maps, test, True), overlaps(chosen_on, val, True)),
-    }
+    (best, largest), (_, of_val) = overlaps(maps, test), overlaps(chosen_on, val)
+    ap = float(localisation_ap(maps, test, grid).nanmean())
+    return {"AP": ap, "MaxBoxAccV2": max_box_acc(best), "CorLoc": corloc(largest, of_val)}

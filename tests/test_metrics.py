@@ -121,8 +121,8 @@ def test_the_best_component_counts_for_box_accuracy_and_the_largest_for_corloc()
     larger = torch.zeros(1, 8, 8)
     larger[0, 6:8], larger[0, 1:5, 1:4] = 1, 1  # beside it a larger part; 3 of the 4 columns
     assert overlap(boxes(larger > 0), boxes(mask)).amax() == 0.75
-    assert box_overlaps(larger, mask).unique().tolist() == [0.75]
-    assert not box_overlaps(larger, mask, largest=True).any()
+    best, largest = box_overlaps(larger, mask)
+    assert best.unique().tolist() == [0.75] and not largest.any()
 
 
 def test_one_threshold_serves_all_images_and_corloc_takes_it_from_others():
