@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -247,8 +248,7 @@ def train(
                     if processes > 1:
                         dist.barrier()  # the first process that ends makes torchrun end the others
                     flags = ["--keep-going"] * config.keep_going + ["--strict"] * config.strict
-                    command = command_to_resume(config.out, flags)
-                    raise KeyboardInterrupt(f"{command} continues from here")
+                    raise KeyboardInterrupt(f"{command_to_resume(config.out, flags)} continues from here")
             means = {name: whole / n for name, (whole, n) in sums.items()}
             speed = (steps - first) * batch / (time.perf_counter() - started)
             history.append({"epoch": epoch + 1, **means, "images_per_s": round(speed, 1)})
@@ -377,8 +377,8 @@ def main(argv: list[str] | None = None) -> None:
         except (ValueError, OSError) as error:
             fail("train.py", error, 2)
         (config, spec, model, splits, reference, _), started = run, time.perf_counter()
-        followers = lambda: keep_masses(config, model, splits["train"], reference)  # noqa: E731
-        history = train(config, spec, model, images, losses, saved, followers)
+        for_followers = partial(keep_masses, config, model, splits["train"], reference)
+        history = train(config, spec, model, images, losses, saved, for_followers)
         if not saved or len(saved["history"]) < len(history):
             print(f"trained in {time.perf_counter() - started:.0f} s")
         if not rank():
