@@ -13,14 +13,13 @@ collapse, which the loss does not show. Small data provoke it. Two additions, of
 work against it. KoLeo (arXiv 1806.03198, used by DINOv2) keeps the features z of a batch apart, and tau_t
 falls where scores deviate too little, by s: P_t has an entropy of about log K - (s / tau_t)^2 / 2.
 
-    L_KoLeo = -mean_i log min_(j != i) |z_i - z_j|,  |z| = 1                                             (5)
-    tau_t   = min(tau_t, s / sqrt(2 (1 - e) log K)),  so that mean h(P_t) is about e log K at most       (6)
+    L_KoLeo = -mean_i log min_(j != i) |z_i - z_j|,  |z| = 1,  weighted by w                             (5)
+    tau_t   = min(tau_t, s / sqrt(2 w (1 - e) log K)),  so that mean h(P_t) / log K <~ 1 - w (1 - e)     (6)
+    w       = 2 - KL / (2 f log K), from 0 to 1: where the KL is large, both cost features               (7)
 
-`CollapseMonitor` follows the entropy h(P_t) of the teacher's outputs, the KL divergence of P_t from the mean
-P_t (how much an output says about its image; 0 when collapsed), and the number of prototypes in use:
-
-    uniform          KL = 0, entropy near log K: centring won    -> more KoLeo, a lower learning rate
-    one prototype    KL = 0, entropy low: sharpening won         -> a faster centre, a higher temperature
+`CollapseMonitor` follows the entropy h(P_t) of the teacher's outputs (in a collapse near log K if centring won,
+low if sharpening did), the KL divergence of P_t from the mean P_t (how much an output says about its image; 0
+when collapsed; f log K is the least that is allowed), and the number of prototypes in use.
 
 `DINOHead` has the published parameter names. Where we differ, for short runs: no warm-up of the teacher's
 temperature, no frozen last layer, constant weight decay, and we measure the student; the teacher lags behind.
@@ -87,12 +86,13 @@ class DINOLoss(nn.Module):
         return losses.masked_fill(same_view, 0).sum() / (~same_view).sum()
 
     @torch.no_grad()
-    def temperature(self, teacher: Tensor, highest: float, max_entropy: float) -> Tensor | float:
+    def temperature(self, teacher: Tensor, highest: float, max_entropy: float, w: Tensor) -> Tensor | float:
         """tau_t, equation (6), for scores (..., K); max_entropy: e, and 1 for the highest temperature."""
         if max_entropy >= 1:
             return highest
         variance = over_processes((teacher - self.center).var(dim=-1, correction=0).mean())
-        return (variance / (2 * (1 - max_entropy) * math.log(teacher.shape[-1]))).sqrt().clamp(1e-6, highest)
+        missing = w * (1 - max_entropy) * math.log(teacher.shape[-1])  # nats
+        return (variance / (2 * missing).clamp_min(1e-12)).sqrt().clamp(1e-6, highest)
 
     @torch.no_grad()
     def teacher_probabilities(self, teacher: Tensor, teacher_temp: float) -> Tensor:
@@ -150,6 +150,10 @@ class CollapseMonitor(nn.Module):
         below = self.kl < self.floor * math.log(pt.shape[1])
         self.steps_below.copy_(torch.where(below, self.steps_below + 1, 0))
 
+    def nearness(self) -> Tensor:
+        """w, equation (7), a scalar: 1 where the KL is twice the floor or less, 0 from four times on."""
+        return (2 - self.kl / (2 * self.floor * math.log(len(self.usage)))).clamp(0, 1)
+
     def collapsed(self) -> bool:
         """Whether the KL has been below the floor for `patience` steps."""
         return bool(self.steps_below >= self.patience)
@@ -181,7 +185,7 @@ class DINO(nn.Module):
     """Student, teacher and their heads around an encoder(images, layer=...) -> Features, such as a ViT.
 
     The sizes are for thousands of images; for millions the paper has out_dim 65536, hidden_dim 2048,
-    bottleneck_dim 256. koleo: the weight of (5); max_entropy: e of (6).
+    bottleneck_dim 256. koleo: a weight of (5) beside w; max_entropy: e of (6).
     """
 
     def __init__(
@@ -210,12 +214,13 @@ class DINO(nn.Module):
         with torch.no_grad():
             teacher = self.teacher_head(self.teacher(views[0], layer=None).pooled).unflatten(0, (2, B))
         with torch.autocast(student.device.type, enabled=False):  # sums over images need float32
-            teacher_temp = self.loss.temperature(teacher.float(), teacher_temp, self.max_entropy)
-            self.health.update(self.loss.teacher_probabilities(teacher.float(), teacher_temp))
-            loss = self.loss(student.float(), teacher.float(), teacher_temp)
+            student, teacher, w = student.float(), teacher.float(), self.health.nearness()
+            teacher_temp = self.loss.temperature(teacher, teacher_temp, self.max_entropy, w)
+            self.health.update(self.loss.teacher_probabilities(teacher, teacher_temp))
+            loss = self.loss(student, teacher, teacher_temp)
             if self.koleo:  # over each global view, whose features are of different images
                 apart = [koleo_loss(view.float()) for view in features[0].pooled.chunk(2)]
-                loss = loss + self.koleo * sum(apart) / 2
+                loss = loss + w * self.koleo * sum(apart) / 2
             return loss, features
 
     def train(self, mode: bool = True) -> "DINO":

@@ -101,9 +101,9 @@ class Config:
     momentum: float = flag(0.996, "EMA momentum of the teacher at the start", "--momentum-teacher",
         within=FRACTION, needs=DINO)
     center_momentum: float = flag(0.9, "EMA momentum of the teacher's centre", within=FRACTION, needs=DINO)
-    koleo: float = flag(0.1, "weight of KoLeo, against collapse; 0: as published", within=WEIGHT, needs=DINO)
-    max_entropy: float = flag(0.8, "the teacher's, of its maximum; lowers its temperature; 1: as published",
-        within=(0.01, 1), needs=DINO)
+    koleo: float = flag(0.1, "weight of KoLeo near collapse; 0: as published", within=WEIGHT, needs=DINO)
+    max_entropy: float = flag(0.8, "ceiling on the teacher's near collapse, as a fraction of log K, kept by "
+        "a lower temperature; 1: as published", within=(0.01, 1), needs=DINO)
     global_scale: tuple[float, float] = flag((0.4, 1.0), "area of the 2 global crops", "--global-crops-scale",
         nargs=2, needs=VIEWS)
     local_crops_number: int = flag(0, "local crops, of half the size", within=(0, 10**9), needs=VIEWS)
@@ -275,6 +275,8 @@ def read_settings(path: Path, by: str) -> dict:
     for name, value in settings.items():
         if name not in known or not may_be(known[name], value):
             raise ValueError(f"{by} {path} has {name} {json.dumps(value)[:80]}, which train.py doesn't know")
+    if by == "--config" and (newer := known.keys() - record.keys()):
+        print(f"note: {by} {path} is older than {', '.join(sorted(newer))}: today's defaults are taken")
     return settings
 
 

@@ -104,14 +104,16 @@ def of_relations_and_poolings() -> list[tuple]:
             (6, f"{n}: RelViT 5 times as long, same label steps", 0, long, f"half_symbols{n}"),
             (6, f"{n}: relations and labels together", None, f"joint_{accuracy}", alone, *untested),
         ]
-    simpool = "SimPool, AP on the heart, labels:"
-    vit, resnet, heart = "vit_simpool", "resnet_simpool", "attention_AP_heart"
+    vit, resnet, ap, cam = "object_vit", "object_resnet", "mean_of_heads_AP", "class_activation_AP"
+    accuracy, without = "accuracy_same", "without labels: AP on the heart, to"
+    above_cam = "AP on objects, above a class activation map"
     rows += [
-        (7, f"{simpool} ViT, to CLS's best head", None, f"{vit}_labels {heart}", "unmarked_vit", *untested),
-        (7, "ResNet, labels, to the mean", 0, f"{resnet}_labels {heart}", "unmarked_resnet"),
-        (7, "ViT, without labels, to CLS", None, f"{vit}_dino {heart}", "vit_cls_dino", *untested),
-        (7, "ResNet, without labels", None, f"{resnet}_dino {heart}", "resnet_gap_dino", *untested),
-        (7, "ViT, without labels: linear", None, f"{vit}_dino linear_mAUC", "vit_cls_dino", *untested),
+        (7, "SimPool, labels, ViT: AP on objects, above CLS's heads", 0, f"{vit}_simpool {ap}", f"{vit}_cls"),
+        (7, f"ViT: {above_cam}", 0, f"{vit}_simpool {ap}", f"{vit}_gap {cam}"),
+        (7, "ViT: accuracy, to CLS", -1, f"{vit}_simpool {accuracy}", f"{vit}_cls"),
+        (7, f"SimPool, labels, ResNet: {above_cam}", 0, f"{resnet}_simpool {ap}", f"{resnet}_gap {cam}"),
+        (7, "ResNet: accuracy, to the mean", -1, f"{resnet}_simpool {accuracy}", f"{resnet}_gap"),
+        (7, f"ViT, {without} CLS", None, "vit_simpool_dino attention_AP_heart", "vit_cls_dino", *untested),
     ]
     return rows
 

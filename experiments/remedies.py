@@ -2,8 +2,9 @@
 
     python -m experiments.remedies sinkhorn [flags of train.py]
 
-Each replaces the targets of the published loss, so add --koleo 0 --max-entropy 1. docs/collapse.md has what
-came of them.
+`sinkhorn`, `warmed` and `followed` replace the targets of the published loss: add --koleo 0 --max-entropy 1.
+`always` keeps KoLeo and the ceiling on the entropy in every step; `koleo` is the same, for --max-entropy 1.
+docs/collapse.md has what came of them.
 """
 
 import json
@@ -38,7 +39,7 @@ class Warmed(dino.DINOLoss):
         super().__init__(*args, **settings)
         self.register_buffer("step", torch.tensor(0))  # in checkpoints, for --resume
 
-    def temperature(self, teacher: Tensor, highest: float, max_entropy: float) -> Tensor:
+    def temperature(self, teacher: Tensor, highest: float, max_entropy: float, w: Tensor) -> Tensor:
         """tau_t of the next step."""
         self.step += 1
         return highest * (4 + 3 * (self.step / 100).clamp(max=1)) / 7
@@ -48,7 +49,7 @@ class Followed(dino.DINOLoss):
     """A temperature, found anew each step, at which the entropy of the targets is half of log K."""
 
     @torch.no_grad()
-    def temperature(self, teacher: Tensor, highest: float, max_entropy: float) -> Tensor:
+    def temperature(self, teacher: Tensor, highest: float, max_entropy: float, w: Tensor) -> Tensor:
         """tau_t, by bisection of its logarithm, for scores (2, B, K)."""
         low, high = torch.tensor(1e-5), torch.tensor(10.0)
         for _ in range(30):
@@ -58,12 +59,21 @@ class Followed(dino.DINOLoss):
         return middle
 
 
-WAYS = {"sinkhorn": Sinkhorn, "warmed": Warmed, "followed": Followed}
+class Always(dino.CollapseMonitor):
+    """KoLeo and the ceiling on the entropy in full in every step, near collapse or not."""
+
+    def nearness(self) -> Tensor:
+        """w = 1."""
+        return torch.ones_like(self.kl)
+
+
+# What stands in place of which class of dino.py.
+WAYS = {"sinkhorn": Sinkhorn, "warmed": Warmed, "followed": Followed, "always": Always, "koleo": Always}
 
 
 def main(way: str, argv: list[str]) -> None:
-    """Train with another way to make targets, and record by which command."""
-    dino.DINOLoss = WAYS[way]
+    """Train in another way, and record by which command."""
+    setattr(dino, WAYS[way].__base__.__name__, WAYS[way])
     train.main(argv)
     path = parse(argv)[0].out / "config.json"
     record = json.loads(path.read_text())

@@ -25,8 +25,11 @@ BASELINES = ["multitask --baseline-weight 100", "gain --baseline-weight 10", "rr
 BASELINES += ["gated", "pipeline", "swap"]  # weights chosen on seed 10
 LABELS = "--task classify --backbone"
 PLATES = "--data parts --lr 5e-4 --teacher-temp 0.01 --global-scale 0.7 1 --keep-going"
-LOSSES = {"steady": "", "koleo": "--max-entropy 1", "published": "--koleo 0 --max-entropy 1"}  # DINO's
-REMEDIES = {"sinkhorn": "", "warmed": " --teacher-temp 0.07", "followed": ""}  # of experiments/remedies.py
+LOSSES = {"steady": "", "published": "--koleo 0 --max-entropy 1"}  # DINO's
+REMEDIES = {  # of experiments/remedies.py
+    "always": "", "koleo": "--max-entropy 1", "sinkhorn": LOSSES["published"],
+    "warmed": f"{LOSSES['published']} --teacher-temp 0.07", "followed": LOSSES["published"],
+}  # fmt: skip
 HALF = "--train-images 750"  # of SPAN's images
 GUIDED = {  # experiment: flags; SPAN against DINO, and ISNet against a marker
     "span": "",
@@ -110,10 +113,8 @@ def on_other_data() -> dict[str, str]:
         drawn = {kind: f"--data {kind} --train-images {n}" for kind in ("phantom", "parts")}
         folders = {kind: f"--data data/{kind}{n // 10}-{{seed}}" for kind in ("symbols", "digits")}
         for kind, data in (drawn | folders).items():
-            for loss, flags in LOSSES.items():
-                runs[f"{loss}_{kind}_{n}"] = f"{data} --prior none {epochs} --keep-going {flags}".strip()
-            for way, flags in REMEDIES.items():
-                runs[f"{way}_{kind}_{n}"] = runs[f"published_{kind}_{n}"] + flags
+            for way, flags in (LOSSES | REMEDIES).items():
+                runs[f"{way}_{kind}_{n}"] = f"{data} --prior none {epochs} --keep-going {flags}".strip()
     for kind, n in {"digits": 85, "leaves": 400}.items():  # leaves: no default was chosen on them
         data = f"--data data/{kind}{n}-{{seed}}"
         runs |= {f"{kind}_span": data, f"{kind}_plain": f"{data} --task classify"}
@@ -145,18 +146,19 @@ def against_backgrounds() -> dict[str, str]:
 
 
 def poolings_of_objects() -> dict[str, str]:
-    """Poolings on textured objects of 5 to 25 % of the area that lie anywhere, with labels."""
-    label = f"--data data/scenes200-{{seed}} {LABELS}"
+    """Poolings on textured objects of 5 to 25 % of the area that lie anywhere, with labels, to a plateau."""
+    label = f"--data data/scenes1000-{{seed}} {LABELS}"
     runs = {f"object_vit_{pool}": f"{label} vit --pool {pool}" for pool in ("cls", "gap", "simpool")}
     return runs | {f"object_resnet_{pool}": f"{label} resnet --pool {pool}" for pool in ("gap", "simpool")}
 
 
 def at_equal_length() -> dict[str, str]:
-    """SPAN and DINO for 60 epochs each, when DINO's features have left chance; SPAN in three other ways."""
+    """SPAN and DINO for 60 epochs each, when DINO's features have left chance; both in other ways."""
     long = "--epochs 60"
     return {
         "long_dino": f"--prior none {long}", "long_span": long, "long_published": f"--align none {long}",
         "long_light": f"--span-weight 0.3 {long}", "after_dino": "--init runs/long_dino-{seed}",
+        "always_long": f"--prior none {long}",
     }  # fmt: skip
 
 
@@ -170,7 +172,7 @@ def as_then(flags: str) -> str:
     """The flags of a run whose results are older than some defaults, which it sets back."""
     before, label = [], "--task classify" in flags
     if not label and "--ssl relvit" not in flags:
-        before += ["--koleo 0 --max-entropy 1"]  # DINO as published
+        before += [LOSSES["published"]]
     if label and "--backbone vit" in flags:
         before += ["--epochs 15 --shift 0"]
     if "--baseline swap" in flags:

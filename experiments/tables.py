@@ -16,9 +16,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
-from common.checkpoint import write_file
+from common.checkpoint import Run, load_run, write_file
+from common.config import PER_CALL, as_json, parse
 from experiments.claims import BACKBONES, KINDS, Claim, claims
-from experiments.runs import LOSSES, RESNET_CHANGES, ROOT, SPAN_CHANGES, VIT_CHANGES
+from experiments.runs import REMEDIES, RESNET_CHANGES, ROOT, RUNS, SPAN_CHANGES, VIT_CHANGES
 
 FILES = ["README.md", "results/README.md", "docs/isnet.md", "docs/collapse.md"]
 FLOOR = 0.02 * log(256)  # of the KL: lower is a collapse, see dino.CollapseMonitor
@@ -46,6 +47,17 @@ POOLINGS = [  # title, experiment, and what it is compared with
     ("DINO: ResNet, mean", "resnet_gap_dino", ""),
     ("DINO: **ResNet, SimPool**", "resnet_simpool_dino", "resnet_gap_dino"),
 ]
+OBJECTS = {  # title: experiment, and the map that is measured
+    "ViT, CLS: mean of its heads": ("vit_cls", "mean_of_heads"),
+    "ViT, CLS: best head, chosen by masks": ("vit_cls", "best_head"),
+    "ViT, mean: class activation map": ("vit_gap", "class_activation"),
+    "**ViT, SimPool**": ("vit_simpool", "mean_of_heads"),
+    "ResNet, mean: class activation map": ("resnet_gap", "class_activation"),
+    "**ResNet, SimPool**": ("resnet_simpool", "mean_of_heads"),
+    "untrained ViT, SimPool": ("vit_simpool", "untrained"),
+    "untrained ResNet, SimPool": ("resnet_simpool", "untrained"),
+    "a Gaussian in the middle of the image": ("vit_simpool", "middle"),
+}
 FEW_LABELS = {
     "scratch": "labels alone", "joint": "labels and relations together",
     "tuned_relvit": "RelViT, then labels", "tuned_dino": "DINO, then labels",
@@ -93,6 +105,10 @@ def layout() -> dict[str, tuple[str, list[Row]]]:
     """Header and rows of all tables of runs."""
     regions = ["AP_left_lung", "AP_right_lung", "AP_heart", "mAP"]
     where = [Row(title, run, [f"{of}_{x}" for x in regions]) for title, (run, of) in LOCALISATION.items()]
+    of_features = ["knn_mAUC", "linear_mAUC"]
+    titles = {"dino_long": "published loss", "always_long": "both additions in every step"}
+    titles |= {"long_dino": "**both near collapse, default**"}
+    lengths = [Row(title, run, of_features) for run, title in titles.items()]
     ablation = [Row("settings of claim 1", "span", ["attention_mAP"])]
     ablation += [Row(f"`{flag}`", run, ["attention_mAP"], "span") for run, flag in SPAN_CHANGES.items()]
     parts = [f"attention_{x}" for x in ("AP_plate", "AP_holes", "AP_defect", "mAP")]
@@ -137,11 +153,16 @@ def layout() -> dict[str, tuple[str, list[Row]]]:
             of = [*(f"accuracy_{x}" for x in exchanged), "relevance_share_same"]
             grounds.append(Row(f"{name}: {title}", f"{way}_{backbone}_grounds", of))
     pooling = ["attention_AP_heart", "knn_mAUC", "linear_mAUC"]
+    scores, objects = ("AP", "MaxBoxAccV2", "CorLoc"), []
+    for title, (run, of) in OBJECTS.items():
+        accuracy = "no_accuracy" if of in ("untrained", "middle") else "accuracy_same"
+        objects.append(Row(title, f"object_{run}", [*(f"{of}_{score}" for score in scores), accuracy]))
     labels = "mean AUC of findings; labels: | 1 % | 5 % | 10 % | 25 % | all"
     header = "AUC | shortcut as in training | removed | flipped | another one"
     at_each = "AUC | as in training | flipped | at A | at B | at C"
     return {
         "localisation": ("pixel AP | left lung | right lung | heart | mAP", where),
+        "lengths": ("DINO on 1500 phantoms, 60 epochs | k-NN, mAUC | linear layer, mAUC", lengths),
         "ablation": ("one flag added | attention mAP", ablation),
         "transfer": (labels, transfer[""]),
         "parts": ("attention AP, heads chosen on validation images | plate | holes | defect | mAP", plates),
@@ -156,22 +177,46 @@ def layout() -> dict[str, tuple[str, list[Row]]]:
             "500 test images | attention on the heart, AP | k-NN, AUC | linear, AUC",
             [Row(title, run, pooling, other) for title, run, other in POOLINGS],
         ),
+        "objects": (f"objects anywhere | {' | '.join(scores)} | accuracy", objects),
         "few_labels": ("symbols | accuracy", few),
         "few_masks": ("marker flipped | AUC | accuracy | relevance in the mask | Dice of masks", masks),
     }
 
 
+def why_not(name: str, run: Run, record: dict) -> str:
+    """Why a run is not what the run list asks for under its name today; empty if it is."""
+    if name not in RUNS:
+        return "the run list does not name it"
+    way = name.split("_")[0]
+    if (f"experiments.remedies {way} " if way in REMEDIES else " train.py ") not in record["command"]:
+        return f"it was started by {record['command'][:40]} ..."
+    asked, found = as_json(parse(RUNS[name].split())[0]), as_json(run.config)
+    of_data = ("epochs", "swap_margin")  # None until the images are counted
+    other = [key for key, x in asked.items() if found[key] != x and (x is not None or key not in of_data)]
+    other = [key for key in other if key not in PER_CALL]
+    return f"the run list has another {', '.join(other)}" if other else ""
+
+
 def collect(runs: Path) -> dict[str, dict]:
-    """{run: command, seed, versions, machine and metrics} of the finished runs in a folder."""
-    results = {}
-    for path in sorted(runs.glob("*/config.json")):  # published weights have metrics alone
-        if (path.parent / "metrics.json").exists():
-            files = path, path.parent / "metrics.json"
-            config, metrics = (json.loads(file.read_text()) for file in files)
-            facts = {key: config[key] for key in ("command", "seed", "versions", "machine")}
-            results[path.parent.name] = facts | {name: round(x, 5) for name, x in metrics.items()}
+    """{run: command, seed, versions, machine and metrics} of the finished runs in a folder.
+
+    A run from before a default or its meaning changed would pass for one of today: it is left out, with a note.
+    """
+    results, found = {}, sorted(runs.glob("*/metrics.json"))
+    for path in (path for path in found if (path.parent / "config.json").exists()):  # not of weights alone
+        name = path.parent.name
+        record, metrics = (json.loads(file.read_text()) for file in (path.parent / "config.json", path))
+        try:
+            wrong = why_not(name, load_run(path.parent), record)
+        except ValueError as error:  # written by another version, or a run that it starts from is missing
+            wrong = str(error)
+        if wrong:
+            print(f"{path.parent} is left out: {wrong}; delete it to train it again")
+            continue
+        facts = {key: record[key] for key in ("command", "seed", "versions", "machine")}
+        results[name] = facts | {metric: round(x, 5) for metric, x in metrics.items()}
     if not results:
-        raise SystemExit(f"experiments.tables: {runs} holds no finished run; the tables stay as they are")
+        raise SystemExit(f"experiments.tables: {runs} holds no finished run to collect; the tables stay")
     return results
 
 
@@ -258,7 +303,8 @@ def of_claims(runs: dict) -> dict[str, str]:
 def of_steadiness(runs: dict) -> dict[str, str]:
     """DINO alone, by kind and number of images: how many seeds collapsed, and the lowest KL, in nats."""
     rows = []
-    titles = {"published": "published loss", "koleo": "KoLeo", "steady": "**default**"}
+    titles = {"published": "published loss", "koleo": "KoLeo in every step"}
+    titles |= {"always": "both in every step", "steady": "**both near collapse, default**"}
     titles |= {"sinkhorn": "Sinkhorn-Knopp", "warmed": "warmed up", "followed": "entropy held at half"}
     for loss, title in titles.items():
         for kind in ("phantom", "parts", "symbols", "digits"):
@@ -267,7 +313,7 @@ def of_steadiness(runs: dict) -> dict[str, str]:
                 kl = [x / 100 for x in points(runs, f"{loss}_{kind}_{n}", "kl").values()]
                 collapsed = sum(x < FLOOR for x in kl)
                 cells.append(f"{collapsed} of {len(kl)} ({min(kl):.2f})" if kl else "not measured")
-            if loss in LOSSES or set(cells) != {"not measured"}:
+            if set(cells) != {"not measured"}:
                 rows.append([f"{title}: {kind}", *cells])
     return {"steady": markdown("seeds collapsed (lowest KL) | 200 images | 850 | 3000", rows)}
 

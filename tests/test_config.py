@@ -79,6 +79,14 @@ def test_config_repeats_a_run_and_what_is_typed_beside_it_wins(tmp_path):
     assert parse(["--config", str(run)])[0].seed == 3  # its folder will do
 
 
+def test_a_config_from_before_a_setting_existed_takes_today_s_default_and_says_so(tmp_path, capsys):
+    record = json.loads((run_folder(tmp_path, "--isnet-margin 0.1") / "config.json").read_text())
+    del record["isnet_margin"]
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    assert parse(["--config", str(tmp_path)])[0].isnet_margin is None
+    assert "is older than isnet_margin: today's defaults are taken" in capsys.readouterr().out
+
+
 def test_settings_edited_in_config_json_count(tmp_path):
     run = run_folder(tmp_path, "", prior_blur=0.1, follow=False, amp=True)
     config, _ = parse(["--config", str(run)])

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import dino
 from common import config
+from common.checkpoint import Run
 from common.data import load, select
-from experiments import benchmark, equations, runs, tables, wrong_mask
+from experiments import benchmark, equations, remedies, runs, tables, wrong_mask
 from experiments.claims import Claim, claims
 
 ROOT = Path(__file__).parents[1]
@@ -64,10 +66,9 @@ def test_older_runs_have_none_of_what_is_new_by_default():
 def test_a_recent_run_has_the_settings_that_the_run_list_asks_for():
     golden = json.loads((ROOT / "tests/golden/settings.json").read_text())
     for name in RESULTS.keys() - golden.keys():
-        recorded, asked = RESULTS[name]["command"], runs.RUNS[name]
-        if "train.py" in recorded:
-            recorded, asked = (settings(shlex.split(c)) for c in (recorded[16:], asked))
-            assert recorded | {"out": 0, "overwrite": 0} == asked | {"out": 0, "overwrite": 0}, name
+        flags = RESULTS[name]["command"].partition(" --")  # after train.py, or experiments.remedies WAY
+        recorded, asked = (settings(shlex.split(c)) for c in (f"--{flags[2]}", runs.RUNS[name]))
+        assert recorded | {"out": 0, "overwrite": 0} == asked | {"out": 0, "overwrite": 0}, name
 
 
 def test_the_tables_in_the_documents_are_those_that_the_results_give():
@@ -128,12 +129,51 @@ def test_intervals_and_spreads_are_those_of_student_and_of_the_same_seeds():
     assert tables.points(results, "span", "x") == {0: 50.0, 1: 50.0}
 
 
-def test_a_folder_without_runs_leaves_the_results_alone(tmp_path):
-    with pytest.raises(SystemExit, match="no finished run"):
-        tables.collect(tmp_path / "nowhere")
+def test_a_folder_without_runs_or_with_those_of_another_version_leaves_the_results_alone(tmp_path, capsys):
+    (tmp_path / "span-0").mkdir()
+    for name in ("config.json", "metrics.json"):
+        (tmp_path / "span-0" / name).write_text("{}")
+    torch.save({"format": 1}, tmp_path / "span-0" / "last.pt")
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(SystemExit, match="no finished run"):
+            tables.collect(folder)
+    assert "is left out" in (said := capsys.readouterr().out) and "another version" in said
+
+
+def test_a_run_that_is_not_what_the_run_list_asks_for_today_is_left_out():
+    def why(name: str, flags: str, command: str = "python train.py --seed 0") -> str:
+        return tables.why_not(name, Run(config.parse(flags.split())[0], None, {}), {"command": command})
+
+    plain, always = "unmarked_resnet-1", "always_parts_200-0"
+    asked = runs.RUNS[plain]
+    assert why(plain, asked) == why(plain, f"{asked} --out elsewhere --overwrite") == ""
+    assert why(plain, f"{asked} --baseline swap --lr 0.1") == "the run list has another baseline, lr"
+    assert why("new", asked) == "the run list does not name it"
+    assert "it was started by python train.py" in why(always, runs.RUNS[always])
+    assert why(always, runs.RUNS[always], "python -m experiments.remedies always --seed 0") == ""
+
+
+@pytest.mark.parametrize("way", remedies.WAYS)
+def test_another_remedy_against_collapse_stands_in_place_of_ours_and_is_recorded(way, tmp_path, monkeypatch):
+    for name in ("DINOLoss", "CollapseMonitor"):
+        monkeypatch.setattr(dino, name, getattr(dino, name))  # restored afterwards
+    (tmp_path / "config.json").write_text('{"command": "python train.py --seed 3"}')
+    made = []
+    monkeypatch.setattr(remedies.train, "main", lambda _: made.append(dino.DINO(torch.nn.Identity(), 8, 16)))
+    remedies.main(way, ["--out", str(tmp_path)])
+    made[0].health.kl.fill_(9.0)  # far from collapse
+    assert made[0].health.nearness() == (way in ("always", "koleo"))
+    assert remedies.WAYS[way] in (type(made[0].loss), type(made[0].health))
+    command = json.loads((tmp_path / "config.json").read_text())["command"]
+    assert command == f"python -m experiments.remedies {way} --seed 3"
 
 
 def test_a_run_is_started_resumed_or_skipped_by_what_its_folder_holds(tmp_path):
+    for name, script in (
+        ("constant_weight-0", "train.py"),
+        ("always_long-0", "-m experiments.remedies always"),
+    ):
+        assert runs.command(name, tmp_path)[: len(script.split())] == script.split()
     words, published = ["train.py", "--out", "runs/span-0"], "--koleo 0 --max-entropy 1".split()
     assert runs.command("span-0", tmp_path) == [*words, "--overwrite", *published, "--seed", "0"]
     (tmp_path / "last.pt").touch()
@@ -215,7 +255,7 @@ def test_a_wrong_mask_moves_to_the_right_and_grows_about_its_own_centre():
         assert torch.allclose(*(m.nonzero().double().mean(dim=0) for m in (before, after)), atol=0.5)
 
 
-def test_a_worse_mask_scores_less():
+def test_a_worse_mask_scores_less(few_test_images):
     splits, *_ = load("phantom", 64, 0, 8)
     train, test = splits["train"], select(splits["test"], torch.arange(4))
     true = wrong_mask.scores(train, 0, train.masks[0], test)
