@@ -278,7 +278,7 @@ def measured(runs: dict, claim: Claim) -> list[str]:
         end, sign = points(runs, claim.end, figure), ""
         seeds = sorted(values.keys() & start.keys() & end.keys())
         results = [100 * (values[s] - start[s]) / (end[s] - start[s]) for s in seeds]
-    bar, holds = "", claim.verdict
+    bar, holds = "", "not tested"
     if claim.bar is not None:
         bar, holds = f"{claim.bar:g}", f"{sum(x >= claim.bar for x in results)} of {len(results)}"
     row = [str(claim.number), claim.text, claim.paper, bar, spread(results, sign), interval(results, sign)]
@@ -292,7 +292,7 @@ def of_claims(runs: dict) -> dict[str, str]:
     for row in (row for row in rows if row[-1] != "not measured"):
         number, text, _, _, here, _, holds = row
         held, _, seeds = holds.partition(" of ")
-        if first.setdefault(number, row) is not row and held != seeds and holds != "no claim":
+        if first.setdefault(number, row) is not row and held != seeds:
             value = f"{here.split(' ')[0]} ({holds})" if seeds else holds
             others[number] = [*others.get(number, []), f"{text}: {value}"]
     summary = [[*row, "; ".join(others.get(number, []))] for number, row in first.items()]

@@ -103,7 +103,7 @@ def test_a_claim_is_measured_seed_by_seed_and_one_without_runs_says_so():
 
     assert measured(58.7, "span x") == ["+64.0 ± 13.5", "+30.4 to +97.6", "2 of 3"]  # 65, 50 and 77
     assert measured(0, "other x") == ["", "", "not measured"]
-    assert measured(None, "span x", "", "", "not tested")[-1] == "not tested"
+    assert measured(None, "span x")[-1] == "not tested"
     for name in ("span-1", "span-2"):  # then one seed is left: 65 of 70 points on the way to `all`
         del results[name]
     assert measured(80, "span x", "all") == ["92.9", "", "1 of 1"]
@@ -117,7 +117,7 @@ def test_a_model_at_chance_or_one_that_reads_the_shortcut_supports_no_claim(auc)
     guided = {name: RESULTS[name] for name in RESULTS if name.startswith(("isnet_resnet", "isnet_vit"))}
     for number, results in {5: fooled | unguided, 8: fooled | unguided | guided}.items():
         verdicts = {tables.measured(results, claim)[-1] for claim in claims() if claim.number == number}
-        assert verdicts <= {"no claim", "not measured", "0 of 1", "0 of 2", "0 of 3", "0 of 5"}
+        assert verdicts <= {"not measured", "0 of 1", "0 of 2", "0 of 3", "0 of 5"}
 
 
 def test_intervals_and_spreads_are_those_of_student_and_of_the_same_seeds():
