@@ -102,15 +102,15 @@ def of_relations_and_poolings() -> list[tuple]:
             (6, f"{n}: relations and labels together", None, f"joint_{accuracy}", alone),
         ]
     vit, resnet, ap, cam = "object_vit", "object_resnet", "mean_of_heads_AP", "class_activation_AP"
-    accuracy, without = "accuracy_same", "without labels: AP on the heart, to"
-    above_cam = "AP on objects, above a class activation map"
+    accuracy, above_cam = "accuracy_same", "AP on objects, above a class activation map"
+    dino = "vit_simpool_dino attention_AP_heart"
     rows += [
         (7, "SimPool, labels, ViT: AP on objects, above CLS's heads", 0, f"{vit}_simpool {ap}", f"{vit}_cls"),
         (7, f"ViT: {above_cam}", 0, f"{vit}_simpool {ap}", f"{vit}_gap {cam}"),
         (7, "ViT: accuracy, to CLS", -1, f"{vit}_simpool {accuracy}", f"{vit}_cls"),
         (7, f"SimPool, labels, ResNet: {above_cam}", 0, f"{resnet}_simpool {ap}", f"{resnet}_gap {cam}"),
         (7, "ResNet: accuracy, to the mean", -1, f"{resnet}_simpool {accuracy}", f"{resnet}_gap"),
-        (7, f"ViT, {without} CLS", None, "vit_simpool_dino attention_AP_heart", "vit_cls_dino"),
+        (7, "ViT, without labels: AP on the heart, to CLS", None, dino, "vit_cls_dino"),
     ]
     return rows
 

@@ -200,7 +200,7 @@ def why_not(name: str, run: Run, record: dict) -> str:
 def collect(runs: Path) -> dict[str, dict]:
     """{run: command, seed, versions, machine and metrics} of the finished runs in a folder.
 
-    A run from before a default or its meaning changed would pass for one of today: it is left out, with a note.
+    A run from before a default changed would pass for one of today: it is left out, with a note.
     """
     results, found = {}, sorted(runs.glob("*/metrics.json"))
     for path in (path for path in found if (path.parent / "config.json").exists()):  # not of weights alone
