@@ -17,9 +17,9 @@ falls where scores deviate too little, by s: P_t has an entropy of about log K -
     tau_t   = min(tau_t, s / sqrt(2 w (1 - e) log K)),  so that mean h(P_t) / log K <~ 1 - w (1 - e)     (6)
     w       = 2 - KL / (2 f log K), from 0 to 1: where the KL is large, both cost features               (7)
 
-`CollapseMonitor` follows the entropy h(P_t) of the teacher's outputs (in a collapse near log K if centring won,
-low if sharpening did), the KL divergence of P_t from the mean P_t (how much an output says about its image; 0
-when collapsed; f log K is the least that is allowed), and the number of prototypes in use.
+`CollapseMonitor` follows the entropy h(P_t) of the teacher's outputs (in a collapse near log K if centring
+won, low if sharpening did), the KL divergence of P_t from the mean P_t (how much an output says about its
+image; 0 when collapsed; f log K is the least allowed), and the number of prototypes in use.
 
 `DINOHead` has the published parameter names. Where we differ, for short runs: no warm-up of the teacher's
 temperature, no frozen last layer, constant weight decay, and we measure the student; the teacher lags behind.
