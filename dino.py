@@ -126,10 +126,8 @@ class CollapseMonitor(nn.Module):
     """Moving averages over the teacher's outputs: do different images still get different outputs?"""
 
     def __init__(self, out_dim: int, momentum: float = 0.95, floor: float = 0.02, patience: int = 100):
-        """floor: the lowest KL allowed, as a fraction of log K; patience: how many steps it may be lower.
-
-        Before the KL has first risen above the floor, it may be lower for 3 times as many: learning begins.
-        """
+        """floor: the least KL, as a fraction of log K; patience: how many steps it may be lower, 3 times as
+        many before it has first risen above the floor."""
         super().__init__()
         self.momentum, self.floor, self.patience = momentum, floor, patience
         self.register_buffer("entropy", torch.tensor(math.log(out_dim)))  # nats
@@ -182,7 +180,7 @@ class CollapseMonitor(nn.Module):
 
 
 class DINO(nn.Module):
-    """Student, teacher and their heads around an encoder(images, layer=...) -> Features, such as a ViT.
+    """Student, teacher and their heads around an encoder(images, layer=, patches=) -> Features, like our ViT.
 
     The sizes are for thousands of images; for millions the paper has out_dim 65536, hidden_dim 2048,
     bottleneck_dim 256. koleo: a weight of (5) beside w; max_entropy: e of (6).
@@ -208,13 +206,13 @@ class DINO(nn.Module):
         views: one entry per resolution, [globals (2 B, C, H, W), locals (V B, C, h, w)] or globals alone, as
         from `crops.multi_crop`. layer: the block whose attention is in the Features.
         """
-        features, B = [self.student(x, layer=layer) for x in views], len(views[0]) // 2
-        student = torch.cat([self.student_head(f.pooled) for f in features])
-        student = student.unflatten(0, (-1, B))  # (V, B, K)
+        features, B = [self.student(x, layer=layer, patches=False) for x in views], len(views[0]) // 2
+        student = torch.cat([self.student_head(f.pooled) for f in features])  # (V B, K)
         with torch.no_grad():
-            teacher = self.teacher_head(self.teacher(views[0], layer=None).pooled).unflatten(0, (2, B))
+            teacher = self.teacher_head(self.teacher(views[0], layer=None, patches=False).pooled)  # (2 B, K)
         with torch.autocast(student.device.type, enabled=False):  # sums over images need float32
-            student, teacher, w = student.float(), teacher.float(), self.health.nearness()
+            student, teacher = (scores.float().unflatten(0, (-1, B)) for scores in (student, teacher))
+            w = self.health.nearness()
             teacher_temp = self.loss.temperature(teacher, teacher_temp, self.max_entropy, w)
             self.health.update(self.loss.teacher_probabilities(teacher, teacher_temp))
             loss = self.loss(student, teacher, teacher_temp)
@@ -224,9 +222,9 @@ class DINO(nn.Module):
             return loss, features
 
     def train(self, mode: bool = True) -> "DINO":
-        """Set the mode, but keep the teacher in evaluation mode, so that its targets have no noise.
+        """Set the mode, but the teacher's is evaluation, so that its targets have no noise.
 
-        Its BatchNorms use the statistics of its batch: the student's do not fit weights that lag behind.
+        Its BatchNorms use its batch: the student's statistics do not fit weights that lag behind.
         """
         super().train(mode)
         for module in self.teacher.modules():

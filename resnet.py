@@ -75,14 +75,14 @@ class ResNet(nn.Module):
         height, width = (math.ceil(side / self.stride) for side in images.shape[-2:])
         return height, width
 
-    def forward(self, images: Tensor, layer: int | None = -1) -> Features:
-        """Encode images (B, C, H, W) of any size. `layer` is the ViT's argument, and ignored."""
+    def forward(self, images: Tensor, layer: int | None = -1, patches: bool = True) -> Features:
+        """Encode images (B, C, H, W) of any size. `layer` and `patches` are the ViT's, and ignored."""
         x = F.relu(self.bn1(self.conv1(images)))
         for block in self.blocks:
             x = block(x)
-        patches = x.flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, N, D)
+        x = x.flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, N, D)
         if self.pool is None:
-            B, N, _ = patches.shape
-            return Features(patches.mean(dim=1), patches, patches.new_full((B, 1, N), 1 / N))
-        pooled, attention = self.pool(patches)
-        return Features(pooled, patches, attention[:, None] if attention.dim() == 2 else attention)
+            B, N, _ = x.shape
+            return Features(x.mean(dim=1), x, x.new_full((B, 1, N), 1 / N))
+        pooled, attention = self.pool(x)
+        return Features(pooled, x, attention[:, None] if attention.dim() == 2 else attention)

@@ -103,7 +103,7 @@ def views_objective(config: Config, model: nn.Module, images: Tensor, priors: Ca
             if dino and (priors is None or config.keep_going or not dino.health.collapsed()):
                 loss, features = dino(views, config.teacher_temp, config.span_layer)
             else:
-                loss, features = None, [encoder(v, layer=config.span_layer) for v in views]
+                loss, features = None, [encoder(v, layer=config.span_layer, patches=False) for v in views]
         if priors is None:
             return loss, {}
         attentions, grids = [f.attention for f in features], [encoder.grid(v) for v in views]

@@ -29,12 +29,12 @@ from torch import Tensor, nn
 class Features(NamedTuple):
     """What an encoder returns: pooled (B, D), patches (B, N, D) row by row, attention (B, heads, N).
 
-    `attention` holds probabilities: the CLS token's softmax row without its own column and not renormalised,
-    so the weights of a head that looks at CLS itself sum to less than 1.
+    The last two are None where they were not asked for. `attention` is the CLS token's softmax row without
+    its own column, not renormalised: the weights of a head that looks at CLS itself sum to less than 1.
     """
 
     pooled: Tensor
-    patches: Tensor
+    patches: Tensor | None
     attention: Tensor | None
 
 
@@ -63,9 +63,13 @@ class Attention(nn.Module):
         B, T, D = x.shape
         return self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4).unbind()
 
-    def forward(self, x: Tensor, row: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Tokens (B, T, D) to tokens (B, T, D) and, if `row`, the first token's attention (B, heads, T)."""
+    def forward(self, x: Tensor, row: bool = False, first: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, T, D) to tokens (B, T, D), or if `first` to the first alone (B, 1, D).
+
+        row: whether the first token's attention (B, heads, T) is returned, too.
+        """
         q, k, v = self.split(x)
+        q = q[:, :, :1] if first else q
         if x.is_cuda or q.dtype != torch.bfloat16:
             mixed = F.scaled_dot_product_attention(q, k, v)
         else:  # on CPUs its derivative takes several times as long in bfloat16
@@ -110,9 +114,9 @@ class Block(nn.Module):
         kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
         return branch * kept / (1 - self.drop_path)
 
-    def forward(self, x: Tensor, row: bool = False) -> tuple[Tensor, Tensor | None]:
-        mixed, attention = self.attn(self.norm1(x), row)
-        x = x + self.keep(mixed)
+    def forward(self, x: Tensor, row: bool = False, first: bool = False) -> tuple[Tensor, Tensor | None]:
+        mixed, attention = self.attn(self.norm1(x), row, first)
+        x = (x[:, :1] if first else x) + self.keep(mixed)
         return x + self.keep(self.mlp(self.norm2(x))), attention
 
 
@@ -125,7 +129,7 @@ class ViT(nn.Module):
     no CLS token. registers: extra tokens without a position, between CLS and patches, which are not returned
     (Darcet et al. 2023, arXiv 2309.16588). drop_path: stochastic depth of the last block, rising from 0.
 
-    Raises ValueError if patch_size does not divide img_size, or num_heads does not divide embed_dim.
+    Raises ValueError if patch_size does not divide img_size, or num_heads embed_dim.
     """
 
     def __init__(
@@ -168,9 +172,8 @@ class ViT(nn.Module):
         for side in (height, width):
             if side % p or side < p:
                 near = " or ".join(str(n * p) for n in (side // p, side // p + 1) if n)
-                remedy = f"use a multiple of {p}, such as {near}"
-                size = f"an image of {height}x{width} px"
-                raise ValueError(f"{size} cannot be cut into patches of {p} px: {remedy}")
+                wrong = f"an image of {height}x{width} px cannot be cut into patches of {p} px"
+                raise ValueError(f"{wrong}: use a multiple of {p}, such as {near}")
         return height // p, width // p
 
     def grid(self, images: Tensor) -> tuple[int, int]:
@@ -199,33 +202,33 @@ class ViT(nn.Module):
             x = torch.cat([x[:, :first], registers, x[:, first:]], dim=1)  # (B, 1 + R + N, D)
         return x
 
-    def forward(self, images: Tensor, layer: int | None = -1, positions: bool = True) -> Features:
-        """Encode images (B, C, H, W), H and W multiples of patch_size.
+    def forward(
+        self, images: Tensor, layer: int | None = -1, positions: bool = True, patches: bool = True
+    ) -> Features:
+        """Encode images (B, C, H, W), H and W multiples of patch_size; raises ValueError for other sizes.
 
         layer: the block whose CLS row is returned as `attention`, -1 for the last; None for no attention.
-        positions: False leaves out the position embedding, which would give RelViT's targets away.
-        Raises ValueError for another size.
+        positions: False leaves out the position embedding, which would give RelViT's targets away. patches:
+        False if only the rest is needed; with a CLS token, the last block then transforms that token alone.
         """
         x = self.embed(images, positions)
         exposed = None if layer is None or self.pool is not None else range(self.depth)[layer]
         attention = None
         for i, block in enumerate(self.blocks):
-            x, row = block(x, row=i == exposed)
+            alone = self.pool is None and not patches and i == self.depth - 1
+            x, row = block(x, row=i == exposed, first=alone)
             attention = row[:, :, 1 + self.registers :] if i == exposed else attention  # (B, heads, N)
         if self.pool is None:
             x = self.norm(x)
-            return Features(x[:, 0], x[:, 1 + self.registers :], attention)
+            return Features(x[:, 0], x[:, 1 + self.registers :] if patches else None, attention)
         x = x[:, self.registers :]
         pooled, attention = self.pool(x)  # equation (4) comes after it, as in SimPool's release
         attention = attention[:, None] if attention.dim() == 2 else attention  # (B, heads, N)
-        return Features(self.norm(pooled), self.norm(x), attention)
+        return Features(self.norm(pooled), self.norm(x) if patches else None, attention)
 
     @torch.no_grad()
     def attention_maps(self, images: Tensor) -> Tensor:
-        """The full attention A of every block for images (B, C, H, W): (B, depth, heads, T, T).
-
-        It takes O(depth * heads * T^2) memory; `forward` returns one row, for training.
-        """
+        """The full attention A of every block for images (B, C, H, W): (B, depth, heads, T, T)."""
         x, maps = self.embed(images), []
         for block in self.blocks:
             q, k, _ = block.attn.split(block.norm1(x))

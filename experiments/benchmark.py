@@ -116,7 +116,7 @@ def attention_layer(tokens: int, exposed: str, device: str) -> Callable:
 class WrittenOut(Attention):
     """Attention that forms the whole matrix, as the releases of 2021 do."""
 
-    def forward(self, x: Tensor, row: bool = False) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, row: bool = False, first: bool = False) -> tuple[Tensor, Tensor | None]:
         q, k, v = self.split(x)
         A = self.weights(q, k)  # (B, heads, T, T)
         return self.proj((A @ v).transpose(1, 2).flatten(2)), A[:, :, 0] if row else None

@@ -56,6 +56,22 @@ def test_returning_attention_changes_neither_features_nor_their_gradient_and_has
     assert torch.autograd.grad(vit(IMAGES).attention[:, 0, 5].sum(), weights)[0].any()
 
 
+@pytest.mark.parametrize("options", [{}, {"registers": 2}, {"pool": GAP()}])
+def test_without_patches_the_rest_of_the_features_is_the_same_and_so_are_gradients(options):
+    """Though a last block with a CLS token transforms that token alone."""
+    found, vit, seen = [], small(drop_path=0.5, **options).double().train(), []
+    vit.blocks[-1].mlp.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
+    for patches in (True, False):
+        torch.manual_seed(1)
+        features = vit(IMAGES.double(), patches=patches)
+        loss = features.pooled.square().sum() + features.attention.square().sum()
+        gradients = torch.autograd.grad(loss, vit.parameters(), allow_unused=True)
+        found.append((features.pooled, features.attention, *gradients))
+    assert features.patches is None
+    torch.testing.assert_close(*found)
+    assert seen == ([16, 16] if options.get("pool") else [17 + options.get("registers", 0), 1])
+
+
 def test_memory_of_the_row_grows_with_the_number_of_patches_and_not_with_its_square():
     def kept_bytes(side: int, layer: int | None) -> int:
         kept, vit = [], small(img_size=side)
