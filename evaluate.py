@@ -22,11 +22,12 @@ from torch import nn
 from common.checkpoint import DataSpec, load_run, write_file
 from common.checks import check_device
 from common.config import Config, Parser
-from common.data import Data, DataError, prepared, read_picture
+from common.data import Data, DataError, prepared
 from common.explain import decisions, explained_class, has_attention
 from common.measure import MEASURES, QUICK, applicable, report
 from common.models import build_encoder, load_model, lrp_rule, start_from
 from common.page import page, print_tables
+from common.pictures import read_picture
 from common.plots import curves, draw_maps, low_data, map_grid
 from common.probe import FRACTIONS
 from common.processes import fail

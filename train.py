@@ -34,12 +34,14 @@ from common.classify import attention_seen, classification_loss, explained_targe
 from common.classify import shifted, supervised_layers
 from common.checks import check
 from common.config import Config, epochs_for, parse
-from common.data import Data, load, normalise, prepared, rows_at, to_device
+from common.data import Data, normalise, prepared, rows_at, to_device
+from common.foreground import are_made, check_foreground, foreground, keep_masks, kept_masks
 from common.models import build_model, decayed, lrp_rule, make_encoder
 from common.processes import average_gradients, command_to_resume, fail, from_first, join, rank, remedy_for
 from common.processes import stop_requests
-from common.regions import are_made, check_foreground, foreground, keep_masks, kept_masks, priors_over
+from common.regions import priors_over
 from common.runs import data_of, finish, keep_masses
+from common.splits import load
 from crops import multi_crop
 from dino import Collapse, CollapseMonitor, over_processes
 from isnet_lrp import foreground_loss, isnet_background, published_loss, whole_patches
@@ -286,12 +288,11 @@ def train_step(
     optimizer.step()
     if isinstance(model, DINO):
         model.update_teacher(cosine(step, total, config.momentum, 1.0))
-        monitor, guided = model.health, config.prior != "none" and not config.strict
-        if monitor.collapsed() and not config.keep_going and not (collapsed and guided):
-            warn_of_collapse(monitor, guided)
+        health, guided = model.health, config.prior != "none" and not config.strict
+        if health.collapsed() and not config.keep_going and not (collapsed and guided):
+            warn_of_collapse(health, guided)
         if config.keep_going or not collapsed:
-            of_teacher = {"teacher_entropy": monitor.entropy, "kl": monitor.kl}
-            logged |= of_teacher | {"prototypes": monitor.prototypes()}
+            logged |= {"teacher_entropy": health.entropy, "kl": health.kl, "prototypes": health.prototypes()}
     values = torch.stack([torch.as_tensor(value, device=index.device).float() for value in logged.values()])
     return dict(zip(logged, over_processes(values).tolist()))
 
@@ -343,8 +344,7 @@ def begin(argv: list[str]) -> tuple:
         steps = max(1, int(kept.sum()) // config.batch_size)  # an epoch
         config = replace(config, epochs=epochs_for(config.task, config.backbone, steps))
     model = build_model(config, spec, encoder, encoder.grid(train.images)).to(config.device)
-    millions = sum(p.numel() for p in encoder.parameters()) / 1e6
-    print(f"{millions:.2f} M weights in the encoder, on {config.device}")
+    print(f"{sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} M encoder weights, on {config.device}")
     images, spec = to_device(train.images[kept], config.device), run.spec if run else spec
     if config.task == "classify":
         labels = train.labels[kept].to(config.device)

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from common.baselines import BASELINES, PENALTIES
-from common.data import DRAWN
 from common.phantom import FINDINGS, MARKERS
+from common.splits import DRAWN
 from common.weights import read_weights, sizes
 from relvit import TASKS as RELATIONS
 

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from common.checkpoint import DataSpec, check_spec, data_spec, load_run, write_file
 from common.classify import is_multiclass, warn_if_constant
 from common.config import Config, parse
-from common.data import DRAWN, Data, load, normalise, select
+from common.data import Data, normalise, select
 from common.explain import attention_of, decisions, explained_class, has_attention, relevance_of
+from common.foreground import mask_dice
 from common.measure import QUICK, report, scores_in
 from common.models import build_encoder, load_model, lrp_rule, start_from
 from common.page import Looks, print_tables
 from common.plots import curves, draw_maps
-from common.regions import attention_masses, mask_dice, prior_maps
+from common.regions import attention_masses, prior_maps
+from common.splits import DRAWN, load
 from dino import DINO
 from relvit import RelViT, patch_views
 

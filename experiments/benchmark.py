@@ -1,4 +1,4 @@
-"""What DINO, exposed attention, augmentation and ISNet cost on this machine, as ratios.
+"""What DINO, augmentation and ISNet cost on this machine, as ratios.
 
     python -m experiments.benchmark [--json FILE] [--device cpu]
 
@@ -7,25 +7,32 @@ with its quartiles. A classifier's step leaves out the update of its weights.
 """
 
 import argparse
+import json
 import os
 import random
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Generator, Tensor
 from torch.optim import AdamW
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from common.checkpoint import DataSpec, write_file
 from common.config import parse
 from common.data import prepared
 from common.models import build_classifier, build_encoder, build_model, decayed
 from common.phantom import phantom
-from crops import crop, distort, random_crops
+from crops import crop, distort, multi_crop, random_crops
+from experiments.runs import ROOT
 from train import classifier_objective, train_step
 from vit import Attention
 
@@ -33,10 +40,10 @@ SMALL, WIDE, LARGE = (16, 1, 64, 64), (8, 3, 64, 64), (2, 3, 224, 224)  # images
 RESNET, VIT = "--backbone resnet", "--backbone vit"
 VIT_S = "--img-size 224 --patch-size 16 --embed-dim 384 --depth 12 --num-heads 6"
 EPSILON = "--isnet 1 --lrp-gamma 0 --isnet-layers none"
-PRETRAINING = {  # name: flags, images (B, C, H, W)
-    "64 px, 2 crops": ("", (64, 1, 64, 64)),
-    "64 px, 2 + 4 crops": ("--local-crops-number 4", (64, 1, 64, 64)),
-    "ViT-S/16 at 224 px, 2 + 6 crops": (f"{VIT_S} --local-crops-number 6", (4, 3, 224, 224)),
+PRETRAINING = {  # name: flags, local crops, images (B, C, H, W)
+    "64 px, 2 crops": ("", 0, (64, 1, 64, 64)),
+    "64 px, 2 + 4 crops": ("", 4, (64, 1, 64, 64)),
+    "ViT-S/16 at 224 px, 2 + 6 crops": (VIT_S, 6, (4, 3, 224, 224)),
 }
 CLASSIFIERS = {  # name: flags of the plain classifier, added flags, images
     "ISNet / plain: ResNet, epsilon rule": (RESNET, EPSILON, SMALL),
@@ -95,24 +102,6 @@ def kept_bytes(loss: Callable) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def attention_layer(tokens: int, exposed: str, device: str) -> Callable:
-    """Forward and backward pass of an attention layer over (B, tokens, 64); exposed: none, row, all."""
-    torch.manual_seed(0)
-    attention = Attention(64, 4).to(device)
-    x = torch.randn(max(1, 4096 // tokens), tokens, 64, device=device, requires_grad=True)
-
-    def work() -> None:
-        if exposed == "all":
-            q, k, v = attention.split(x)
-            A = attention.weights(q, k)  # (B, heads, tokens, tokens)
-            y, row = attention.proj((A @ v).transpose(1, 2).flatten(2)), A[:, :, 0]
-        else:
-            y, row = attention(x, row=exposed == "row")
-        (y.square().mean() + (0 if row is None else row.square().mean())).backward()
-
-    return work
-
-
 class WrittenOut(Attention):
     """Attention that forms the whole matrix, as the releases of 2021 do."""
 
@@ -138,8 +127,11 @@ def dino_steps(flags: str, shape: tuple[int, ...], device: str) -> tuple[Callabl
         if isinstance(module, Attention):
             module.__class__ = WrittenOut
 
+    def losses(*_) -> tuple[Tensor, dict]:
+        with torch.autocast(index.device.type, torch.bfloat16, enabled=config.amp):
+            return model(views, temp, config.span_layer)[0], {}
+
     def ours() -> None:
-        losses = lambda *_: (model(views, temp, config.span_layer)[0], {})  # noqa: E731
         train_step(config, model, losses, optimizer, index, generator, 0, 100)
 
     def released() -> float:
@@ -167,6 +159,29 @@ def dino_steps(flags: str, shape: tuple[int, ...], device: str) -> tuple[Callabl
     return ours, released
 
 
+def operations(work: Callable) -> int:
+    """Additions and multiplications of matrix products and convolutions, attention on a CPU included."""
+    aten, counts = torch.ops.aten, {}
+    counts[aten._scaled_dot_product_flash_attention_for_cpu] = lambda *x, **_: sdpa_flop_count(*x[:3])
+    backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
+    counts[backward] = lambda *x, **_: sdpa_backward_flop_count(*x[:4])
+    with FlopCounterMode(display=False, custom_mapping=counts) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def images_a_second(processes: int) -> float:
+    """How many images DINO trains on, on drawn X-rays, by so many processes with one CPU thread each."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    flags = "--prior none --train-images 512 --epochs 3 --device cpu --out".split()
+    with TemporaryDirectory() as out:
+        command = [*torchrun, str(processes), "train.py", *flags, f"{out}/run"]
+        threads = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run(command, cwd=ROOT, env=threads, check=True, capture_output=True)
+        rows = Path(out, "run", "metrics.jsonl").read_text().splitlines()
+    return statistics.median(json.loads(row)["images_per_s"] for row in rows)
+
+
 def pillow_view(picture: Image.Image, size: int) -> Tensor:
     """A random view of one picture, as data loaders make it: crop, jitter, blur, solarise."""
     area, aspect = random.uniform(0.4, 1.0), (3 / 4) * (16 / 9) ** random.random()
@@ -190,13 +205,21 @@ def pillow_view(picture: Image.Image, size: int) -> Tensor:
 
 def measured(runs: int, device: str) -> Iterator[tuple[str, tuple[float, float, float]]]:
     """The name of each ratio, and its lower quartile, median and upper quartile."""
-    for tokens in (64, 256, 1024, 4096):  # over neither the row nor the matrix
-        none, row, whole = (attention_layer(tokens, exposed, device) for exposed in ("none", "row", "all"))
-        yield f"attention layer with its row / without: {tokens} tokens", ratio(none, row, runs)
-        yield f"attention layer written out / without its row: {tokens} tokens", ratio(none, whole, runs)
-    for name, (flags, shape) in PRETRAINING.items():
-        fewer = runs if shape[-1] == 64 else max(2, runs // 4)  # seconds a step
-        yield f"DINO's step, released / here: {name}", ratio(*dino_steps(flags, shape, device), fewer)
+    for name, (flags, V, shape) in PRETRAINING.items():
+        size, fewer = shape[-1], runs if shape[-1] == 64 else max(2, runs // 4)  # seconds a step
+        flags = f"{flags} --local-crops-number {V}"
+        ours, released = dino_steps(flags, shape, device)
+        more = operations(released) / operations(ours)
+        images, generator = torch.rand(shape, device=device), Generator()
+        make_views = partial(multi_crop, images, generator, size, size // 2, locals_number=V)
+        yield f"DINO's step, released / here: {name}", ratio(ours, released, fewer)
+        yield f"operations of DINO's step, released / here: {name}", (more,) * 3
+        yield f"making the views / DINO's step: {name}", ratio(ours, make_views, fewer)
+        for way in ("--amp", "--compile")[size > 64 :]:  # bfloat16 takes many times as long on some CPUs
+            other, _ = dino_steps(f"{flags} {way}", shape, device)
+            yield f"DINO's step, here / with {way}: {name}", ratio(other, ours, fewer)
+    two = [images_a_second(2) / images_a_second(1) for _ in range(3)]
+    yield "images a second of DINO's steps, two processes / one", tuple(statistics.quantiles(two, n=4))
     for name, (flags, added, shape) in CLASSIFIERS.items():
         plain, plain_use = classifier(flags, shape, device)
         other, use = classifier(f"{flags} {added}", shape, device)
@@ -208,13 +231,13 @@ def measured(runs: int, device: str) -> Iterator[tuple[str, tuple[float, float, 
         if "gated" in name or "pipeline" in name:  # of the others a plain model remains
             yield f"use, {name}", ratio(plain_use, use, runs)
     generator = Generator().manual_seed(0)
-    for size, channels in ((64, 1), (64, 3), (224, 3)):
-        images = phantom(64, seed=0, img_size=size)[0].repeat(1, channels, 1, 1)
+    for size, channels, n in ((64, 1, 64), (64, 3, 64), (224, 3, 16), (224, 3, 64)):
+        images = phantom(n, seed=0, img_size=size)[0].repeat(1, channels, 1, 1)
         pictures = [Image.fromarray(x.permute(1, 2, 0).squeeze(2).numpy()) for x in images]
         images = images.to(device)
 
         def batched() -> Tensor:  # the same views, as train.py makes them
-            views = crop(images.float() / 255, random_crops(64, (0.4, 1.0), generator), size)
+            views = crop(images.float() / 255, random_crops(n, (0.4, 1.0), generator), size)
             return distort(views, generator, blur=0.55, solarise=0.1)
 
         def one_by_one() -> Tensor:
@@ -222,7 +245,7 @@ def measured(runs: int, device: str) -> Iterator[tuple[str, tuple[float, float, 
 
         for threads in sorted({1, os.cpu_count()}):
             torch.set_num_threads(threads)
-            name = f"{size} px, {channels} channel(s), {threads} thread(s)"
+            name = f"{n} of {size} px, {channels} channel(s), {threads} thread(s)"
             yield f"views a second, batched / Pillow one by one: {name}", ratio(batched, one_by_one, runs)
 
 

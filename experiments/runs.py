@@ -313,6 +313,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(python(*tables, "--only", "claims", "few_labels", "transfer"))
     if args.all:
         python("-m", "experiments.benchmark", "--json", "results/benchmark.json")
+        python("-m", "experiments.curves")
         python("-m", "experiments.wrong_mask")
     python(*tables)
     draw()

@@ -14,173 +14,22 @@ import re
 from math import log
 from pathlib import Path
 from statistics import mean, stdev
-from typing import NamedTuple
 
 from common.checkpoint import Run, load_run, write_file
 from common.config import PER_CALL, as_json, parse
-from experiments.claims import BACKBONES, KINDS, Claim, claims
-from experiments.runs import REMEDIES, RESNET_CHANGES, ROOT, RUNS, SPAN_CHANGES, VIT_CHANGES
+from experiments.claims import Claim, claims
+from experiments.curves import NONE, PATCHES, ROW, WHOLE
+from experiments.layout import Row, layout
+from experiments.runs import REMEDIES, ROOT, RUNS
 
 FILES = ["README.md", "results/README.md", "docs/isnet.md", "docs/collapse.md"]
 FLOOR = 0.02 * log(256)  # of the KL: lower is a collapse, see dino.CollapseMonitor
 STUDENT = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # 97.5 % quantile; 2 to 10 seeds
-AUC = ["auc_same", "auc_removed", "auc_flipped", "auc_unseen"]
-SHORTCUT = {
-    "unmarked": "no marker in training", "plain": "plain", "multitask": "multi-task",
-    "gated": "attention-gated", "gain": "GAIN", "rrr": "right for the right reasons",
-    "pipeline": "segmenter, then classifier", "swap": "backgrounds swapped", "isnet": "**ISNet, true masks**",
-    "isnet_prior": "**ISNet, one mask, registered**",
-    "isnet_attention": "**ISNet, one mask, SPAN's attention**",
-    "pipeline_attention": "segmenter, then classifier, the same mask",
-    "swap_attention": "backgrounds swapped, the same mask",
-}  # fmt: skip
-POOLINGS = [  # title, experiment, and what it is compared with
-    ("with labels: ViT, CLS, best head", "unmarked_vit", ""),
-    ("with labels: ViT, mean", "vit_gap_labels", "unmarked_vit"),
-    ("with labels: **ViT, SimPool**", "vit_simpool_labels", "unmarked_vit"),
-    ("with labels: ResNet, mean", "unmarked_resnet", ""),
-    ("with labels: **ResNet, SimPool**", "resnet_simpool_labels", "unmarked_resnet"),
-    ("DINO: ViT, CLS, best head", "vit_cls_dino", ""),
-    ("DINO: ViT, mean", "vit_gap_dino", "vit_cls_dino"),
-    ("DINO: **ViT, SimPool**", "vit_simpool_dino", "vit_cls_dino"),
-    ("DINO: **ViT, SimPool, guided by SPAN**", "vit_simpool_span", "vit_cls_dino"),
-    ("DINO: ResNet, mean", "resnet_gap_dino", ""),
-    ("DINO: **ResNet, SimPool**", "resnet_simpool_dino", "resnet_gap_dino"),
-]
-OBJECTS = {  # title: experiment, and the map that is measured
-    "ViT, CLS: mean of its heads": ("vit_cls", "mean_of_heads"),
-    "ViT, CLS: best head, chosen by masks": ("vit_cls", "best_head"),
-    "ViT, mean: class activation map": ("vit_gap", "class_activation"),
-    "**ViT, SimPool**": ("vit_simpool", "mean_of_heads"),
-    "ResNet, mean: class activation map": ("resnet_gap", "class_activation"),
-    "**ResNet, SimPool**": ("resnet_simpool", "mean_of_heads"),
-    "untrained ViT, SimPool": ("vit_simpool", "untrained"),
-    "untrained ResNet, SimPool": ("resnet_simpool", "untrained"),
-    "a Gaussian in the middle of the image": ("vit_simpool", "middle"),
-}
-FEW_LABELS = {
-    "scratch": "labels alone", "joint": "labels and relations together",
-    "tuned_relvit": "RelViT, then labels", "tuned_dino": "DINO, then labels",
-    "half": "labels alone, half the steps", "tuned_relvit_long": "RelViT 5 times as long, then labels",
-}  # fmt: skip
-LOCALISATION = {  # title: experiment, and what is measured
-    "prior": ("span", "prior"),
-    "registered prior": ("span", "aligned_prior"),
-    "**attention, one reference image**": ("span", "attention"),
-    "attention, one reference image, defaults of today": ("phantom_span", "attention"),
-    "attention, all masks": ("masks", "attention"),
-    "DINO, best head chosen on validation images": ("dino", "attention"),
-}
-FEW_MASKS = {  # of digits and leaves
-    "plain": "plain",
-    "swap_one": "1 mask: backgrounds swapped, masks registered",
-    "blind_one": "**1 mask: ISNet, swapping (default), masks registered**",
-    "blind_attention": "**1 mask: default, masks of SPAN's attention**",
-    "blind_ten": "10 masks: default, the others registered",
-    "blind_all": "all masks: default",
-}
-BLIND = {  # ways against backgrounds
-    "blind": "**ISNet, swapping: default**", "blind_one": "**the same, one mask, registered**",
-    "published": "ISNet as published",
-}  # fmt: skip
-READOUTS = {"linear": "linear layer", "heads": "each head's patches", "finetune": "fine-tuned"}
 # {table: what the names of its rows contain}; the first that fits
 COSTS = {
     "dino_costs": "DINO's step", "default_costs": "three steps", "isnet_costs": "ISNet / plain",
-    "baseline_costs": "/ plain",
-    "exposure": "attention", "views": "views",
+    "baseline_costs": "/ plain", "views": "views",
 }  # fmt: skip
-
-
-class Row(NamedTuple):
-    """Figures of one experiment, beside those of a reference."""
-
-    title: str
-    experiment: str
-    figures: list[str]
-    reference: str = ""
-
-
-def layout() -> dict[str, tuple[str, list[Row]]]:
-    """Header and rows of all tables of runs."""
-    regions = ["AP_left_lung", "AP_right_lung", "AP_heart", "mAP"]
-    where = [Row(title, run, [f"{of}_{x}" for x in regions]) for title, (run, of) in LOCALISATION.items()]
-    of_features = ["knn_mAUC", "linear_mAUC"]
-    titles = {"dino_long": "published loss", "always_long": "both additions in every step"}
-    titles |= {"long_dino": "**both near collapse, default**"}
-    lengths = [Row(title, run, of_features) for run, title in titles.items()]
-    ablation = [Row("settings of claim 1", "span", ["attention_mAP"])]
-    ablation += [Row(f"`{flag}`", run, ["attention_mAP"], "span") for run, flag in SPAN_CHANGES.items()]
-    parts = [f"attention_{x}" for x in ("AP_plate", "AP_holes", "AP_defect", "mAP")]
-    plates = [Row("DINO", "parts_dino", parts), Row("**SPAN, priors from statistics**", "parts_span", parts)]
-    transfer: dict[str, list[Row]] = {"": [], "parts_": []}
-    for how, readout in READOUTS.items():
-        figures = [f"{how}_mAUC{n}" for n in ("_1_percent", "_5_percent", "_10_percent", "_25_percent", "")]
-        for data, rows in transfer.items():
-            rows.append(Row(f"DINO: {readout}", f"{data}dino", figures))
-            rows.append(Row(f"**SPAN**: {readout}", f"{data}span", figures, f"{data}dino"))
-    shortcut, kinds, few = [], [], []
-    for backbone, name in BACKBONES.items():
-        for how, title in SHORTCUT.items():
-            figures = [*AUC, "relevance_share_same", "mask_dice"]
-            shortcut.append(Row(f"{name}: {title}", f"{how}_{backbone}", figures))
-            for kind, words in KINDS.items():
-                run = f"{how}_{kind}" if backbone == "resnet" else f"{backbone}_{how}_{kind}"
-                kinds.append(Row(f"{words}, {name}: {title}", run, AUC))
-    kinds.sort(key=lambda row: row.experiment.rpartition("_")[2])
-    changes = {"plain_resnet": "ResNet without ISNet", "isnet_resnet": "ResNet, ISNet"}
-    changes |= {run: f"ResNet, ISNet `{flag}`" for run, flag in RESNET_CHANGES.items()}
-    changes["isnet_vit"] = "ViT, ISNet"
-    changes |= {run: f"ViT, ISNet `{flag}`" for run, flag in VIT_CHANGES.items()}
-    failures = [Row(title, run, [*AUC[:3], "relevance_share_same"]) for run, title in changes.items()]
-    for n in (50, 500):
-        for how, title in FEW_LABELS.items():
-            alone = "" if how == "scratch" else f"scratch_symbols{n}"
-            few.append(Row(f"{n} labels a class: {title}", f"{how}_symbols{n}", ["accuracy_same"], alone))
-    of_few, masks = ["auc_same", "accuracy_same", "relevance_share_same", "mask_dice"], []
-    for kind in ("digits", "leaves"):
-        masks += [Row(f"{kind}, {title}", f"{kind}_{run}", of_few) for run, title in FEW_MASKS.items()]
-    blind, hospitals, grounds = [], [], []
-    exchanged = ("original", "mixed_same", "mixed_rand", "no_foreground", "only_background")
-    for backbone, name in BACKBONES.items():
-        for kind, words in {"corner": "an L in a corner", **KINDS}.items():
-            figures = ["auc_same", "auc_flipped", "auc_unseen", "relevance_share_same", "mask_dice"]
-            blind += [Row(f"{words}, {name}: {BLIND[w]}", f"{w}_{backbone}_{kind}", figures) for w in BLIND]
-        for way, title in (SHORTCUT | BLIND | {"tight": "default, no margin"}).items():
-            at = [f"auc_{x}" for x in ("same", "flipped", "hospital_A", "hospital_B", "hospital_C")]
-            at += ["relevance_share_hospital_C", "segmentation_Dice_hospital_C"]
-            hospitals.append(Row(f"{name}: {title}", f"{way}_{backbone}_hospitals", at))
-            of = [*(f"accuracy_{x}" for x in exchanged), "relevance_share_same"]
-            grounds.append(Row(f"{name}: {title}", f"{way}_{backbone}_grounds", of))
-    pooling = ["attention_AP_heart", "knn_mAUC", "linear_mAUC"]
-    scores, objects = ("AP", "MaxBoxAccV2", "CorLoc"), []
-    for title, (run, of) in OBJECTS.items():
-        accuracy = "no_accuracy" if of in ("untrained", "middle") else "accuracy_same"
-        objects.append(Row(title, f"object_{run}", [*(f"{of}_{score}" for score in scores), accuracy]))
-    labels = "mean AUC of findings; labels: | 1 % | 5 % | 10 % | 25 % | all"
-    header = "AUC | shortcut as in training | removed | flipped | another one"
-    at_each = "AUC | as in training | flipped | at A | at B | at C"
-    return {
-        "localisation": ("pixel AP | left lung | right lung | heart | mAP", where),
-        "lengths": ("DINO on 1500 phantoms, 60 epochs | k-NN, mAUC | linear layer, mAUC", lengths),
-        "ablation": ("one flag added | attention mAP", ablation),
-        "transfer": (labels, transfer[""]),
-        "parts": ("attention AP, heads chosen on validation images | plate | holes | defect | mAP", plates),
-        "parts_transfer": (labels, transfer["parts_"]),
-        "shortcut": (f"{header} | relevance in lungs and heart | Dice of masks", shortcut),
-        "kinds": (header, kinds),
-        "blind": ("AUC | as in training | flipped | another one | relevance inside | Dice of masks", blind),
-        "hospitals": (f"{at_each} | relevance inside, C | segmenter's Dice, C", hospitals),
-        "grounds": (f"accuracy | {' | '.join(exchanged).replace('_', ' ')} | relevance inside", grounds),
-        "failures": ("AUC | as in training | removed | flipped | relevance in lungs and heart", failures),
-        "pooling": (
-            "500 test images | attention on the heart, AP | k-NN, AUC | linear, AUC",
-            [Row(title, run, pooling, other) for title, run, other in POOLINGS],
-        ),
-        "objects": (f"objects anywhere | {' | '.join(scores)} | accuracy", objects),
-        "few_labels": ("symbols | accuracy", few),
-        "few_masks": ("marker flipped | AUC | accuracy | relevance in the mask | Dice of masks", masks),
-    }
 
 
 def why_not(name: str, run: Run, record: dict) -> str:
@@ -327,6 +176,15 @@ def of_costs(costs: dict[str, list[float]]) -> dict[str, str]:
     return {table: markdown("measured | ratio", lines) for table, lines in rows.items()}
 
 
+def of_curves(curves: dict[str, dict]) -> dict[str, str]:
+    """Time and memory of a ViT's step by how much of its attention is exposed, over those without."""
+    made, rows = curves[PATCHES], []
+    for i, patches in enumerate(made["x"]):
+        pairs = [(made[what], line) for line in (ROW, WHOLE) for what in ("time", "memory")]
+        rows.append([str(patches), *(f"{values[line][i] / values[NONE][i]:.2f}" for values, line in pairs)])
+    return {"exposure": markdown(f"patches | {ROW}: time | memory | {WHOLE}: time | memory", rows)}
+
+
 def of_wrong_masks(found: dict[str, list]) -> dict[str, str]:
     """AP and Dice of registered priors by how wrong the reference's masks are: mean, lowest to highest."""
     titles = {"reference image": "true masks of {n} reference images", "swapped": "masks of other regions"}
@@ -342,11 +200,13 @@ def of_wrong_masks(found: dict[str, list]) -> dict[str, str]:
 
 def tables(runs: dict, costs: dict[str, list[float]]) -> dict[str, str]:
     """All tables, by name."""
-    wrong = json.loads((ROOT / "results/wrong_mask.json").read_text())
+    files = (ROOT / "results/wrong_mask.json", ROOT / "results/curves.json")
+    wrong, curves = (json.loads(file.read_text()) for file in files)
     seed_0 = {name: run for name, run in runs.items() if run["seed"] == 0}
     made = {name: compared(runs, *table) for name, table in layout().items()}
     made["failures"] = compared(seed_0, *layout()["failures"])
-    return of_claims(runs) | made | of_steadiness(runs) | of_costs(costs) | of_wrong_masks(wrong)
+    measured = of_costs(costs) | of_curves(curves) | of_wrong_masks(wrong)
+    return of_claims(runs) | made | of_steadiness(runs) | measured
 
 
 def fill(text: str, made: dict[str, str]) -> str:

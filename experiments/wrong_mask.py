@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.checkpoint import write_file
-from common.data import Data, load, select
+from common.data import Data, select
+from common.foreground import mask_dice
 from common.metrics import localisation_ap
 from common.plots import LINES, plt
-from common.regions import mask_dice, priors_over
+from common.regions import priors_over
+from common.splits import load
 from experiments.runs import ROOT
 
 REFERENCES, IMAGES, BLUR = 20, 60, 0.025  # wrong masks: of a quarter of the reference images

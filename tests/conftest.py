@@ -10,8 +10,8 @@ import torch
 
 import evaluate
 import train
-from common.checkpoint import load_run
 from common import runs
+from common.checkpoint import load_run
 from common.runs import images_to_show
 
 torch.set_num_threads(1)  # a forked process must have one, and for small tensors it is faster
@@ -25,7 +25,7 @@ def few_images() -> Iterator[None]:
     """Runs in half the time: 8 validation and 8 test images, one shown, strong weight decays, plain plots."""
     real = images_to_show
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("common.data.DRAWN_SIZES", {"val": 8, "test": 8})
+        patch.setattr("common.splits.DRAWN_SIZES", {"val": 8, "test": 8})
         patch.setattr("common.probe.DECAYS", [0.1, 1.0])  # weaker ones fit so few images for long
         patch.setattr("common.plots.GRID", {"squeeze": False})  # the layout takes longer than the training
         for script in (runs, evaluate):

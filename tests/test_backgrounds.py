@@ -5,10 +5,11 @@ import torch
 
 from common.backgrounds import exchanged, without_foreground
 from common.baselines import Pipeline
-from common.data import SPLITS, Data, load
+from common.data import SPLITS, Data
 from common.hospitals import HOSPITALS, mixed, taken_at
 from common.measure import measure_backgrounds, measure_bias
 from common.phantom import phantom
+from common.splits import load
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 
 from common import data
-from common.data import SPLITS, SUFFIXES, DataError, load, load_folder, rows_at, select
+from common.data import SPLITS, DataError, rows_at, select
+from common.folder import SUFFIXES, load_folder, read_masks
+from common.splits import load
 
 RNG = np.random.default_rng(0)
 
@@ -112,7 +114,7 @@ def test_class_folders_give_one_hot_labels(tmp_path):
 
 
 def test_three_thousand_classes_are_labelled_in_a_moment(tmp_path, monkeypatch):
-    monkeypatch.setattr("common.data._decode", lambda path: np.zeros((8, 8), np.uint8))
+    monkeypatch.setattr("common.folder.decode", lambda path: np.zeros((8, 8), np.uint8))
     for i in range(3000):
         (tmp_path / f"{i:04d}").mkdir()
         (tmp_path / f"{i:04d}" / "a.png").touch()
@@ -295,7 +297,7 @@ def test_a_mask_that_is_a_link_out_of_its_folder_is_refused_by_name(folder, link
     (folder / "masks" / link).symlink_to(folder / "elsewhere" / Path(link).relative_to("heart"))
     assert "masks/heart/a.png is a link that leads out of" in refusal(folder)
     with pytest.raises(DataError, match="is a link that leads out of|holds no mask"):
-        data.read_masks(folder / "masks", str(folder), ["a.png"], 16)
+        read_masks(folder / "masks", str(folder), ["a.png"], 16)
 
 
 def test_the_reference_is_the_first_of_train_with_all_masks_else_moves_there_else_a_note_says_so(folder):
@@ -378,7 +380,7 @@ def test_a_faulty_table_is_refused_with_its_line(folder, text, line, words):
 
 @pytest.fixture
 def few(monkeypatch):
-    monkeypatch.setattr("common.data.DRAWN_SIZES", {"val": 60, "test": 60})
+    monkeypatch.setattr("common.splits.DRAWN_SIZES", {"val": 60, "test": 60})
 
 
 def marked(*, n: int = 2, **options):

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from common import datasets
-from common.data import load_folder
+from common.folder import load_folder
 
 RNG = np.random.default_rng(0)
 MASK = np.zeros((16, 12), dtype=np.uint8)

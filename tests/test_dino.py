@@ -179,10 +179,10 @@ def test_a_few_bad_steps_are_not_a_collapse_but_many_are_named_with_a_remedy():
 def test_training_provokes_both_kinds_of_collapse(kind, teacher_temp, center_momentum):
     """Without sharpening the outputs become uniform; without centring one prototype wins (their Figure 7)."""
     dino = small_dino(center_momentum)
-    dino.health = CollapseMonitor(16, patience=50)
+    dino.health = CollapseMonitor(16, patience=20)
     optimizer = torch.optim.AdamW([p for p in dino.parameters() if p.requires_grad], lr=3e-3)
     with pytest.raises(Collapse, match=kind):
-        for _ in range(300):
+        for _ in range(150):
             loss, _ = dino([torch.rand(16, 1, 16, 16)], teacher_temp)
             optimizer.zero_grad()
             loss.backward()

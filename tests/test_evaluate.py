@@ -13,11 +13,13 @@ import evaluate
 import train
 from common.checkpoint import load_run
 from common.config import parse
-from common.data import Data, load
+from common.data import Data
 from common.explain import decisions
+from common.folder import read_masks
 from common.models import load_model
-from common.regions import attention_masks, make_priors, read_masks, read_masses
+from common.regions import attention_masks, make_priors, read_masses
 from common.runs import Loaded
+from common.splits import load
 from common.weights import exported
 from vit import ViT
 
@@ -67,6 +69,7 @@ def test_all_labels_are_the_default_and_few_of_them_are_measured_on_request(two_
         assert min(Image.open(Path(two_runs[0]) / picture).size) > 100
 
 
+@pytest.mark.slow
 def test_runs_of_which_one_cannot_be_measured_are_shown_on_the_same_images(tmp_path, capsys):
     """Masks for a training and a test image: enough for a guided run, none to choose another's heads on."""
     splits = [f"{i}.png,{'train' if i < 4 else 'val' if i < 6 else 'test'}" for i in range(12)]

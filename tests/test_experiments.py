@@ -12,9 +12,11 @@ import torch
 import dino
 from common import config
 from common.checkpoint import Run
-from common.data import load, select
-from experiments import benchmark, equations, remedies, runs, tables, wrong_mask
+from common.data import select
+from common.splits import load
+from experiments import benchmark, curves, equations, remedies, runs, tables, wrong_mask
 from experiments.claims import Claim, claims
+from experiments.layout import layout
 
 ROOT = Path(__file__).parents[1]
 RESULTS = json.loads((ROOT / "results/runs.json").read_text())
@@ -88,7 +90,7 @@ def test_a_table_changes_when_a_result_changes():
 def test_every_experiment_that_a_claim_or_table_names_is_run():
     named = {words.split()[0] for claim in claims() for words in claim[3:6] if words}
     some = ("kinds", "blind", "hospitals", "grounds")  # not every way meets these
-    rows = [row for name, (_, rows) in tables.layout().items() if name not in some for row in rows]
+    rows = [row for name, (_, rows) in layout().items() if name not in some for row in rows]
     named |= {experiment for row in rows for experiment in (row.experiment, row.reference)}
     named |= {name for words in runs.PICTURES.values() for name in words.split()[1:]}
     assert named - {""} <= {name.rpartition("-")[0] for name in runs.RUNS}
@@ -224,10 +226,20 @@ def test_a_step_of_dino_as_released_changes_the_weights_as_ours_does(monkeypatch
 def test_the_recorded_costs_are_those_that_the_benchmark_measures(monkeypatch):
     pair = (None, None)
     parts = {"ratio": 1, "kept_bytes": 1, "classifier": pair, "dino_steps": pair, "os.cpu_count": 2}
-    parts["torch.set_num_threads"] = 0
+    parts |= {"torch.set_num_threads": 0, "operations": 1, "images_a_second": 1}
     for part, value in parts.items():
         monkeypatch.setattr(f"experiments.benchmark.{part}", lambda *args, value=value: value)
     assert [name for name, _ in benchmark.measured(1, "cpu")] == list(COSTS)
+
+
+def test_a_cost_curve_is_relative_to_its_first_line_at_its_first_setting(monkeypatch):
+    weights = [torch.ones(n, requires_grad=True) for n in (10, 20, 30, 60)]
+    losses = [lambda w=w: w.square().sum() for w in weights]
+    monkeypatch.setattr(curves, "seconds", lambda works: [2.0, 3.0, 4.0, 8.0])
+    made = curves.panel([5, 7], {"a": losses[:2], "b": losses[2:]})
+    assert made["time"] == {"a": [1, 1.5], "b": [2, 4]} and made["memory"] == {"a": [1, 2], "b": [3, 6]}
+    row, whole = (curves.vit_step(32, 8, 2, 3, line)() for line in (curves.ROW, curves.WHOLE))
+    torch.testing.assert_close(row, whole)  # only how it is computed differs
 
 
 def test_every_numbered_equation_has_its_lines_and_a_test_that_exists():

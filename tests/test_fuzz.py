@@ -11,7 +11,8 @@ from PIL import Image
 import train
 from common.checkpoint import load_run
 from common.config import parse
-from common.data import DataError, load_folder
+from common.data import DataError
+from common.folder import load_folder
 from common.models import load_model
 
 ROWS = "file,split,heart,note\na.png,train,1,0\nb.png,val,0,1\nc.png,test,,0\n"

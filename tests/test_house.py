@@ -67,7 +67,7 @@ def test_no_file_but_the_config_s_users_sees_all_settings():
         "f(config=1)",
     ):
         assert sees_all_settings(use) and not sees_all_settings(f"'{use}'")
-    allowed = {"config", "checks", "models", "runs", "regions", "checkpoint"}  # make, check, use, store them
+    allowed = {"config", "checks", "models", "runs", "regions", "foreground", "checkpoint"}
     paths = [*(ROOT / "common").glob("*.py"), *(ROOT / f"{name}.py" for name in CONCEPTS)]
     assert {path.stem for path in paths if sees_all_settings(path.read_text())} <= allowed
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.data import DRAWN, load
 from common.metrics import auc
 from common.phantom import BATCH, FINDINGS, MARKERS, phantom, stamp
+from common.splits import DRAWN, load
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_a_marker_that_cannot_be_drawn_is_refused(size, kind, masks, line):
 
 def test_markers_anywhere_are_placed_anew_in_each_split_but_alike_in_all_test_images(monkeypatch):
     seeds = []
-    monkeypatch.setattr("common.data.DRAWN_SIZES", {"val": 2, "test": 2})
+    monkeypatch.setattr("common.splits.DRAWN_SIZES", {"val": 2, "test": 2})
     monkeypatch.setattr("common.phantom.stamp", lambda images, *given: seeds.append(given[-1]) or images)
     for seed in (0, 1):
         load("phantom", 64, seed, 2, marker=1, marker_kind="anywhere")

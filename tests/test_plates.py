@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.data import load
 from common.plates import plates
+from common.splits import load
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_defects_change_the_image_where_their_mask_lies_and_nowhere_else(monkeyp
 
 
 def test_the_reference_image_has_every_region_and_each_split_its_own_images(monkeypatch):
-    monkeypatch.setattr("common.data.DRAWN_SIZES", {"val": 8, "test": 9})
+    monkeypatch.setattr("common.splits.DRAWN_SIZES", {"val": 8, "test": 9})
     splits, reference, notes = load("parts", 64, seed=0, train_images=20)
     train = splits["train"]
     assert train.masks[train.names.index(reference)].flatten(1).any(dim=1).all() and not notes

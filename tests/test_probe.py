@@ -94,7 +94,8 @@ def test_a_probe_finds_what_is_there_and_only_chance_with_shuffled_labels(how):
     assert 0.3 < mean_auc(shuffled, how) < 0.7
 
 
-def test_fine_tuning_trains_a_copy_and_depends_on_no_seed_but_its_own():
+def test_fine_tuning_trains_a_copy_and_depends_on_no_seed_but_its_own(monkeypatch):
+    monkeypatch.setattr(probe, "STEPS", 10)
     splits, model, before = bright_or_dark(20), encoder(), encoder().state_dict()
     x = {split: probe.features_of(model, data.images) for split, data in splits.items()}
     a, b, c = (probe.finetuned_scores(model, splits, x, torch.arange(20), seed) for seed in (0, 0, 1))
@@ -103,6 +104,7 @@ def test_fine_tuning_trains_a_copy_and_depends_on_no_seed_but_its_own():
 
 
 def test_features_are_extracted_once_for_several_probes(monkeypatch):
+    monkeypatch.setattr(probe, "STEPS", 4)
     splits, kept, real, extracted = bright_or_dark(), {}, probe.features_of, []
     alone = {how: probe.probe(encoder(), splits, how) for how in probe.PROBES}
     monkeypatch.setattr(probe, "features_of", lambda *a, heads: extracted.append(heads) or real(*a, heads))
@@ -136,7 +138,8 @@ def test_a_fraction_is_measured_by_several_draws_reproducibly(how, monkeypatch):
 
 
 @pytest.mark.parametrize("how", probe.PROBES)
-def test_few_or_no_known_labels_do_not_crash_or_count(how):
+def test_few_or_no_known_labels_do_not_crash_or_count(how, monkeypatch):
+    monkeypatch.setattr(probe, "STEPS", 30)
     splits = bright_or_dark(12)
     for positives in (0, 1):
         splits["train"].labels[:, 0] = torch.arange(12) < positives

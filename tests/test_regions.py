@@ -11,9 +11,10 @@ from PIL import Image
 
 import train
 from common.checkpoint import load_run
-from common.data import Data, load
-from common.regions import are_made, check_foreground, foreground, make_priors, mask_dice, masks_held
-from common.regions import mass_held, prior_maps, priors_over, registered_masks
+from common.data import Data
+from common.foreground import are_made, check_foreground, foreground, mask_dice, registered_masks
+from common.regions import make_priors, masks_held, mass_held, prior_maps, priors_over
+from common.splits import load
 from common.symbols import draw_digit
 
 pytestmark = pytest.mark.usefixtures("few_test_images")

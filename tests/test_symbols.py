@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from common import symbols
-from common.data import load
+from common.splits import load
 
 
 @pytest.fixture

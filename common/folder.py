@@ -1,0 +1,226 @@
+"""A folder of pictures, with masks and labels, as tensors in three splits: train, val and test.
+
+    hospital/images/a.png  b.jpg          parts/good/1.png  2.png
+    hospital/masks/heart/a.png            parts/scratched/1.png
+    hospital/labels.csv
+
+docs/data.md describes both layouts, masks, labels and splits, and what becomes of an image.
+"""
+
+import csv
+import math
+import zlib
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from common.data import SPLITS, Data, DataError, Loaded, printable, select
+from common.pictures import decode, image_size, to_tensor
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".pgm")
+LAYOUT = "expected images/ with optional masks/<region>/ and labels.csv, or one folder of images per class"
+LABELS = {"0": 0.0, "1": 1.0, "": math.nan, "0.0": 0.0, "1.0": 1.0}  # pandas writes 1.0 beside blanks
+
+
+def load_folder(folder: str | Path, img_size: int, reference: str | None = None) -> Loaded:
+    """The images and masks of a folder, resized to S = img_size, both sides independently.
+
+    The reference image is the one asked for, else the first of train (or val, or test) with all masks; it
+    moves to train. A damaged image is skipped with a note. Raises DataError.
+    """
+    folder, notes, paths, findings, labels, split, masks = Path(folder), [], {}, [], {}, {}, {}
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder; {LAYOUT}")
+    if (folder / "images").is_dir():
+        paths = {path.name: path for path in _listed(folder / "images")}
+        findings, labels, split = _read_labels(folder / "labels.csv", paths)
+        masks = _find_masks(folder / "masks", paths, notes)
+    elif not (folder / "masks").exists() and not (folder / "labels.csv").exists():  # masks are not a class
+        paths = {f"{sub.name}/{path.name}": path for sub in _listed(folder, True) for path in _listed(sub)}
+        findings, labels = _one_hot({name: printable(path.parent.name) for name, path in paths.items()})
+    if not paths:
+        raise DataError(f"{folder} holds no images ({' '.join(SUFFIXES)}); {LAYOUT}")
+    data = _read_images(paths, masks, img_size, notes)
+    if findings:
+        unknown = torch.full((len(findings),), math.nan)
+        rows = torch.stack([labels.get(name, unknown) for name in data.names])  # (N, K)
+        data = data._replace(labels=rows, findings=findings)
+    if not split:  # by the checksum of the names: the same for every seed, on every machine
+        order = sorted(data.names, key=lambda n: (zlib.crc32(n.encode("utf-8", "surrogateescape")), n))
+        held_out = max(1, round(0.15 * len(order))) if len(order) > 2 else 0
+        split = dict.fromkeys(order, "train") | dict.fromkeys(order[len(order) - 2 * held_out :], "val")
+        split |= dict.fromkeys(order[len(order) - held_out :], "test")
+    reference = _choose_reference(data, masks, split, reference, notes)
+    splits = {s: select(data, torch.tensor([split[name] == s for name in data.names])) for s in SPLITS}
+    notes += [f"{folder}: no images in {s}" for s in SPLITS if not splits[s].names]
+    return splits, reference, [printable(note) for note in notes]
+
+
+def _listed(folder: Path, folders: bool = False) -> list[Path]:
+    """The image files in a folder, or its folders, without hidden ones."""
+    paths = (path for path in sorted(folder.iterdir()) if path.name[0] != ".")
+    return [p for p in paths if (p.is_dir() if folders else p.suffix.lower() in SUFFIXES and p.is_file())]
+
+
+def _one_hot(classes: dict[str, str]) -> tuple[list[str], dict[str, Tensor]]:
+    """The classes (K), sorted, and {image name: label (K,)} of {image name: class}."""
+    findings = sorted(set(classes.values()))
+    labels = dict(zip(findings, torch.eye(len(findings))))
+    return findings, {name: labels[c] for name, c in classes.items()}
+
+
+def _find_masks(folder: Path, images: dict[str, Path], notes: list[str]) -> dict[str, dict[str, Path]]:
+    """{region: {image name: mask file}}: by the image's full name, or else by its stem."""
+    stems, masks = defaultdict(list), {}
+    for name, path in images.items():
+        stems[path.stem].append(name)
+    for region in _listed(folder, folders=True) if folder.is_dir() else []:
+        own = masks[printable(region.name)] = {}
+        for path in _listed(region):
+            # masks/heart/a.png belongs to images/a.png, never to an images/a.jpg beside it.
+            names = [path.name] if path.name in images else stems[path.stem]
+            notes += [] if names else [f"{path} is not used: no image has this name"]
+            for name in names:
+                if own.setdefault(name, path) != path:
+                    raise DataError(f"{own[name]} and {path} are both masks of {images[name]}; remove one")
+    return masks
+
+
+def _read_mask(path: Path, folder: Path, image: str, shape: tuple[int, int] | None, size: int) -> Tensor:
+    """(S, S) bool: pixels from half of the mask's maximum on, so 0/1, 0/255 and soft grey are alike."""
+    if not path.resolve().is_relative_to(folder.resolve()):  # the sender of the folder may be malicious
+        raise DataError(f"{path} is a link that leads out of {folder}; replace it by a copy")
+    pixels = np.atleast_3d(decode(path)).max(axis=2)  # (H, W); not the luminance: blue counts like white
+    if shape is not None and pixels.shape != shape:
+        mine, theirs = (f"{width} x {height} px" for height, width in (pixels.shape, shape))
+        raise DataError(f"{path} is {mine} but its image {image} is {theirs}; resize the mask to that")
+    inside = Image.fromarray(((pixels > 0) & (pixels >= pixels.max() / 2)).astype(np.float32))
+    return torch.from_numpy(np.array(inside.resize((size, size), Image.Resampling.BILINEAR)) >= 0.5)
+
+
+def by_stem(names: list[str]) -> dict[str, int]:
+    """{name without suffix: its index}, as masks name images. Raises DataError if two are alike."""
+    stems: dict[str, int] = {}
+    for i, name in enumerate(names):
+        first = stems.setdefault(Path(name).with_suffix("").as_posix(), i)
+        if first != i:
+            raise DataError(f"{names[first]} and {name} would have one mask's name; rename one of them")
+    return stems
+
+
+def read_masks(folder: Path, data: str | None, names: list[str], size: int) -> Tensor:
+    """Masks (N, 1, S, S) bool of the images `names`: the union of the files <name> and <region>/<name>.
+
+    data: the folder of the images, or None for drawn ones, whose masks may have any size. Masks that are
+    missing are empty. Raises DataError, also if all are missing.
+    """
+    if (folder / "images").is_dir() or data and folder.resolve() == Path(data).resolve():
+        raise DataError(f"{folder} holds images, which are no masks; name the folder of the masks")
+    wanted, any_mask = by_stem(names), False
+    masks = torch.zeros(len(names), 1, size, size, dtype=torch.bool)
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        i = wanted.get(name, wanted.get(name.partition("/")[2]))
+        if i is not None and name[0] != "." and path.suffix.lower() in SUFFIXES and path.is_file():
+            shape, any_mask = image_size(data, names[i]) if data else None, True
+            masks[i, 0] |= _read_mask(path, folder, names[i], shape, size)
+    if not any_mask:
+        raise DataError(f"{folder} holds no mask of any training image; name them like `{names[0]}`")
+    return masks
+
+
+def _read_images(paths: dict[str, Path], masks: dict[str, dict], size: int, notes: list[str]) -> Data:
+    def read(name: str) -> tuple[Tensor, Tensor, int] | DataError:
+        """An image (C, S, S), its masks (R, S, S), its shorter side in the file; or why it is skipped."""
+        try:
+            pixels = decode(paths[name])
+        except DataError as error:
+            return error
+        own = torch.zeros(len(masks), size, size, dtype=torch.bool)
+        for mask, files in zip(own, masks.values()):
+            if path := files.get(name):
+                mask[:] = _read_mask(path, path.parents[1], str(paths[name]), pixels.shape[:2], size)
+        return to_tensor(pixels, size, size), own, min(pixels.shape[:2])
+
+    with ThreadPoolExecutor(8) as threads:
+        bar = dict(desc="reading", total=len(paths), leave=False, delay=5, disable=None)
+        results = list(tqdm(threads.map(read, paths), **bar))
+    notes += [f"skipped {result}" for result in results if isinstance(result, DataError)]
+    names = [name for name, result in zip(paths, results) if isinstance(result, tuple)]
+    if not names:
+        raise DataError(f"none of {len(paths)} images can be read; replace them ({notes[-1]})")
+    images, own, sides = zip(*(result for result in results if isinstance(result, tuple)))
+    side = int(np.median(sides))
+    more = 224 if side >= 224 else 128
+    if side >= max(128, 2 * size) and more > size:
+        flags = f"--img-size {more} --patch-size 16"
+        notes.append(f"images of {side} px become {size} px; {flags} keeps more of them")
+    channels = max(map(len, images))
+    images = torch.stack([image.expand(channels, -1, -1) for image in images])  # (N, C, S, S)
+    known = torch.tensor([bool(masks) and all(name in files for files in masks.values()) for name in names])
+    return Data(images, torch.stack(own) if masks else None, known, None, names, list(masks), [])
+
+
+def _read_labels(path: Path, images: dict) -> tuple[list[str], dict[str, Tensor], dict[str, str]]:
+    """Findings (K), {image name: label (K,)}, and {image name: split}, empty without a column `split`."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else [b"file"]
+    reader, rows = csv.reader((line.decode("utf-8-sig") for line in lines), strict=True), {}
+    try:
+        header = [cell.strip() for cell in next(filter(any, reader), [])]
+        columns = [column for column in header if column not in ("file", "split", "label")]
+        twice = len(set(header)) < len(header) or "label" in header and columns
+        if "file" not in header or "" in header or twice:
+            raise ValueError(f"`{','.join(header)}` must be `file` and either `label` or findings, each once")
+        for cells in filter(any, reader):
+            row = dict(zip(header, map(str.strip, cells)))
+            if len(cells) != len(header):
+                raise ValueError(f"`{cells[0]}` has {len(cells)} cells, not {len(header)}; check the commas")
+            if row["file"] not in images:
+                raise ValueError(f"no `{row['file']}` in images/; give a name with its suffix")
+            if row["file"] in rows:
+                raise ValueError(f"`{row['file']}` is listed twice; remove one of its rows")
+            if row.get("split", "train") not in SPLITS:
+                raise ValueError(f"split `{row['split']}` is not train, val or test; use one of these")
+            for column in columns:
+                if row[column] not in LABELS:
+                    raise ValueError(f"column `{column}` holds `{row[column]}`; use 0, 1 or blank")
+            rows[row["file"]] = row
+    except UnicodeDecodeError:
+        raise DataError(f"{path}, line {reader.line_num + 1}: not UTF-8; save it as 'CSV UTF-8'") from None
+    except (ValueError, csv.Error) as error:
+        problem = " ".join(str(error).split())  # cells may hold newlines
+        raise DataError(f"{path}, line {max(1, reader.line_num)}: {problem}") from None
+    split = {name: rows[name]["split"] if name in rows else "train" for name in images if "split" in header}
+    if "label" in header:
+        return *_one_hot({name: row["label"] for name, row in rows.items() if row["label"]}), split
+    labels = {name: torch.tensor([LABELS[row[column]] for column in columns]) for name, row in rows.items()}
+    return columns, labels, split
+
+
+def _choose_reference(data: Data, masks: dict, split: dict, name: str | None, notes: list) -> str | None:
+    """The reference image's name; moves it to train in `split`."""
+    complete = [name for name, known in zip(data.names, data.has_masks.tolist()) if known]
+    if name is None and not complete:
+        if masks:
+            counts = ", ".join(f"{region} has {len(files)}" for region, files in masks.items())
+            lacks = ([f"masks/{r}/{n}" for r, files in masks.items() if n not in files] for n in data.names)
+            nearest = " and ".join(min(lacks, key=len))
+            notes.append(f"no image has a mask in every region: {counts}; to complete one, add {nearest}")
+        return None
+    empty = dict(zip(data.names, (~data.masks.flatten(2).any(dim=2)).any(dim=1).tolist())) if complete else {}
+    name = name or min(complete, key=lambda n: (SPLITS.index(split[n]), empty[n]))  # the first that shows all
+    if name not in data.names:
+        raise DataError(f"sample `{name}` is no readable image; use a name like `{data.names[0]}`")
+    if name not in complete:
+        region, *_ = [region for region, files in masks.items() if name not in files] or ["<region>"]
+        raise DataError(f"sample `{name}` has no mask of {region}; expected masks/{region}/{name}")
+    if split[name] != "train":
+        notes.append(f"{name} moves from {split[name]} to train as the reference image")
+        split[name] = "train"
+    return name

@@ -1,0 +1,135 @@
+"""The foreground of a classifier's training images, from one of these sources:
+
+    data        the masks that come with the images; images without get the reference image's, registered
+    prior       the reference image's masks, registered to all images
+    attention   the guided heads of the run --init
+    RUN         the guided heads of another run: a convnet can't start from a ViT
+    DIR         masks of any other tool: DIR/<region>/<image's name>, or DIR/<image's name>, as large as the
+                image, upright if its EXIF turns it; of several regions the union
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.checkpoint import load_run, write_file
+from common.data import BATCH, Data, select
+from common.folder import read_masks
+from common.models import load_model
+from common.regions import attention_masks, priors_over, read_masses
+from common.splits import DRAWN
+from common.weights import reason
+
+REFERENCES = 5  # images with masks that are registered to those without
+
+
+def foreground(source: str, splits: dict[str, Data], data: str, init: Path | None, prior: tuple) -> Tensor:
+    """The foreground of the training images, (N, 1, S, S) bool, empty where there is none.
+
+    source: data, prior, attention (of the run init), or a folder. prior: the arguments of `priors_over` after
+    images. Prints how well the masks agree with the data's own. Raises ValueError.
+    """
+    train, folder = splits["train"], Path(init if source == "attention" else source)
+    if source == "data":
+        own = train.has_masks
+        if not own.any():
+            counts = ", ".join(f"{s} {int(d.has_masks.sum())} of {len(d.names)}" for s, d in splits.items())
+            line = f"images with a mask for every region: {counts}; one of train must have them"
+            raise ValueError(f"{line}: add masks, or change labels.csv")
+        masks = own[:, None, None, None] & train.masks.any(dim=1, keepdim=True)
+        if not own.all():
+            print(f"warning: {int(own.sum())} of {len(own)} training images have masks, the others get these")
+            masks[~own] = registered_masks(train.images[~own], ("sample", *prior[1:]), REFERENCES)
+    elif source == "prior":
+        masks = registered_masks(train.images, prior)
+    elif (folder / "config.json").is_file():
+        masks = masks_of_run(folder, data, train.images)
+    else:
+        masks = read_masks(folder, None if data in DRAWN else data, train.names, train.images.shape[-1])
+    if source != "data" and train.has_masks.any():
+        print(f"masks from {source}: Dice {100 * mask_dice(masks, train):.1f} % with those of the data")
+    return masks
+
+
+def are_made(source: str, has_masks: Tensor) -> bool:
+    """Whether masks from a source are made of those of few images, and so fit less well."""
+    if source == "data":
+        return not bool(has_masks.all())
+    return source in ("prior", "attention") or (Path(source) / "config.json").is_file()
+
+
+def check_foreground(source: str, train: Data, stay: Tensor) -> None:
+    """Print how many training images stay (N,) since their foreground is known.
+
+    Raises ValueError if fewer than a tenth do, or none of a class: a classifier would learn nothing of it.
+    """
+    line = f"--masks {source}: the foreground of {int(stay.sum())} of {len(stay)} training images is known"
+    there, kept = ((labels == 1).any(dim=0) for labels in (train.labels, train.labels[stay]))
+    lost = [name for name, before, now in zip(train.findings, there, kept) if before and not now]
+    if lost or stay.sum() < max(2, len(stay) / 10):
+        of_class = f", of none with {', '.join(lost[:5])}" if lost else ""
+        raise ValueError(f"{line}{of_class}: add masks, or take those of a run by --masks RUN")
+    print(line + ("" if stay.all() else "; the others are left out of training"))
+
+
+def registered_masks(images: Tensor, prior: tuple, most: int = 1) -> Tensor:
+    """Masks (M, 1, S, S) bool of images (M, C, S, S) by priors, empty where these can't be trusted.
+
+    prior: the arguments of `priors_over` after images. most: how many reference images are tried; an image
+    gets the masks of the one that is found best in it. Raises ValueError.
+    """
+    source, train, reference, *how = prior
+    masks, best = torch.zeros_like(images[:, :1], dtype=torch.bool), torch.zeros(len(images))
+    references = [reference]
+    if most > 1:  # whose masks are all there, and not empty
+        complete = train.has_masks & train.masks.flatten(2).any(dim=2).all(dim=1)  # (N,)
+        references += [n for n in select(train, complete).names if n != reference][: most - 1]
+    for name in references:
+        over = priors_over(images, source, train, name, *how)
+        for index in torch.arange(len(images), device=how[-1]).split(BATCH):
+            priors, confidence = (x.cpu() for x in over(index))
+            index = index.cpu()
+            better = confidence > best[index].clamp(min=0.49)
+            masks[index[better]] = (priors[better] > 0.5).any(dim=1, keepdim=True)
+            best[index[better]] = confidence[better]
+    return masks
+
+
+def masks_of_run(folder: Path, data: str, images: Tensor) -> Tensor:
+    """The union (M, 1, H, W) bool of the masks of a run's guided heads, for images (M, C, H, W) uint8.
+
+    Raises ValueError.
+    """
+    run, masses = load_run(folder), read_masses(folder)
+    if images.shape[1] != run.spec.channels:
+        counts = f"{run.spec.channels} channels, these images have {images.shape[1]}"
+        raise ValueError(f"{folder} learned from {counts}: name a run of such images")
+    if (trained_on := run.config.data) != data:
+        print(f"note: {folder} was trained on {trained_on}; look at its masks for {data}: --export-masks")
+    encoder, layer = load_model(folder, run), run.config.span_layer
+    masks = (attention_masks(encoder, masses, x, layer) for x in images.split(BATCH))
+    return torch.cat([m.any(dim=1, keepdim=True) for m in masks])
+
+
+def mask_dice(masks: Tensor, data: Data) -> float:
+    """Mean Dice of masks (N, 1, S, S) with the union of the data's own, over the images that have them."""
+    own, masks = data.masks[data.has_masks].any(dim=1), masks[data.has_masks][:, 0]
+    both, size = (own & masks).sum(dim=(1, 2)), own.sum(dim=(1, 2)) + masks.sum(dim=(1, 2))
+    return float((2 * both / size).nanmean())
+
+
+def keep_masks(run: Path, masks: Tensor) -> None:
+    """Write masks (N, 1, S, S) bool into a run's folder, for --resume."""
+    write_file(run / "masks.pt", torch.from_numpy(np.packbits(masks.numpy())))
+
+
+def kept_masks(run: Path, shape: tuple[int, ...]) -> Tensor:
+    """The masks (N, 1, S, S) bool that `keep_masks` wrote. Raises ValueError."""
+    try:
+        bits = np.unpackbits(torch.load(run / "masks.pt", weights_only=True).numpy())
+        return torch.from_numpy(bits[: math.prod(shape)].reshape(shape).astype(bool))
+    except Exception as error:  # a damaged file fails in the unpickler in many ways
+        raise ValueError(f"{run}/masks.pt can't be read ({reason(error)}): train again") from None

@@ -1,0 +1,68 @@
+"""One picture as pixels: any format, depth and orientation; a damaged one is refused in one line."""
+
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from common.data import DataError
+
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP", "PPM")  # a PostScript file would run Ghostscript
+warnings.filterwarnings("ignore", module="PIL")  # about odd metadata
+
+
+def decode(path: Path) -> np.ndarray:
+    """Upright pixels (H, W) or (H, W, 3): uint8, or grey in its own depth. Raises DataError."""
+    try:
+        with Image.open(path, formats=FORMATS) as file:
+            most = Image.MAX_IMAGE_PIXELS or math.inf  # Pillow only warns
+            if min(file.size) < 8 or math.prod(file.size) > most:
+                raise ValueError(f"{file.width} x {file.height} px; the limits are 8 x 8 and {most} px")
+            image = ImageOps.exif_transpose(file)
+        if image.mode[0] not in "IF":  # I, I;16, I;16B and F are deeper than 8 bit
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
+            image = image.convert("L" if image.mode in ("1", "L") else "RGB")
+        pixels = np.asarray(image)
+        if not np.isfinite(pixels).all():
+            raise ValueError("NaN or infinite pixels")
+        return pixels
+    except Exception as error:  # Pillow raises almost anything on a damaged file, not only OSError
+        problem = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{path}: this image cannot be read ({problem}); repair or remove it") from None
+
+
+def to_tensor(pixels: np.ndarray, height: int, width: int) -> Tensor:
+    """(H, W) or (H, W, 3) to (1 or 3, height, width) uint8."""
+    deep = pixels.dtype != np.uint8
+    if deep:  # stretch in full precision, before the resize; a constant image is black
+        pixels = pixels.astype(np.float64) - float(pixels.min())
+        pixels = (pixels / (pixels.max() or 1)).astype(np.float32)
+    resized = np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
+    resized = np.rint(255 * resized).astype(np.uint8) if deep else resized
+    image = torch.from_numpy(np.atleast_3d(resized)).permute(2, 0, 1)
+    return image[:1].clone() if (image == image[:1]).all() else image
+
+
+def read_picture(path: Path, side: int, multiple: int, channels: int) -> tuple[Tensor, tuple[int, int]]:
+    """One image (1, channels, H, W) uint8, H and W multiples of `multiple`, and the file's height and width.
+
+    The shorter side is about `side` px, the longer at most 16 times that. Raises DataError if the file can't
+    be read.
+    """
+    pixels = decode(path)
+    size = pixels.shape[:2]
+    scale = min(side / min(size), 16 * side / max(size))
+    image = to_tensor(pixels, *(max(1, round(edge * scale / multiple)) * multiple for edge in size)).float()
+    image = image if len(image) == channels else image.mean(dim=0, keepdim=True).expand(channels, -1, -1)
+    return image[None].round().to(torch.uint8), size
+
+
+def image_size(data: str, name: str) -> tuple[int, int]:
+    """Height and width of an image of the folder `data`, upright. Raises DataError if it can't be read."""
+    images = Path(data) / "images"
+    return decode((images if images.is_dir() else Path(data)) / name).shape[:2]

@@ -1,0 +1,126 @@
+"""Cost curves: time and memory of a training step by image size, patches, heads, batch, width and depth.
+
+    python -m experiments.curves [OUT]      some minutes on an idle machine; writes curves.json and curves.png
+
+A ViT that exposes one row of its attention, against one that exposes none and one that writes attention out;
+ISNet by default, against the plain classifier. The settings of a panel are timed in turn, round after round,
+so that a machine that drifts slows all alike. Medians over rounds; 1 is the first line at its first setting.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from common.checkpoint import write_file
+from common.plots import LINES, plt
+from experiments.benchmark import RESNET, SMALL, VIT, WrittenOut, classifier, kept_bytes
+from experiments.runs import ROOT
+from vit import Attention, ViT
+
+ROUNDS = 7
+NONE, ROW, WHOLE = "no attention exposed", "one row exposed", "attention written out"
+PLAIN, ISNET = "plain classifier", "ISNet, every third step"
+PATCHES = "patches (of 8 px)"
+VITS = {  # panel: settings, each (x, image side, patch size, heads, batch)
+    "image side, px (patches of 16 px)": [(side, side, 16, 6, 8) for side in (64, 128, 224, 448)],
+    PATCHES: [(n * n, 8 * n, 8, 6, 1) for n in (8, 16, 32, 64)],
+    "heads (256 patches)": [(heads, 128, 8, heads, 8) for heads in (1, 2, 3, 6, 12)],
+    "images a batch (64 patches)": [(batch, 64, 8, 6, batch) for batch in (4, 16, 64, 256)],
+}
+CLASSIFIERS = {  # panel: settings, each (x, flags)
+    "width of a ResNet": [(width, f"{RESNET} --embed-dim {width}") for width in (16, 64, 256)],
+    "depth of a ViT": [(depth, f"{VIT} --depth {depth}") for depth in (1, 3, 6, 12)],
+}
+
+
+def vit_step(side: int, patch_size: int, heads: int, batch: int, line: str) -> Callable[[], Tensor]:
+    """A loss of the features, and of the attention that is exposed, by a ViT of 2 blocks."""
+    torch.manual_seed(0)
+    vit, images = ViT(side, patch_size, 1, 96, 2, heads), torch.rand(batch, 1, side, side)
+    for module in vit.modules():
+        if line == WHOLE and isinstance(module, Attention):
+            module.__class__ = WrittenOut
+
+    def loss() -> Tensor:
+        features = vit(images, layer=None if line == NONE else -1)
+        return features.pooled.square().mean() + (0 if line == NONE else features.attention.square().mean())
+
+    return loss
+
+
+def seconds(works: list[Callable]) -> list[float]:
+    """The median time of each, timed in turn after one round to warm up."""
+    rounds: list[list[float]] = []
+    for _ in range(ROUNDS + 1):
+        rounds.append([])
+        for work in works:
+            started = time.perf_counter()
+            work()
+            rounds[-1].append(time.perf_counter() - started)
+    return [median(times) for times in zip(*rounds[1:])]
+
+
+def panel(x: list[int], lines: dict[str, list[Callable]], steps: int = 1) -> dict:
+    """Time and memory of {line: a loss for each x}; a loss of several steps is called with each in turn."""
+
+    def trained(loss: Callable) -> Callable:
+        return lambda: [loss(step).backward() for step in range(steps)] if steps > 1 else loss().backward()
+
+    flat = [loss for line in lines.values() for loss in line]
+    found: dict[str, list[float]] = {"time": seconds([trained(loss) for loss in flat])}
+    found["memory"] = [kept_bytes(loss) for loss in flat]
+    made: dict = {"x": x}
+    for what, values in found.items():
+        relative = [round(v / values[0], 3) for v in values]
+        made[what] = {name: relative[i * len(x) : (i + 1) * len(x)] for i, name in enumerate(lines)}
+    return made
+
+
+def measured() -> dict[str, dict]:
+    """{panel: x, time and memory}."""
+    found = {}
+    for name, settings in VITS.items():
+        lines = {line: [vit_step(*sizes, line) for _, *sizes in settings] for line in (NONE, ROW, WHOLE)}
+        found[name] = panel([x for x, *_ in settings], lines)
+    for name, settings in CLASSIFIERS.items():
+        lines = {}
+        for line, added in {PLAIN: "", ISNET: "--isnet 0.3"}.items():
+            lines[line] = [classifier(f"{flags} {added}", SMALL, "cpu")[0] for _, flags in settings]
+        found[name] = panel([x for x, _ in settings], lines, steps=3)
+    return found
+
+
+def draw(found: dict[str, dict], path: Path) -> None:
+    """Write the curves, three panels a row: time above, memory below."""
+    figure, axes = plt.subplots(4, 3, figsize=(8.4, 8.4), layout="constrained")
+    for k, (name, made) in enumerate(found.items()):
+        for row, what in enumerate(("time", "memory")):
+            ax = axes[2 * (k // 3) + row, k % 3]
+            for (line, values), colour in zip(made[what].items(), LINES):
+                ax.plot(made["x"], values, "o-", color=colour, markersize=3, label=line)
+            ax.set(xscale="log", yscale="log", ylabel="memory kept" if row else "time of a step", xlabel=name)
+            ax.set_xticks(made["x"], [str(x) for x in made["x"]])
+            ax.minorticks_off()
+            ax.yaxis.set_major_formatter("{x:g}")
+            if not row:
+                ax.legend(loc="upper left")
+    figure.savefig(path)
+
+
+def main() -> None:
+    """Measure, write the figures and draw them."""
+    out = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "results"
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # as train.py does for classifiers
+    found = measured()
+    write_file(out / "curves.json", found)
+    draw(found, out / "curves.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""The rows of all tables of runs: which figures of which experiments stand where."""
+
+from typing import NamedTuple
+
+from experiments.claims import BACKBONES, KINDS
+from experiments.runs import RESNET_CHANGES, SPAN_CHANGES, VIT_CHANGES
+
+AUC = ["auc_same", "auc_removed", "auc_flipped", "auc_unseen"]
+SHORTCUT = {
+    "unmarked": "no marker in training", "plain": "plain", "multitask": "multi-task",
+    "gated": "attention-gated", "gain": "GAIN", "rrr": "right for the right reasons",
+    "pipeline": "segmenter, then classifier", "swap": "backgrounds swapped", "isnet": "**ISNet, true masks**",
+    "isnet_prior": "**ISNet, one mask, registered**",
+    "isnet_attention": "**ISNet, one mask, SPAN's attention**",
+    "pipeline_attention": "segmenter, then classifier, the same mask",
+    "swap_attention": "backgrounds swapped, the same mask",
+}  # fmt: skip
+POOLINGS = [  # title, experiment, and what it is compared with
+    ("with labels: ViT, CLS, best head", "unmarked_vit", ""),
+    ("with labels: ViT, mean", "vit_gap_labels", "unmarked_vit"),
+    ("with labels: **ViT, SimPool**", "vit_simpool_labels", "unmarked_vit"),
+    ("with labels: ResNet, mean", "unmarked_resnet", ""),
+    ("with labels: **ResNet, SimPool**", "resnet_simpool_labels", "unmarked_resnet"),
+    ("DINO: ViT, CLS, best head", "vit_cls_dino", ""),
+    ("DINO: ViT, mean", "vit_gap_dino", "vit_cls_dino"),
+    ("DINO: **ViT, SimPool**", "vit_simpool_dino", "vit_cls_dino"),
+    ("DINO: **ViT, SimPool, guided by SPAN**", "vit_simpool_span", "vit_cls_dino"),
+    ("DINO: ResNet, mean", "resnet_gap_dino", ""),
+    ("DINO: **ResNet, SimPool**", "resnet_simpool_dino", "resnet_gap_dino"),
+]
+OBJECTS = {  # title: experiment, and the map that is measured
+    "ViT, CLS: mean of its heads": ("vit_cls", "mean_of_heads"),
+    "ViT, CLS: best head, chosen by masks": ("vit_cls", "best_head"),
+    "ViT, mean: class activation map": ("vit_gap", "class_activation"),
+    "**ViT, SimPool**": ("vit_simpool", "mean_of_heads"),
+    "ResNet, mean: class activation map": ("resnet_gap", "class_activation"),
+    "**ResNet, SimPool**": ("resnet_simpool", "mean_of_heads"),
+    "untrained ViT, SimPool": ("vit_simpool", "untrained"),
+    "untrained ResNet, SimPool": ("resnet_simpool", "untrained"),
+    "a Gaussian in the middle of the image": ("vit_simpool", "middle"),
+}
+FEW_LABELS = {
+    "scratch": "labels alone", "joint": "labels and relations together",
+    "tuned_relvit": "RelViT, then labels", "tuned_dino": "DINO, then labels",
+    "half": "labels alone, half the steps", "tuned_relvit_long": "RelViT 5 times as long, then labels",
+}  # fmt: skip
+LOCALISATION = {  # title: experiment, and what is measured
+    "prior": ("span", "prior"),
+    "registered prior": ("span", "aligned_prior"),
+    "**attention, one reference image**": ("span", "attention"),
+    "attention, one reference image, defaults of today": ("phantom_span", "attention"),
+    "attention, all masks": ("masks", "attention"),
+    "DINO, best head chosen on validation images": ("dino", "attention"),
+}
+FEW_MASKS = {  # of digits and leaves
+    "plain": "plain",
+    "swap_one": "1 mask: backgrounds swapped, masks registered",
+    "blind_one": "**1 mask: ISNet, swapping (default), masks registered**",
+    "blind_attention": "**1 mask: default, masks of SPAN's attention**",
+    "blind_ten": "10 masks: default, the others registered",
+    "blind_all": "all masks: default",
+}
+BLIND = {  # ways against backgrounds
+    "blind": "**ISNet, swapping: default**", "blind_one": "**the same, one mask, registered**",
+    "published": "ISNet as published",
+}  # fmt: skip
+READOUTS = {"linear": "linear layer", "heads": "each head's patches", "finetune": "fine-tuned"}
+
+
+class Row(NamedTuple):
+    """Figures of one experiment, beside those of a reference."""
+
+    title: str
+    experiment: str
+    figures: list[str]
+    reference: str = ""
+
+
+Tables = dict[str, tuple[str, list[Row]]]  # {table: header and rows}
+
+
+def of_guidance() -> Tables:
+    """DINO and SPAN: where their heads look, and what their features know."""
+    regions = ["AP_left_lung", "AP_right_lung", "AP_heart", "mAP"]
+    where = [Row(title, run, [f"{of}_{x}" for x in regions]) for title, (run, of) in LOCALISATION.items()]
+    of_features = ["knn_mAUC", "linear_mAUC"]
+    titles = {"dino_long": "published loss", "always_long": "both additions in every step"}
+    titles |= {"long_dino": "**both near collapse, default**"}
+    lengths = [Row(title, run, of_features) for run, title in titles.items()]
+    ablation = [Row("settings of claim 1", "span", ["attention_mAP"])]
+    ablation += [Row(f"`{flag}`", run, ["attention_mAP"], "span") for run, flag in SPAN_CHANGES.items()]
+    parts = [f"attention_{x}" for x in ("AP_plate", "AP_holes", "AP_defect", "mAP")]
+    plates = [Row("DINO", "parts_dino", parts), Row("**SPAN, priors from statistics**", "parts_span", parts)]
+    transfer: dict[str, list[Row]] = {"": [], "parts_": []}
+    for how, readout in READOUTS.items():
+        figures = [f"{how}_mAUC{n}" for n in ("_1_percent", "_5_percent", "_10_percent", "_25_percent", "")]
+        for data, rows in transfer.items():
+            rows.append(Row(f"DINO: {readout}", f"{data}dino", figures))
+            rows.append(Row(f"**SPAN**: {readout}", f"{data}span", figures, f"{data}dino"))
+    labels = "mean AUC of findings; labels: | 1 % | 5 % | 10 % | 25 % | all"
+    return {
+        "localisation": ("pixel AP | left lung | right lung | heart | mAP", where),
+        "lengths": ("DINO on 1500 phantoms, 60 epochs | k-NN, mAUC | linear layer, mAUC", lengths),
+        "ablation": ("one flag added | attention mAP", ablation),
+        "transfer": (labels, transfer[""]),
+        "parts": ("attention AP, heads chosen on validation images | plate | holes | defect | mAP", plates),
+        "parts_transfer": (labels, transfer["parts_"]),
+    }
+
+
+def of_shortcuts() -> Tables:
+    """Classifiers and markers: published settings, single changes, folders with few masks."""
+    shortcut, kinds, masks = [], [], []
+    for backbone, name in BACKBONES.items():
+        for how, title in SHORTCUT.items():
+            figures = [*AUC, "relevance_share_same", "mask_dice"]
+            shortcut.append(Row(f"{name}: {title}", f"{how}_{backbone}", figures))
+            for kind, words in KINDS.items():
+                run = f"{how}_{kind}" if backbone == "resnet" else f"{backbone}_{how}_{kind}"
+                kinds.append(Row(f"{words}, {name}: {title}", run, AUC))
+    kinds.sort(key=lambda row: row.experiment.rpartition("_")[2])
+    changes = {"plain_resnet": "ResNet without ISNet", "isnet_resnet": "ResNet, ISNet"}
+    changes |= {run: f"ResNet, ISNet `{flag}`" for run, flag in RESNET_CHANGES.items()}
+    changes["isnet_vit"] = "ViT, ISNet"
+    changes |= {run: f"ViT, ISNet `{flag}`" for run, flag in VIT_CHANGES.items()}
+    failures = [Row(title, run, [*AUC[:3], "relevance_share_same"]) for run, title in changes.items()]
+    of_few = ["auc_same", "accuracy_same", "relevance_share_same", "mask_dice"]
+    for kind in ("digits", "leaves"):
+        masks += [Row(f"{kind}, {title}", f"{kind}_{run}", of_few) for run, title in FEW_MASKS.items()]
+    header = "AUC | shortcut as in training | removed | flipped | another one"
+    return {
+        "shortcut": (f"{header} | relevance in lungs and heart | Dice of masks", shortcut),
+        "kinds": (header, kinds),
+        "failures": ("AUC | as in training | removed | flipped | relevance in lungs and heart", failures),
+        "few_masks": ("marker flipped | AUC | accuracy | relevance in the mask | Dice of masks", masks),
+    }
+
+
+def of_backgrounds() -> Tables:
+    """Today's default and ISNet as published, on all shortcuts; all ways at hospitals and on grounds."""
+    blind, hospitals, grounds = [], [], []
+    exchanged = ("original", "mixed_same", "mixed_rand", "no_foreground", "only_background")
+    for backbone, name in BACKBONES.items():
+        for kind, words in {"corner": "an L in a corner", **KINDS}.items():
+            figures = ["auc_same", "auc_flipped", "auc_unseen", "relevance_share_same", "mask_dice"]
+            blind += [Row(f"{words}, {name}: {BLIND[w]}", f"{w}_{backbone}_{kind}", figures) for w in BLIND]
+        for way, title in (SHORTCUT | BLIND | {"tight": "default, no margin"}).items():
+            at = [f"auc_{x}" for x in ("same", "flipped", "hospital_A", "hospital_B", "hospital_C")]
+            at += ["relevance_share_hospital_C", "segmentation_Dice_hospital_C"]
+            hospitals.append(Row(f"{name}: {title}", f"{way}_{backbone}_hospitals", at))
+            of = [*(f"accuracy_{x}" for x in exchanged), "relevance_share_same"]
+            grounds.append(Row(f"{name}: {title}", f"{way}_{backbone}_grounds", of))
+    at_each = "AUC | as in training | flipped | at A | at B | at C"
+    return {
+        "blind": ("AUC | as in training | flipped | another one | relevance inside | Dice of masks", blind),
+        "hospitals": (f"{at_each} | relevance inside, C | segmenter's Dice, C", hospitals),
+        "grounds": (f"accuracy | {' | '.join(exchanged).replace('_', ' ')} | relevance inside", grounds),
+    }
+
+
+def of_poolings() -> Tables:
+    """SimPool beside CLS and the mean, and RelViT beside labels alone."""
+    few, objects, scores = [], [], ("AP", "MaxBoxAccV2", "CorLoc")
+    for n in (50, 500):
+        for how, title in FEW_LABELS.items():
+            alone = "" if how == "scratch" else f"scratch_symbols{n}"
+            few.append(Row(f"{n} labels a class: {title}", f"{how}_symbols{n}", ["accuracy_same"], alone))
+    pooling = ["attention_AP_heart", "knn_mAUC", "linear_mAUC"]
+    poolings = [Row(title, run, pooling, other) for title, run, other in POOLINGS]
+    for title, (run, of) in OBJECTS.items():
+        accuracy = "no_accuracy" if of in ("untrained", "middle") else "accuracy_same"
+        objects.append(Row(title, f"object_{run}", [*(f"{of}_{score}" for score in scores), accuracy]))
+    return {
+        "pooling": ("500 test images | attention on the heart, AP | k-NN, AUC | linear, AUC", poolings),
+        "objects": (f"objects anywhere | {' | '.join(scores)} | accuracy", objects),
+        "few_labels": ("symbols | accuracy", few),
+    }
+
+
+def layout() -> Tables:
+    """Header and rows of all tables of runs."""
+    return of_guidance() | of_shortcuts() | of_backgrounds() | of_poolings()
