@@ -180,10 +180,11 @@ class CollapseMonitor(nn.Module):
 
 
 class DINO(nn.Module):
-    """Student, teacher and their heads around an encoder(images, layer=, patches=) -> Features, like our ViT.
+    """Student, teacher and their heads around an encoder(images, layer=, patches=) -> Features.
 
-    The sizes are for thousands of images; for millions the paper has out_dim 65536, hidden_dim 2048,
-    bottleneck_dim 256. koleo: a weight of (5) beside w; max_entropy: e of (6).
+    It may ignore both arguments, as a ResNet does. The sizes are for thousands of images; for millions the
+    paper has out_dim 65536, hidden_dim 2048, bottleneck_dim 256. koleo: a weight of (5) beside w;
+    max_entropy: e of (6).
     """
 
     def __init__(
@@ -201,7 +202,7 @@ class DINO(nn.Module):
     def forward(
         self, views: list[Tensor], teacher_temp: float = 0.04, layer: int = -1
     ) -> tuple[Tensor, list]:
-        """The loss of one step, a scalar, and the student's Features of each entry of views.
+        """The loss of one step, a scalar, and the student's Features of each entry of views, without patches.
 
         views: one entry per resolution, [globals (2 B, C, H, W), locals (V B, C, h, w)] or globals alone, as
         from `crops.multi_crop`. layer: the block whose attention is in the Features.
@@ -222,7 +223,7 @@ class DINO(nn.Module):
             return loss, features
 
     def train(self, mode: bool = True) -> "DINO":
-        """Set the mode, but the teacher's is evaluation, so that its targets have no noise.
+        """Set the mode, but keep the teacher in evaluation mode: its targets have no noise.
 
         Its BatchNorms use its batch: the student's statistics do not fit weights that lag behind.
         """

@@ -30,9 +30,9 @@ from attention_priors import guidance, span_loss
 from common.baselines import PENALTIES, swapped
 from common.checkpoint import Damaged, DataSpec, check_folder, check_spec, data_spec, restore, resumed, save
 from common.checkpoint import start_run
+from common.checks import check
 from common.classify import attention_seen, classification_loss, explained_target, natural_range
 from common.classify import shifted, supervised_layers
-from common.checks import check
 from common.config import Config, epochs_for, parse
 from common.data import Data, normalise, prepared, rows_at, to_device
 from common.foreground import are_made, check_foreground, foreground, keep_masks, kept_masks

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 class Features(NamedTuple):
     """What an encoder returns: pooled (B, D), patches (B, N, D) row by row, attention (B, heads, N).
 
-    The last two are None where they were not asked for. `attention` is the CLS token's softmax row without
+    The last two may be None where they were not asked for. `attention` is the CLS token's softmax row without
     its own column, not renormalised: the weights of a head that looks at CLS itself sum to less than 1.
     """
 
@@ -129,7 +129,7 @@ class ViT(nn.Module):
     no CLS token. registers: extra tokens without a position, between CLS and patches, which are not returned
     (Darcet et al. 2023, arXiv 2309.16588). drop_path: stochastic depth of the last block, rising from 0.
 
-    Raises ValueError if patch_size does not divide img_size, or num_heads embed_dim.
+    Raises ValueError if patch_size does not divide img_size, or num_heads does not divide embed_dim.
     """
 
     def __init__(
@@ -213,10 +213,10 @@ class ViT(nn.Module):
         """
         x = self.embed(images, positions)
         exposed = None if layer is None or self.pool is not None else range(self.depth)[layer]
+        alone = None if patches or self.pool is not None else self.depth - 1
         attention = None
         for i, block in enumerate(self.blocks):
-            alone = self.pool is None and not patches and i == self.depth - 1
-            x, row = block(x, row=i == exposed, first=alone)
+            x, row = block(x, row=i == exposed, first=i == alone)
             attention = row[:, :, 1 + self.registers :] if i == exposed else attention  # (B, heads, N)
         if self.pool is None:
             x = self.norm(x)

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.data import SPLITS, Data, DataError, Loaded, printable, select
-from common.pictures import decode, image_size, to_tensor
+from common.pictures import decode, to_tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".pgm")
 LAYOUT = "expected images/ with optional masks/<region>/ and labels.csv, or one folder of images per class"
@@ -90,6 +90,12 @@ def _find_masks(folder: Path, images: dict[str, Path], notes: list[str]) -> dict
                 if own.setdefault(name, path) != path:
                     raise DataError(f"{own[name]} and {path} are both masks of {images[name]}; remove one")
     return masks
+
+
+def image_size(data: str, name: str) -> tuple[int, int]:
+    """Height and width of an image of the folder `data`, upright. Raises DataError if it can't be read."""
+    images = Path(data) / "images"
+    return decode((images if images.is_dir() else Path(data)) / name).shape[:2]
 
 
 def _read_mask(path: Path, folder: Path, image: str, shape: tuple[int, int] | None, size: int) -> Tensor:

@@ -60,9 +60,3 @@ def read_picture(path: Path, side: int, multiple: int, channels: int) -> tuple[T
     image = to_tensor(pixels, *(max(1, round(edge * scale / multiple)) * multiple for edge in size)).float()
     image = image if len(image) == channels else image.mean(dim=0, keepdim=True).expand(channels, -1, -1)
     return image[None].round().to(torch.uint8), size
-
-
-def image_size(data: str, name: str) -> tuple[int, int]:
-    """Height and width of an image of the folder `data`, upright. Raises DataError if it can't be read."""
-    images = Path(data) / "images"
-    return decode((images if images.is_dir() else Path(data)) / name).shape[:2]

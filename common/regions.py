@@ -1,7 +1,7 @@
 """Regions of images: priors for SPAN, and masks made from attention.
 
-Priors lie over one image and are registered to the others. Attention A_r of head r becomes a mask of the fewest
-pixels that hold the share m_r of it:
+Priors lie over one image and are registered to the others. Attention A_r of head r becomes a mask of the
+fewest pixels that hold the share m_r of it:
 
     M_r = the fewest pixels x with  sum A_r(x) >= m_r                                  (7) `masks_held`
     m_r = the least share that covers 95 % of the prior, where the prior is true       (7) `mass_held`
@@ -24,8 +24,7 @@ from attention_priors import blurred, follow, priors_from_masks, priors_from_sta
 from common.checkpoint import load_run
 from common.data import BATCH, SPLITS, Data, printable, rows_at, to_device
 from common.explain import attention_of
-from common.folder import by_stem
-from common.pictures import image_size
+from common.folder import by_stem, image_size
 from common.registration import carry, confidence, register
 from common.splits import DRAWN
 

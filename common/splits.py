@@ -1,4 +1,4 @@
-"""Synthetic images, or a folder of pictures, as three splits; phantoms with a marker have some more."""
+"""Synthetic images, or a folder of pictures, in three splits; a marker on phantoms adds test splits."""
 
 import numpy as np
 import torch

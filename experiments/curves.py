@@ -4,7 +4,8 @@
 
 A ViT that exposes one row of its attention, against one that exposes none and one that writes attention out;
 ISNet by default, against the plain classifier. The settings of a panel are timed in turn, round after round,
-so that a machine that drifts slows all alike. Medians over rounds; 1 is the first line at its first setting.
+so that a machine that drifts slows all alike. Medians over rounds, relative to the panel's first line at its
+first setting. ISNet's time is the mean of three steps, its memory that of the step with relevance.
 """
 
 import sys
@@ -14,21 +15,21 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from matplotlib.ticker import LogLocator
 from torch import Tensor
 
 from common.checkpoint import write_file
 from common.plots import LINES, plt
 from experiments.benchmark import RESNET, SMALL, VIT, WrittenOut, classifier, kept_bytes
+from experiments.layout import NONE, PATCHES, ROW, WHOLE
 from experiments.runs import ROOT
 from vit import Attention, ViT
 
 ROUNDS = 7
-NONE, ROW, WHOLE = "no attention exposed", "one row exposed", "attention written out"
 PLAIN, ISNET = "plain classifier", "ISNet, every third step"
-PATCHES = "patches (of 8 px)"
 VITS = {  # panel: settings, each (x, image side, patch size, heads, batch)
     "image side, px (patches of 16 px)": [(side, side, 16, 6, 8) for side in (64, 128, 224, 448)],
-    PATCHES: [(n * n, 8 * n, 8, 6, 1) for n in (8, 16, 32, 64)],
+    PATCHES: [(n * n, 8 * n, 8, 6, 2) for n in (8, 16, 32, 64)],
     "heads (256 patches)": [(heads, 128, 8, heads, 8) for heads in (1, 2, 3, 6, 12)],
     "images a batch (64 patches)": [(batch, 64, 8, 6, batch) for batch in (4, 16, 64, 256)],
 }
@@ -46,7 +47,7 @@ def vit_step(side: int, patch_size: int, heads: int, batch: int, line: str) -> C
         if line == WHOLE and isinstance(module, Attention):
             module.__class__ = WrittenOut
 
-    def loss() -> Tensor:
+    def loss(step: int = 0) -> Tensor:
         features = vit(images, layer=None if line == NONE else -1)
         return features.pooled.square().mean() + (0 if line == NONE else features.attention.square().mean())
 
@@ -54,30 +55,31 @@ def vit_step(side: int, patch_size: int, heads: int, batch: int, line: str) -> C
 
 
 def seconds(works: list[Callable]) -> list[float]:
-    """The median time of each, timed in turn after one round to warm up."""
+    """The median time of each, timed in turn, each after one call that is not timed."""
     rounds: list[list[float]] = []
-    for _ in range(ROUNDS + 1):
+    for _ in range(ROUNDS):
         rounds.append([])
         for work in works:
+            work()
             started = time.perf_counter()
             work()
             rounds[-1].append(time.perf_counter() - started)
-    return [median(times) for times in zip(*rounds[1:])]
+    return [median(times) for times in zip(*rounds)]
 
 
 def panel(x: list[int], lines: dict[str, list[Callable]], steps: int = 1) -> dict:
     """Time and memory of {line: a loss for each x}; a loss of several steps is called with each in turn."""
 
     def trained(loss: Callable) -> Callable:
-        return lambda: [loss(step).backward() for step in range(steps)] if steps > 1 else loss().backward()
+        return lambda: [loss(step).backward() for step in range(steps)]
 
-    flat = [loss for line in lines.values() for loss in line]
+    flat = [line[i] for i in range(len(x)) for line in lines.values()]
     found: dict[str, list[float]] = {"time": seconds([trained(loss) for loss in flat])}
     found["memory"] = [kept_bytes(loss) for loss in flat]
     made: dict = {"x": x}
     for what, values in found.items():
         relative = [round(v / values[0], 3) for v in values]
-        made[what] = {name: relative[i * len(x) : (i + 1) * len(x)] for i, name in enumerate(lines)}
+        made[what] = {name: relative[i :: len(lines)] for i, name in enumerate(lines)}
     return made
 
 
@@ -105,8 +107,9 @@ def draw(found: dict[str, dict], path: Path) -> None:
                 ax.plot(made["x"], values, "o-", color=colour, markersize=3, label=line)
             ax.set(xscale="log", yscale="log", ylabel="memory kept" if row else "time of a step", xlabel=name)
             ax.set_xticks(made["x"], [str(x) for x in made["x"]])
-            ax.minorticks_off()
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
             ax.yaxis.set_major_formatter("{x:g}")
+            ax.minorticks_off()
             if not row:
                 ax.legend(loc="upper left")
     figure.savefig(path)

@@ -64,6 +64,8 @@ BLIND = {  # ways against backgrounds
     "blind": "**ISNet, swapping: default**", "blind_one": "**the same, one mask, registered**",
     "published": "ISNet as published",
 }  # fmt: skip
+NONE, ROW, WHOLE = "no attention exposed", "one row exposed", "attention written out"  # of curves.py
+PATCHES = "patches (of 8 px)"
 READOUTS = {"linear": "linear layer", "heads": "each head's patches", "finetune": "fine-tuned"}
 
 

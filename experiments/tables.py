@@ -18,8 +18,7 @@ from statistics import mean, stdev
 from common.checkpoint import Run, load_run, write_file
 from common.config import PER_CALL, as_json, parse
 from experiments.claims import Claim, claims
-from experiments.curves import NONE, PATCHES, ROW, WHOLE
-from experiments.layout import Row, layout
+from experiments.layout import NONE, PATCHES, ROW, WHOLE, Row, layout
 from experiments.runs import REMEDIES, ROOT, RUNS
 
 FILES = ["README.md", "results/README.md", "docs/isnet.md", "docs/collapse.md"]
@@ -177,11 +176,12 @@ def of_costs(costs: dict[str, list[float]]) -> dict[str, str]:
 
 
 def of_curves(curves: dict[str, dict]) -> dict[str, str]:
-    """Time and memory of a ViT's step by how much of its attention is exposed, over those without."""
+    """Time and memory of a ViT's step that exposes attention, over those of one that does not."""
     made, rows = curves[PATCHES], []
     for i, patches in enumerate(made["x"]):
-        pairs = [(made[what], line) for line in (ROW, WHOLE) for what in ("time", "memory")]
-        rows.append([str(patches), *(f"{values[line][i] / values[NONE][i]:.2f}" for values, line in pairs)])
+        pairs = [(line, what) for line in (ROW, WHOLE) for what in ("time", "memory")]
+        ratios = [made[what][line][i] / made[what][NONE][i] for line, what in pairs]
+        rows.append([str(patches), *(f"{ratio:.2f}" for ratio in ratios)])
     return {"exposure": markdown(f"patches | {ROW}: time | memory | {WHOLE}: time | memory", rows)}
 
 

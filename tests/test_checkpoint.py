@@ -135,8 +135,7 @@ def stopped_after_an_epoch(monkeypatch, argv: list[str]) -> None:
     monkeypatch.setattr(train, "save", real)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("backbone", ["resnet", "vit"])
+@pytest.mark.parametrize("backbone", ["resnet", pytest.param("vit", marks=pytest.mark.slow)])
 def test_an_isnet_run_resumes_with_its_masks_though_what_made_them_has_gone(
     backbone, span_run, tmp_path, monkeypatch, refused
 ):

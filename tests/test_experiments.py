@@ -234,8 +234,8 @@ def test_the_recorded_costs_are_those_that_the_benchmark_measures(monkeypatch):
 
 def test_a_cost_curve_is_relative_to_its_first_line_at_its_first_setting(monkeypatch):
     weights = [torch.ones(n, requires_grad=True) for n in (10, 20, 30, 60)]
-    losses = [lambda w=w: w.square().sum() for w in weights]
-    monkeypatch.setattr(curves, "seconds", lambda works: [2.0, 3.0, 4.0, 8.0])
+    losses = [lambda step=0, w=w: w.square().sum() for w in weights]
+    monkeypatch.setattr(curves, "seconds", lambda works: [2.0, 4.0, 3.0, 8.0])  # a and b at 5, then at 7
     made = curves.panel([5, 7], {"a": losses[:2], "b": losses[2:]})
     assert made["time"] == {"a": [1, 1.5], "b": [2, 4]} and made["memory"] == {"a": [1, 2], "b": [3, 6]}
     row, whole = (curves.vit_step(32, 8, 2, 3, line)() for line in (curves.ROW, curves.WHOLE))
