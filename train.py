@@ -322,11 +322,11 @@ def cosine(step: int, total: int, first: float, last: float) -> float:
 def begin(argv: list[str]) -> tuple:
     """All that `train` and `finish` need. Raises ValueError or OSError for unusable input."""
     config, typed = parse(argv, __doc__)
+    check(config, typed)
     if not rank():
         check_folder(config.out, config.resume, config.overwrite)
     run = resumed(config, typed) if config.resume else None
     config = run.config if run else config
-    check(config, typed)
     config = replace(config, device=join(config.device, config.batch_size))
     if config.task == "classify" and config.device == "cpu":
         torch.set_flush_denormal(True)  # relevance fades into numbers that make a CPU slow

@@ -8,6 +8,8 @@ from torch import Generator
 
 from common.baselines import PENALTIES
 from common.config import Config, option
+from common.folder import LAYOUT
+from common.splits import DRAWN
 from crops import random_crops
 
 PRETRAINING = ("ssl", "prior")  # settings that have no effect with another --task, but by --masks prior
@@ -66,11 +68,13 @@ def check_pairs(c: Config) -> None:
     from_run = c.resume or c.init and c.init.is_dir()
     some_masks = c.masks in ("data", "prior", "attention") or c.resume or Path(c.masks).is_dir()
     known_prior = c.prior in ("sample", "masks", "statistics", "none") or Path(c.prior).is_file()
+    there = c.data in DRAWN or Path(c.data).is_dir()
     heads_fit = c.pool != "simpool" or c.embed_dim % c.pool_heads == 0
     # fmt: off
     for wrong, line in [
         (c.mega_patches > most, f"--mega-patches {c.mega_patches}: more than the {most} patches a side"),
-        (not known_prior, f"--prior {c.prior} is not sample, masks, statistics, none, or a .npy file"),
+        (not there, f"--data {c.data}: {c.data} is not a folder; {LAYOUT}"),
+        (not known_prior, f"--prior {c.prior} is not sample, masks, statistics, none, or a .npy file here"),
         (not heads_fit, f"--pool-heads {c.pool_heads} must divide --embed-dim {c.embed_dim}: change either"),
         (c.masks == "prior" and c.prior == "none", "--masks prior needs a prior: leave out --prior none"),
         (c.masks == "attention" and not from_run, "--masks attention needs --init RUN; or say --masks RUN"),

@@ -44,6 +44,8 @@ def load_folder(folder: str | Path, img_size: int, reference: str | None = None)
     elif not (folder / "masks").exists() and not (folder / "labels.csv").exists():  # masks are not a class
         paths = {f"{sub.name}/{path.name}": path for sub in _listed(folder, True) for path in _listed(sub)}
         findings, labels = _one_hot({name: printable(path.parent.name) for name, path in paths.items()})
+    if not paths and (beside := _listed(folder)):
+        raise DataError(f"{folder}: {len(beside)} images lie beside each other; move them to {folder}/images")
     if not paths:
         raise DataError(f"{folder} holds no images ({' '.join(SUFFIXES)}); {LAYOUT}")
     data = _read_images(paths, masks, img_size, notes)
@@ -59,6 +61,8 @@ def load_folder(folder: str | Path, img_size: int, reference: str | None = None)
     reference = _choose_reference(data, masks, split, reference, notes)
     splits = {s: select(data, torch.tensor([split[name] == s for name in data.names])) for s in SPLITS}
     notes += [f"{folder}: no images in {s}" for s in SPLITS if not splits[s].names]
+    known = splits["train"].labels if findings else torch.ones(0, 0)
+    notes += [f"no training image has `{f}`" for f, y in zip(findings, known.T) if not (y == 1).any()]
     return splits, reference, [printable(note) for note in notes]
 
 
@@ -78,6 +82,8 @@ def _one_hot(classes: dict[str, str]) -> tuple[list[str], dict[str, Tensor]]:
 def _find_masks(folder: Path, images: dict[str, Path], notes: list[str]) -> dict[str, dict[str, Path]]:
     """{region: {image name: mask file}}: by the image's full name, or else by its stem."""
     stems, masks = defaultdict(list), {}
+    if folder.is_dir() and _listed(folder):
+        notes.append(f"masks beside the regions' folders are not used: move them to {folder}/<region>")
     for name, path in images.items():
         stems[path.stem].append(name)
     for region in _listed(folder, folders=True) if folder.is_dir() else []:

@@ -41,7 +41,8 @@ def foreground(source: str, splits: dict[str, Data], data: str, init: Path | Non
             raise ValueError(f"{line}: add masks, or change labels.csv")
         masks = own[:, None, None, None] & train.masks.any(dim=1, keepdim=True)
         if not own.all():
-            print(f"warning: {int(own.sum())} of {len(own)} training images have masks, the others get these")
+            counts = f"{int(own.sum())} of {len(own)} training images"
+            print(f"warning: masks of {counts} are registered to the others")
             masks[~own] = registered_masks(train.images[~own], ("sample", *prior[1:]), REFERENCES)
     elif source == "prior":
         masks = registered_masks(train.images, prior)

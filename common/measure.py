@@ -145,7 +145,7 @@ def measure_attention(
 def measure_bias(model: nn.Module, splits: dict[str, Data], multiclass: bool, rule: dict | None) -> Table:
     """AUC, accuracy and share of relevance in the foreground: {test images: {metric: value}}, NaN if unknown.
 
-    The test images are "same" as in training and, with a marker, those that `data.load` adds. Of a pipeline,
+    The test images are those as they are ("same") and, with a marker, those that `load` adds. Of a pipeline,
     also the Dice of its segmenter. Raises CannotMeasure without labels.
     """
     kinds, table = {"same": splits["test"], **{k: d for k, d in splits.items() if k not in SPLITS}}, {}

@@ -38,7 +38,8 @@ def make_priors(prior: str, train: Data, reference: str | None, blur: float) -> 
     """
     if prior == "sample":
         if reference is None:
-            raise ValueError("--prior sample: no image has a mask for every region; outline one")
+            lacks = "--prior sample: no image has a mask for every region"
+            raise ValueError(f"{lacks}; add masks of one image, or take --prior statistics or none")
         masks = train.masks[train.names.index(reference)]  # (R, S, S)
         if empty := ", ".join(region for region, mask in zip(train.regions, masks) if not mask.any()):
             raise ValueError(f"the masks of {reference} are empty for {empty}: choose another --sample")

@@ -145,6 +145,8 @@ def test_a_folder_without_images_is_refused(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "notes.txt").write_text("no image")
     assert "one folder of images per class" in refusal(tmp_path)
+    save(tmp_path / "flat" / "a.png", grey())
+    assert "1 images lie beside each other; move them to" in refusal(tmp_path / "flat")
     (tmp_path / "images" / "a.png").write_bytes(b"")
     assert "none of 1 images can be read" in refusal(tmp_path) and "a.png" in refusal(tmp_path)
 
@@ -271,6 +273,8 @@ def test_an_image_has_masks_if_it_has_one_of_every_region_by_its_own_name(folder
     found, reference, notes = everything(folder)
     assert reference == "b.png" and found["a.png"].regions == ["heart", "lung"] and notes == []
     assert [name for name, data in found.items() if data.has_masks[0]] == ["b.png"]
+    add_masks(folder, "c.png")
+    assert "masks beside the regions' folders are not used" in everything(folder)[2][0]
     assert found["a.png"].masks[0].any(dim=2).any(dim=1).tolist() == [True, False]
     assert not found["c.png"].masks.any() and not found["a.jpg"].masks.any()
     add_masks(folder, "heart/a.bmp")
@@ -335,6 +339,11 @@ def test_a_label_column_becomes_one_hot_over_the_sorted_classes_and_no_labels_wi
     assert found["e.png"].labels.isnan().all() and found["f.png"].labels.isnan().all()
     table(folder, "file,label\na.png,\n")
     assert everything(folder)[0]["a.png"].labels is None
+
+
+def test_a_class_that_no_training_image_has_is_noted(folder):
+    table(folder, "file,label,split\na.png,cat,train\nb.png,dog,train\nc.png,catt,test\n")
+    assert "no training image has `catt`" in everything(folder)[2]
 
 
 def test_finding_columns_are_multi_label_and_blank_is_unknown_and_skipped_images_are_ignored(folder):

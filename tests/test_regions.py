@@ -139,7 +139,7 @@ def test_images_without_masks_get_the_reference_s_by_registration_or_are_left_ou
     prior = "none", train_split, reference, 0.025, "bend", "cpu"
     masks = foreground("data", splits, "phantom", None, prior)
     covered = masks.flatten(1).any(dim=1)
-    assert "1 of 8 training images have masks, the others get these" in capsys.readouterr().out
+    assert "masks of 1 of 8 training images are registered to the others" in capsys.readouterr().out
     check_foreground("data", train_split._replace(labels=torch.ones(8, 1)), covered)
     line = "the foreground of 7 of 8 training images is known; the others are left out"
     assert line in capsys.readouterr().out

@@ -102,6 +102,12 @@ def test_an_existing_run_is_neither_overwritten_nor_resumed_unless_asked_to(span
     assert (span_run / "last.pt").read_bytes() == before and not (tmp_path / "new").exists()
 
 
+def test_flags_are_checked_before_the_folder_of_the_run(span_run, refused):
+    """Who mistypes a flag is not told to overwrite the run."""
+    for words in ("--data nowhere", "--isnet 1", "--prior nowhere.npy"):
+        assert "overwrite" not in refused(train.main, *words.split(), "--out", str(span_run))
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -159,7 +165,7 @@ def test_a_small_folder_is_passed_over_more_often_unless_epochs_are_typed(tmp_pa
 def test_what_a_folder_lacks_is_said_in_one_line(tmp_path, refused):
     data = folder_of_phantoms(tmp_path / "mine", masked=0)
     where = "--data", str(data), "--out", str(tmp_path / "run")
-    assert "has a mask for every region; outline one" in refused(train.main, *TINY, *where)
+    assert "add masks of one image, or take --prior statistics or none" in refused(train.main, *TINY, *where)
     assert "has a mask for every region" in refused(train.main, *TINY, *where, "--prior", "masks")
     assert "add labels.csv" in refused(train.main, *SMALL, *where)
     for header, cells, flags, line in (
