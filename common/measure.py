@@ -73,7 +73,8 @@ def report(
             if what in ("bias", "backgrounds"):
                 given = model, splits, multiclass
                 table = measure_bias(*given, rule) if what == "bias" else measure_backgrounds(*given)
-                found.tables["test images, in %" if what == "bias" else "exchanged backgrounds, in %"] = table
+                titles = {"bias": "test images (same: as they are), in %"}
+                found.tables[titles.get(what, "exchanged backgrounds, in %")] = table
                 found.metrics.update(flatten(table, name_of_bias))
             elif what == "objects":
                 if list(measures) != MEASURES or len(splits["test"].regions) == 1:

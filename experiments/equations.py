@@ -51,7 +51,7 @@ TESTS = {  # file: {numbers: the test that checks them}
 }
 HEAD = """# From equation to line
 
-Each numbered equation in the files' docstrings, the lines that compute it, and the test that checks it.
+Each numbered equation in the files' docstrings, the function that computes it, and the test that checks it.
 Numbers are those of the papers where a file says so. `python -m experiments.equations` writes this page.
 """
 
@@ -65,13 +65,21 @@ def numbers(text: str) -> list[str]:
 
 
 def formulas(docstring: str) -> dict[str, str]:
-    """{number: formula} of a module's docstring, up to where it says how it differs."""
-    found = {}
+    """{number: formula} of a module's docstring, up to where it says how it differs.
+
+    A line further to the right that has no number goes on with the formula of the line before.
+    """
+    found, last = {}, []
     for line in docstring.split("Where we differ")[0].splitlines():
-        if line.startswith("    "):
-            for formula, numbered in re.findall(r"(\S.*?)\s{2,}(\(\d+\)(?:, \(\d+\))*)(?=[\s,]|$)", line):
-                for n in numbers(numbered):
-                    found[n] = f"{found[n]}; {formula}" if n in found else formula
+        pairs = re.findall(r"(\S.*?)\s{2,}(\(\d+\)(?:, \(\d+\))*)(?=[\s,]|$)", line)
+        if line.startswith(8 * " ") and not pairs:
+            found |= {n: f"{found[n].rstrip(',')}; {line.strip()}" for n in last}
+        elif not line.startswith("    "):
+            pairs, last = [], []
+        for formula, numbered in pairs:
+            last = numbers(numbered)
+            for n in last:
+                found[n] = f"{found[n]}; {formula}" if n in found else formula
     return found
 
 

@@ -251,6 +251,8 @@ def test_every_numbered_equation_has_its_lines_and_a_test_that_exists():
 
 def test_an_equation_without_lines_or_a_test_is_missed(monkeypatch):
     assert equations.numbers("rules (2) to (4), f(9) and (12)-(13)") == ["2", "3", "4", "12", "13"]
+    text = "A file.\n\n    a = b + c,    (1)\n        c = 3\n    d = 4    (2)\n\nMore."
+    assert equations.formulas(text) == {"1": "a = b + c; c = 3", "2": "d = 4"}
     for checked in ({"1 2": "", "3": ""}, {"1": ""}):
         monkeypatch.setattr(equations, "TESTS", {"resnet.py": checked})
         with pytest.raises(KeyError):
