@@ -201,6 +201,8 @@ def finish(
     write_file(config.out / "metrics.json", {k: v for k, v in metrics.items() if math.isfinite(v)})
     shown = images_to_show(config, splits, 6)
     maps = maps_of(config, spec, model, shown.images, measured.heads, lrp_rule(config))
+    if config.task == "classify":
+        maps = {f"relevance for\n{explained_class(spec.classes, spec.multiclass)}": maps["relevance"]}
     draw_maps(config.out / picture, shown, maps, signed=config.task == "classify")
     curves(config.out / "curves.png", {config.out.name: history})
     print(f"wrote {config.out}/{picture}, curves.png, metrics.json, last.pt")
