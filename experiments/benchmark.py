@@ -219,7 +219,7 @@ def measured(runs: int, device: str) -> Iterator[tuple[str, tuple[float, float, 
         for way in ("--amp", "--compile") if size == 64 else ("--compile",):  # bfloat16 may take minutes
             other, _ = dino_steps(f"{flags} {way}", shape, device)
             yield f"DINO's step, here / with {way}: {name}", ratio(other, ours, fewer)
-    two = [images_a_second(2) / images_a_second(1) for _ in range(5)]
+    two = [images_a_second(2) / images_a_second(1) for _ in range(3)]
     yield "images a second of DINO's steps, two processes / one", tuple(statistics.quantiles(two, n=4))
     for name, (flags, added, shape) in CLASSIFIERS.items():
         plain, plain_use = classifier(flags, shape, device)
