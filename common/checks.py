@@ -73,8 +73,9 @@ def check_pairs(c: Config) -> None:
     # fmt: off
     for wrong, line in [
         (c.mega_patches > most, f"--mega-patches {c.mega_patches}: more than the {most} patches a side"),
-        (not there, f"--data {c.data}: {c.data} is not a folder; {LAYOUT}"),
-        (not known_prior, f"--prior {c.prior} is not sample, masks, statistics, none, or a .npy file here"),
+        (not there, f"--data {c.data} is not a folder; {LAYOUT}"),
+        (not known_prior, f"--prior {c.prior} is not sample, masks, statistics, none, or a .npy file "
+         "that exists"),
         (not heads_fit, f"--pool-heads {c.pool_heads} must divide --embed-dim {c.embed_dim}: change either"),
         (c.masks == "prior" and c.prior == "none", "--masks prior needs a prior: leave out --prior none"),
         (c.masks == "attention" and not from_run, "--masks attention needs --init RUN; or say --masks RUN"),

@@ -61,8 +61,10 @@ def load_folder(folder: str | Path, img_size: int, reference: str | None = None)
     reference = _choose_reference(data, masks, split, reference, notes)
     splits = {s: select(data, torch.tensor([split[name] == s for name in data.names])) for s in SPLITS}
     notes += [f"{folder}: no images in {s}" for s in SPLITS if not splits[s].names]
-    known = splits["train"].labels if findings else torch.ones(0, 0)
-    notes += [f"no training image has `{f}`" for f, y in zip(findings, known.T) if not (y == 1).any()]
+    there = (splits["train"].labels == 1).any(dim=0) if findings else []
+    if lacking := [f"`{finding}`" for finding, shown in zip(findings, there) if not shown]:
+        more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
+        notes.append(f"no training image has {', '.join(lacking[:5])}{more}")
     return splits, reference, [printable(note) for note in notes]
 
 

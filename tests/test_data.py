@@ -344,6 +344,11 @@ def test_a_label_column_becomes_one_hot_over_the_sorted_classes_and_no_labels_wi
 def test_a_class_that_no_training_image_has_is_noted(folder):
     table(folder, "file,label,split\na.png,cat,train\nb.png,dog,train\nc.png,catt,test\n")
     assert "no training image has `catt`" in everything(folder)[2]
+    for i in range(7):  # and of many, some are named
+        save(folder / "images" / f"{i}.png", grey())
+    rows = [f"{i}.png,only {i},test" for i in range(7)]
+    table(folder, "\n".join(["file,label,split", "a.png,cat,train", *rows]))
+    assert [note for note in everything(folder)[2] if "only 4` and 2 more" in note and "only 5" not in note]
 
 
 def test_finding_columns_are_multi_label_and_blank_is_unknown_and_skipped_images_are_ignored(folder):
