@@ -71,7 +71,8 @@ def map_grid(
             heat = F.interpolate(heat, size=(H, W), mode="bilinear", align_corners=False)[0, 0]
             shown = ax.imshow(heat.numpy(), alpha=1.0 if signed else 0.8, **how)
     bar = figure.colorbar(shown, ax=axes, fraction=0.012, pad=0.01)
-    bar.set_label("relevance / its mean; red for, blue against" if signed else "attention / uniform", fontsize=7)
+    label = "relevance / its mean size; red: for, blue: against" if signed else "attention / uniform"
+    bar.set_label(label, fontsize=7)
     bar.ax.tick_params(labelsize=6)
     if masks is not None:
         figure.legend(handles=_lines(regions, COLOURS), loc="outside lower center", ncols=len(regions))
