@@ -36,9 +36,12 @@ def align(reference: Tensor, images: Tensor, steps: int = 75) -> Tensor:
     theta = torch.eye(2, 3, device=images.device).repeat(len(images), 1, 1)
     for blur in (4.0, 1.5):  # pixels, coarse to fine
         source, target = _contrast(reference[None], blur), _contrast(images, blur)
+        centres = F.affine_grid(torch.eye(2, 3)[None], (1, 1, *target.shape[2:]), align_corners=False)
+        centres = F.pad(centres, (0, 1), value=1.0).to(target).flatten(0, 2).T  # (3, h * w): x, y, 1
 
-        def points(theta: Tensor) -> tuple[Tensor, float]:
-            return F.affine_grid(theta, target.shape, align_corners=False), 0.0
+        def points(theta: Tensor) -> tuple[Tensor, float]:  # F.affine_grid makes the centres anew each time
+            moved = (theta.flatten(0, 1) @ centres).view(-1, 2, *target.shape[2:])
+            return moved.permute(0, 2, 3, 1), 0.0
 
         theta = _register(source, target, theta, points, steps, lr=0.03)
     return theta
@@ -78,7 +81,8 @@ def find(reference: Tensor, priors: Tensor, images: Tensor) -> Tensor:
         rows, columns = template.shape[2:]
         margins = [columns // 2] * 2 + [rows // 2] * 2  # rows and columns are odd
         padded = F.pad(target, margins, mode="replicate")
-        mean, square = (F.avg_pool2d(v, (rows, columns), 1) for v in (padded, padded.square()))
+        down = (F.avg_pool2d(v, (rows, 1), 1) for v in (padded, padded.square()))
+        mean, square = (F.avg_pool2d(v, (1, columns), 1) for v in down)  # one side at a time is faster
         variance = (square - mean.square()).sum(dim=1, keepdim=True).clamp_min(1e-12) * rows * columns
         ncc = F.conv2d(padded, template) / (variance * template.square().sum()).sqrt()  # (B, 1, h, w)
         (h, w), (value, place) = ncc.shape[2:], ncc.flatten(1).max(dim=1)
@@ -199,5 +203,8 @@ def _register(source: Tensor, target: Tensor, start: Tensor, points, steps: int,
 
 
 def _between(flow: Tensor, size: tuple[int, int]) -> Tensor:
-    """Displacements (B, 2, knots, knots) at every pixel: (B, h, w, 2)."""
-    return F.interpolate(flow, size=size, mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
+    """Displacements (B, 2, knots, knots) at every pixel, bicubic between the knots: (B, h, w, 2)."""
+    k = flow.shape[-1]
+    unit = torch.eye(k).to(flow)[None, None]  # interpolation is linear, so a matrix (h or w, k) on each side
+    down, across = (F.interpolate(unit, (n, k), mode="bicubic", align_corners=True)[0, 0] for n in size)
+    return (down @ flow @ across.T).permute(0, 2, 3, 1)

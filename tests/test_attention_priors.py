@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from attention_priors import follow, guidance
+from attention_priors import follow, gaussian_blur, guidance
 from attention_priors import priors_from_masks, priors_from_statistics, span_loss
 from crops import crop, random_crops
 
@@ -44,6 +44,15 @@ def test_a_prior_from_a_mask_is_largest_inside_it_and_fades_over_its_border():
     inside, border, outside = priors_from_masks(mask, blur=0.05)[0, 20, [20, 10, 2]]
     assert inside > 0.99 and 0.3 < border < 0.7 and outside < 0.01
     assert torch.equal(priors_from_masks(mask, blur=0.0), mask.float())
+
+
+def test_a_blur_is_a_gaussian_convolution_with_repeated_borders():
+    x, sigma, radius = torch.rand(2, 3, 12, 15, dtype=torch.float64), 1.3, 4
+    weights = torch.exp(-(torch.arange(-radius, radius + 1.0).double() ** 2) / (2 * sigma**2))
+    kernel = torch.outer(weights, weights)[None, None] / weights.sum() ** 2
+    padded = F.pad(x, [radius] * 4, mode="replicate").flatten(0, 1)[:, None]
+    torch.testing.assert_close(gaussian_blur(x, sigma), F.conv2d(padded, kernel).view_as(x))
+    assert torch.equal(gaussian_blur(x, 0), x) and gaussian_blur(x, 50.0).isfinite().all()
 
 
 def test_statistics_find_where_images_differ_and_what_is_bright():

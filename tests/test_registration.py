@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from attention_priors import priors_from_masks
 from common.phantom import phantom
-from common.registration import agreement, align, bend, carry, confidence, find, register
+from common.registration import _between, agreement, align, bend, carry, confidence, find, register
 from common.symbols import draw_digit
 from crops import crop, random_crops
 
@@ -72,6 +72,9 @@ def test_a_warped_prior_lies_where_the_pixels_of_the_reference_lie():
     torch.testing.assert_close(carry(image, theta), crop(image.expand(2, 1, 16, 16), theta, 16))
     shift, moved = torch.full((2, 2, 4, 4), 0.25), theta + torch.tensor([0, 0, 0.25])
     torch.testing.assert_close(carry(image, theta, shift), carry(image, moved), atol=1e-5, rtol=0)
+    knots = torch.rand(2, 2, 4, 4, generator=seeded())
+    bicubic = F.interpolate(knots, (16, 24), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
+    torch.testing.assert_close(_between(knots, (16, 24)), bicubic)
 
 
 def test_local_contrast_finds_organs_where_the_outline_of_the_body_would_mislead():
