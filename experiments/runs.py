@@ -67,21 +67,27 @@ RESNET_CHANGES = {
 VIT_CHANGES = {"vit_unguided": "--isnet-layers relevance", "vit_pixels_only": "--isnet-layers none"}
 
 
-def few_labels() -> dict[str, str]:
-    """RelViT and DINO before labels or beside them; all but `half` and `relvit_long` see as many images."""
-    runs = {}
-    for symbols, E in {"symbols50": 30, "symbols500": 6}.items():  # E: epochs with labels after pretraining
-        encoder = "--backbone vit --embed-dim 64 --depth 3 --num-heads 4 --batch-size 32 --lr 1e-3"
-        images = f"{encoder} --data data/{symbols}-{{seed}}"
-        label = f"--task classify {images}"
-        relations = "--relations relations distances angles positions"
-        runs[f"scratch_{symbols}"] = f"{label} --epochs {2 * E}"
-        runs[f"joint_{symbols}"] = f"{label} --epochs {2 * E} {relations}"
-        runs[f"half_{symbols}"] = f"{label} --epochs {E}"
-        before = {"relvit": f"{E} --ssl relvit", "relvit_long": f"{5 * E} --ssl relvit", "dino": f"{E}"}
+def few_labels(sets: dict[str, tuple[str, int, str]]) -> dict[str, str]:
+    """RelViT and DINO before labels or beside them; all but `half` and `relvit_long` see as many images.
+
+    sets: {name: images, epochs with labels after pretraining, flags of what RelViT relates}.
+    """
+    runs, relvit = {}, "--ssl relvit --prior none"
+    for name, (images, E, relations) in sets.items():
+        drawn = f"--backbone vit --embed-dim 64 --depth 3 --num-heads 4 --batch-size 32 --lr 1e-3 {images}"
+        label = f"--task classify {drawn}" + " --findings all" * ("--train-images" in images)
+        runs[f"scratch_{name}"] = f"{label} --epochs {2 * E}"
+        runs[f"joint_{name}"] = f"{label} --epochs {2 * E} {relations}"
+        runs[f"half_{name}"] = f"{label} --epochs {E}"
+        before = {"relvit": f"{E} {relvit}", "dino": f"{E} --prior none --keep-going"}
+        if "symbols" in name:
+            before["relvit_long"] = f"{5 * E} {relvit}"
+        else:
+            before["relvit"] += f" {relations}"  # as released
+            runs[f"ordered_{name}"] = f"{label} --epochs {2 * E} {relations} --in-order"
         for how, epochs in before.items():
-            runs[f"pre_{how}_{symbols}"] = f"{images} --keep-going --prior none --epochs {epochs}"
-            runs[f"tuned_{how}_{symbols}"] = f"{label} --epochs {E} --init runs/pre_{how}_{symbols}-{{seed}}"
+            runs[f"pre_{how}_{name}"] = f"{drawn} --epochs {epochs}"
+            runs[f"tuned_{how}_{name}"] = f"{label} --epochs {E} --init runs/pre_{how}_{name}-{{seed}}"
     return runs
 
 
@@ -183,13 +189,23 @@ def as_then(flags: str) -> str:
     return " ".join([*before, flags])
 
 
-MAIN = seeded(GUIDED | POOLINGS | few_labels())  # claims 1 to 7
+ALL_TASKS, RELEASED = "--relations relations distances angles positions", "--relations relations positions"
+SYMBOLS = {
+    "symbols50": ("--data data/symbols50-{seed}", 30, ALL_TASKS),
+    "symbols500": ("--data data/symbols500-{seed}", 6, ALL_TASKS),
+}
+PHANTOMS = {  # the epochs, about 3000 steps, after which labels alone hardly improve on validation images
+    "phantom250": ("--train-images 250", 400, RELEASED),
+    "phantom1000": ("--train-images 1000", 100, RELEASED),
+}
+MAIN = seeded(GUIDED | POOLINGS | few_labels(SYMBOLS))  # claims 1 to 7
 CHANGED = {"dino_long": "--prior none --epochs 60"} | SPAN_CHANGES
 for guided, changes in {"isnet_resnet": RESNET_CHANGES, "isnet_vit": VIT_CHANGES}.items():
     CHANGED |= {name: f"{GUIDED[guided]} {flags}" for name, flags in changes.items()}
 RUNS = MAIN | seeded(against_shortcuts()) | seeded(CHANGED, [0])
 RUNS = {name: as_then(flags) for name, flags in RUNS.items()}
 RECENT = on_other_data() | against_backgrounds() | poolings_of_objects() | at_equal_length()
+RECENT |= few_labels(PHANTOMS)
 RUNS |= seeded(RECENT, range(5))
 # The runs that a run starts from, or whose attention becomes its masks.
 NEEDED = {name: set(re.findall(r"runs/(\S+)", flags)) for name, flags in RUNS.items()}

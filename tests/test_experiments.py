@@ -12,6 +12,7 @@ import torch
 import dino
 from common import config
 from common.checkpoint import Run
+from common.checks import check
 from common.data import select
 from common.splits import load
 from experiments import benchmark, curves, equations, remedies, runs, tables, wrong_mask
@@ -48,11 +49,18 @@ def test_every_recorded_command_still_means_the_same_and_is_what_the_run_list_as
     for name, run in ((name, RESULTS[name]) for name in golden):
         commands = (runs.as_then(run["command"][16:]), runs.RUNS[name])
         recorded, asked = (settings(shlex.split(command)) for command in commands)
-        asked |= {key: recorded[key] for key in ("out", "overwrite")}
+        asked |= {key: recorded[key] for key in ("out", "overwrite", "keep_going")}
         recorded, asked = ({k: v for k, v in s.items() if k not in NEWER} for s in (recorded, asked))
         assert asked == recorded, name
         digest = hashlib.sha256(json.dumps(recorded, sort_keys=True).encode()).hexdigest()
         assert digest[:12] == golden[name], name
+
+
+def test_train_py_takes_the_flags_of_every_run(monkeypatch):
+    monkeypatch.setattr(Path, "is_dir", lambda path: True)  # the data and runs that they need
+    for name, flags in runs.RUNS.items():
+        if name.endswith("-0"):
+            check(*config.parse(flags.split()))
 
 
 def test_older_runs_have_none_of_what_is_new_by_default():
