@@ -164,7 +164,7 @@ def at_equal_length() -> dict[str, str]:
     return {
         "long_dino": f"--prior none {long}", "long_span": long, "long_published": f"--align none {long}",
         "long_light": f"--span-weight 0.3 {long}", "after_dino": "--init runs/long_dino-{seed}",
-        "always_long": f"--prior none {long}",
+        "dino_long": f"{LOSSES['published']} --prior none {long}", "always_long": f"--prior none {long}",
     }  # fmt: skip
 
 
@@ -199,7 +199,7 @@ PHANTOMS = {  # the epochs, about 3000 steps, after which labels alone hardly im
     "phantom1000": ("--train-images 1000", 100, RELEASED),
 }
 MAIN = seeded(GUIDED | POOLINGS | few_labels(SYMBOLS))  # claims 1 to 7
-CHANGED = {"dino_long": "--prior none --epochs 60"} | SPAN_CHANGES
+CHANGED = dict(SPAN_CHANGES)
 for guided, changes in {"isnet_resnet": RESNET_CHANGES, "isnet_vit": VIT_CHANGES}.items():
     CHANGED |= {name: f"{GUIDED[guided]} {flags}" for name, flags in changes.items()}
 RUNS = MAIN | seeded(against_shortcuts()) | seeded(CHANGED, [0])
@@ -211,7 +211,7 @@ RUNS |= seeded(RECENT, range(5))
 NEEDED = {name: set(re.findall(r"runs/(\S+)", flags)) for name, flags in RUNS.items()}
 QUICK = r"(span|dino|(unmarked|plain|isnet)_resnet|resnet_simpool_labels|(?!.*_long_).*_symbols50)-0"
 # Pairs that are also measured with few labels, side by side.
-PROBED = {"dino": "span", "parts_dino": "parts_span", "long_dino": "long_span"}
+PROBED = {"dino": "span", "parts_dino": "parts_span", "dino_long": "long_span"}
 # Part of a name: what is measured of the finished run, and a figure that tells whether it was.
 AFTER = {"_grounds-": ("backgrounds", "mixed_rand"), "object_": ("objects", "CorLoc")}
 PICTURES = {  # results/NAME.png: what evaluate.py measures, and the runs that stand side by side
