@@ -159,12 +159,14 @@ def poolings_of_objects() -> dict[str, str]:
 
 
 def at_equal_length() -> dict[str, str]:
-    """SPAN and DINO for 60 epochs each, when DINO's features have left chance; both in other ways."""
+    """SPAN and DINO for 60 epochs each, when DINO's features have left chance, on X-rays and on plates."""
     long = "--epochs 60"
     return {
         "long_dino": f"--prior none {long}", "long_span": long, "long_published": f"--align none {long}",
         "long_light": f"--span-weight 0.3 {long}", "after_dino": "--init runs/long_dino-{seed}",
         "dino_long": f"{LOSSES['published']} --prior none {long}", "always_long": f"--prior none {long}",
+        "plates_dino": f"--data parts --prior none {long}",
+        "plates_span": f"--data parts --prior statistics {long}",
     }  # fmt: skip
 
 
@@ -211,7 +213,7 @@ RUNS |= seeded(RECENT, range(5))
 NEEDED = {name: set(re.findall(r"runs/(\S+)", flags)) for name, flags in RUNS.items()}
 QUICK = r"(span|dino|(unmarked|plain|isnet)_resnet|resnet_simpool_labels|(?!.*_long_).*_symbols50)-0"
 # Pairs that are also measured with few labels, side by side.
-PROBED = {"dino": "span", "parts_dino": "parts_span", "dino_long": "long_span"}
+PROBED = {"dino": "span", "parts_dino": "parts_span", "dino_long": "long_span", "plates_dino": "plates_span"}
 # Part of a name: what is measured of the finished run, and a figure that tells whether it was.
 AFTER = {"_grounds-": ("backgrounds", "mixed_rand"), "object_": ("objects", "CorLoc")}
 PICTURES = {  # results/NAME.png: what evaluate.py measures, and the runs that stand side by side
