@@ -40,9 +40,11 @@ OBJECTS = {  # title: experiment, and the map that is measured
     "a Gaussian in the middle of the image": ("vit_simpool", "middle"),
 }
 FEW_LABELS = {
-    "scratch": "labels alone", "joint": "labels and relations together",
+    "scratch": "labels alone", "half": "labels alone, half the steps",
+    "joint": "labels and relations together, patches shuffled",
+    "ordered": "labels and relations together, patches in order",
     "tuned_relvit": "RelViT, then labels", "tuned_dino": "DINO, then labels",
-    "half": "labels alone, half the steps", "tuned_relvit_long": "RelViT 5 times as long, then labels",
+    "tuned_relvit_long": "RelViT 5 times as long, then labels", "pre_relvit": "RelViT itself",
 }  # fmt: skip
 LOCALISATION = {  # title: experiment, and what is measured
     "prior": ("span", "prior"),
@@ -51,6 +53,10 @@ LOCALISATION = {  # title: experiment, and what is measured
     "attention, one reference image, defaults of today": ("phantom_span", "attention"),
     "attention, all masks": ("masks", "attention"),
     "DINO, best head chosen on validation images": ("dino", "attention"),
+    "60 epochs: attention, one reference image": ("long_span", "attention"),
+    "60 epochs: the same, not registered (as published)": ("long_published", "attention"),
+    "60 epochs: DINO, best head chosen on validation images": ("dino_long", "attention"),
+    "60 epochs: DINO, mean of all heads": ("long_dino", "mean_of_heads"),
 }
 FEW_MASKS = {  # of digits and leaves
     "plain": "plain",
@@ -93,6 +99,16 @@ def of_guidance() -> Tables:
         Row("SPAN with DINO, 15 epochs: published loss", "span", of_features),
         Row("**SPAN with DINO, 15 epochs: default**", "phantom_span", of_features, "span"),
     ]
+    equal = [
+        Row("DINO, published loss", "dino_long", of_features),
+        Row("**SPAN with DINO: default**", "long_span", of_features, "dino_long"),
+        Row("SPAN with DINO, priors not registered", "long_published", of_features, "dino_long"),
+        Row("SPAN with DINO, a tenth of SPAN's weight", "long_light", of_features, "dino_long"),
+        Row("DINO by default", "long_dino", of_features, "dino_long"),
+        Row("the same, then SPAN for 15 epochs", "after_dino", of_features, "dino_long"),
+        Row("plates: DINO by default", "plates_dino", of_features),
+        Row("plates: **SPAN, priors from statistics**", "plates_span", of_features, "plates_dino"),
+    ]
     ablation = [Row("settings of claim 1", "span", ["attention_mAP"])]
     ablation += [Row(f"`{flag}`", run, ["attention_mAP"], "span") for run, flag in SPAN_CHANGES.items()]
     parts = [f"attention_{x}" for x in ("AP_plate", "AP_holes", "AP_defect", "mAP")]
@@ -107,6 +123,7 @@ def of_guidance() -> Tables:
     return {
         "localisation": ("pixel AP | left lung | right lung | heart | mAP", where),
         "lengths": ("1500 phantoms | k-NN, mAUC | linear layer, mAUC", lengths),
+        "equal_length": ("60 epochs | k-NN, mAUC | linear layer, mAUC", equal),
         "ablation": ("one flag added | attention mAP", ablation),
         "transfer": (labels, transfer[""]),
         "parts": ("attention AP, heads chosen on validation images | plate | holes | defect | mAP", plates),
@@ -165,12 +182,8 @@ def of_backgrounds() -> Tables:
 
 
 def of_poolings() -> Tables:
-    """SimPool beside CLS and the mean, and RelViT beside labels alone."""
-    few, objects, scores = [], [], ("AP", "MaxBoxAccV2", "CorLoc")
-    for n in (50, 500):
-        for how, title in FEW_LABELS.items():
-            alone = "" if how == "scratch" else f"scratch_symbols{n}"
-            few.append(Row(f"{n} labels a class: {title}", f"{how}_symbols{n}", ["accuracy_same"], alone))
+    """SimPool beside CLS and the mean."""
+    objects, scores = [], ("AP", "MaxBoxAccV2", "CorLoc")
     pooling = ["attention_AP_heart", "knn_mAUC", "linear_mAUC"]
     poolings = [Row(title, run, pooling, other) for title, run, other in POOLINGS]
     for title, (run, of) in OBJECTS.items():
@@ -179,10 +192,26 @@ def of_poolings() -> Tables:
     return {
         "pooling": ("500 test images | attention on the heart, AP | k-NN, AUC | linear, AUC", poolings),
         "objects": (f"objects anywhere | {' | '.join(scores)} | accuracy", objects),
-        "few_labels": ("symbols | accuracy", few),
     }
+
+
+def of_few_labels() -> Tables:
+    """RelViT and DINO beside labels alone, and whether RelViT has learned its relations."""
+    headers = {"few_labels": "symbols | accuracy"}
+    headers["few_findings"] = "phantoms | mean AUC of findings | relations right in test images"
+    sets = {"symbols50": "50 labels a class", "symbols500": "500 labels a class"}
+    sets |= {"phantom250": "250 images", "phantom1000": "1000 images"}
+    rows: dict[str, list[Row]] = {table: [] for table in headers}
+    for name, images in sets.items():
+        symbols = name.startswith("symbols")
+        figures = ["accuracy_same"] if symbols else ["auc_same", "relations_test"]
+        for how, title in FEW_LABELS.items():
+            alone = "" if how == "scratch" else f"scratch_{name}"
+            row = Row(f"{images}: {title}", f"{how}_{name}", figures, alone)
+            rows["few_labels" if symbols else "few_findings"].append(row)
+    return {table: (header, rows[table]) for table, header in headers.items()}
 
 
 def layout() -> Tables:
     """Header and rows of all tables of runs."""
-    return of_guidance() | of_shortcuts() | of_backgrounds() | of_poolings()
+    return of_guidance() | of_shortcuts() | of_backgrounds() | of_poolings() | of_few_labels()

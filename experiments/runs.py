@@ -292,7 +292,8 @@ def probe(names: list[str], readouts: list[str]) -> None:
 
 def draw() -> None:
     """Make the pictures in results/ of finished runs with seed 0."""
-    shutil.copy(ROOT / "runs/span-0/low_data.png", ROOT / "results")
+    if (low_data := ROOT / "runs/span-0/low_data.png").exists():
+        shutil.copy(low_data, ROOT / "results")
     for picture, words in PICTURES.items():
         measure, *experiments = words.split()
         folders = [f"runs/{experiment}-0" for experiment in experiments]

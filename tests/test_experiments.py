@@ -97,7 +97,7 @@ def test_a_table_changes_when_a_result_changes():
 
 def test_every_experiment_that_a_claim_or_table_names_is_run():
     named = {words.split()[0] for claim in claims() for words in claim[3:6] if words}
-    some = ("kinds", "blind", "hospitals", "grounds", "few_labels", "few_findings")  # not every way meets these
+    some = "kinds blind hospitals grounds few_labels few_findings".split()  # not every way meets these
     rows = [row for name, (_, rows) in layout().items() if name not in some for row in rows]
     named |= {experiment for row in rows for experiment in (row.experiment, row.reference)}
     named |= {name for words in runs.PICTURES.values() for name in words.split()[1:]}
