@@ -13,8 +13,8 @@ of unlabelled images. There is no public code; the equation numbers are ours (th
 (1) The same theta samples image and prior, so a prior follows its crop. (2) A view that sees a tenth of a
 lung counts a tenth. Ours, not the paper's: the KL divergence (or another, by `kind`) and the weights (2). As
 published, all images have the same priors; `common/registration.py` warps them to each image, and `guidance`
-multiplies s by its confidence. Always report the prior's own score
-beside the attention's: attention that only repeats its prior has learned nothing.
+multiplies s by its confidence. Always report the prior's own score beside the attention's: attention that
+only repeats its prior has learned nothing.
 """
 
 import torch
@@ -118,13 +118,9 @@ def span_loss(attention: Tensor, prior: Tensor, share: Tensor, kind: str = "kl")
 
 
 def guidance(
-    attentions: list[Tensor],
-    priors: Tensor,
-    thetas: list[Tensor] | None,
-    grids: list[tuple[int, int]],
-    kind: str = "kl",
-    confidence: Tensor | None = None,
-) -> Tensor:
+    attentions: list[Tensor], priors: Tensor, thetas: list[Tensor] | None, grids: list[tuple[int, int]],
+    kind: str = "kl", confidence: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The SPAN loss over all views of a batch, a scalar.
 
     One entry per resolution, as from `crops.multi_crop`: attentions (V B, heads, N), thetas (V B, 2, 3) and

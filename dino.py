@@ -15,7 +15,7 @@ falls where scores deviate too little, by s: P_t has an entropy of about log K -
 
     L_KoLeo = -mean_i log min_(j != i) |z_i - z_j|,  |z| = 1,  weighted by w                             (5)
     tau_t   = min(tau_t, s / sqrt(2 w (1 - e) log K)),  so that mean h(P_t) / log K <~ 1 - w (1 - e)     (6)
-    w       = 2 - KL / (2 f log K), from 0 to 1: where the KL is large, both cost features               (7)
+    w       = 2 - KL / (2 f log K), from 0 to 1: with a large KL both would harm the features            (7)
 
 `CollapseMonitor` follows the entropy h(P_t) of the teacher's outputs (in a collapse near log K if centring
 won, low if sharpening did), the KL divergence of P_t from the mean P_t (how much an output says about its

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from common.baselines import Pipeline
 from common.checkpoint import DataSpec, load_run, write_file
 from common.checks import check_device
 from common.config import Config, Parser
@@ -44,8 +45,9 @@ MASS = 0.6  # of the attention that unguided heads' masks hold, as in DINO's fig
 def expected_seconds(runs: list[Loaded], splits: dict[str, Data], measures: list[str], few: bool) -> float:
     """About how long the measures take: images through each model at the speed of one batch, and fits."""
     n, test, seconds = len(splits["train"].names), len(splits["test"].names), 0.0
+    some = next(data.images[:64] for data in splits.values() if data.names)
     for config, _, model, *_ in runs:
-        x = prepared(splits["train"].images[:64].to(next(model.parameters()).device))
+        x = prepared(some.to(next(model.parameters()).device))
         with torch.no_grad():
             model.eval()(x)[0].cpu()
             started = time.perf_counter()
@@ -173,7 +175,7 @@ def write_weights(run: Path, path: Path) -> None:
     found = load_run(run)
     model, c = load_model(run, found), found.config
     encoder = getattr(model, "encoder", model)
-    if not isinstance(encoder, ViT) or hasattr(model, "segmenter"):
+    if not isinstance(encoder, ViT) or isinstance(model, Pipeline):
         raise ValueError(f"--export: {run} is no single ViT; --export writes ViTs only")
     write_file(path, exported(encoder))
     sizes = f"img_size={c.img_size}, patch_size={c.patch_size}, in_chans={found.spec.channels}, "
@@ -204,7 +206,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument_group("for files of weights").add_argument
     add("--data", help="what to measure them on, as for train.py (default: phantom, or the runs' data)")
     add("--img-size", type=int, help="pixels a side (default: theirs, or that of the runs)")
-    add("--num-heads", type=int, help="if their width does not tell")
+    add("--num-heads", type=int, help="attention heads, for widths that no release has")
     args = parser.parse_args(argv)
     typed = {"--data": args.data, "--img-size": args.img_size, "--num-heads": args.num_heads}
     args.flags = [word for flag, v in typed.items() if v is not None for word in (flag, str(v))]

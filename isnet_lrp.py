@@ -28,8 +28,8 @@ A network can satisfy the loss and keep its shortcut. Each part closes one way t
 On absence: a unit that its bias activates and the marker silences has no relevance where the marker is.
 Elsewhere its relevance goes to the bias and to no pixel, but it shows in the unit's own layer. None of this
 is proof: LRP hardly sees evidence that silences units, so a frame or a tint around the foreground gets past
-the loss. Backgrounds swapped between images, as in `train.py`, tell no label, if the masks are exact. Test on
-images where the shortcut contradicts the label.
+the loss. Backgrounds swapped between images, as in `train.py`, say nothing about the label, if the masks are
+exact. Test on images where the shortcut contradicts the label.
 
 Grow exact masks by a few pixels for this loss: an outline has relevance on both of its sides, and classes
 that differ in outline are learned far worse if one side is penalised.
@@ -47,7 +47,7 @@ Where we differ:
     C2 = min(25 C1, mean + 3 sd)                          no bound; `relevance_range` takes one
     biases are detached in LRP's denominators             differentiated; `lrp.relevance` does both
     -                                                     L_att
-    Not to be had here:
+    Not implemented here:
     hybrid L_fg grows as C1 (x - 1) + 1 above x = 1       2 x - 1, which continues the slope of x^2
     log-odds are bounded, log(p + 0.01) - log(1.01 - p)   log p - log(1 - p)
     batch norm is folded into the convolution before it   a layer of its own

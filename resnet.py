@@ -37,9 +37,8 @@ class Block(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.shortcut = nn.Sequential()
         if stride > 1 or in_chans != width:
-            self.shortcut.append(nn.Conv2d(in_chans, width, 1, stride, bias=False)).append(
-                nn.BatchNorm2d(width)
-            )
+            projection = nn.Conv2d(in_chans, width, 1, stride, bias=False)
+            self.shortcut.extend([projection, nn.BatchNorm2d(width)])
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)))

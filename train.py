@@ -43,7 +43,7 @@ from common.regions import priors_over
 from common.runs import data_of, finish, keep_masses
 from common.splits import load
 from crops import multi_crop
-from dino import Collapse, CollapseMonitor, over_processes
+from dino import Collapse, over_processes
 from isnet_lrp import foreground_loss, isnet_background, published_loss, whole_patches
 from lrp import relevance
 from relvit import cut, patch_views
@@ -82,6 +82,8 @@ def foreground_masks(
         masks = from_first(foreground(config.masks, splits, config.data, config.init, prior))
     stay = masks.flatten(1).any(dim=1) | train.has_masks & (config.masks == "data")  # (N,)
     check_foreground(config.masks, train, stay)
+    if not masks.any():
+        raise ValueError(f"--masks {config.masks}: all masks are empty; outline the foreground in some")
     return masks, stay
 
 
@@ -91,7 +93,7 @@ def foreground_masks(
 def views_objective(config: Config, model: nn.Module, images: Tensor, priors: Callable | None) -> Callable:
     """DINO's loss over random views of images (N, C, S, S) uint8, plus SPAN's with priors (B, R, S, S).
 
-    SPAN's loss alone without DINO (--ssl none), or once it has collapsed: its prototypes say nothing then.
+    SPAN's loss alone without DINO (--ssl none), or once DINO has collapsed: its prototypes hold nothing then.
     """
     size, dino = images.shape[-1], model if isinstance(model, DINO) else None
     encoder = dino.student if dino else model.encoder
@@ -146,9 +148,7 @@ def classifier_objective(
 ) -> Callable:
     """The loss of images (N, C, S, S) uint8 with labels (N, K), plus ISNet's, a baseline's or RelViT's.
 
-    masks (N, 1, S, S) bool: the foreground for ISNet and most baselines. ISNet's loss is
-
-        L = L_class + weight (L_bg(image) + mean L_bg(inner layers) + mean L_span(attention) + L_fg(image))
+    masks (N, 1, S, S) bool: the foreground, for ISNet's loss, (1) of isnet_lrp.py, and most baselines.
     """
     multiclass, encoder, rule = spec.multiclass, model.encoder, lrp_rule(config)
     layers, pooling = supervised_layers(encoder, config.isnet_layers), (config.isnet_decay, config.isnet_e)
@@ -290,18 +290,14 @@ def train_step(
         model.update_teacher(cosine(step, total, config.momentum, 1.0))
         health, guided = model.health, config.prior != "none" and not config.strict
         if health.collapsed() and not config.keep_going and not (collapsed and guided):
-            warn_of_collapse(health, guided)
+            if not guided:
+                raise Collapse(f"{health.diagnosis()}. --keep-going trains on")
+            goes_on = "SPAN goes on alone (--strict stops, --keep-going keeps DINO)"
+            print(f"\nwarning: {health.diagnosis()}. {goes_on}")
         if config.keep_going or not collapsed:
             logged |= {"teacher_entropy": health.entropy, "kl": health.kl, "prototypes": health.prototypes()}
     values = torch.stack([torch.as_tensor(value, device=index.device).float() for value in logged.values()])
     return dict(zip(logged, over_processes(values).tolist()))
-
-
-def warn_of_collapse(monitor: CollapseMonitor, guided: bool) -> None:
-    """Say that SPAN goes on alone. Raises Collapse if the run is not guided."""
-    if not guided:
-        raise Collapse(monitor.diagnosis() + ". --keep-going trains on")
-    print(f"\nwarning: {monitor.diagnosis()}. SPAN goes on alone (--strict stops, --keep-going keeps DINO)")
 
 
 def learning_rate(config: Config, step: int, total: int) -> float:

@@ -133,9 +133,9 @@ def rrr(model: nn.Module, x: Tensor, m: Tensor, y: Tensor, multiclass: bool) -> 
 def swapped(x: Tensor, m: Tensor, generator: Generator, share: float = 1.0, margin: int = 0) -> Tensor:
     """Images (B, C, H, W), a share of them with the background of another one; unchanged without a mask.
 
-    None keeps its own (unless it is alone), which would leave 1 / B of the shortcut. Where the other one's
-    foreground was, there is background, too: two hearts would be hard to learn from. margin: pixels by which
-    what is kept is narrower than m, so that no background shows where a mask is a little too wide.
+    No image keeps its own background, unless the batch has one image. The other image's foreground is filled
+    with background, so that no second heart appears. margin: pixels by which the kept foreground is narrower
+    than m, so that no background shows where a mask is a little too wide.
     """
     order = torch.randperm(len(x), generator=generator).to(x.device)
     other = torch.empty_like(x)

@@ -14,6 +14,7 @@ from torch import Generator, Tensor, nn
 from torch.optim import AdamW
 
 from attention_priors import follow, priors_from_masks, span_loss
+from common.classify import Classifier
 from common.metrics import localisation_ap
 from common.phantom import REGIONS, phantom, stamp
 from common.plots import COLOURS
@@ -184,29 +185,13 @@ def simpool() -> None:
     draw(figure, "simpool")
 
 
-def classifier(images: Tensor, y: Tensor, steps: int) -> tuple[nn.Module, Tensor]:
-    """A ResNet that was trained to tell labels y (N,), and images (N, 1, S, S) as it sees them."""
-    torch.manual_seed(0)
-    x, encoder, head = images / 127.5 - 1, ResNet(1, 32), nn.Linear(32, 1)
-
-    class Classifier(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.encoder, self.head = encoder, head
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.encoder(x).pooled)
-
-    model = Classifier()
-    fit(model, steps, len(x), lambda i: F.binary_cross_entropy_with_logits(model(x[i])[:, 0], y[i]), lr=2e-3)
-    return model, x
-
-
 def lrp() -> None:
     """One network that reads an L, by four rules: heatmaps, and how much of the score they hold."""
     images, _, labels = phantom(300, seed=0)
-    model, x = classifier(stamp(images, labels[:, 0] == 1), labels[:, 0], 60)
-    some = labels[:, 0].nonzero()[:3, 0]
+    y, x = labels[:, 0], stamp(images, labels[:, 0] == 1) / 127.5 - 1
+    torch.manual_seed(0)
+    model, some = Classifier(ResNet(1, 32), 1), y.nonzero()[:3, 0]
+    fit(model, 60, 300, lambda i: F.binary_cross_entropy_with_logits(model(x[i])[:, 0], y[i]), lr=2e-3)
     rules = {
         "epsilon, 1e-6": {}, "gamma, 3": {"gamma": 3.0}, "signed gamma, 3": {"gamma": 3.0, "signed": True},
         "signed gamma, z^B": {"gamma": 3.0, "signed": True, "input_rule": (-1.0, 1.0)},

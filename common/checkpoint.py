@@ -172,8 +172,7 @@ def resumed(config: Config, typed: set[str]) -> Run:
         edited = name not in PLACES and record.get(name) != saved[name]  # data may have moved
         if name in typed and asked[name] != saved[name] or edited:
             wanted = asked[name] if name in typed else record.get(name)
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"--resume: {config.out} was started with {flag} {saved[name]}, not {wanted}")
+            raise ValueError(f"--resume: {config.out} was started with {name} {saved[name]}, not {wanted}")
     changed = {name: asked[name] for name in asked if name in PER_CALL or name in moved and name in typed}
     return run._replace(config=as_config(saved | changed))
 

@@ -12,7 +12,7 @@ from common.folder import LAYOUT
 from common.splits import DRAWN
 from crops import random_crops
 
-PRETRAINING = ("ssl", "prior")  # settings that have no effect with another --task, but by --masks prior
+PRETRAINING = ("ssl", "prior")  # have no effect outside pretraining, except --prior with --masks prior
 
 
 def check(config: Config, typed: set[str]) -> None:
@@ -43,7 +43,9 @@ def met(config: Config, need: str) -> bool:
     value = getattr(config, name)
     if name in PRETRAINING and config.task != "pretrain":
         return False
-    return value in values.split("|") if values else value not in (None, 0, "none")
+    if values:
+        return value in values.split("|")
+    return value not in (None, 0, "none") or name == "marker" and value == 0
 
 
 def check_device(device: str) -> None:
@@ -64,7 +66,7 @@ def check_pairs(c: Config) -> None:
     classify, vit, most = c.task == "classify", c.backbone == "vit", c.img_size // c.patch_size
     relational = bool(c.relations) if classify else c.ssl == "relvit"
     plain = not (c.isnet or c.baseline in PENALTIES or c.relations)
-    guided = not classify and c.prior != "none"
+    guided, swaps = not classify and c.prior != "none", c.isnet and c.swap or c.baseline == "swap"
     from_run = c.resume or c.init and c.init.is_dir()
     some_masks = c.masks in ("data", "prior", "attention") or c.resume or Path(c.masks).is_dir()
     known_prior = c.prior in ("sample", "masks", "statistics", "none") or Path(c.prior).is_file()
@@ -87,8 +89,9 @@ def check_pairs(c: Config) -> None:
         (c.amp and classify and not plain, "--amp is for pretraining and plain classifiers; leave it out"),
         (c.compile and classify, "--compile is for pretraining: LRP follows each operation; leave it out"),
         (c.preset == "published" and vit, "--preset published needs --backbone resnet, as published"),
-        (c.isnet and c.swap and c.accumulate > c.batch_size // 2, f"--swap needs parts of 2 images or more: "
+        (swaps and c.accumulate > c.batch_size // 2, "swapped backgrounds need parts of 2 images or more: "
          f"lower --accumulate {c.accumulate}"),
+        (c.baseline == "gated" and c.pool == "simpool", "--baseline gated pools by gates: leave out --pool"),
         (c.pool == "cls" and not vit, "--pool cls needs --backbone vit; a ResNet has gap or simpool"),
         (relational and not vit, "RelViT (--ssl relvit, --relations) needs --backbone vit"),
         (relational and c.isnet, "--relations moves patches, and --isnet's masks don't follow: choose one"),

@@ -109,7 +109,7 @@ def supervised_layers(encoder: nn.Module, which: str = "all") -> list[nn.Module]
 
 @contextmanager
 def attention_seen(encoder: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects two maps (B, heads, T) for each attention layer of an encoder that runs meanwhile.
+    """Collects two maps (B, heads, T) for each attention layer of an encoder that runs inside this context.
 
     They hold how much the CLS token attends to each token, and how much all tokens do on average. An encoder
     without CLS gives, in place of the first, the attention (B, heads, N) of its pooling, if that is learned.

@@ -1,7 +1,7 @@
 """Command-line options of train.py: one frozen dataclass, from which the argument parser is made.
 
 A field is a flag: default, help, limits, and what it needs to have an effect. A default of None depends on
-other settings (DEFAULTS). Later sources win: defaults, `--config`, the encoder of `--init`, what was typed.
+other settings (DEFAULTS). Later sources win: defaults, --config, --preset, the encoder of --init, the flags.
 """
 
 from __future__ import annotations
@@ -39,16 +39,17 @@ PRESETS = {  # of Faster ISNet's code; a weight of P / (1 - P), P = 0.7
     "published": {"isnet": 7 / 3, "swap": 0.0, "isnet_every": 1, "isnet_layers": "blocks", "isnet_decay": 0.9}
     | {"isnet_margin": 0.0, "isnet_e": 1.0, "explain": "selective", "lrp_epsilon": 1e-2, "lrp_gamma": 0.0}
 }
-# Epochs at least, and steps at least of a folder. A ViT learns a label more slowly.
+# Minimum epochs; for a folder also minimum steps. A ViT learns a label more slowly.
 LENGTHS = {"pretrain": (15, 350), "classify resnet": (15, 2800), "classify vit": (40, 7500)}
 ENCODER = "backbone img_size patch_size embed_dim depth num_heads registers pool pool_heads simpool_gamma"
 PER_CALL = ("out", "overwrite", "resume", "keep_going", "strict", "device")  # --resume may change these
 PLACES = ("data", "init", "masks", "prior")  # ... and these, if a file or folder that they name has moved
-KEYWORDS = {*"phantom parts data prior attention sample masks statistics none".split(), None}  # no such names
+KEYWORDS = {*"phantom parts data prior attention sample masks statistics none".split(), None}  # no paths
 NO_SETTINGS = {*"command versions machine channels classes multiclass images relevance_range".split()}
 COUNT, FRACTION, WEIGHT, POSITIVE = (1, 10**9), (0, 1), (0, 1e9), (1e-12, 1e9)  # limits
 KINDS = {"bool": bool, "int": int, "float": float, "Path": Path, "str": str}
 DINO, VIEWS, PENALISED = "ssl=dino", "ssl=dino|none", "baseline=" + "|".join(PENALTIES)
+REGISTERED = "prior masks=prior isnet&masks=data baseline&masks=data"  # to images without masks
 
 
 def flag(default, text: str, *names: str, group="", choices=None, nargs=None, within=None, needs=""):
@@ -75,19 +76,20 @@ class Config:
     data: str = flag("phantom", "phantom (X-rays), parts (plates), or a folder", "--data-path", group="data")
     train_images: int = flag(None, "how many training images to draw", within=COUNT)
     img_size: int = flag(64, "pixels a side that images are resized to", within=COUNT)
-    findings: tuple[str, ...] = flag(None, "to classify, or all (default: phantom one, else all)", nargs="+")
+    findings: tuple[str, ...] = flag(None, "to classify, or all (default: phantom one, else all)", nargs="+",
+        needs="task=classify")
     marker: float = flag(None, "probability that a marker agrees with the first finding", within=FRACTION)
     marker_kind: str = flag("corner", "L in a corner, anywhere; tint; frame; or two hospitals",
         choices=[*MARKERS, "hospitals"], needs="marker")
-    sample: str = flag(None, "name of the reference image (default: the first that has all masks)")
+    sample: str = flag(None, "name of the reference image (default: the first that shows all regions)")
     prior: str = flag("sample",
         "sample: one image's masks; masks: every image's; statistics; none; or a .npy file (R, S, S)",
         group="where to look (SPAN)", needs="task=pretrain masks=prior")
-    align: str = flag("bend", "registration", choices=["bend", "affine", "none"], needs="prior masks=prior")
+    align: str = flag("bend", "registration", choices=["bend", "affine", "none"], needs=REGISTERED)
     follow: bool = flag(True, "keep priors fixed while crops move", needs=f"{VIEWS}&prior")
-    prior_blur: float = flag(0.025, "sigma as a fraction of width", within=WEIGHT, needs="prior masks=prior")
+    prior_blur: float = flag(0.025, "sigma as a fraction of width", within=WEIGHT, needs=REGISTERED)
     span_weight: float = flag(3.0, "weight of the SPAN loss", within=WEIGHT, needs="prior")
-    span_loss: str = flag("kl", "prior to attention", choices=["kl", "mse", "dice"], needs="prior")
+    span_loss: str = flag("kl", "attention against its prior", choices=["kl", "mse", "dice"], needs="prior")
     span_layer: int = flag(-1, "the block whose heads are guided, -1 the last", needs="pool=cls")
     ssl: str = flag("dino", "the objective without labels; none: the SPAN loss alone",
         group="self-supervision", choices=["dino", "relvit", "none"], needs="task=pretrain")
@@ -95,7 +97,8 @@ class Config:
         choices=RELATIONS, nargs="+", needs="ssl=relvit task=classify")
     in_order: bool = flag(False, "joint RelViT on images whose patches keep their places, as published",
         needs="task=classify&relations")
-    mega_patches: int = flag(0, "cells a side of RelViT; 0: patches", within=(0, 10**9), needs="ssl=relvit")
+    mega_patches: int = flag(0, "RelViT's mega-patches a side; 0: patches", within=(0, 10**9),
+        needs="ssl=relvit")
     out_dim: int = flag(256, "prototypes; hundreds for thousands of images", within=(2, 10**9), needs=DINO)
     teacher_temp: float = flag(0.02, "softmax temperature of the teacher", within=POSITIVE, needs=DINO)
     momentum: float = flag(0.996, "EMA momentum of the teacher at the start", "--momentum-teacher",
@@ -115,7 +118,7 @@ class Config:
     isnet: float = flag(0.0, "weight of the ISNet loss", within=WEIGHT)
     preset: str = flag(None, "ISNet's loss as published", choices=PRESETS, needs="task=classify")
     isnet_every: int = flag(3, "steps from one ISNet loss to the next", within=COUNT, needs="isnet")
-    swap: float = flag(1.0, "fraction that get another image's background", within=FRACTION, needs="isnet")
+    swap: float = flag(1.0, "fraction of images whose background is swapped", within=FRACTION, needs="isnet")
     swap_margin: float = flag(None, "how much narrower than its mask the kept foreground is, in fractions "
         "of a side (default: 0.025 if some masks are made, else 0)", within=(0, 0.2),
         needs="isnet&swap baseline=swap")
@@ -132,8 +135,9 @@ class Config:
         choices=["none", "blocks", "relevance", "all"], needs="isnet")
     isnet_decay: float = flag(0.97, "weight of the next largest pixel", within=(1e-3, 1), needs="isnet")
     isnet_e: float = flag(0.1, "E in u = h / (h + E); small: punish traces", within=POSITIVE, needs="isnet")
-    lrp_epsilon: float = flag(1e-2, "epsilon of LRP", within=POSITIVE)
-    lrp_gamma: float = flag(None, "gamma of LRP; 0: epsilon rule, larger: toward z+", within=WEIGHT)
+    lrp_epsilon: float = flag(1e-2, "epsilon of LRP", within=POSITIVE, needs="task=classify")
+    lrp_gamma: float = flag(None, "gamma of LRP; 0: epsilon rule, larger: toward z+", within=WEIGHT,
+        needs="task=classify")
     backbone: str = flag(None, "the encoder", group="model", choices=["vit", "resnet"])
     init: Path = flag(None, "a run, or a file of published ViT weights, to start from in its sizes")
     patch_size: int = flag(8, "pixels a side of a patch", within=COUNT)
@@ -141,14 +145,16 @@ class Config:
     depth: int = flag(None, "blocks of the ViT", within=COUNT)
     num_heads: int = flag(None, "attention heads; each prior takes one", within=COUNT)
     registers: int = flag(0, "register tokens of the ViT", within=(0, 1000), needs="backbone=vit")
-    drop_path: float = flag(0.0, "stochastic depth of the last block", "--drop-path-rate", within=(0, 0.99))
+    drop_path: float = flag(0.0, "stochastic depth of the last block", "--drop-path-rate",
+        within=(0, 0.99), needs="backbone=vit")
     pool: str = flag(None, "patches to one vector: CLS, mean, SimPool", choices=["cls", "gap", "simpool"])
     simpool_gamma: float = flag(None, "exponent of SimPool's mean", within=(0.1, 10), needs="pool=simpool")
     pool_heads: int = flag(None, "default: --num-heads if guided, else 1", within=COUNT, needs="pool=simpool")
     epochs: int = flag(None, "passes over the images (default: 15, a ViT with labels 40, small folders more)",
         group="optimisation", within=COUNT)
     batch_size: int = flag(None, "images a step", within=COUNT)
-    accumulate: int = flag(1, "parts of a batch, one after the other, where memory is short")
+    accumulate: int = flag(1, "parts of a batch, where memory is short; DINO's centre, KoLeo and monitor "
+        "see one part at a time")
     amp: bool = flag(False, "compute in bfloat16 where that is safe")
     compile: bool = flag(False, "pretrain with torch.compile")
     lr: float = flag(None, "highest learning rate (AdamW, cosine)", within=(1e-9, 1e9))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 SPLITS = ("train", "val", "test")
 BATCH = 250  # images at a time where no gradient is needed
-Loaded = tuple[dict[str, "Data"], str | None, list[str]]  # splits, the reference image's name, notes to print
+LoadedData = tuple[dict[str, "Data"], str | None, list[str]]  # splits, reference image's name, notes
 
 
 def printable(text: str) -> str:

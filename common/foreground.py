@@ -56,7 +56,7 @@ def foreground(source: str, splits: dict[str, Data], data: str, init: Path | Non
 
 
 def are_made(source: str, has_masks: Tensor) -> bool:
-    """Whether masks from a source are made of those of few images, and so fit less well."""
+    """Whether masks are derived from those of a few images; such masks fit less well."""
     if source == "data":
         return not bool(has_masks.all())
     return source in ("prior", "attention") or (Path(source) / "config.json").is_file()

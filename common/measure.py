@@ -1,4 +1,4 @@
-"""What is reported of a model, measured on test images that no choice was made on.
+"""What is reported of a model, measured on test images; choices are made on validation images.
 
 attention  pixel average precision (AP) and Dice of one attention head for each region: the one that masks
            guided, otherwise the best on validation images and, beside it, the mean over all heads, which
@@ -9,7 +9,8 @@ bias       a classifier's AUC and accuracy on test images as in training and, if
            it removed, flipped, and flipped to an unseen kind. These show whether it relies on the marker.
            The share of relevance in the foreground does not: a heatmap can look right and be wrong.
 objects    how well maps outline the one object of an image, see `objects.py`
-backgrounds  a classifier's AUC and accuracy on test images with exchanged backgrounds, see `backgrounds.py`
+backgrounds
+           a classifier's AUC and accuracy on test images with exchanged backgrounds, see `backgrounds.py`
 others     how good an encoder's features are, see `probe.py`
 """
 
@@ -24,9 +25,10 @@ from common.backgrounds import exchanged
 from common.baselines import Pipeline
 from common.data import SPLITS, Data, batches, select
 from common.explain import attention_of, pools_evenly, relevance_of, scores_of
+from common.foreground import mask_dice
 from common.metrics import CannotMeasure, auc, best_threshold, dice
 from common.metrics import known_mean, localisation_ap, relevance_share
-from common.objects import measure_objects
+from common.objects import measure_objects, shows_one
 from common.probe import PROBES, draw_labelled, probe
 
 MEASURES = ["attention", "objects", "bias", "backgrounds", *PROBES]
@@ -72,9 +74,11 @@ def report(
         try:
             if what in ("bias", "backgrounds"):
                 given = model, splits, multiclass
-                table = measure_bias(*given, rule) if what == "bias" else measure_backgrounds(*given)
-                titles = {"bias": "test images (same: as they are), in %"}
-                found.tables[titles.get(what, "exchanged backgrounds, in %")] = table
+                if what == "bias":
+                    title, table = "test images (same: as they are), in %", measure_bias(*given, rule)
+                else:
+                    title, table = "exchanged backgrounds, in %", measure_backgrounds(*given)
+                found.tables[title] = table
                 found.metrics.update(flatten(table, name_of_bias))
             elif what == "objects":
                 if list(measures) != MEASURES or len(splits["test"].regions) == 1:
@@ -125,8 +129,8 @@ def measure_attention(
     chosen_on = attention_of(encoder, val.images, layer) if val.names else None  # (M, heads, N)
     if not guided:
         ap = localisation_ap(chosen_on, val.masks, grid).nanmean(dim=0)  # (heads, R)
-        for region in (region for region, best in zip(val.regions, ap[0]) if best.isnan()):
-            raise CannotMeasure(f"no validation image shows {region}: no head can be chosen for it")
+        if missing := [region for region, best in zip(val.regions, ap[0]) if best.isnan()]:
+            raise CannotMeasure(f"no validation image shows {missing[0]}: no head can be chosen for it")
         heads = ap.argmax(dim=0)  # (R,)
     all_heads, table, overlap = attention_of(encoder, test.images, layer), {}, {}  # (M, heads, N)
     attention, maps = all_heads[:, heads], dict(priors(test.images)) if priors else {}
@@ -160,17 +164,13 @@ def measure_bias(model: nn.Module, splits: dict[str, Data], multiclass: bool, ru
             if isinstance(model, Pipeline):
                 with torch.no_grad():
                     found = torch.cat([model.foreground(x).cpu() for x in batches(masked.images, model)])
-                overlap = 2 * (found & foreground).sum(dim=(1, 2, 3))
-                sizes = found.sum(dim=(1, 2, 3)) + foreground.sum(dim=(1, 2, 3))
-                table[name]["segmentation Dice"] = float((overlap / sizes).nanmean())
+                table[name]["segmentation Dice"] = mask_dice(found, masked)
     return table
 
 
 def measure_backgrounds(model: nn.Module, splits: dict[str, Data], multiclass: bool) -> Table:
     """AUC and accuracy on exchanged backgrounds, see `backgrounds.py`. Raises CannotMeasure without masks."""
-    test = splits["test"]
-    if test.has_masks.any():
-        test = select(test, test.has_masks & test.masks.flatten(1).any(dim=1))
+    test = shows_one(splits["test"])
     if not test.names or not test.has_masks.all():
         raise CannotMeasure("no test image has masks that show something: backgrounds can't be exchanged")
     m = test.masks.any(dim=1, keepdim=True).float()

@@ -104,7 +104,7 @@ def build_model(config: Config, spec: DataSpec, encoder: nn.Module, grid: tuple[
         if config.relations:
             model.relvit = RelViT(encoder, config.embed_dim, grid, config.relations)
     elif config.ssl == "relvit":
-        nn.init.zeros_(encoder.pos_embed)  # unused: who uses the encoder next sees what it was trained on
+        nn.init.zeros_(encoder.pos_embed)  # RelViT trains without positions, so the saved encoder has none
         cells = (config.mega_patches, config.mega_patches) if config.mega_patches else grid
         model = RelViT(encoder, config.embed_dim, cells, config.relations or TASKS)
     elif config.ssl == "none":

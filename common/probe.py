@@ -41,8 +41,10 @@ def features_of(encoder: nn.Module, images: Tensor, heads: bool = False) -> Tens
     pooled, total = [], math.ceil(len(images) / BATCH)
     for x in tqdm(batches(images, encoder), "features", total, leave=False, disable=None):
         features = encoder(x)
-        weights = features.attention / features.attention.sum(dim=2, keepdim=True).clamp_min(1e-12)
-        vectors = (weights @ features.patches).flatten(1) if heads else features.pooled  # (B, heads * D)
+        vectors = features.pooled  # (B, D)
+        if heads:
+            weights = features.attention / features.attention.sum(dim=2, keepdim=True).clamp_min(1e-12)
+            vectors = (weights @ features.patches).flatten(1)  # (B, heads * D)
         pooled.append(vectors.cpu())
     return torch.cat(pooled).double()
 

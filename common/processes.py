@@ -43,7 +43,7 @@ def join(device: str, batch_size: int) -> str:
 
 
 def fail(script: str, said: Exception | str, status: int) -> NoReturn:
-    """End a script with one line; the first of several processes says it, or all if one may fail alone."""
+    """End a script with one line; the first process prints it; all do where one may fail alone."""
     if not rank() or status == 1 and not isinstance(said, Collapse):
         print(f"{script}: {said}", file=sys.stderr)
     sys.exit(status)

@@ -129,7 +129,7 @@ def prior_maps(
 def mass_held(attention: Tensor, grid: tuple[int, int], regions: Tensor, covered: float = 0.95) -> Tensor:
     """m_r of equation (7): the share (R,) of attention in the most attended pixels that cover a region.
 
-    attention (B, R, N) on a grid (h, w) of images that the regions (R, H, W) bool are true of, if only on
+    attention (B, R, N) on a grid (h, w) of images that show the regions (R, H, W) bool there, at least on
     average. covered: the fraction of a region's pixels, 0 to 1.
     """
     maps, order = _upsampled(attention, grid, regions.shape[1:]).sort(dim=2, descending=True)  # (B, R, H * W)
@@ -157,7 +157,7 @@ def attention_masses(
 ) -> dict[str, float]:
     """m_r of the heads that priors guided, {region: share}; the priors as in `make_priors`."""
     priors, names = make_priors(prior, train, reference, blur)
-    # Priors that no single image gave are true of images on average.
+    # Priors of statistics or of a file hold for images on average.
     images = train.images[[train.names.index(reference)] if prior == "sample" else slice(BATCH)]
     regions = priors >= priors.amax(dim=(1, 2), keepdim=True) / 2
     attention = attention_of(encoder, images, layer)[:, : len(names)]

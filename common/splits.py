@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from common import phantom, plates
-from common.data import SPLITS, Data, DataError, Loaded
+from common.data import SPLITS, Data, DataError, LoadedData
 from common.folder import load_folder
 from common.hospitals import HOSPITALS, mixed, taken_at
 
@@ -18,7 +18,7 @@ DRAWN_SIZES = {"val": 200, "test": 500}
 def load(
     data: str, img_size: int, seed: int = 0, train_images: int = 1500, reference: str | None = None,
     marker: float | None = None, marker_kind: str = "corner", findings: list[str] | None = None,
-) -> Loaded:  # fmt: skip
+) -> LoadedData:  # fmt: skip
     """A folder, or a key of DRAWN (which alone uses seed, train_images and marker), as three splits.
 
     marker: how likely a marker on a phantom agrees with its first finding. It adds three splits, the test
@@ -49,7 +49,7 @@ def load(
     return splits, reference, notes
 
 
-def _draw_splits(data: str, img_size: int, seed: int, train_images: int, reference: str | None) -> Loaded:
+def _draw_splits(data: str, img_size: int, seed: int, train_images: int, reference: str | None) -> LoadedData:
     splits, (draw, regions, findings) = {}, DRAWN[data]
     for i, (split, n) in enumerate({"train": train_images, **DRAWN_SIZES}.items()):
         images, masks, labels = draw(n, len(SPLITS) * seed + i, img_size)  # each split has its own seed

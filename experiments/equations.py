@@ -118,9 +118,8 @@ def page() -> str:
         title = ast.get_docstring(tree).splitlines()[0]
         tests = {n: test for of, test in checked.items() for n in of.split()}
         rows = ["| no. | equation | computed by | checked by |", "| ---: | --- | --- | --- |"]
-        for n, formula in sorted(
-            formulas(ast.get_docstring(tree, clean=False)).items(), key=lambda e: int(e[0])
-        ):
+        found = formulas(ast.get_docstring(tree, clean=False))
+        for n, formula in sorted(found.items(), key=lambda e: int(e[0])):
             name, line = place[n]
             of = f"tests/test_{Path(file).name}"
             formula = formula.replace("|", "\\|")

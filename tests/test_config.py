@@ -166,6 +166,8 @@ def test_init_brings_the_encoder_s_sizes_and_typed_ones_win(tmp_path):
         ("--task classify --isnet 1 --amp", "--amp is for pretraining and plain classifiers"),
         ("--task classify --preset published --backbone vit", "needs --backbone resnet"),
         ("--task classify --isnet 1 --accumulate 16", "lower --accumulate 16"),
+        ("--task classify --baseline swap --accumulate 16", "lower --accumulate 16"),
+        ("--task classify --baseline gated --pool simpool", "leave out --pool"),
         ("--task classify --compile", "--compile is for pretraining"),
         ("--task classify --baseline swap --isnet 1", "--baseline excludes --isnet"),
         ("--task classify --isnet 1 --masks nowhere", "neither data, prior, attention, nor a folder"),
@@ -187,7 +189,11 @@ def test_settings_that_make_no_sense_are_refused_by_value_limit_and_remedy(words
         ("--prior none --span-weight 2", "--prior"),
         ("--prior none --no-follow", "--ssl dino or none and --prior"),
         ("--local-scale 0.1 0.2", "--local-crops-number"),
-        ("--task classify --align none", "--task pretrain or --masks prior"),
+        (
+            "--task classify --align none",
+            "--task pretrain or --masks prior or --isnet and --masks data or .*",
+        ),
+        ("--lrp-gamma 1", "--task classify"),
         ("--task classify --momentum 0.5", "--task pretrain"),
         ("--pool simpool --span-layer 0", "--pool cls"),
         ("--relations angles", "--ssl relvit or --task classify"),
@@ -202,3 +208,8 @@ def test_settings_that_make_no_sense_are_refused_by_value_limit_and_remedy(words
 def test_a_typed_flag_without_effect_is_refused_by_what_it_needs(words, needed):
     with pytest.raises(ValueError, match=f"does nothing without {needed}$"):
         check(*parse(words.split()))
+
+
+def test_flags_that_have_an_effect_are_not_refused():
+    for words in ("--isnet 1 --align affine --prior-blur 0.1", "--marker 0 --marker-kind tint"):
+        check(*parse(["--task", "classify", *words.split()]))
