@@ -135,12 +135,11 @@ def stopped_after_an_epoch(monkeypatch, argv: list[str]) -> None:
     monkeypatch.setattr(train, "save", real)
 
 
-@pytest.mark.parametrize("backbone", ["resnet", pytest.param("vit", marks=pytest.mark.slow)])
 def test_an_isnet_run_resumes_with_its_masks_though_what_made_them_has_gone(
-    backbone, span_run, tmp_path, monkeypatch, refused
+    span_run, tmp_path, monkeypatch, refused
 ):
     shutil.copytree(span_run, tmp_path / "span")
-    argv = [*SMALL, "--isnet", "1", "--backbone", backbone, "--masks", str(tmp_path / "span"), "--out"]
+    argv = [*SMALL, "--isnet", "1", "--masks", str(tmp_path / "span"), "--out"]
     train.main([*argv, str(tmp_path / "whole")])
     stopped_after_an_epoch(monkeypatch, [*argv, str(tmp_path / "stopped")])
     shutil.rmtree(tmp_path / "span")
@@ -258,9 +257,7 @@ def test_a_checkpoint_that_is_damaged_or_would_run_code_is_refused(content, span
         ({"format": 1}, f"written by another version of train.py (format 1, here {FORMAT})"),
         ({"torch_rng": None}, "last.pt does not fit its settings (TypeError"),
         ({"model": {}}, "last.pt does not fit its settings (RuntimeError"),
-        ({"optimizer": None}, "last.pt does not fit its settings"),
         ({"begun": 3}, "last.pt does not fit its settings"),
-        ({"settings": 3}, "last.pt is damaged"),
         ({"settings": {"epochs": 3}}, "last.pt is damaged"),
         ({"spec": {}}, "last.pt is damaged"),
     ],

@@ -97,18 +97,16 @@ def test_of_findings_one_logit_is_explained_the_label_s_if_one_is_present():
     assert (drawn[:, 1].mean(dim=0) > 0.2).all() and (drawn[:, 2, 2] == 1).all()
 
 
-def test_one_of_several_findings_has_its_share_of_the_loss():
-    """Its logit is explained alone, while the classification loss is the mean of all findings' losses."""
-    labels = torch.tensor([[0.0, 1, 1], [1, 0, 0], [1, 1, 0], [0, 0, 0]])
-    _, losses = losses_of("resnet", "--findings all", labels)
-    loss, logged = losses(torch.arange(4), Generator().manual_seed(0), 0, 1)
-    isnet = logged["background"] + logged["foreground"]
-    torch.testing.assert_close(loss.detach(), logged["classification"] + isnet / 3)
+COSINE = {0: 3.0, 1: 0.6 + 2.4 * (2 + 2**0.5) / 4, 2: 1.8, 4: 0.6}
 
 
-def test_the_weight_of_isnet_falls_as_half_a_cosine_to_its_share():
-    _, losses = losses_of("resnet", "--isnet 3 --isnet-end 0.2")
-    for step, weight in ((0, 3.0), (1, 0.6 + 2.4 * (2 + 2**0.5) / 4), (2, 1.8), (4, 0.6)):
+@pytest.mark.parametrize(
+    "words, findings, weights", [("--findings all", 3, {0: 1 / 3}), ("--isnet 3 --isnet-end 0.2", 1, COSINE)]
+)
+def test_the_weight_of_isnet_is_shared_by_all_findings_and_falls_as_half_a_cosine(words, findings, weights):
+    """One logit is explained, while the classification loss is the mean of all findings' losses."""
+    _, losses = losses_of("resnet", words, LABELS.expand(-1, findings))
+    for step, weight in weights.items():
         loss, logged = losses(torch.arange(4), Generator().manual_seed(0), step, 4)
         isnet = logged["background"] + logged["foreground"]
         torch.testing.assert_close(loss.detach(), logged["classification"] + weight * isnet)

@@ -148,10 +148,8 @@ def test_init_brings_the_encoder_s_sizes_and_typed_ones_win(tmp_path):
 @pytest.mark.parametrize(
     "words, message",
     [
-        ("--epochs 0", "--epochs 0: it must lie between 1 and"),
         ("--lr nan", "--lr nan: it must lie between"),
         ("--warmup 5", "--warmup 5.0: it must lie between 0 and 1"),
-        ("--seed -1", "--seed -1: it must lie between 0 and"),
         ("--span-layer 4", "--span-layer 4: it must lie between -4 and 3"),
         ("--accumulate 65", "--accumulate 65: it must lie between 1 and 64"),
         ("--global-scale 0.9 0.4", "0 < a <= b <= 1"),
@@ -172,42 +170,28 @@ def test_init_brings_the_encoder_s_sizes_and_typed_ones_win(tmp_path):
         ("--task classify --baseline swap --isnet 1", "--baseline excludes --isnet"),
         ("--task classify --isnet 1 --masks nowhere", "neither data, prior, attention, nor a folder"),
         ("--task classify --isnet 1 --masks attention", "--masks attention needs --init RUN; or"),
+        ("--pool-heads 2", "does nothing without --pool simpool"),
+        ("--ssl relvit --momentum 0.5", "does nothing without --ssl dino"),
+        ("--ssl relvit --no-follow", "does nothing without --ssl dino or none and --prior"),
+        ("--prior none --span-weight 2", "does nothing without --prior"),
+        ("--local-scale 0.1 0.2", "does nothing without --local-crops-number"),
+        ("--task classify --align none", "--task pretrain or --masks prior or --isnet and --masks data or "),
+        ("--lrp-gamma 1", "does nothing without --task classify"),
+        ("--task classify --momentum 0.5", "does nothing without --task pretrain"),
+        ("--pool simpool --span-layer 0", "does nothing without --pool cls"),
+        ("--relations angles", "does nothing without --ssl relvit or --task classify"),
+        ("--task classify --isnet-e 1", "does nothing without --isnet"),
+        ("--task classify --prior statistics", "does nothing without --task pretrain or --masks prior"),
+        ("--marker-kind tint", "does nothing without --marker"),
+        ("--task classify --baseline gated --masks prior", "without --isnet or --baseline multitask or "),
+        ("--task classify --baseline swap --baseline-weight 2", "without --baseline multitask or "),
+        ("--backbone resnet --prior none --registers 2", "does nothing without --backbone vit"),
     ],
 )  # fmt: skip
-def test_settings_that_make_no_sense_are_refused_by_value_limit_and_remedy(words, message):
+def test_settings_without_sense_or_effect_are_refused_by_value_limit_and_remedy(words, message):
     with pytest.raises(ValueError) as error:
         check(*parse(words.split()))
     assert message in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "words, needed",
-    [
-        ("--pool-heads 2", "--pool simpool"),
-        ("--ssl relvit --momentum 0.5", "--ssl dino"),
-        ("--ssl relvit --no-follow", "--ssl dino or none and --prior"),
-        ("--prior none --span-weight 2", "--prior"),
-        ("--prior none --no-follow", "--ssl dino or none and --prior"),
-        ("--local-scale 0.1 0.2", "--local-crops-number"),
-        (
-            "--task classify --align none",
-            "--task pretrain or --masks prior or --isnet and --masks data or .*",
-        ),
-        ("--lrp-gamma 1", "--task classify"),
-        ("--task classify --momentum 0.5", "--task pretrain"),
-        ("--pool simpool --span-layer 0", "--pool cls"),
-        ("--relations angles", "--ssl relvit or --task classify"),
-        ("--task classify --isnet-e 1", "--isnet"),
-        ("--task classify --prior statistics", "--task pretrain or --masks prior"),
-        ("--marker-kind tint", "--marker"),
-        ("--task classify --baseline gated --masks prior", "--isnet or --baseline multitask.*swap"),
-        ("--task classify --baseline swap --baseline-weight 2", "--baseline multitask.*pipeline"),
-        ("--backbone resnet --prior none --registers 2", "--backbone vit"),
-    ],
-)
-def test_a_typed_flag_without_effect_is_refused_by_what_it_needs(words, needed):
-    with pytest.raises(ValueError, match=f"does nothing without {needed}$"):
-        check(*parse(words.split()))
 
 
 def test_flags_that_have_an_effect_are_not_refused():

@@ -34,7 +34,7 @@ def test_the_root_holds_the_concepts_and_three_scripts():
     assert {path.stem for path in ROOT.glob("*.py")} == {*CONCEPTS, *SCRIPTS}
 
 
-@pytest.mark.parametrize("storey", range(len(STOREYS)))
+@pytest.mark.parametrize("storey", range(3))
 def test_a_storey_imports_only_itself_and_what_lies_below(storey):
     above = {name for names in STOREYS[storey + 1 :] for name in names}
     beside = set(STOREYS[storey]) if STOREYS[storey] in (CONCEPTS, SCRIPTS) else set()
@@ -53,23 +53,14 @@ def test_each_concept_file_alone_in_an_empty_folder_imports(tmp_path):
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
-def sees_all_settings(source: str) -> bool:
-    modules, names = names_in(source)
-    return "common.config" in modules or bool({"Config", "config"} & names)
-
-
 def test_no_file_but_the_config_s_users_sees_all_settings():
     """Functions take the values that they need, so that a reader sees what they depend on."""
-    for use in (
-        "from common.config import parse",
-        "from common import config as c",
-        "x.Config",
-        "f(config=1)",
-    ):
-        assert sees_all_settings(use) and not sees_all_settings(f"'{use}'")
-    allowed = {"config", "checks", "models", "runs", "regions", "foreground", "checkpoint"}
-    paths = [*(ROOT / "common").glob("*.py"), *(ROOT / f"{name}.py" for name in CONCEPTS)]
-    assert {path.stem for path in paths if sees_all_settings(path.read_text())} <= allowed
+    users = set()
+    for path in [*(ROOT / "common").glob("*.py"), *(ROOT / f"{name}.py" for name in CONCEPTS)]:
+        modules, names = names_in(path.read_text())
+        if "common.config" in modules or {"Config", "config"} & names:
+            users.add(path.stem)
+    assert users == {"config", "checks", "models", "runs", "regions", "foreground", "checkpoint"}
 
 
 @pytest.mark.slow

@@ -201,6 +201,7 @@ CONSERVED = {
     "attention": lambda x: F.scaled_dot_product_attention(query=one, key=one, value=(x @ w.T)[:, None])[:, 0],
     "index_copy": lambda x: torch.zeros_like(x).index_copy(1, torch.arange(6), x),
     "shapes": lambda x: x.view(4, 2, 3).mT.flatten(1).unsqueeze(2).expand(-1, -1, 2).reshape(4, -1)[:, 1::2],
+    "size": lambda x: x.view(x.size(0), x.shape[x.dim() - 1]),  # a warning would be an error here
     "parts": lambda x: torch.cat([x.chunk(2, 1)[1], x.split(4, 1)[0], torch.stack(list(x))], 1),
     "sums": lambda x: (1 - x - 1).cumsum(1) + x.mean(1, keepdim=True),
     "maxima": lambda x: torch.stack([x.amax(1), x.max(1)[0], x.sort(1)[0][:, 3], x.median(1)[0]], 1),
@@ -246,12 +247,6 @@ def test_an_operation_without_a_rule_is_named_once_and_keeps_its_gradient():
         R, _ = relevance(lambda x: x.sin().sin(), x, TARGET)
     torch.testing.assert_close(R, x * torch.autograd.grad(logit(x.sin().sin()).sum(), x)[0])
     assert len(caught) == 1
-
-
-def test_asking_for_a_shape_is_no_operation():  # a warning would be an error here
-    x = doubles(4, 6)
-    R, _ = relevance(lambda x: x.view(x.size(0), x.shape[x.dim() - 1]), x, TARGET)
-    torch.testing.assert_close(R, F.one_hot(TARGET, 6) * x)
 
 
 MASK = torch.ones(5, 5).tril().bool()

@@ -10,9 +10,9 @@ SNIPPETS = {  # what each prints
     "import sys, ssl; print('torch' in sys.modules)": "False",
     "import ssl, os; print(os.path.dirname(ssl.__file__) == os.path.dirname(os.__file__))": "True",
     "import ssl; print(type(ssl.create_default_context()).__name__)": "SSLContext",
-    "import asyncio, urllib.request, torch; from ssl import RelViT; print(RelViT.__module__)": "relvit",
     "import pip._internal.cli.main, ssl; print(ssl.SSLError.__name__)": "SSLError",
-    "from ssl import DINO, DINOHead, DINOLoss, SSLContext; import dino; print(DINO is dino.DINO)": "True",
+    "import asyncio, urllib.request; from ssl import DINO, DINOHead, DINOLoss, RelViT, SSLContext;"
+    " import dino; print(DINO is dino.DINO, RelViT.__module__)": "True relvit",
     "import ssl\ntry: ssl.no\nexcept AttributeError as e: print(e)": "module 'ssl' has no attribute 'no'",
 }
 
