@@ -126,16 +126,16 @@ def prior_maps(
 # Masks from attention
 
 
-def mass_held(attention: Tensor, grid: tuple[int, int], regions: Tensor, covered: float = 0.95) -> Tensor:
-    """m_r of equation (7): the share (R,) of attention in the most attended pixels that cover a region.
+def mass_held(attention: Tensor, grid: tuple[int, int], regions: Tensor) -> Tensor:
+    """m_r of equation (7): the share (R,) of attention in the most attended pixels covering a region (95 %).
 
     attention (B, R, N) on a grid (h, w) of images that show the regions (R, H, W) bool there, at least on
-    average. covered: the fraction of a region's pixels, 0 to 1.
+    average.
     """
     maps, order = _upsampled(attention, grid, regions.shape[1:]).sort(dim=2, descending=True)  # (B, R, H * W)
     inside = regions.flatten(1).expand(order.shape).gather(2, order).float()
     reached = inside.cumsum(dim=2) / inside.sum(dim=2, keepdim=True).clamp(min=1)
-    enough = (reached.mean(dim=0) < covered).sum(dim=1).clamp(max=order.shape[2] - 1)  # (R,)
+    enough = (reached.mean(dim=0) < 0.95).sum(dim=1).clamp(max=order.shape[2] - 1)  # (R,)
     return maps.cumsum(dim=2).mean(dim=0).gather(1, enough[:, None])[:, 0]
 
 

@@ -103,17 +103,20 @@ def test_the_second_backward_through_gradients_agrees_with_finite_differences(ki
     assert (gradient * direction).sum().item() == pytest.approx(expected, rel=1e-3)
 
 
-def test_a_swapped_image_keeps_its_foreground_and_one_without_a_mask_everything():
-    x, m, _ = batch(32)
-    m[::4] = 0
+def test_a_swapped_image_keeps_its_foreground_before_the_filled_background_of_one_other_image():
+    m = torch.zeros(24, 1, 16, 16)
+    for i in range(24):
+        m[i, :, i % 8 : i % 8 + 6, 2 + i % 8 : 8 + i % 8] = i % 4 > 0
+    ground = torch.arange(24.0).view(24, 1, 1, 1).expand(24, 1, 16, 16)
+    x = ground + 100 * m
     found = baselines.swapped(x, m, torch.Generator().manual_seed(0))
-    assert torch.equal(found * m, x * m) and torch.equal(found[::4], x[::4])
-    changed = (found != x).flatten(1).any(dim=1)
-    assert torch.equal(changed, m.flatten(1).any(dim=1))  # none met itself
+    assert torch.equal(found * (found >= 100), x * m)  # no foreground but its own
+    assert torch.equal(found[::4], x[::4])  # without a mask
+    for i in m.flatten(1).any(dim=1).nonzero().flatten().tolist():
+        (other,) = found[i][m[i] == 0].unique().tolist()
+        assert other != i
     some = baselines.swapped(x, m, torch.Generator().manual_seed(0), share=0.5)
-    assert 4 < (some != x).flatten(1).any(dim=1).sum() < 20  # half of 24
-    for image in found[changed]:  # the background is that of one other image, not a mixture
-        assert ((image == x) | (m[1] == 1)).flatten(1).all(dim=1).any()
+    assert 4 <= (some != x).flatten(1).any(dim=1).sum() <= 14  # half of 18
 
 
 def test_with_a_margin_an_image_keeps_no_pixel_near_the_border_of_its_mask():
@@ -127,18 +130,6 @@ def test_with_a_margin_an_image_keeps_no_pixel_near_the_border_of_its_mask():
     m[0] *= 0
     m[0, :, 5, 2:10] = 1  # too thin for the margin: all of it is kept
     assert torch.equal((baselines.swapped(x, m, torch.Generator(), margin=2) == x)[0], m[0] == 1)
-
-
-def test_a_swapped_background_shows_no_foreground_of_the_image_that_it_comes_from():
-    m = torch.zeros(8, 1, 16, 16)
-    for i in range(8):
-        m[i, :, i : i + 6, 2 + i : 8 + i] = 1
-    ground = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 1, 16, 16)
-    found = baselines.swapped(torch.where(m > 0, 100, ground), m, torch.Generator().manual_seed(0))
-    assert torch.equal(found == 100, m > 0)
-    for i in range(8):
-        (other,) = found[i][m[i] == 0].unique().tolist()
-        assert other != i
 
 
 def test_in_use_the_pipeline_s_classifier_sees_nothing_outside_the_segmenter_s_mask():

@@ -74,8 +74,6 @@ def test_a_mask_of_the_reference_image_covers_the_prior_and_no_more_than_it_must
     found = masks_held(attention, (4, 4), (32, 32), mass_held(attention, (4, 4), regions))[0]
     covered = (found & regions).sum(dim=(1, 2)) / regions.sum(dim=(1, 2))
     assert ((covered >= 0.95) & (covered < 0.97)).all()
-    less = masks_held(attention, (4, 4), (32, 32), mass_held(attention, (4, 4), regions, covered=0.5))[0]
-    assert (less.sum(dim=(1, 2)) < found.sum(dim=(1, 2))).all() and (less <= found).all()
 
 
 def test_attention_that_is_the_prior_makes_a_mask_of_nearly_its_area():
@@ -85,14 +83,6 @@ def test_attention_that_is_the_prior_makes_a_mask_of_nearly_its_area():
     mass = mass_held(attention / attention.sum(), (16, 16), regions)
     found = masks_held(attention / attention.sum(), (16, 16), (32, 32), mass)[0]
     assert 0.94 < found.sum() / regions.sum() < 1.02
-
-
-def test_a_wider_map_makes_a_wider_mask_of_the_same_mass():
-    y, x = torch.meshgrid(torch.linspace(-1, 1, 8), torch.linspace(-1, 1, 8), indexing="ij")
-    maps = [torch.exp(-(x**2 + y**2) / (2 * s**2)).flatten() for s in (0.25, 0.5)]
-    attention = torch.stack([m / m.sum() for m in maps])[:, None]  # (2, 1, 64)
-    areas = masks_held(attention, (8, 8), (64, 64), torch.tensor([0.6])).sum(dim=(1, 2, 3)).tolist()
-    assert 2.5 < areas[1] / areas[0] < 4.5  # four times the area, less what bilinear interpolation blurs
 
 
 # The foreground
@@ -122,13 +112,6 @@ def test_masks_are_made_unless_every_image_has_its_own_or_another_tool_s(span_ru
     assert all(are_made(source, all_) for source in ("prior", "attention", str(span_run)))
 
 
-def test_the_registered_prior_is_a_better_mask_than_chance():
-    splits, reference, _ = load("phantom", 64, 0, 32)
-    prior = "sample", splits["train"], reference, 0.025, "bend", "cpu"
-    masks = foreground("prior", splits, "phantom", None, prior)
-    assert masks.shape == (32, 1, 64, 64) and mask_dice(masks, splits["train"]) > 0.85
-
-
 def test_images_without_masks_get_the_reference_s_by_registration_or_are_left_out(capsys):
     """An image in which nothing agrees with the reference would teach what lies in its background."""
     splits, reference, _ = load("phantom", 64, 0, 8)
@@ -145,7 +128,8 @@ def test_images_without_masks_get_the_reference_s_by_registration_or_are_left_ou
     assert line in capsys.readouterr().out
     assert not covered[lacking[0]] and covered.sum() == 7
     train_split.has_masks[covered] = True
-    assert mask_dice(masks, train_split) > 0.85
+    by_prior = foreground("prior", splits, "phantom", None, ("sample", *prior[1:]))
+    assert mask_dice(masks, train_split) > 0.85 < mask_dice(by_prior, train_split)
 
 
 def test_a_class_whose_images_would_all_be_left_out_is_named():
@@ -170,13 +154,6 @@ def test_an_image_without_masks_gets_those_of_the_reference_that_is_found_best_i
     assert not of_noise.any()
     both, sizes = (of_both & masks[2:]).sum(), of_both.sum() + masks[2:].sum()
     assert 2 * both / sizes > 0.8
-
-
-def test_without_any_mask_the_splits_that_have_some_are_named():
-    splits = load("phantom", 64, 0, 4)[0]
-    splits["train"].has_masks[:] = False
-    with pytest.raises(ValueError, match="train 0 of 4, val 8 of 8, test 8 of 8; one of train must"):
-        foreground("data", splits, "phantom", None, ())
 
 
 def plain_folder(path, names=("a.png", "b.png", "c.png", "d.png"), size=(20, 30)):
@@ -207,17 +184,6 @@ def test_masks_of_another_tool_serve_data_that_has_none_and_it_is_said_for_how_m
     line = f"--masks {tmp_path / 'masks'}: the foreground of 3 of 4 training images is known; the others are"
     assert line in capsys.readouterr().out
     assert "mask_dice" not in metrics_of(tmp_path / "run")
-
-
-def test_masks_of_test_images_alone_are_no_foreground_for_isnet(tmp_path, refused):
-    data = plain_folder(tmp_path / "data")
-    (data / "labels.csv").write_text(
-        "file,sick,split\na.png,0,train\nb.png,1,train\nc.png,0,test\nd.png,1,test"
-    )
-    for name in ("c.png", "d.png"):  # c.png moves to train as the reference image
-        mask_file(data / "masks" / "heart" / name)
-    argv = [*SMALL, "--isnet", "1", "--img-size", "16", "--data", str(data), "--out", str(tmp_path / "run")]
-    assert "the foreground of 1 of 3 training images is known" in refused(train.main, *argv)
 
 
 @pytest.mark.parametrize(
