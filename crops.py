@@ -102,7 +102,7 @@ def multi_crop(
     if not V:
         return [views], [theta]
     near = random_crops(V * B, local_scale, generator, flip=flip).to(images.device)
-    local = distort(crop(images.repeat(V, 1, 1, 1), near, local_size), generator)
+    local = distort(crop(images.repeat(V, 1, 1, 1), near, local_size), generator, 0.5, 0.0)
     return [views, local], [theta, near]
 
 

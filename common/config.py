@@ -81,7 +81,7 @@ class Config:
     marker: float = flag(None, "probability that a marker agrees with the first finding", within=FRACTION)
     marker_kind: str = flag("corner", "L in a corner, anywhere; tint; frame; or two hospitals",
         choices=[*MARKERS, "hospitals"], needs="marker")
-    sample: str = flag(None, "name of the reference image (default: the first that shows all regions)")
+    sample: str = flag(None, "name of the reference image (default: the first with all masks)")
     prior: str = flag("sample",
         "sample: one image's masks; masks: every image's; statistics; none; or a .npy file (R, S, S)",
         group="where to look (SPAN)", needs="task=pretrain masks=prior")

@@ -31,9 +31,8 @@ LABELS = {"0": 0.0, "1": 1.0, "": math.nan, "0.0": 0.0, "1.0": 1.0}  # pandas wr
 def load_folder(folder: str | Path, img_size: int, reference: str | None = None) -> LoadedData:
     """The images and masks of a folder, resized to S = img_size, both sides independently.
 
-    The reference image is the one asked for, else the first whose masks are all there and, if possible, not
-    empty, of train before val and test; it moves to train. A damaged image is skipped with a note. Raises
-    DataError.
+    The reference image is the one asked for, else the first of train (or val, or test) with all masks, if
+    possible none of them empty; it moves to train. A damaged image is skipped with a note. Raises DataError.
     """
     folder, notes, paths, findings, labels, split, masks = Path(folder), [], {}, [], {}, {}, {}
     if not folder.is_dir():
@@ -229,7 +228,7 @@ def _choose_reference(data: Data, masks: dict, split: dict, name: str | None, no
             notes.append(f"no image has a mask in every region: {counts}; to complete one, add {nearest}")
         return None
     empty = dict(zip(data.names, (~data.masks.flatten(2).any(dim=2)).any(dim=1).tolist())) if complete else {}
-    name = name or min(complete, key=lambda n: (empty[n], SPLITS.index(split[n])))  # the first that shows all
+    name = name or min(complete, key=lambda n: (SPLITS.index(split[n]), empty[n]))  # the first that shows all
     if name not in data.names:
         raise DataError(f"sample `{name}` is no readable image; use a name like `{data.names[0]}`")
     if name not in complete:
