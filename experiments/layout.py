@@ -56,7 +56,7 @@ LOCALISATION = {  # title: experiment, and what is measured
     "60 epochs: attention, one reference image": ("long_span", "attention"),
     "60 epochs: the same, not registered (as published)": ("long_published", "attention"),
     "60 epochs: DINO, best head chosen on validation images": ("dino_long", "attention"),
-    "60 epochs: DINO, mean of all heads": ("long_dino", "mean_of_heads"),
+    "60 epochs: DINO, mean of all heads": ("dino_long", "mean_of_heads"),
 }
 FEW_MASKS = {  # of digits and leaves
     "plain": "plain",
