@@ -150,9 +150,9 @@ def gaussian_blur(x: Tensor, sigma: float) -> Tensor:
         distance = (near - torch.arange(side, device=x.device)[:, None]).to(x)  # (side, side + 2 radius)
         weights = torch.exp(-(distance**2) / (2 * sigma**2)) * (distance.abs() <= radius)
         weights = weights / weights.sum(dim=1, keepdim=True)
-        kernel = torch.zeros(side, side).to(x).index_add_(1, near.clamp(0, side - 1), weights)
+        kernel = weights @ F.one_hot(near.clamp(0, side - 1), side).to(x)  # (side, side)
         x = (x @ kernel.T).transpose(2, 3)  # across, then down
-    return x
+    return x.contiguous()
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def foreground_masks(
     stay = masks.flatten(1).any(dim=1) | train.has_masks & (config.masks == "data")  # (N,)
     check_foreground(config.masks, train, stay)
     if not masks.any():
-        raise ValueError(f"--masks {config.masks}: all masks are empty; outline the foreground in some")
+        raise ValueError(f"--masks {config.masks}: all masks are empty; draw the foreground in at least one")
     return masks, stay
 
 
