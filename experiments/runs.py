@@ -68,7 +68,7 @@ VIT_CHANGES = {"vit_unguided": "--isnet-layers relevance", "vit_pixels_only": "-
 
 
 def few_labels(sets: dict[str, tuple[str, int, str]]) -> dict[str, str]:
-    """RelViT and DINO before labels or beside them; all but `half` and `relvit_long` see as many images.
+    """RelViT and DINO before labels or beside them; all but `half` and `relvit_long` take as many steps.
 
     sets: {name: images, epochs with labels after pretraining, flags of what RelViT relates}.
     """
@@ -159,7 +159,7 @@ def poolings_of_objects() -> dict[str, str]:
 
 
 def at_equal_length() -> dict[str, str]:
-    """SPAN and DINO for 60 epochs each, when DINO's features have left chance, on X-rays and on plates."""
+    """SPAN and DINO for 60 epochs each, on X-rays and on plates."""
     long = "--epochs 60"
     return {
         "long_dino": f"--prior none {long}", "long_span": long, "long_published": f"--align none {long}",
@@ -196,7 +196,7 @@ SYMBOLS = {
     "symbols50": ("--data data/symbols50-{seed}", 30, ALL_TASKS),
     "symbols500": ("--data data/symbols500-{seed}", 6, ALL_TASKS),
 }
-PHANTOMS = {  # the epochs, about 3000 steps, after which labels alone hardly improve on validation images
+PHANTOMS = {  # epochs: about 3000 steps, chosen on seed 10 with 250 images and kept for 1000
     "phantom250": ("--train-images 250", 400, RELEASED),
     "phantom1000": ("--train-images 1000", 100, RELEASED),
 }

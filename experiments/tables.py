@@ -110,7 +110,7 @@ def compared(runs: dict, header: str, rows: list[Row]) -> str:
             gap = gaps(measured[i], points(runs, row.reference, figure))
             cells[i] += f" ({spread(gap, '+')})" if gap else ""
         if any(measured):
-            lines.append([row.title, *cells, str(max(map(len, measured)))])
+            lines.append([row.title, *cells, str(min(len(values) for values in measured if values))])
     return markdown(f"{header} | seeds", lines)
 
 
