@@ -17,6 +17,8 @@ falls where scores deviate too little, by s: P_t has an entropy of about log K -
     tau_t   = min(tau_t, s / sqrt(2 w (1 - e) log K)),  so that mean h(P_t) / log K <~ 1 - w (1 - e)     (6)
     w       = 2 - KL / (2 f log K), from 0 to 1: with a large KL both would harm the features            (7)
 
+Beside (6), c moves by w of the way to the mean of each batch: a low tau_t makes one prototype of c's lag.
+
 `CollapseMonitor` follows the entropy h(P_t) of the teacher's outputs (in a collapse near log K if centring
 won, low if sharpening did), the KL divergence of P_t from the mean P_t (how much an output says about its
 image; 0 when collapsed; f log K is the least allowed), and the number of prototypes in use.
@@ -81,9 +83,14 @@ class DINOLoss(nn.Module):
         losses = -torch.einsum("tbk,sbk->ts", pt, log_ps) / student.shape[1]  # (2, V)
         same_view = torch.eye(*losses.shape, dtype=torch.bool, device=losses.device)
         if self.training:
-            mean = over_processes(teacher.detach().mean(dim=(0, 1))[None].to(self.center))  # (1, K)
-            self.center.lerp_(mean, 1 - self.center_momentum)
+            self.move_center(teacher, 1 - self.center_momentum)
         return losses.masked_fill(same_view, 0).sum() / (~same_view).sum()
+
+    @torch.no_grad()
+    def move_center(self, teacher: Tensor, by: float | Tensor) -> None:
+        """Equation (4), by = 1 - m, for scores (2, B, K)."""
+        mean = over_processes(teacher.mean(dim=(0, 1))[None].to(self.center))  # (1, K)
+        self.center.lerp_(mean, by)
 
     @torch.no_grad()
     def temperature(self, teacher: Tensor, highest: float, max_entropy: float, w: Tensor) -> Tensor | float:
@@ -214,6 +221,8 @@ class DINO(nn.Module):
         with torch.autocast(student.device.type, enabled=False):  # sums over images need float32
             student, teacher = (scores.float().unflatten(0, (-1, B)) for scores in (student, teacher))
             w = self.health.nearness()
+            if self.training and self.max_entropy < 1:
+                self.loss.move_center(teacher, w)
             teacher_temp = self.loss.temperature(teacher, teacher_temp, self.max_entropy, w)
             self.health.update(self.loss.teacher_probabilities(teacher, teacher_temp))
             loss = self.loss(student, teacher, teacher_temp)

@@ -140,9 +140,8 @@ def of_claims(runs: dict) -> dict[str, str]:
     for row in (row for row in rows if row[-1] != "not measured"):
         number, text, _, _, here, _, holds = row
         held, _, seeds = holds.partition(" of ")
-        if first.setdefault(number, row) is not row and held != seeds:
-            value = f"{here.split(' ')[0]} ({holds})" if seeds else holds
-            others[number] = [*others.get(number, []), f"{text}: {value}"]
+        if first.setdefault(number, row) is not row and seeds and held != seeds:
+            others[number] = [*others.get(number, []), f"{text}: {here.split(' ')[0]} ({holds})"]
     summary = [[*row, "; ".join(others.get(number, []))] for number, row in first.items()]
     also = f"{header} | other comparisons that do not hold in every seed"
     return {"claims": markdown(header, rows, 2), "summary": markdown(also, summary, 2)}

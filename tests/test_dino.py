@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +112,7 @@ def test_the_temperature_falls_so_that_the_entropy_of_the_teacher_has_a_ceiling(
 
 
 @pytest.mark.parametrize("floors, w", [(0, 1), (2, 1), (3, 0.5), (4, 0), (20, 0)])
-def test_koleo_is_added_for_each_view_and_the_temperature_falls_only_near_collapse(floors, w):
+def test_near_collapse_koleo_is_added_the_centre_follows_and_the_temperature_falls(floors, w):
     """floors: the KL of the outputs so far, in units of the lowest that is allowed."""
     views, plain = [torch.rand(6, 1, 16, 16)], small_dino()
     with_koleo, with_ceiling, used = copy.deepcopy(plain), copy.deepcopy(plain), []
@@ -124,7 +125,9 @@ def test_koleo_is_added_for_each_view_and_the_temperature_falls_only_near_collap
     with_ceiling.loss.register_forward_hook(lambda module, inputs, output: used.append(inputs))
     with_ceiling(views, 0.4)
     ((_, teacher, temperature),) = used
-    spread = teacher.var(dim=-1, correction=0).mean()
+    mean = teacher.mean(dim=(0, 1))[None]
+    torch.testing.assert_close(with_ceiling.loss.center, mean * (1 - 0.9 * (1 - w)))  # by w, then by 0.1
+    spread = (teacher - w * mean).var(dim=-1, correction=0).mean()
     assert float(temperature) == pytest.approx(
         min(0.4, (spread / (0.4 * max(w, 1e-9) * math.log(16))) ** 0.5)
     )
@@ -164,15 +167,18 @@ def test_a_few_bad_steps_are_not_a_collapse_but_many_are_named_with_a_remedy():
             monitored(outputs).check()
 
 
+@pytest.mark.parametrize("max_entropy", [1, 0.8])
 @pytest.mark.parametrize(
-    "kind, teacher_temp, center_momentum", [("uniform", 5.0, 0.9), ("one prototype", 0.04, 1.0)]
+    "kind, teacher_temp, momentum", [("uniform", 5.0, 0.9), ("one prototype", 0.04, 1.0)]
 )
-def test_training_provokes_both_kinds_of_collapse(kind, teacher_temp, center_momentum):
+def test_training_provokes_both_kinds_of_collapse_unless_the_entropy_has_a_ceiling(
+    kind, teacher_temp, momentum, max_entropy
+):
     """Without sharpening the outputs become uniform; without centring one prototype wins (their Figure 7)."""
-    dino = small_dino(center_momentum)
-    dino.health = CollapseMonitor(16, patience=20)
+    dino = small_dino(momentum)
+    dino.health, dino.max_entropy = CollapseMonitor(16, patience=20), max_entropy
     optimizer = torch.optim.AdamW([p for p in dino.parameters() if p.requires_grad], lr=3e-3)
-    with pytest.raises(Collapse, match=kind):
+    with pytest.raises(Collapse, match=kind) if max_entropy == 1 else nullcontext():
         for _ in range(150):
             loss, _ = dino([torch.rand(16, 1, 16, 16)], teacher_temp)
             optimizer.zero_grad()
