@@ -58,9 +58,9 @@ def of_guidance() -> list[tuple]:
             rows.append((3, f"{text}, 60 epochs each", 0, f"long_span {figure}", dino))
             rows.append((3, text, 0, f"span {figure}", "dino"))
     rows += [
-        (4, f"Priors from statistics, {equal}: linear mAUC", None, "plates_span linear_mAUC", "plates_dino"),
-        (4, f"{equal}: k-NN's mAUC", None, "plates_span knn_mAUC", "plates_dino"),
-        (4, f"{equal}: attention mAP", None, "plates_span attention_mAP", "plates_dino"),
+        (4, f"Priors from statistics, {equal}: linear mAUC", 0, "plates_span linear_mAUC", "plates_dino"),
+        (4, f"{equal}: k-NN's mAUC", 0, "plates_span knn_mAUC", "plates_dino"),
+        (4, f"{equal}: attention mAP", 0, "plates_span attention_mAP", "plates_dino"),
         (4, "15 epochs each: linear mAUC", None, "parts_span linear_mAUC", "parts_dino"),
         (4, "15 epochs each: each head's patches", None, "parts_span heads_mAUC", "parts_dino"),
         (4, "15 epochs each: attention mAP", None, "parts_span attention_mAP", "parts_dino"),

@@ -165,8 +165,8 @@ def at_equal_length() -> dict[str, str]:
         "long_dino": f"--prior none {long}", "long_span": long, "long_published": f"--align none {long}",
         "long_light": f"--span-weight 0.3 {long}", "after_dino": "--init runs/long_dino-{seed}",
         "dino_long": f"{LOSSES['published']} --prior none {long}", "always_long": f"--prior none {long}",
-        "plates_dino": f"--data parts --prior none {long}",
-        "plates_span": f"--data parts --prior statistics {long}",
+        "plates_dino": f"{PLATES} --prior none {long}", "plates_span": f"{PLATES} --prior statistics {long}",
+        "plates_default": f"--data parts --prior statistics {long}",
     }  # fmt: skip
 
 
