@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,11 @@ torch.set_num_threads(1)  # a forked process must have one, and for small tensor
 TINY = "--train-images 32 --embed-dim 24 --depth 1 --num-heads 3 --batch-size 8 --epochs 2".split()
 SMALL = "--task classify --train-images 32 --embed-dim 16 --depth 1 --num-heads 2".split()
 SMALL += "--batch-size 8 --epochs 2".split()
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
 
 
 @contextmanager
@@ -69,6 +75,17 @@ def refused(capsys) -> Callable:
         return error
 
     return run
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def golden(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Published numbers, and those of them that are a model's weights."""
+    arrays = np.load(Path(__file__).parent / "golden" / name)
+    numbers = {k: torch.from_numpy(arrays[k]) for k in arrays if arrays[k].dtype.kind != "U"}
+    return numbers, {k.removeprefix("weight."): v for k, v in numbers.items() if k.startswith("weight.")}
 
 
 def metrics_of(run: Path) -> dict[str, float]:

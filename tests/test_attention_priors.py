@@ -3,16 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import seeded
 
 from attention_priors import follow, gaussian_blur, guidance
 from attention_priors import priors_from_masks, priors_from_statistics, span_loss
 from crops import crop, random_crops
 
 TWO = torch.ones(1, 2, 4)  # two heads or priors over four patches
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize("flip", [0.0, 1.0])

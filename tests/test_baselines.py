@@ -32,7 +32,6 @@ def batch(n: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def test_an_attention_gate_pools_as_its_formula_says():
-    torch.manual_seed(0)
     gate, x = baselines.AttentionGate(6), torch.randn(3, 5, 6)
     pooled, attention = gate(x)
     for b in range(3):

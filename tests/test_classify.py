@@ -23,11 +23,6 @@ ENCODERS = {"resnet": lambda: ResNet(1, 16), "vit": lambda: ViT(16, 4, 1, 12, 2,
 LABELS = torch.tensor([[0.0], [1]] * 4)
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def middle(masked: int = 8) -> torch.Tensor:
     """Masks of the middle of 8 images; only the first `masked` have one."""
     masks = torch.zeros(8, 1, 16, 16, dtype=torch.bool)

@@ -2,12 +2,9 @@
 
 import pytest
 import torch
+from conftest import seeded
 
 from crops import colour_matrix, crop, distort, gaussian_blur, multi_crop, random_crops
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def test_crops_have_the_requested_area_stay_inside_and_are_mirrored_as_often_as_requested():

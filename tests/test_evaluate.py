@@ -260,7 +260,6 @@ def test_what_is_explained_is_said_even_if_it_is_unlikely():
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_heads_of_weights_get_masks_that_hold_most_attention(channels, wide, tmp_path, drawn, monkeypatch):
-    torch.manual_seed(0)
     torch.save(exported(ViT(32, 8, channels, 64, 1, 1)), tmp_path / "vit.pth")
     monkeypatch.chdir(tmp_path)
     evaluate.main(["vit.pth", "--image", str(wide), "--img-size", "48", "--num-heads", "1"])

@@ -1,16 +1,14 @@
 """The ISNet loss equals the published one, and SPAN's where it guides attention."""
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
+from conftest import golden, seeded
 
 from attention_priors import span_loss
 from isnet_lrp import attention_loss, background_loss, foreground_loss, isnet_background
 from isnet_lrp import log_odds, published_loss, relevance_range, whole_patches
 
-HEATMAPS = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+HEATMAPS = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=seeded())
 MASK = torch.zeros(2, 1, 8, 8, dtype=torch.float64)
 MASK[:, :, 3:6, 2:5] = 1
 GRID = (4, 4)
@@ -18,8 +16,7 @@ GRID = (4, 4)
 
 @pytest.mark.parametrize("name", ["mean", "gwrp", "foreground", "hybrid"])
 def test_background_and_foreground_loss_equal_the_published_ones(name):
-    arrays = np.load(Path(__file__).parent / "golden" / "isnet_loss.npz")
-    R, masks, expected = (torch.from_numpy(arrays[key]) for key in ("heatmaps", "masks", name))
+    R, masks, expected = (golden("isnet_loss.npz")[0][key] for key in ("heatmaps", "masks", name))
     decay, weight = {"gwrp": (0.9, 0), "foreground": (1.0, 1), "hybrid": (0.97, 3)}.get(name, (1.0, 0))
     losses = [
         background_loss(R[:, k], masks, decay)

@@ -3,12 +3,11 @@
 import copy
 import gc
 import weakref
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import golden
 from torch import nn
 
 from isnet_lrp import background_loss, foreground_loss
@@ -19,23 +18,12 @@ pytestmark = pytest.mark.filterwarnings("error")  # no operation of a known mode
 TARGET = torch.tensor([0, 1, 2, 0])
 
 
-def golden(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    arrays = np.load(Path(__file__).parent / "golden" / name)
-    numbers = {k: torch.from_numpy(arrays[k]) for k in arrays if arrays[k].dtype.kind != "U"}
-    return numbers, {k.removeprefix("weight."): v for k, v in numbers.items() if k.startswith("weight.")}
-
-
 def doubles(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
 def logit(output: torch.Tensor, target: torch.Tensor = TARGET) -> torch.Tensor:
     return output.gather(1, target[:, None])[:, 0]
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 @pytest.mark.parametrize("epsilon, zbox", [("1e-06", ""), ("0.25", ""), ("0.25", "zbox.")])

@@ -45,7 +45,6 @@ def test_corloc_takes_its_threshold_from_validation_images():
 
 
 def test_a_class_activation_map_shows_the_logits_of_patches_for_the_images_likeliest_class():
-    torch.manual_seed(0)
     for encoder in (ViT(16, 4, 1, 12, 1, 2, pool=GAP()), ResNet(1, 4)):
         model, images = Classifier(encoder, 3).eval(), squares().images
         with torch.no_grad():

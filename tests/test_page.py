@@ -39,7 +39,6 @@ def numbers(text: str, kind: str) -> np.ndarray:
 @pytest.fixture
 def made():
     """A page of two images with hostile names, and the images and maps in it."""
-    torch.manual_seed(0)
     shown = Data(
         images=torch.randint(256, (2, 1, 5, 7), dtype=torch.uint8),
         masks=torch.rand(2, 2, 5, 7) > 0.5,

@@ -33,7 +33,6 @@ def mean_auc(splits, how):
 
 
 def test_neighbours_vote_with_weights_by_similarity():
-    torch.manual_seed(0)
     x, queries = torch.randn(30, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
     labels = torch.randint(2, (30, 2)).float()
     labels[::3, 1] = NAN  # a third of the images don't know the second finding
@@ -49,7 +48,6 @@ def test_neighbours_vote_with_weights_by_similarity():
 
 @pytest.mark.parametrize("multiclass", [True, False])
 def test_the_gradient_vanishes_at_the_linear_layer(multiclass):
-    torch.manual_seed(0)
     x, labels = torch.randn(60, 4, dtype=torch.float64), torch.eye(3)[torch.randint(3, (60,))]
     layer = probe.linear_layer(x, labels, 0.1, multiclass).requires_grad_()
     loss = probe.classification_loss(layer(x), labels.double(), multiclass)
@@ -60,7 +58,6 @@ def test_the_gradient_vanishes_at_the_linear_layer(multiclass):
 @pytest.mark.parametrize("better", [1, -1])
 def test_the_weight_decay_is_chosen_on_validation_images(monkeypatch, better):
     """Of a layer and its opposite, the one that validation labels agree with is measured."""
-    torch.manual_seed(0)
     x = {split: torch.randn(40, 6) for split in ("train", "val", "test")}
     z = {split: (x[split] - x["train"].mean(0)) / x["train"].std(0, correction=0) for split in x}
     labels = {split: torch.eye(2)[torch.randint(2, (40,))] for split in x}

@@ -67,7 +67,6 @@ def test_the_fewest_pixels_that_hold_the_mass_are_kept():
 
 
 def test_a_mask_of_the_reference_image_covers_the_prior_and_no_more_than_it_must():
-    torch.manual_seed(0)
     attention = torch.rand(1, 2, 16).softmax(dim=2)
     regions = torch.zeros(2, 32, 32, dtype=torch.bool)
     regions[0, :10, :10] = regions[1, 5:9, 3:30] = True

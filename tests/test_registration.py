@@ -4,16 +4,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import seeded
 
 from attention_priors import priors_from_masks
 from common.phantom import phantom
 from common.registration import _between, agreement, align, bend, carry, confidence, find, register
 from common.symbols import draw_digit
 from crops import crop, random_crops
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def sample(images: torch.Tensor, theta: torch.Tensor, wave: torch.Tensor | float = 0.0) -> torch.Tensor:

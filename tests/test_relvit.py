@@ -1,21 +1,16 @@
 """RelViT's targets are the published ones, its views give nothing away, and it learns its tasks."""
 
 import itertools
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Generator
+from conftest import golden, seeded
 
 from relvit import TASKS, PairScores, RelViT, chance, cut, jitter
 from relvit import patch_boxes, patch_views, relation_targets, shuffled
 from vit import ViT
-
-
-def seeded(seed: int = 0) -> Generator:
-    return Generator().manual_seed(seed)
 
 
 def places(height: int, width: int) -> torch.Tensor:
@@ -27,11 +22,11 @@ def places(height: int, width: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_targets_are_the_published_ones_ordered_and_shuffled(task):
-    golden = np.load(Path(__file__).parent / "golden" / "relvit_targets.npz")
-    side, order = int(golden["side"]), torch.from_numpy(golden["permutation"])[None]
+    numbers, _ = golden("relvit_targets.npz")
+    side, order = int(numbers["side"]), numbers["permutation"][None]
     targets, published = relation_targets(side, side), {"positions": "abs_positions"}.get(task, task)
     for target, how in ((targets[task], "ordered"), (shuffled(targets, order)[task][0], "shuffled")):
-        expected = torch.from_numpy(golden[f"{how}.{published}"])
+        expected = numbers[f"{how}.{published}"]
         torch.testing.assert_close(target, expected, rtol=1e-5, atol=2e-4 if task == "angles" else 1e-5)
 
 
@@ -112,7 +107,6 @@ def test_large_cells_are_averaged():
 
 @pytest.mark.parametrize("tasks", [TASKS, ("relations",), ("angles", "positions")])
 def test_losses_and_metrics_are_those_of_the_requested_tasks(tasks):
-    torch.manual_seed(0)
     model = RelViT(ViT((16, 24), 8, 1, 18, 1, 2), 18, (2, 3), tasks)
     patches, order = torch.randn(2, 6, 18), torch.rand(2, 6).argsort(dim=1)
     loss, metrics = model.compare(patches, order)
@@ -139,7 +133,6 @@ def test_scores_of_pairs_are_scaled_products_of_two_maps_for_each_class():
 
 def test_without_positions_the_order_of_patches_carries_no_information():
     """Upstream, shuffled patches get the same features, shuffled: places must be seen in the image."""
-    torch.manual_seed(0)
     model = RelViT(ViT(16, 4, 1, 18, 2, 2), 18, (4, 4)).eval()
     images, boxes = torch.rand(2, 1, 16, 16), patch_boxes(2, 4, 4, seeded())
     order = torch.randperm(16)
@@ -150,7 +143,6 @@ def test_without_positions_the_order_of_patches_carries_no_information():
 
 
 def test_it_learns_where_patches_lie():
-    torch.manual_seed(0)
     images = places(16, 16).expand(8, 2, 16, 16)
     model = RelViT(ViT(16, 4, 2, 36, 2, 2), 36, (4, 4))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

@@ -1,30 +1,25 @@
 """SimPool computes the published outputs, and its gradients stay finite in every precision."""
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
+from conftest import golden, seeded
 
 from resnet import ResNet
 from simpool import GAP, SimPool, power_mean
 from vit import ViT
 
-X = torch.randn(3, 12, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+X = torch.randn(3, 12, 8, dtype=torch.float64, generator=seeded())
 B, N, D = X.shape
 
 
 @pytest.mark.parametrize("gamma", [None, 1.25, 2.0])
 def test_pooled_and_attention_equal_the_published_ones(gamma):
-    arrays = np.load(Path(__file__).parent / "golden" / f"simpool_gamma_{gamma}.npz")
-    golden = {k: torch.from_numpy(v) for k, v in arrays.items()}
-    model = SimPool(32, gamma)
-    weights = {k.removeprefix("weight."): v for k, v in golden.items() if k.startswith("weight.")}
+    (numbers, weights), model = golden(f"simpool_gamma_{gamma}.npz"), SimPool(32, gamma)
     model.load_state_dict(weights, strict=True)
-    pooled, attention = model(golden["tokens"])
-    torch.testing.assert_close(pooled, golden["pooled_tokens"], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(attention, golden["attention_tokens"], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(model(golden["feature_map"])[0], golden["pooled_map"], rtol=1e-5, atol=1e-6)
+    pooled, attention = model(numbers["tokens"])
+    torch.testing.assert_close(pooled, numbers["pooled_tokens"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(attention, numbers["attention_tokens"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model(numbers["feature_map"])[0], numbers["pooled_map"], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("gamma", [None, 1.25])

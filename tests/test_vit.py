@@ -1,15 +1,13 @@
 """The ViT computes what the published one computes, and returns its attention at hardly any cost."""
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
+from conftest import golden, seeded
 
 from simpool import GAP
 from vit import ViT
 
-IMAGES = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.rand(2, 1, 16, 16, generator=seeded())
 
 
 def small(**options) -> ViT:
@@ -18,22 +16,20 @@ def small(**options) -> ViT:
 
 
 def test_features_and_attention_equal_those_of_the_published_vit():
-    arrays = np.load(Path(__file__).parent / "golden" / "dino_vit.npz")
-    golden = {k: torch.from_numpy(v) for k, v in arrays.items()}
-    img, patch, *size = [int(golden[f"config.{name}"]) for name in ("img", "patch", "dim", "depth", "heads")]
+    numbers, weights = golden("dino_vit.npz")
+    img, patch, *size = [int(numbers[f"config.{name}"]) for name in ("img", "patch", "dim", "depth", "heads")]
     vit = ViT(img, patch, 3, *size).eval()
-    weights = {k.removeprefix("weight."): v for k, v in golden.items() if k.startswith("weight.")}
     vit.load_state_dict(weights, strict=True)
-    features, maps = vit(golden["images"]), vit.attention_maps(golden["images"])
-    torch.testing.assert_close(features.pooled, golden["cls"], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(features.patches, golden["tokens_last"][:, 1:], rtol=1e-5, atol=1e-5)
-    attention = golden["last_self_attention"]
+    features, maps = vit(numbers["images"]), vit.attention_maps(numbers["images"])
+    torch.testing.assert_close(features.pooled, numbers["cls"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(features.patches, numbers["tokens_last"][:, 1:], rtol=1e-5, atol=1e-5)
+    attention = numbers["last_self_attention"]
     torch.testing.assert_close(maps[:, -1], attention, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(features.attention, attention[:, :, 0, 1:], rtol=1e-5, atol=1e-6)
-    x = vit.embed(golden["images"])
+    x = vit.embed(numbers["images"])
     for block in vit.blocks[:-1]:
         x, _ = block(x)
-    torch.testing.assert_close(vit.norm(x), golden["tokens_second_last"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(vit.norm(x), numbers["tokens_second_last"], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("layer", [0, 1, -1, -3])
@@ -134,7 +130,6 @@ def test_a_pool_replaces_the_cls_token_and_the_last_norm_comes_after_it():
 
 
 def test_stochastic_depth_drops_whole_branches_and_keeps_the_mean():
-    torch.manual_seed(0)
     block = small(drop_path=0.5).blocks[-1].train()
     kept = block.keep(torch.ones(4000, 2, 3))
     assert set(kept.unique().tolist()) == {0.0, 2.0}
