@@ -418,11 +418,6 @@ def test_a_single_finding_becomes_two_classes_and_its_marker_agrees_with_it(few)
     assert two.findings == ["nodule", "effusion"] and torch.equal(two.labels, every.labels[:, [2, 1]])
 
 
-def test_no_marker_is_drawn_on_other_synthetic_images(few):
-    with pytest.raises(DataError, match="a marker can be drawn only on phantoms"):
-        load("parts", 64, train_images=2, marker=1.0)
-
-
 def test_images_lie_on_a_gpu_unless_they_take_half_of_its_memory_and_batches_where_the_model_is(monkeypatch):
     images = torch.arange(40, dtype=torch.uint8).reshape(10, 1, 2, 2)
     index = torch.tensor([3, 1], device="cuda" if torch.cuda.is_available() else "cpu")

@@ -291,25 +291,6 @@ def test_nothing_of_a_step_outlives_it():
         gc.enable()
 
 
-FLAT, IMAGES = nn.Flatten(), torch.rand(4, 1, 3, 3)
-REFUSED = {
-    "out of range: the model has 9 outputs": (FLAT, IMAGES, TARGET + 7),
-    r"output \(B, K\)": (nn.Identity(), IMAGES, TARGET),
-    r"labels: \.long\(\)": (FLAT, IMAGES, TARGET.float()),
-    "one score an image": (FLAT, IMAGES, lambda output: output),
-    "dropout must be 0": (lambda x: F.scaled_dot_product_attention(x, x, x, None, 0.5), IMAGES, TARGET),
-    "float images": (FLAT, IMAGES.to(torch.uint8), TARGET),
-    "epsilon -1 .* must not be negative": (FLAT, IMAGES, TARGET, -1),
-    "gamma -1 must not be negative": (FLAT, IMAGES, TARGET, 0, -1),
-}
-
-
-@pytest.mark.parametrize("line", REFUSED)
-def test_input_that_does_not_fit_is_refused(line):
-    with pytest.raises(ValueError, match=line):
-        relevance(*REFUSED[line])
-
-
 def test_a_layer_keeps_three_maps_to_train_through_its_relevance():
     """Its output and the gradients before and after the rule: no quotient and no denominator."""
     kept, maps, images = {}, [], torch.rand(4, 3, 9, 9)

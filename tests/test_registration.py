@@ -113,8 +113,3 @@ def test_priors_count_little_in_images_without_the_object():
     assert nothing.max() < something.min() and confidence(nothing).mean() < 0.2
     assert confidence(torch.tensor([-1.0, 0.45, 1.0])).tolist() == pytest.approx([0, 0.5, 1])
     assert flow.shape == (30, 2, 1, 1)
-
-
-def test_images_of_another_shape_are_refused():
-    with pytest.raises(ValueError, match=r"image is \(1, 2, 4\), images \(1, 8, 8\): resize"):
-        align(torch.ones(1, 2, 4), torch.ones(2, 1, 8, 8))

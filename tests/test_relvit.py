@@ -153,17 +153,3 @@ def test_it_learns_where_patches_lie():
         optimizer.step()
     assert metrics["relations"] > 0.8 > 2 * model.chance["relations"] and metrics["positions"] > 0.8
     assert all(metrics[task] < 0.7 * model.chance[task] for task in ("distances", "angles"))
-
-
-REFUSED = {
-    "1x8 patches have no relations": (18, (1, 8), TASKS),
-    "no task; choose from relations": (18, (2, 2), ()),
-    "unknown task 'relation'; choose from relations": (18, (2, 2), ("relation",)),
-    "embed_dim 8 is too small for 9 relations": (8, (2, 2), TASKS),
-}
-
-
-@pytest.mark.parametrize("line", REFUSED)
-def test_tasks_that_cannot_be_learned_are_named(line):
-    with pytest.raises(ValueError, match=line):
-        RelViT(torch.nn.Identity(), *REFUSED[line])

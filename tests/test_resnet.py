@@ -25,8 +25,3 @@ def test_the_shortcut_is_the_identity_unless_the_shape_changes():
     block, x = encoder.blocks[0].eval(), torch.rand(1, 8, 4, 4)
     nn.init.zeros_(block.bn2.weight)
     assert torch.equal(block(x), x)  # equation (1) with F = 0
-
-
-def test_a_width_that_cannot_be_halved_is_refused():
-    with pytest.raises(ValueError, match="multiple of 4"):
-        ResNet(1, 18)

@@ -1,0 +1,148 @@
+"""What cannot be done is refused: arguments by name, settings in one line with value, limit and remedy."""
+
+import math
+
+import pytest
+import torch
+from conftest import seeded
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention as attend
+
+import train
+from attention_priors import priors_from_masks, priors_from_statistics, span_loss
+from common.phantom import stamp
+from common.registration import align
+from common.splits import load
+from common.weights import exported
+from crops import random_crops
+from isnet_lrp import background_loss, foreground_loss
+from lrp import relevance
+from relvit import TASKS, RelViT
+from resnet import ResNet
+from simpool import GAP, SimPool
+from vit import ViT
+
+TWO, MASK = torch.ones(1, 2, 4), torch.ones(2, 1, 8, 8)
+FLAT, IMAGES, TARGET = nn.Flatten(), torch.rand(4, 1, 3, 3), torch.tensor([0, 1, 2, 0])
+pytestmark = pytest.mark.usefixtures("few_test_images")
+PUBLISHED = "CLS, or SimPool with 1 head, gamma 1.25, no registers"
+
+
+def stamped(size: int, kind: str, masks: torch.Tensor | None = None):
+    return stamp(torch.zeros(2, 1, size, size, dtype=torch.uint8), torch.ones(2) > 0, kind, masks)
+
+
+def written(registers: int, pool: nn.Module):
+    return exported(ViT(16, 8, 3, 32, 1, 2, pool=pool, registers=registers))
+
+
+REFUSED = [
+    # attention_priors.py and crops.py
+    ("2 priors but 1 attention heads", lambda: span_loss(torch.ones(1, 1, 4), TWO, TWO[:, :, 0])),
+    ("B or N differ", lambda: span_loss(torch.ones(1, 2, 9), TWO, TWO[:, :, 0])),
+    ("unknown SPAN loss 'l1': choose kl, mse or dice", lambda: span_loss(TWO, TWO, TWO[:, :, 0], "l1")),
+    ("prior 1 .* is empty", lambda: priors_from_masks(torch.tensor([[[1.0]], [[0.0]]]))),
+    ("give at least 2", lambda: priors_from_statistics(torch.ones(1, 1, 8, 8))),
+    ("0 < a <= b <= 1", lambda: random_crops(2, (0.5, 0.2), seeded())),
+    # the encoders and simpool.py
+    ("100x100 px .* patches of 16 px: use a multiple of 16, such as 96 or 112", lambda: ViT(100, 16)),
+    ("use a multiple of 4, such as 4$", lambda: ViT(16, 4, 1, 12, 1, 3)(torch.rand(1, 1, 16, 2))),
+    ("embed_dim 10 is not a multiple of num_heads 3", lambda: ViT(embed_dim=10, num_heads=3)),
+    ("multiple of 4", lambda: ResNet(1, 18)),
+    ("num_heads 3 must divide dim 8", lambda: SimPool(8, num_heads=3)),
+    *[("gamma .* must lie between 0.1 and 10", lambda g=g: SimPool(8, g)) for g in (0.0, 64.0, math.nan)],
+    *[("SimPool pools", lambda s=s: SimPool(8)(torch.zeros(s))) for s in ((2, 0, 8), (2, 5, 7), (2, 8))],
+    (PUBLISHED, lambda: written(2, SimPool(32, 1.25))),
+    (PUBLISHED, lambda: written(0, SimPool(32, 1.25, 2))),
+    (PUBLISHED, lambda: written(0, SimPool(32, 3))),
+    (PUBLISHED, lambda: written(0, GAP())),
+    # relvit.py
+    ("1x8 patches have no relations", lambda: RelViT(FLAT, 18, (1, 8), TASKS)),
+    ("no task; choose from relations", lambda: RelViT(FLAT, 18, (2, 2), ())),
+    ("unknown task 'relation'; choose from relations", lambda: RelViT(FLAT, 18, (2, 2), ("relation",))),
+    ("embed_dim 8 is too small for 9 relations", lambda: RelViT(FLAT, 8, (2, 2), TASKS)),
+    # lrp.py and isnet_lrp.py
+    ("out of range: the model has 9 outputs", lambda: relevance(FLAT, IMAGES, TARGET + 7)),
+    (r"output \(B, K\)", lambda: relevance(nn.Identity(), IMAGES, TARGET)),
+    (r"labels: \.long\(\)", lambda: relevance(FLAT, IMAGES, TARGET.float())),
+    ("one score an image", lambda: relevance(FLAT, IMAGES, lambda output: output)),
+    ("dropout must be 0", lambda: relevance(lambda x: attend(x, x, x, None, 0.5), IMAGES, TARGET)),
+    ("float images", lambda: relevance(FLAT, IMAGES.to(torch.uint8), TARGET)),
+    ("epsilon -1 .* must not be negative", lambda: relevance(FLAT, IMAGES, TARGET, -1)),
+    ("gamma -1 must not be negative", lambda: relevance(FLAT, IMAGES, TARGET, 0, -1)),
+    (r"mask \(2, 1, 4, 4\) does not fit heatmap", lambda: background_loss(MASK, MASK[:, :, ::2, ::2])),
+    ("only 0 .* and 1", lambda: background_loss(MASK, MASK / 2)),
+    ("0 < c1 < c2", lambda: foreground_loss(MASK, MASK, 2.0, 1.0)),
+    # common/
+    (r"image is \(1, 2, 4\), images \(1, 8, 8\): resize", lambda: align(TWO[0][None], MASK)),
+    ("marker moustache is not one of corner, anywhere, tint, border, disc", lambda: stamped(64, "moustache")),
+    ("images of 16 px are too small for a marker", lambda: stamped(16, "corner")),
+    ("marker tint lies outside the regions: give masks", lambda: stamped(64, "tint")),
+    ("has no place for a marker", lambda: stamped(64, "anywhere", torch.ones(2, 1, 64, 64) > 0)),
+    ("a marker can be drawn only on phantoms", lambda: load("parts", 64, train_images=2, marker=1.0)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line, call", REFUSED)
+def test_bad_arguments_are_named(line, call):
+    with pytest.raises(ValueError, match=line):
+        call()
+
+
+SETTINGS = {
+    "--lr nan": "--lr nan: it must lie between",
+    "--warmup 5": "--warmup 5.0: it must lie between 0 and 1",
+    "--span-layer 4": "--span-layer 4: it must lie between -4 and 3",
+    "--accumulate 65": "--accumulate 65: it must lie between 1 and 64",
+    "--global-scale 0.9 0.4": "0 < a <= b <= 1",
+    "--img-size 60": "60x60 px cannot be cut into patches of 8 px: use a multiple of 8, such as 56 or",
+    "--num-heads 2": "3 priors (left lung, right lung, heart) but 2 heads",
+    "--embed-dim 25": "embed_dim 25 is not a multiple of num_heads 6",
+    "--device abacus": "--device abacus is unknown: choose auto, cpu, cuda or mps",
+    "--sample nobody": "`nobody` is not drawn",
+    "--data nowhere": "nowhere is not a folder; expected images/",
+    "--prior nowhere.npy": "nowhere.npy is not sample, masks, statistics, none, or a .npy file",
+    "--pool simpool --simpool-gamma 0": "--simpool-gamma 0.0: it must lie between 0.1 and 10",
+    "--pool simpool --pool-heads 5": "--pool-heads 5 must divide --embed-dim 96",
+    "--pool gap": "--pool gap has no attention to guide: add --prior none",
+    "--backbone resnet --prior none --pool cls": "--pool cls needs --backbone vit",
+    "--ssl none --prior none": "--ssl none learns from a --prior",
+    "--ssl relvit --mega-patches 1": "1x1 patches have no relations",
+    "--ssl relvit --mega-patches 9": "--mega-patches 9: more than the 8 patches a side",
+    "--ssl relvit --backbone resnet --pool simpool": "needs --backbone vit",
+    "--isnet 1": "--isnet needs --task classify",
+    "--task classify --findings gout": "`gout` is not in",
+    "--task classify --backbone vit --isnet 1 --relations angles": "masks don't follow: choose one",
+    "--task classify --isnet 1 --amp": "--amp is for pretraining and plain classifiers",
+    "--task classify --preset published --backbone vit": "needs --backbone resnet",
+    "--task classify --isnet 1 --accumulate 16": "lower --accumulate 16",
+    "--task classify --baseline swap --accumulate 16": "lower --accumulate 16",
+    "--task classify --baseline gated --pool simpool": "leave out --pool",
+    "--task classify --compile": "--compile is for pretraining",
+    "--task classify --baseline swap --isnet 1": "--baseline excludes --isnet",
+    "--task classify --isnet 1 --masks nowhere": "neither data, prior, attention, nor a folder",
+    "--task classify --isnet 1 --masks attention": "--masks attention needs --init RUN; or",
+    "--pool-heads 2": "does nothing without --pool simpool",
+    "--ssl relvit --momentum 0.5": "does nothing without --ssl dino",
+    "--ssl relvit --no-follow": "does nothing without --ssl dino or none and --prior",
+    "--prior none --span-weight 2": "does nothing without --prior",
+    "--local-scale 0.1 0.2": "does nothing without --local-crops-number",
+    "--task classify --align none": "--task pretrain or --masks prior or --isnet and --masks data or ",
+    "--lrp-gamma 1": "does nothing without --task classify",
+    "--task classify --momentum 0.5": "does nothing without --task pretrain",
+    "--pool simpool --span-layer 0": "does nothing without --pool cls",
+    "--relations angles": "does nothing without --ssl relvit or --task classify",
+    "--task classify --isnet-e 1": "does nothing without --isnet",
+    "--task classify --prior statistics": "does nothing without --task pretrain or --masks prior",
+    "--marker-kind tint": "does nothing without --marker",
+    "--task classify --baseline gated --masks prior": "without --isnet or --baseline multitask or ",
+    "--task classify --baseline swap --baseline-weight 2": "without --baseline multitask or ",
+    "--backbone resnet --prior none --registers 2": "does nothing without --backbone vit",
+}
+
+
+@pytest.mark.parametrize("words", SETTINGS)
+def test_settings_without_sense_are_refused_before_anything_is_written(words, tmp_path, refused):
+    argv = *words.split(), "--train-images", "8", "--out", str(tmp_path / "new")
+    assert SETTINGS[words] in refused(train.main, *argv)
+    assert not (tmp_path / "new").exists()
