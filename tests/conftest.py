@@ -1,6 +1,7 @@
 """Fixtures that several test files share: small runs of train.py on few images."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,12 +66,13 @@ def dino_run(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def refused(capsys) -> Callable:
-    """Runs a script's main, which must end with one line, exit status 2, no traceback; returns the line."""
+    """Runs a script's main, which must end with one line after argparse's usage, and status 2; the line."""
 
     def run(main: Callable, *argv: str) -> str:
         with pytest.raises(SystemExit) as stop:
             main(list(argv))
         error = capsys.readouterr().err.split("\r")[-1].strip()  # after what progress bars have wiped out
+        error = error.splitlines()[-1] if error.startswith("usage: ") else error
         assert stop.value.code == 2 and "\n" not in error
         return error
 
@@ -86,6 +88,13 @@ def golden(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
     arrays = np.load(Path(__file__).parent / "golden" / name)
     numbers = {k: torch.from_numpy(arrays[k]) for k in arrays if arrays[k].dtype.kind != "U"}
     return numbers, {k.removeprefix("weight."): v for k, v in numbers.items() if k.startswith("weight.")}
+
+
+class Evil:
+    """When it is unpickled, it runs code: a file `spoiled` appears."""
+
+    def __reduce__(self):
+        return os.system, ("touch spoiled",)
 
 
 def metrics_of(run: Path) -> dict[str, float]:

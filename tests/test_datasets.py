@@ -113,8 +113,6 @@ def test_pets_take_the_border_of_the_animal_for_animal(source):
 
 
 @pytest.mark.parametrize("name, out, words", [("mvtec", "new", "no image was found"), ("pets", "", "exists")])
-def test_a_source_of_another_layout_and_an_existing_folder_are_refused(name, out, words, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        datasets.main([name, str(tmp_path), str(tmp_path / out)])
-    assert stop.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
+def test_a_source_of_another_layout_and_an_existing_folder_are_refused(name, out, words, tmp_path, refused):
+    assert words in refused(datasets.main, name, str(tmp_path), str(tmp_path / out))
     assert not (tmp_path / "new").exists()

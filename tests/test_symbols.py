@@ -26,12 +26,10 @@ def test_symbols_are_drawn_from_their_seed_into_a_folder_that_loads(few, tmp_pat
 
 
 @pytest.mark.parametrize("flags", ["--train 0", "--size 23", "--seed -1", "--masks -1", ""])
-def test_a_folder_that_is_not_empty_and_sizes_out_of_range_are_refused(flags, tmp_path, capsys):
+def test_a_folder_that_is_not_empty_and_sizes_out_of_range_are_refused(flags, tmp_path, refused):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(SystemExit) as stop:
-        symbols.main([str(tmp_path / "new" if flags else tmp_path), *flags.split()])
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and ("they must be at least" if flags else "not empty") in said
+    line = refused(symbols.main, str(tmp_path / "new" if flags else tmp_path), *flags.split())
+    assert ("they must be at least" if flags else "not empty") in line
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 

@@ -2,13 +2,12 @@
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import golden
+from conftest import Evil, golden
 from PIL import Image
 
 import evaluate
@@ -160,11 +159,6 @@ def test_published_weights_are_measured_trained_on_and_exported_again(tmp_path, 
         assert line in refused(evaluate.main, *wrong.split())
 
 
-class Evil:
-    def __reduce__(self):
-        return os.system, ("echo spoiled",)
-
-
 @pytest.mark.parametrize(
     "damage, line",
     [
@@ -179,13 +173,11 @@ class Evil:
         (lambda s: s | {"pos_embed": torch.ones(197, 192)}, "holds no ViT that is known here"),
     ],
 )
-def test_a_file_that_is_no_such_vit_is_refused_in_one_line(damage, line, tmp_path, capfd):
-    torch.save(damage(published_names()), tmp_path / "w.pth")
-    with pytest.raises(SystemExit) as stop:
-        train.main(f"--init {tmp_path}/w.pth --prior none --out {tmp_path}/run".split())
-    out, said = capfd.readouterr()
-    assert stop.value.code == 2 and line in said and said.count("\n") == 1
-    assert "spoiled" not in out + said and not (tmp_path / "run").exists()
+def test_a_file_that_is_no_such_vit_is_refused_in_one_line(damage, line, tmp_path, monkeypatch, refused):
+    monkeypatch.chdir(tmp_path)
+    torch.save(damage(published_names()), "w.pth")
+    assert line in refused(train.main, *"--init w.pth --prior none --out run".split())
+    assert [path.name for path in tmp_path.iterdir()] == ["w.pth"]  # nor did it run any code
 
 
 def test_weights_of_other_sizes_are_refused_with_both_sizes(tmp_path):
