@@ -101,6 +101,12 @@ def metrics_of(run: Path) -> dict[str, float]:
     return json.loads((run / "metrics.json").read_text())
 
 
+def trained(out: Path, words: str = "", tiny: list[str] = TINY) -> dict[str, float]:
+    """Trains a tiny run into a folder; its metrics."""
+    train.main([*tiny, *words.split(), "--out", str(out)])
+    return metrics_of(out)
+
+
 def same_weights(*runs: Path) -> bool:
     first, second = (load_run(run).checkpoint["model"] for run in runs)
     return all(torch.equal(first[name], second[name]) for name in first)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import SMALL, TINY, metrics_of, same_weights
+from conftest import SMALL, TINY, metrics_of, same_weights, trained
 from PIL import Image
 
 import train
@@ -49,14 +49,6 @@ def test_a_run_leaves_its_settings_its_metrics_its_weights_and_its_pictures(span
     assert not list(span_run.glob("*.part"))
 
 
-@pytest.mark.slow
-def test_guided_heads_learn_to_look_where_the_reference_image_s_masks_say(tmp_path):
-    argv = "--train-images 128 --embed-dim 48 --depth 1 --epochs 10 --batch-size 16 --out-dim 32 --lr 3e-3"
-    train.main([*argv.split(), "--out", str(tmp_path / "span")])
-    metrics = metrics_of(tmp_path / "span")
-    assert metrics["attention_mAP"] > metrics["prior_mAP"] + 0.05  # 0.1 is chance
-
-
 def test_a_seed_gives_the_same_weights_again_and_so_does_a_run_s_config(span_run, tmp_path):
     train.main(["--config", str(span_run / "config.json"), "--out", str(tmp_path / "again")])
     assert same_weights(span_run, tmp_path / "again")
@@ -69,16 +61,8 @@ def test_a_seed_gives_the_same_weights_again_and_so_does_a_run_s_config(span_run
 def test_priors_may_be_every_image_s_masks_statistics_or_a_file(tmp_path):
     np.save(tmp_path / "priors.npy", phantom(1, seed=9)[1][0].numpy().astype(np.float32))
     for prior in ("masks", "statistics", str(tmp_path / "priors.npy")):
-        out = tmp_path / Path(prior).stem
-        train.main([*TINY, "--num-heads", "4", "--epochs", "1", "--prior", prior, "--out", str(out)])
-        assert metrics_of(out)["span_loss"] > 0
-
-
-def test_relvit_learns_relations_beyond_what_a_constant_prediction_reaches(tmp_path, capsys):
-    argv = "--ssl relvit --relations relations --prior none --patch-size 16 --train-images 64 --epochs 8"
-    train.main([*argv.split(), *TINY[2:-2], "--lr", "5e-3", "--out", str(tmp_path / "run")])
-    chance = re.search(r"a constant prediction reaches relations ([\d.]+)", capsys.readouterr().out)[1]
-    assert metrics_of(tmp_path / "run")["relations"] > float(chance) + 0.1
+        words = f"--num-heads 4 --epochs 1 --prior {prior}"
+        assert trained(tmp_path / Path(prior).stem, words)["span_loss"] > 0
 
 
 # Refusals
@@ -119,12 +103,10 @@ def folder_of_phantoms(path: Path, masked: int) -> Path:
     return path
 
 
-def test_a_folder_with_one_labelled_image_trains_with_a_line_an_epoch_and_says_what_is_missing(
-    tmp_path, capsys
-):
+def test_a_folder_with_one_labelled_image_trains_and_says_what_is_missing(tmp_path, capsys):
     data = folder_of_phantoms(tmp_path / "mine", masked=1)
     (data / "images" / "05.png").write_bytes(b"")
-    train.main([*TINY, "--data", str(data), "--out", str(tmp_path / "run")])
+    trained(tmp_path / "run", f"--data {data}")
     printed, error = capsys.readouterr()
     assert "note: skipped" in printed and "05.png: this image cannot be read" in printed
     assert "no test image" in printed and "can't be measured" in printed
@@ -134,9 +116,9 @@ def test_a_folder_with_one_labelled_image_trains_with_a_line_an_epoch_and_says_w
 
 def test_a_small_folder_is_passed_over_more_often_if_no_epochs_are_typed(tmp_path, monkeypatch):
     """24 images: 4 of them test, 4 validate, so an epoch has 2 steps of 8."""
-    data = folder_of_phantoms(tmp_path / "mine", masked=24)
     monkeypatch.setitem(LENGTHS, "pretrain", (2, 5))
-    train.main([*TINY[:-2], "--prior", "none", "--data", str(data), "--out", str(tmp_path / "run")])
+    data = folder_of_phantoms(tmp_path / "mine", masked=24)
+    trained(tmp_path / "run", f"--prior none --data {data}", TINY[:-2])
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
 
 
@@ -174,28 +156,24 @@ def failed(capsys, *argv: str) -> str:
 
 
 @pytest.mark.slow
-def test_a_collapse_stops_the_run_and_keep_going_overrides(tmp_path, capsys):
-    argv = [*TINY, *"--epochs 160 --teacher-temp 5 --koleo 0 --max-entropy 1 --prior".split()]
-    assert "DINO has collapsed, uniform" in failed(capsys, *argv, "none", "--out", str(tmp_path / "stopped"))
-    train.main([*argv, "none", "--epochs", "1", "--out", str(tmp_path / "on"), "--keep-going"])
-
-
-@pytest.mark.slow
-def test_a_guided_run_goes_on_by_span_alone_when_dino_collapses_unless_it_is_strict(tmp_path, capsys):
-    argv = [*TINY, *"--epochs 160 --teacher-temp 5 --koleo 0 --max-entropy 1 --align none --out".split()]
-    train.main([*argv, str(tmp_path / "on")])
+def test_a_collapse_stops_a_run_but_a_guided_one_goes_on_by_span_alone(tmp_path, capsys):
+    """Unless --strict stops the guided one, or --keep-going lets the other go on."""
+    words = "--epochs 160 --teacher-temp 5 --koleo 0 --max-entropy 1 --align none"
+    argv = [*TINY, *words.split(), "--out", str(tmp_path / "stopped"), "--overwrite"]
+    assert "DINO has collapsed, uniform" in failed(capsys, *argv, "--prior", "none")
+    trained(tmp_path / "stopped", f"{words} --prior none --overwrite --epochs 1 --keep-going")
+    trained(tmp_path / "on", words)
     assert capsys.readouterr().out.count("SPAN goes on alone") == 1
     history = [json.loads(line) for line in (tmp_path / "on" / "metrics.jsonl").open()]
     assert "span_loss" in history[-1] and history[-1]["span_loss"] < 0.5 * history[0]["span_loss"]
     assert history[-1]["loss"] == pytest.approx(3 * history[-1]["span_loss"], rel=1e-4)  # its weight is 3
-    assert "DINO has collapsed" in failed(capsys, *argv, str(tmp_path / "strict"), "--strict")
-    assert read_masses(tmp_path / "strict") and read_masses(tmp_path / "on")  # what --masks RUN needs
+    assert "DINO has collapsed" in failed(capsys, *argv, "--strict")
+    assert read_masses(tmp_path / "stopped") and read_masses(tmp_path / "on")  # what --masks RUN needs
 
 
 def test_span_alone_needs_no_objective_beside_it_and_its_masks_serve_a_classifier(tmp_path, capsys):
-    train.main([*TINY, *"--ssl none --epochs 2 --align none --out".split(), str(tmp_path / "alone")])
-    assert "span_loss" in (tmp_path / "alone" / "metrics.jsonl").read_text()
-    train.main([*SMALL, "--isnet", "1", "--masks", str(tmp_path / "alone"), "--out", str(tmp_path / "isnet")])
+    assert "span_loss" in trained(tmp_path / "alone", "--ssl none --align none")
+    trained(tmp_path / "isnet", f"--isnet 1 --masks {tmp_path}/alone", SMALL)
     assert "masks from" in capsys.readouterr().out
 
 
@@ -234,14 +212,12 @@ def test_a_compiled_step_learns_the_same_and_what_cannot_be_compiled_is_said(tmp
     """Through torch.compile, but by a backend that needs no compiler."""
     real = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: real(self, backend="eager"))
-    argv = [*TINY, "--align", "none"]
-    *_, plain, compiled = two_runs(tmp_path, argv, ["--compile"])
+    *_, plain, compiled = two_runs(tmp_path, "--align none", "--compile")
     assert plain == pytest.approx(compiled, rel=1e-5)
-
     broken = Mock(side_effect=RuntimeError("there is no compiler"))
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: real(self, backend=broken))
     torch._dynamo.reset()
-    line = failed(capsys, *argv, "--out", str(tmp_path / "broken"), "--compile")
+    line = failed(capsys, *TINY, "--align", "none", "--out", str(tmp_path / "broken"), "--compile")
     assert "--compile can't be used here" in line and line.endswith("leave it out")
 
 
@@ -250,21 +226,21 @@ def test_a_compiled_step_learns_the_same_and_what_cannot_be_compiled_is_said(tmp
 
 @pytest.mark.parametrize("words", ["--train-images 1", "--train-images 3 --batch-size 1000000000"])
 def test_a_single_image_and_a_batch_larger_than_the_data_are_trained_on(words, tmp_path):
-    train.main([*TINY, *words.split(), "--align", "none", "--out", str(tmp_path / "run")])
+    trained(tmp_path / "run", f"{words} --align none")
     row, last = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open())
     assert math.isfinite(row["loss"]) and row["loss"] != last["loss"]  # a step an epoch
 
 
-def two_runs(tmp_path: Path, argv: list[str], flags: list[str]) -> list:
+def two_runs(tmp_path: Path, words: str, flags: str, tiny: list[str] = TINY) -> list:
     """Runs of an epoch without and with some flags, and the losses that they logged."""
-    for name, added in (("without", []), ("with", flags)):
-        train.main([*argv, *added, "--epochs", "1", "--out", str(tmp_path / name)])
+    for name, added in (("without", ""), ("with", flags)):
+        trained(tmp_path / name, f"{words} {added} --epochs 1", tiny)
     runs = [load_run(tmp_path / name) for name in ("without", "with")]
     return runs + [run.checkpoint["history"][0]["loss"] for run in runs]
 
 
 def test_a_batch_in_parts_gives_the_same_step(tmp_path):
-    whole, parts, *losses = two_runs(tmp_path, [*SMALL, "--backbone", "vit"], ["--accumulate", "4"])
+    whole, parts, *losses = two_runs(tmp_path, "--backbone vit", "--accumulate 4", SMALL)
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     weights, others = whole.checkpoint["model"], parts.checkpoint["model"]
     assert all((weights[name] - others[name]).abs().max() < 1e-4 for name in weights)
@@ -275,18 +251,20 @@ def test_a_batch_in_parts_gives_the_same_step(tmp_path):
 )
 @pytest.mark.slow
 def test_bfloat16_learns_nearly_the_same(words, tmp_path):
-    *_, whole, amp = two_runs(tmp_path, [*TINY, *words.split()], ["--amp"])
+    *_, whole, amp = two_runs(tmp_path, words, "--amp")
     assert 0 < abs(whole - amp) < 0.1 * whole
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path):
     """With the same batches and nothing random: losses and weights of an ISNet ViT, up to rounding."""
-    argv = ["train.py", *SMALL, *"--backbone vit --isnet 1 --swap 0 --shift 0 --epochs 1 --out".split()]
-    train.main([*argv[1:], str(tmp_path / "one")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *argv]
+    words = "--backbone vit --isnet 1 --swap 0 --shift 0 --epochs 1"
+    trained(tmp_path / "one", words, SMALL)
+    command = (
+        f"-m torch.distributed.run --standalone --nproc-per-node 2 train.py {words} --out {tmp_path}/two"
+    )
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, str(tmp_path / "two")], cwd=ROOT, env=environment, check=True)
+    subprocess.run([sys.executable, *command.split(), *SMALL], cwd=ROOT, env=environment, check=True)
     one, two = (load_run(tmp_path / name).checkpoint for name in ("one", "two"))
     for a, b in zip(one["history"], two["history"]):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
@@ -384,37 +362,33 @@ def test_what_ends_all_processes_is_said_by_the_first_and_what_may_end_one_by_th
 
 @pytest.mark.parametrize("backbone", ["resnet", "vit"])
 def test_a_classifier_is_measured_with_its_marker_removed_and_flipped(backbone, tmp_path, capsys):
-    argv = [*SMALL, "--backbone", backbone, "--marker", "1", "--isnet", "1"]
-    train.main([*argv, "--out", str(tmp_path / "isnet")])
+    metrics = trained(tmp_path / "isnet", f"--backbone {backbone} --marker 1 --isnet 1", SMALL)
     printed = capsys.readouterr().out
     assert "C1 " in printed and "C2 " in printed and "flipped" in printed
-    metrics = metrics_of(tmp_path / "isnet")
     for name in ("same", "removed", "flipped", "unseen"):
-        for what in ("auc", "accuracy", "relevance_share"):
-            assert 0 <= metrics[f"{what}_{name}"] <= 1
+        assert all(0 <= metrics[f"{what}_{name}"] <= 1 for what in ("auc", "accuracy", "relevance_share"))
         assert metrics[f"auc_{name}_enlarged_heart"] == metrics[f"auc_{name}"]
     assert {"classification", "background", "foreground", "loss"} <= set(metrics)
     assert min(Image.open(tmp_path / "isnet" / "heatmaps.png").size) > 100
 
 
 def test_several_findings_are_measured_one_by_one(tmp_path):
-    argv = [*SMALL, *"--findings nodule opacity --isnet 1 --explain label --marker 0.9 --out".split()]
-    train.main([*argv, str(tmp_path / "run")])
-    metrics = metrics_of(tmp_path / "run")
+    words = "--findings nodule opacity --isnet 1 --explain label --marker 0.9"
+    metrics = trained(tmp_path / "run", words, SMALL)
     both = [metrics[f"auc_flipped_{finding}"] for finding in ("nodule", "opacity")]
     assert metrics["auc_flipped"] == pytest.approx(np.mean(both))
 
 
 def test_a_marker_that_tells_all_deceives_a_plain_classifier(tmp_path, capsys):
-    argv = "--task classify --marker 1 --train-images 256 --embed-dim 16 --epochs 4 --lr 1e-2".split()
-    train.main([*argv, "--out", str(tmp_path / "run")])
-    metrics = metrics_of(tmp_path / "run")
+    metrics = trained(
+        tmp_path / "run", "--marker 1 --train-images 256 --epochs 4 --lr 1e-2 --batch-size 16", SMALL
+    )
     assert metrics["auc_same"] > 0.95 and metrics["auc_flipped"] < 0.1
     assert "constant prediction" not in capsys.readouterr().out
 
 
 def test_a_classifier_that_learns_nothing_is_named_with_remedies_that_it_has(tmp_path, capsys):
-    train.main([*SMALL, "--epochs", "1", "--lr", "1e-9", "--out", str(tmp_path / "still")])
+    trained(tmp_path / "still", "--epochs 1 --lr 1e-9", SMALL)
     printed = capsys.readouterr().out
     assert "warning: classification loss 0.7" in printed and "--isnet" not in printed
     losses = {"loss": 0.9, "classification": 0.7, "background": 0.2}
@@ -423,14 +397,13 @@ def test_a_classifier_that_learns_nothing_is_named_with_remedies_that_it_has(tmp
 
 
 def test_a_classifier_may_start_from_a_pretrained_encoder_in_its_sizes(span_run, tmp_path, refused):
-    argv = "--task classify --train-images 16 --epochs 1 --lr 1e-9 --init".split() + [str(span_run)]
-    train.main([*argv, "--out", str(tmp_path / "run")])
+    argv = f"--task classify --train-images 16 --epochs 1 --lr 1e-9 --init {span_run}".split()
+    trained(tmp_path / "run", tiny=argv)
     run = load_run(tmp_path / "run")
     assert (run.config.backbone, run.config.embed_dim, run.config.lrp_gamma) == ("vit", 24, 0.0)
     before = load_run(span_run).checkpoint["model"]["student.blocks.0.attn.qkv.weight"]
     torch.testing.assert_close(run.checkpoint["model"]["encoder.blocks.0.attn.qkv.weight"], before)
-    other = "--embed-dim", "12", "--out", str(tmp_path / "no")
-    assert "encoder of other sizes" in refused(train.main, *argv, *other)
+    assert "encoder of other sizes" in refused(train.main, *argv, "--embed-dim", "12", "--out", "no")
 
 
 def test_a_run_is_not_resumed_on_other_classes_or_images_than_it_was_trained_on():
