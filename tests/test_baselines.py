@@ -1,18 +1,24 @@
-"""The methods that ISNet is compared with do what their papers say."""
+"""The methods that ISNet is compared with do what their papers say; hospitals and exchanged backgrounds."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import metrics_of
+from conftest import metrics_of, seeded
 from torch import nn
 
 import evaluate
 import train
 from common import baselines
+from common.backgrounds import exchanged, without_foreground
 from common.checkpoint import DataSpec
 from common.classify import Classifier
 from common.config import parse
+from common.data import SPLITS, Data
+from common.hospitals import HOSPITALS, mixed, taken_at
+from common.measure import measure_backgrounds, measure_bias
 from common.models import build_classifier
+from common.phantom import phantom
+from common.splits import load
 from resnet import ResNet
 from vit import ViT
 
@@ -108,13 +114,13 @@ def test_a_swapped_image_keeps_its_foreground_before_the_filled_background_of_on
         m[i, :, i % 8 : i % 8 + 6, 2 + i % 8 : 8 + i % 8] = i % 4 > 0
     ground = torch.arange(24.0).view(24, 1, 1, 1).expand(24, 1, 16, 16)
     x = ground + 100 * m
-    found = baselines.swapped(x, m, torch.Generator().manual_seed(0))
+    found = baselines.swapped(x, m, seeded())
     assert torch.equal(found * (found >= 100), x * m)  # no foreground but its own
     assert torch.equal(found[::4], x[::4])  # without a mask
     for i in m.flatten(1).any(dim=1).nonzero().flatten().tolist():
         (other,) = found[i][m[i] == 0].unique().tolist()
         assert other != i
-    some = baselines.swapped(x, m, torch.Generator().manual_seed(0), share=0.5)
+    some = baselines.swapped(x, m, seeded(), share=0.5)
     assert 4 <= (some != x).flatten(1).any(dim=1).sum() <= 14  # half of 18
 
 
@@ -122,7 +128,7 @@ def test_with_a_margin_an_image_keeps_no_pixel_near_the_border_of_its_mask():
     m, x = torch.zeros(2, 2, 1, 12, 12)
     m[0, :, 2:10, 2:10], m[1, :, 2:, 2:10] = 1, 1  # the second reaches the image's lower border
     x[0], x[1] = 1, 2
-    found = baselines.swapped(x, m, torch.Generator().manual_seed(0), margin=2)
+    found = baselines.swapped(x, m, seeded(), margin=2)
     kept = (found == x)[:, 0]
     assert kept[0].nonzero().unique().tolist() == [4, 5, 6, 7] and kept[1].sum() == 4 * 8
     assert kept[1, 11, 4:8].all()  # there nothing is next to it
@@ -186,7 +192,7 @@ def step_of(flags: str, masked: int = 8) -> tuple:
     masks[:masked, :, 4:12, 4:12] = True
     labels, spec = torch.eye(2)[torch.arange(8) % 2], DataSpec(1, ("a", "b"), True, "", (1.0, 2.0))
     losses = train.classifier_objective(config, model, images, masks, labels, spec)
-    return *losses(torch.arange(8), torch.Generator().manual_seed(0), 0, 1), model
+    return *losses(torch.arange(8), seeded(), 0, 1), model
 
 
 @pytest.mark.parametrize("name", baselines.PENALTIES)
@@ -224,3 +230,89 @@ def test_evaluate_builds_the_same_model_again(flags, few_test_images, tmp_path):
     evaluate.main([str(out), "--only", "bias"])
     after = metrics_of(out)
     assert after == {name: before[name] for name in after} and "auc_flipped" in after
+
+
+# Hospitals and exchanged backgrounds
+
+
+def has_the_letter(images):
+    """Whether images (n, 1, 64, 64) have hospital A's L in the upper right corner, (n,) bool."""
+    return images[:, 0, :8, -8:].amax(dim=(1, 2)) == 255
+
+
+def test_a_hospital_moves_image_and_masks_together_draws_the_same_for_a_seed_and_is_mixed_image_by_image():
+    images, masks, _ = phantom(40, seed=1)
+    coded = (masks[:, 2:] * 255).to(torch.uint8)  # the heart alone, as an image
+    for name in HOSPITALS:
+        moved, where = taken_at(name, coded, masks, seed=3)
+        heart = where[:, 2:]
+        inside, outside = ((moved.float() * m).sum() / m.sum() for m in (heart, ~heart))
+        assert inside > 5 * outside
+        assert not torch.equal(where, masks) and torch.equal(taken_at(name, coded, masks, seed=3)[0], moved)
+    a, b, c = (taken_at(name, images, masks, 3) for name in "ABC")
+    assert c[1].sum() < a[1].sum()  # smaller on the image
+    for found, of_a, of_b in zip(mixed(torch.arange(40) % 2 == 0, images, masks, 3), a, b):
+        assert torch.equal(found[::2], of_a[::2]) and torch.equal(found[1::2], of_b[1::2])
+
+
+def test_positives_come_from_hospital_a_and_flipped_ones_from_b(few_test_images):
+    splits, *_ = load("phantom", 64, 0, 30, marker=1.0, marker_kind="hospitals", findings=["enlarged heart"])
+    assert set(splits) == {*SPLITS, "flipped", "hospital A", "hospital B", "hospital C"}
+    for split, of_a in {"train": True, "test": True, "flipped": False}.items():
+        assert torch.equal(has_the_letter(splits[split].images), (splits[split].labels[:, 1] == 1) == of_a)
+    assert has_the_letter(splits["hospital A"].images).all()
+    assert not has_the_letter(splits["hospital B"].images).any()
+    assert torch.equal(splits["hospital C"].labels, splits["test"].labels)
+
+
+def striped(n: int) -> Data:
+    """Images of 16 px whose background is 50 or 150 by the label, and a square object of 250 or 0."""
+    y, m = torch.eye(2)[torch.arange(n) % 2], torch.zeros(n, 1, 16, 16, dtype=torch.bool)
+    m[:, :, 4:8, 4:8] = True
+    y1 = y[:, 1, None, None, None]
+    x = torch.where(m, 250 * y1, 50 + 100 * y1).to(torch.uint8)
+    return Data(x, m, torch.ones(n).bool(), y, [str(i) for i in range(n)], ["o"], ["a", "b"])
+
+
+def test_a_hole_is_filled_with_the_image_s_background_or_black_as_its_kind_says():
+    data = striped(40)
+    x, m = data.images.float(), data.masks.float()
+    kinds = exchanged(x, m, data.labels, torch.Generator())
+    assert torch.equal(kinds["only background"], x[:, :, :1, :1].expand_as(x))
+    assert not (kinds["no foreground"] * m).any()
+    large = torch.zeros_like(m)
+    large[:, :, 1:15, 1:15] = 1
+    assert set(without_foreground(x, large).unique().tolist()) == {50, 150}
+
+
+@pytest.mark.parametrize(
+    "reads, expected", [("ground", (100, 100, 50, 100, 100)), ("object", (100, 100, 100, 50, 50))]
+)
+def test_exchanged_backgrounds_tell_what_a_model_reads(reads, expected):
+    data = striped(400)
+
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(()))
+
+        def forward(self, images):
+            x = images[:, 0, 0, 0] if reads == "ground" else images[:, 0, 4:8, 4:8].mean(dim=(1, 2)) > 1
+            return torch.stack([-x.float(), x.float()], dim=1) * self.weight
+
+    table = measure_backgrounds(Reader(), {"test": data, "val": data}, True)
+    assert [100 * row["AUC"] for row in table.values()] == pytest.approx(expected, abs=6)
+
+
+def test_of_a_pipeline_the_segmenter_s_dice_is_measured_on_each_kind_of_test_images():
+    data = striped(8)
+
+    class Half(baselines.Pipeline):
+        def foreground(self, images):
+            return data.masks.flip(0) & (torch.arange(16) < 6)
+
+    classifier = nn.Sequential(nn.Flatten(), nn.Linear(256, 2))
+    classifier.encoder = None
+    model = Half(classifier, nn.Identity())
+    table = measure_bias(model, {"test": data, "val": data}, True, {"epsilon": 0.1})
+    assert table["same"]["segmentation Dice"] == pytest.approx(2 / 3)  # half of each mask

@@ -1,11 +1,14 @@
-"""The house: a storey only looks down, and each concept file stands alone."""
+"""The house: a storey only looks down, each concept file stands alone, and the tour runs."""
 
 import ast
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 CONCEPTS = "vit resnet simpool attention_priors crops ssl dino relvit lrp isnet_lrp".split()
@@ -70,3 +73,45 @@ def test_each_chapter_runs_from_any_folder_and_draws_its_picture(name, tmp_path)
         [sys.executable, ROOT / f"{name}.py"], cwd=tmp_path, check=True, capture_output=True
     )
     assert (tmp_path / f"{name}.png").stat().st_size > 5000 and said.stdout.count(b"\n") >= 2
+
+
+SNIPPETS = {  # what each prints
+    "import sys, ssl; print('torch' in sys.modules)": "False",
+    "import ssl, os; print(os.path.dirname(ssl.__file__) == os.path.dirname(os.__file__))": "True",
+    "import ssl; print(type(ssl.create_default_context()).__name__)": "SSLContext",
+    "import pip._internal.cli.main, ssl; print(ssl.SSLError.__name__)": "SSLError",
+    "import asyncio, urllib.request; from ssl import DINO, DINOHead, DINOLoss, RelViT, SSLContext;"
+    " import dino; print(DINO is dino.DINO, RelViT.__module__)": "True relvit",
+    "import ssl\ntry: ssl.no\nexcept AttributeError as e: print(e)": "module 'ssl' has no attribute 'no'",
+}
+
+
+@pytest.mark.parametrize("code", SNIPPETS)
+def test_a_fresh_interpreter_in_this_folder_finds_the_standard_library_and_our_methods(code):
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == SNIPPETS[code], done.stderr
+
+
+def test_the_tour_fits_on_two_screens_and_has_no_flag():
+    text = (ROOT / "tour.py").read_text()
+    assert len(text.splitlines()) <= 150 and "argparse" not in text and "sys.argv" not in text
+
+
+@pytest.mark.slow
+def test_a_shortened_tour_prints_each_figure_and_draws_its_picture(tmp_path, monkeypatch, capsys):
+    text = (ROOT / "tour.py").read_text()
+    for long, short in {
+        "STEPS, GRID = 200": "STEPS, GRID = 2",
+        "phantom(800": "phantom(32",
+        "phantom(300": "phantom(16",
+    }.items():
+        assert long in text
+        text = text.replace(long, short)
+    text = re.sub(r"train\((\S+), (600|900)", r"train(\1, 3", text)
+    (tmp_path / "tour.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch, "set_flush_denormal", lambda on: None)  # other tests go on in this process
+    names = runpy.run_path("tour.py")
+    said = capsys.readouterr().out
+    assert said.count("average precision: left lung") == said.count("plain classifier, AUC") == 1
+    assert (tmp_path / "tour.png").exists() and len(names["heat"]) == 2

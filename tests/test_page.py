@@ -1,4 +1,4 @@
-"""The page for a browser loads nothing, escapes names, and holds what was measured."""
+"""The page for a browser loads nothing, escapes names, and holds what was measured; and pictures."""
 
 import base64
 import json
@@ -17,6 +17,7 @@ from PIL import Image
 
 import evaluate
 import train
+from common import plots
 from common import runs as loaded_runs
 from common.checkpoint import DataSpec
 from common.config import parse
@@ -135,3 +136,21 @@ def test_the_page_shows_the_first_images_and_those_that_each_model_is_worst_at(m
     assert shown.names == ["0", "1", "5", "6", "7", "8"]
     assert which.startswith("d at 8 px: 6 of 9 test images, the first 2")
     assert looks["a"].scores == [0.9, 0.9, 0.9, 0.9, 0.2, 0.1] and len(looks["b"].maps[""]) == 6
+
+
+NAMES = ["a$b_{c", "$b_{c$", "_x", "two\nlines"]  # two $ make it a formula, an open { a broken one
+
+
+def test_names_are_drawn_as_they_are(tmp_path):
+    images, masks, path = torch.rand(1, 1, 16, 16), torch.rand(1, 4, 16, 16) > 0.5, tmp_path / "a.png"
+    plots.map_grid(path, images, masks, NAMES, {f"head 0\n{name}": torch.rand(1, 2, 2) for name in NAMES})
+    assert min(Image.open(path).size) > 100
+    plots.curves(path, {name: [{"epoch": 1, name: 2.0}] for name in NAMES})
+    plots.low_data(path, {name: {name: {0.1: [0.5], 1.0: [0.6]}} for name in NAMES})
+
+
+def test_epochs_are_whole_numbers(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    plots.curves(None, {"run": [{"epoch": epoch, "loss": 1.0} for epoch in (1, 2, 3)]})
+    assert [tick for tick in drawn[0].axes[0].get_xticks() if 1 <= tick <= 3] == [1, 2, 3]

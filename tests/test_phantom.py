@@ -1,17 +1,25 @@
-"""Synthetic images are the same for a seed; masks, labels and markers of the chest X-rays tell the truth."""
+"""Drawn images are the same for a seed; masks, labels and markers of all kinds tell the truth."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from common import symbols
 from common.metrics import auc
 from common.phantom import BATCH, FINDINGS, MARKERS, phantom, stamp
+from common.plates import plates
 from common.splits import DRAWN, load
 
 
 @pytest.fixture(scope="module")
 def drawn():
     return phantom(300, seed=1)
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return plates(400, seed=1)
 
 
 @pytest.mark.parametrize("kind, least", [("phantom", 16), ("parts", 64)])
@@ -120,3 +128,100 @@ def test_markers_anywhere_are_placed_anew_in_each_split_but_alike_in_all_test_im
         load("phantom", 64, seed, 2, marker=1, marker_kind="anywhere")
     one, two = seeds[:5], seeds[5:]  # of train, val, test, flipped, unseen
     assert one[2] == one[3] == one[4] and len({*one, *two}) == 6
+
+
+# Plates
+
+
+def test_a_plate_has_a_defect_s_mask_only_with_a_finding(parts):
+    _, masks, labels = parts
+    assert ((0.12 < labels.mean(dim=0)) & (labels.mean(dim=0) < 0.28)).all()
+    assert torch.equal(masks[:, 2].flatten(1).any(dim=1), labels.any(dim=1))
+
+
+def test_plate_and_holes_do_not_overlap_hardly_move_and_a_missing_hole_is_missing(parts):
+    masks, labels = parts[1].float(), parts[2]
+    assert (masks[:, 0] * masks[:, 1]).sum() == 0
+    middle = (masks[:, 0] * torch.arange(64.0)).sum(dim=(1, 2)) / masks[:, 0].sum(dim=(1, 2))
+    assert middle.std() < 2 and (middle - 32).abs().max() < 5
+    only = labels.sum(dim=1) == labels[:, 1]  # no other defect, which might cover a hole
+    size = masks[only, 1].sum(dim=(1, 2))
+    assert size[labels[only, 1] == 1].max() < size[labels[only, 1] == 0].min()
+
+
+def test_defects_change_the_image_where_their_mask_lies_and_nowhere_else(monkeypatch):
+    """The same random numbers give images without any defect and with all of them."""
+    both = []
+    for prevalence in (0.0, 1.0):
+        monkeypatch.setattr("common.plates.PREVALENCE", prevalence)
+        both.append(plates(200, seed=3))
+    change, defect = (both[1][0].float() - both[0][0].float())[:, 0].abs(), both[1][1][:, 2]
+    near = F.max_pool2d(defect.float()[:, None], 3, 1, 1)[:, 0].bool()  # edges are soft
+    assert change[defect].mean() > 25 and change[~near].mean() < 1.5
+    assert not both[0][1][:, 2].any() and both[1][2].all()
+
+
+def test_the_reference_image_has_every_region_and_each_split_its_own_images(monkeypatch):
+    monkeypatch.setattr("common.splits.DRAWN_SIZES", {"val": 8, "test": 9})
+    splits, reference, notes = load("parts", 64, seed=0, train_images=20)
+    train = splits["train"]
+    assert train.masks[train.names.index(reference)].flatten(1).any(dim=1).all() and not notes
+    assert {split: len(data.names) for split, data in splits.items()} == {"train": 20, "val": 8, "test": 9}
+    assert not torch.equal(train.images[:9], splits["test"].images)
+
+
+# Symbols
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """2 validation and 3 test images per class."""
+    monkeypatch.setattr(symbols, "HELD_OUT", {"val": 2, "test": 3})
+
+
+def test_symbols_are_drawn_from_their_seed_into_a_folder_that_loads(few, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        symbols.main([str(tmp_path / name), "--train", "2", "--size", "24", "--seed", str(seed)])
+    a, b, c = ((tmp_path / name / "images" / "train_disc_0001.png").read_bytes() for name in "abc")
+    assert a == b != c
+    splits, _, notes = load(str(tmp_path / "a"), 24)
+    assert [len(data.names) for data in splits.values()] == [20, 20, 30]
+    assert sorted(splits["train"].findings) == sorted(symbols.SYMBOLS) and not notes
+    assert (splits["train"].labels.sum(dim=0) == 2).all() and splits["train"].images.shape[1] == 3
+
+
+@pytest.mark.parametrize("flags", ["--train 0", "--size 23", "--seed -1", "--masks -1", ""])
+def test_a_folder_that_is_not_empty_and_sizes_out_of_range_are_refused(flags, tmp_path, refused):
+    (tmp_path / "notes.txt").write_text("mine")
+    line = refused(symbols.main, str(tmp_path / "new" if flags else tmp_path), *flags.split())
+    assert ("they must be at least" if flags else "not empty") in line
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_digits_have_a_marker_that_turns_in_test_images_and_masks_for_as_many_as_asked(few, tmp_path):
+    symbols.main([str(tmp_path / "d"), *"--set digits --train 1 --marker --masks 3".split()])
+    splits, reference, _ = load(str(tmp_path / "d"), 64)
+    for split, agrees in (("train", True), ("val", True), ("test", False)):
+        odd = splits[split].labels[:, splits[split].findings.index("odd")] == 1
+        marked = splits[split].images[:, 0, 2:8, 56:62].flatten(1).min(dim=1).values == 255
+        assert torch.equal(marked, odd) == agrees and torch.equal(marked, ~odd) != agrees
+    assert [int(data.has_masks.sum()) for data in splits.values()] == [3, 0, 30] and reference
+    area = splits["test"].masks.float().mean(dim=(1, 2, 3))
+    assert 0.05 < area.min() and area.max() < 0.25
+
+
+def test_scenes_hold_one_object_of_5_to_25_percent_and_look_different_in_and_around_it(tmp_path):
+    images, masks = zip(
+        *(symbols.draw_scene(kind, 64, np.random.default_rng(i)) for i, kind in enumerate(symbols.SHAPES * 4))
+    )
+    areas = np.array([mask.mean() for mask in masks])
+    assert 0.04 < areas.min() and areas.max() < 0.25 and images[0].shape == (64, 64, 3)
+    contrast = [np.abs(i[m].mean(axis=0) - i[~m].mean(axis=0)).max() for i, m in zip(images, masks)]
+    assert np.mean(contrast) > 0.15
+
+
+def test_every_symbol_shows_and_differs_from_the_others():
+    v, u = np.mgrid[:40, :40] / 20 - 1
+    drawn = np.stack([symbols.symbol(kind, u, v) for kind in symbols.SYMBOLS])
+    assert (abs(drawn.mean(axis=(1, 2)) - 0.5) < 0.4).all()
+    assert ((drawn[:, None] != drawn).mean(axis=(2, 3)) + np.eye(len(drawn)) > 0.1).all()
