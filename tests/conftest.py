@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import evaluate
 import train
@@ -88,6 +89,16 @@ def golden(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
     arrays = np.load(Path(__file__).parent / "golden" / name)
     numbers = {k: torch.from_numpy(arrays[k]) for k in arrays if arrays[k].dtype.kind != "U"}
     return numbers, {k.removeprefix("weight."): v for k, v in numbers.items() if k.startswith("weight.")}
+
+
+def image_folder(path: Path, *rows: str, size: tuple[int, int] = (16, 16)) -> Path:
+    """A user's folder of noisy images (H, W), with these rows of labels.csv, the first one its header."""
+    (path / "images").mkdir(parents=True)
+    for i, row in enumerate(rows[1:]):
+        pixels = np.random.default_rng(i).integers(255, size=size, dtype=np.uint8)
+        Image.fromarray(pixels).save(path / "images" / row.split(",")[0])
+    (path / "labels.csv").write_text("\n".join(rows))
+    return path
 
 
 class Evil:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import metrics_of, seeded
+from conftest import SMALL, metrics_of, seeded, trained
 from torch import nn
 
 import evaluate
@@ -223,9 +223,11 @@ def test_a_step_swaps_the_backgrounds_of_all_images_or_of_a_share(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", ["multitask", "pipeline", "gated --backbone vit"])
 def test_evaluate_builds_the_same_model_again(flags, few_test_images, tmp_path):
-    out, argv = tmp_path / "run", "--task classify --marker 1 --train-images 32 --embed-dim 16 --epochs 1"
-    train.main([*argv.split(), "--baseline", *flags.split(), "--out", str(out)])
-    before = metrics_of(out)
+    out, words = (
+        tmp_path / "run",
+        f"--marker 1 --train-images 32 --embed-dim 16 --epochs 1 --baseline {flags}",
+    )
+    before = trained(out, words, SMALL[:2])
     (out / "metrics.json").unlink()
     evaluate.main([str(out), "--only", "bias"])
     after = metrics_of(out)

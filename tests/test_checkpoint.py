@@ -12,8 +12,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import SMALL, TINY, Evil, metrics_of, same_weights
-from PIL import Image
+from conftest import SMALL, TINY, Evil, image_folder, metrics_of, same_weights
 
 import evaluate
 import train
@@ -129,9 +128,7 @@ def test_a_finished_run_that_is_resumed_is_measured_again_and_not_trained(span_r
 def test_a_run_whose_data_moved_goes_on_and_one_whose_settings_were_edited_does_not(
     tmp_path, monkeypatch, refused
 ):
-    (tmp_path / "data" / "images").mkdir(parents=True)
-    for i in range(12):
-        Image.new("L", (16, 16), 20 * i).save(tmp_path / "data" / "images" / f"{i}.png")
+    image_folder(tmp_path / "data", "file", *(f"{i}.png" for i in range(12)))
     out = tmp_path / "run"
     words = "--img-size 16 --patch-size 4 --prior none --keep-going --data".split()
     stopped_after_an_epoch(monkeypatch, [*TINY[2:], *words, str(tmp_path / "data"), "--out", str(out)])

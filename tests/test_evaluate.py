@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, TINY, metrics_of
+from conftest import SMALL, TINY, image_folder, metrics_of, trained
 from PIL import Image
 
 import evaluate
-import train
 from common.checkpoint import load_run
 from common.config import parse
 from common.data import Data
@@ -30,15 +29,6 @@ pytestmark = pytest.mark.usefixtures("few_test_images")
 def two_runs(span_run, dino_run, tmp_path) -> list[str]:
     """Copies of two runs, to write into."""
     return [str(shutil.copytree(run, tmp_path / run.name)) for run in (span_run, dino_run)]
-
-
-def folder_of(path: Path, *rows: str) -> Path:
-    """A folder of small images with these rows of labels.csv, the first one its header."""
-    (path / "images").mkdir(parents=True)
-    for i, row in enumerate(rows[1:]):
-        Image.new("L", (16, 16), 20 * i).save(path / "images" / row.split(",")[0])
-    (path / "labels.csv").write_text("\n".join(rows))
-    return path
 
 
 def test_runs_are_compared_side_by_side_on_the_same_images(two_runs, capsys):
@@ -73,14 +63,16 @@ def test_all_labels_are_the_default_and_few_of_them_are_measured_on_request(two_
 def test_runs_of_which_one_cannot_be_measured_are_shown_on_the_same_images(tmp_path, capsys):
     """Masks for a training and a test image: enough for a guided run, none to choose another's heads on."""
     splits = [f"{i}.png,{'train' if i < 4 else 'val' if i < 6 else 'test'}" for i in range(12)]
-    data, masks = folder_of(tmp_path / "data", "file,split", *splits), tmp_path / "data" / "masks" / "heart"
+    data, masks = (
+        image_folder(tmp_path / "data", "file,split", *splits),
+        tmp_path / "data" / "masks" / "heart",
+    )
     masks.mkdir(parents=True)
     for i in (0, 9):
         Image.fromarray(np.eye(16, dtype=np.uint8) * 255).save(masks / f"{i}.png")
-    argv = [*TINY[2:], *f"--epochs 1 --img-size 16 --patch-size 4 --keep-going --data {data}".split()]
-    train.main([*argv, "--out", str(tmp_path / "span")])
-    train.main([*argv, "--prior", "none", "--out", str(tmp_path / "dino")])
-    capsys.readouterr()
+    words = f"--epochs 1 --img-size 16 --patch-size 4 --keep-going --data {data}"
+    trained(tmp_path / "span", words, TINY[2:])
+    trained(tmp_path / "dino", f"{words} --prior none", TINY[2:])
     for order in (["span", "dino"], ["dino", "span"]):
         evaluate.main([*(str(tmp_path / name) for name in order), "--only", "attention"])
         assert "dino: no validation image" in capsys.readouterr().out
@@ -127,18 +119,16 @@ def test_the_expected_time_is_the_sum_over_the_models_of_what_applies_to_them(mo
 
 def test_metrics_keep_a_run_s_own_relevance_rule_when_runs_are_compared(tmp_path):
     for name, gamma in {"a": "3", "b": "0"}.items():
-        train.main([*SMALL, "--epochs", "1", "--lrp-gamma", gamma, "--out", str(tmp_path / name)])
-    before = metrics_of(tmp_path / "b")
+        before = trained(tmp_path / name, f"--epochs 1 --lrp-gamma {gamma}", SMALL)
     evaluate.main([str(tmp_path / "a"), str(tmp_path / "b"), "--only", "bias"])
     assert metrics_of(tmp_path / "b") == before
 
 
 def test_without_labelled_test_images_a_classifier_is_trained_but_not_measured(tmp_path, capsys):
     rows = [f"{name}.png,{'cat' if name in 'bdfh' else 'dog'},train" for name in "abcdefgh"]
-    data = folder_of(tmp_path / "data", "file,label,split", *rows)
-    argv = "--task classify --img-size 16 --embed-dim 8 --epochs 1 --batch-size 4 --data".split()
-    train.main([*argv, str(data), "--out", str(tmp_path / "run")])
-    assert "auc_same" not in metrics_of(tmp_path / "run")
+    data = image_folder(tmp_path / "data", "file,label,split", *rows)
+    words = f"--img-size 16 --epochs 1 --batch-size 4 --data {data}"
+    assert "auc_same" not in trained(tmp_path / "run", words, SMALL[:2])
     capsys.readouterr()
     evaluate.main([str(tmp_path / "run")])
     said = capsys.readouterr().out
@@ -147,7 +137,7 @@ def test_without_labelled_test_images_a_classifier_is_trained_but_not_measured(t
 
 
 def test_what_can_not_be_compared_or_asked_is_refused_in_one_line(two_runs, tmp_path, refused):
-    train.main([*TINY, "--epochs", "1", "--seed", "1", "--align", "none", "--out", str(tmp_path / "other")])
+    trained(tmp_path / "other", "--epochs 1 --seed 1 --align none")
     span, dino = two_runs
     for argv, line in [
         ([span, f"{tmp_path}/other"], "differ in seed: compare runs on the same images"),
@@ -237,7 +227,7 @@ def test_masks_cover_the_prior_of_the_reference_image(span_run):
 
 
 def test_a_classifier_s_decision_gets_a_heatmap_and_its_probability(wide, tmp_path, drawn, capsys):
-    train.main([*SMALL, "--epochs", "1", "--findings", "all", "--out", str(tmp_path / "run")])
+    trained(tmp_path / "run", "--epochs 1 --findings all", SMALL)
     evaluate.main([str(tmp_path / "run"), "--image", str(wide)])
     (((path, _, _, _, maps), how),) = drawn  # and no other: a mean attends to nothing
     assert path.name == "relevance.png" and path.parent.name == "wide.jpg" and how["signed"]

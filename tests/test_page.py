@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, metrics_of
+from conftest import SMALL, metrics_of, trained
 from PIL import Image
 
 import evaluate
-import train
 from common import plots
 from common import runs as loaded_runs
 from common.checkpoint import DataSpec
@@ -102,11 +101,11 @@ def test_runs_write_a_page_with_a_score_for_each_image(span_run, few_test_images
 
 
 def test_a_classifier_is_shown_by_its_relevance_and_by_its_heads_if_it_has_some(few_test_images, tmp_path):
-    runs = [str(tmp_path / name) for name in ("resnet", "vit")]
+    runs = [tmp_path / name for name in ("resnet", "vit")]
     for out in runs:
-        train.main([*SMALL, "--backbone", Path(out).name, "--epochs", "1", "--out", out])
-    evaluate.main([*runs, "--only", "bias", "--html"])
-    resnet, relevance, heads = data_in((tmp_path / "resnet" / "report.html").read_text())["runs"]
+        trained(out, f"--backbone {out.name} --epochs 1", SMALL)
+    evaluate.main([*map(str, runs), "--only", "bias", "--html"])
+    resnet, relevance, heads = data_in((runs[0] / "report.html").read_text())["runs"]
     assert list(resnet["maps"]) == list(relevance["maps"]) == ["relevance"]
     assert resnet["score"] == "probability of the true class" and heads["name"] == "vit, attention"
     assert relevance["scores"] == heads["scores"] and len(heads["maps"]) == 2
@@ -115,7 +114,7 @@ def test_a_classifier_is_shown_by_its_relevance_and_by_its_heads_if_it_has_some(
 
 
 def test_an_encoder_whose_pooling_is_even_has_one_column(few_test_images, tmp_path):
-    train.main([*SMALL[2:], *"--prior none --pool gap --epochs 1 --out".split(), str(tmp_path / "run")])
+    trained(tmp_path / "run", "--prior none --pool gap --epochs 1")
     evaluate.main([str(tmp_path / "run"), "--only", "attention", "--html"])
     (run,) = data_in((tmp_path / "run" / "report.html").read_text())["runs"]
     assert list(run["maps"]) == ["head 0"] and run["score"] == ""

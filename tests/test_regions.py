@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL, metrics_of
+from conftest import SMALL, image_folder, trained
 from PIL import Image
 
 import train
@@ -88,20 +88,15 @@ def test_attention_that_is_the_prior_makes_a_mask_of_nearly_its_area():
 
 
 @pytest.mark.slow
-def test_attention_masks_train_a_classifier_of_either_kind_and_their_quality_is_said(
-    span_run, tmp_path, capsys
-):
-    argv = [*SMALL, "--isnet", "1", "--epochs", "1"]
+def test_attention_masks_train_either_classifier_and_their_quality_is_said(span_run, tmp_path, capsys):
     for backbone in ("resnet", "vit"):
-        train.main(
-            [*argv, "--backbone", backbone, "--masks", str(span_run), "--out", str(tmp_path / backbone)]
-        )
+        words = f"--isnet 1 --epochs 1 --backbone {backbone} --masks {span_run}"
+        metrics = trained(tmp_path / backbone, words, SMALL)
         said = float(re.search(r"Dice ([\d.]+) %", capsys.readouterr().out)[1])
-        metrics = metrics_of(tmp_path / backbone)
         assert load_run(tmp_path / backbone).config.swap_margin == 0.025  # made masks are kept narrower
         assert metrics["background"] > 0 and 100 * metrics["mask_dice"] == pytest.approx(said, abs=0.06)
-    started = "--task classify --isnet 1 --train-images 32 --epochs 1 --masks attention --init".split()
-    train.main([*started, str(span_run), "--out", str(tmp_path / "init")])
+    started = "--task classify --isnet 1 --train-images 32 --epochs 1 --masks attention --init"
+    trained(tmp_path / "init", str(span_run), started.split())
     assert "the foreground of 32 of 32 training images is known" in capsys.readouterr().out
 
 
@@ -155,15 +150,9 @@ def test_an_image_without_masks_gets_those_of_the_reference_that_is_found_best_i
     assert 2 * both / sizes > 0.8
 
 
-def plain_folder(path, names=("a.png", "b.png", "c.png", "d.png"), size=(20, 30)):
-    """A user's folder of labelled images without any mask."""
-    (path / "images").mkdir(parents=True)
-    for i, name in enumerate(names):
-        pixels = np.random.default_rng(i).integers(0, 255, size, dtype=np.uint8)
-        Image.fromarray(pixels).save(path / "images" / name)
-    rows = [f"{name},{i % 2},train" for i, name in enumerate(names)]
-    (path / "labels.csv").write_text("\n".join(["file,sick,split", *rows]))
-    return path
+def plain_folder(path):
+    rows = [f"{name}.png,{i % 2},train" for i, name in enumerate("abcd")]
+    return image_folder(path, "file,sick,split", *rows, size=(20, 30))
 
 
 def mask_file(path, size=(20, 30), value=255):
@@ -178,11 +167,10 @@ def test_masks_of_another_tool_serve_data_that_has_none_and_it_is_said_for_how_m
     for name in ("a", "b", "c"):
         mask_file(tmp_path / "masks" / f"{name}.png")
     mask_file(tmp_path / "masks" / ".hidden" / "d.png")
-    argv = [*SMALL, *"--isnet 1 --batch-size 2 --img-size 16 --data".split(), str(data)]
-    train.main([*argv, "--masks", str(tmp_path / "masks"), "--out", str(tmp_path / "run")])
+    words = f"--isnet 1 --batch-size 2 --img-size 16 --data {data} --masks {tmp_path}/masks"
+    assert "mask_dice" not in trained(tmp_path / "run", words, SMALL)
     line = f"--masks {tmp_path / 'masks'}: the foreground of 3 of 4 training images is known; the others are"
     assert line in capsys.readouterr().out
-    assert "mask_dice" not in metrics_of(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
