@@ -180,9 +180,6 @@ def test_multitask_learning_teaches_the_encoder_where_the_mask_is():
     assert found[0] < 0.01 < min(found[1:])
 
 
-# In training
-
-
 def step_of(flags: str, masked: int = 8) -> tuple:
     """(loss, metrics, model) of one step of a baseline; `masked` of 8 images have a mask."""
     config, _ = parse(["--task", "classify", *flags.split()])
@@ -232,9 +229,6 @@ def test_evaluate_builds_the_same_model_again(flags, few_test_images, tmp_path):
     evaluate.main([str(out), "--only", "bias"])
     after = metrics_of(out)
     assert after == {name: before[name] for name in after} and "auc_flipped" in after
-
-
-# Hospitals and exchanged backgrounds
 
 
 def has_the_letter(images):

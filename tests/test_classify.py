@@ -6,11 +6,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import seeded
 from torch import Generator, nan
 
 import train
 from common.checkpoint import DataSpec
-from common.classify import Classifier, attention_seen, classification_loss, constant_loss, explained_target
+from common.classify import attention_seen, classification_loss, constant_loss, explained_target
 from common.classify import is_multiclass, natural_range, shifted, supervised_layers
 from common.config import parse
 from common.models import build_classifier, build_encoder, lrp_rule
@@ -19,7 +20,8 @@ from resnet import ResNet
 from simpool import GAP, SimPool
 from vit import ViT
 
-ENCODERS = {"resnet": lambda: ResNet(1, 16), "vit": lambda: ViT(16, 4, 1, 12, 2, 3)}
+RESNET = "--embed-dim 16"
+VIT = "--backbone vit --img-size 16 --patch-size 4 --embed-dim 12 --depth 2 --num-heads 3 --shift 0"
 LABELS = torch.tensor([[0.0], [1]] * 4)
 
 
@@ -30,10 +32,16 @@ def middle(masked: int = 8) -> torch.Tensor:
     return masks
 
 
-def losses_of(name: str, words: str = "", labels: torch.Tensor = LABELS, masks: torch.Tensor | None = None):
+def classifier(words: str, findings: int = 1):
+    """(settings, an untrained classifier) of a command line."""
+    config, _ = parse(["--task", "classify", *words.split()])
+    return config, build_classifier(config, build_encoder(config, 1), findings, 1)
+
+
+def losses_of(words: str, labels: torch.Tensor = LABELS, masks: torch.Tensor | None = None):
     """A classifier on random images of 16 px, and its objective with ISNet."""
-    flags = f"--task classify --isnet 1 --isnet-every 1 --isnet-decay 0.9 --isnet-end 1 --lrp-gamma 3 {words}"
-    config, model = parse(flags.split())[0], Classifier(ENCODERS[name](), labels.shape[1])
+    every_step = "--isnet 1 --isnet-every 1 --isnet-decay 0.9 --isnet-end 1 --lrp-gamma 3"
+    config, model = classifier(f"{every_step} {words}", labels.shape[1])
     images = torch.randint(256, (8, 1, 16, 16), dtype=torch.uint8)
     masks = middle() if masks is None else masks
     spec = DataSpec(1, (), is_multiclass(labels), "", (1.0, 20.0))
@@ -42,7 +50,7 @@ def losses_of(name: str, words: str = "", labels: torch.Tensor = LABELS, masks: 
 
 def test_images_move_at_random_within_bounds_and_their_masks_move_with_them():
     x = torch.arange(6 * 400.0).view(6, 1, 20, 20)
-    moved, m = shifted(x, (x % 7 == 0).float(), 0.1, Generator().manual_seed(0))
+    moved, m = shifted(x, (x % 7 == 0).float(), 0.1, seeded())
     assert torch.equal(m, (moved % 7 == 0).float())
     origin = [(int(one.argmin()) // 20, int(one.argmin()) % 20) for one in moved]  # where the first pixel is
     assert {place for row in origin for place in row} == {0, 1, 2, 18, 19} and len(set(origin)) > 3
@@ -75,7 +83,7 @@ def test_a_constant_prediction_loses_the_labels_entropy():
 
 
 def test_of_classes_the_label_a_random_one_or_the_least_likely_is_explained():
-    labels, generator = torch.eye(3)[[0, 2, 1, 1]], Generator().manual_seed(0)
+    labels, generator = torch.eye(3)[[0, 2, 1, 1]], seeded()
     assert torch.equal(explained_target(labels, True, "label", generator), labels)
     drawn = torch.stack([explained_target(labels, True, "random", generator) for _ in range(100)])
     assert (drawn.sum(dim=2) == 1).all() and (drawn.mean(dim=(0, 1)) > 0.2).all()
@@ -85,7 +93,7 @@ def test_of_classes_the_label_a_random_one_or_the_least_likely_is_explained():
 
 
 def test_of_findings_one_logit_is_explained_the_label_s_if_one_is_present():
-    labels, generator = torch.tensor([[0.0, 1, 1], [0, 0, 0], [nan, nan, 1]]), Generator().manual_seed(0)
+    labels, generator = torch.tensor([[0.0, 1, 1], [0, 0, 0], [nan, nan, 1]]), seeded()
     drawn = torch.stack([explained_target(labels, False, "label", generator) for _ in range(200)])
     assert (drawn.sum(dim=2) == 1).all()
     assert drawn[:, 0, 0].sum() == 0 and (drawn[:, 0, 1:].mean(dim=0) > 0.3).all()
@@ -100,16 +108,16 @@ COSINE = {0: 3.0, 1: 0.6 + 2.4 * (2 + 2**0.5) / 4, 2: 1.8, 4: 0.6}
 )
 def test_the_weight_of_isnet_is_shared_by_all_findings_and_falls_as_half_a_cosine(words, findings, weights):
     """One logit is explained, while the classification loss is the mean of all findings' losses."""
-    _, losses = losses_of("resnet", words, LABELS.expand(-1, findings))
+    _, losses = losses_of(f"{RESNET} {words}", LABELS.expand(-1, findings))
     for step, weight in weights.items():
-        loss, logged = losses(torch.arange(4), Generator().manual_seed(0), step, 4)
+        loss, logged = losses(torch.arange(4), seeded(), step, 4)
         isnet = logged["background"] + logged["foreground"]
         torch.testing.assert_close(loss.detach(), logged["classification"] + weight * isnet)
 
 
 def test_the_published_loss_is_weighed_against_the_classification_s():
-    model, images = Classifier(ENCODERS["resnet"](), 1), torch.randint(256, (8, 1, 16, 16), dtype=torch.uint8)
-    config = parse("--task classify --preset published".split())[0]
+    config, model = classifier(f"{RESNET} --preset published")
+    images = torch.randint(256, (8, 1, 16, 16), dtype=torch.uint8)
     rule = lrp_rule(config)
     assert rule["input_rule"] == (-2.0, 2.0) and rule["detach_biases"]
     arguments = model, images, middle(), LABELS, False, 1e-3, 4, "selective", rule, 0, "blocks", 25.0
@@ -117,39 +125,39 @@ def test_the_published_loss_is_weighed_against_the_classification_s():
     assert len(ranges) == 2 * (1 + len(model.encoder.blocks))
     spec = DataSpec(1, (), False, "", ranges)
     losses = train.classifier_objective(config, model, images, middle(), LABELS, spec)
-    loss, logged = losses(torch.arange(8), Generator().manual_seed(0), 0, 1)
+    loss, logged = losses(torch.arange(8), seeded(), 0, 1)
     assert logged.keys() == {"classification", "heatmaps"} and logged["heatmaps"] > 0
     torch.testing.assert_close(loss.detach(), logged["classification"] + 0.7 / 0.3 * logged["heatmaps"])
 
 
 def test_images_without_a_mask_only_teach_the_classification():
-    _, losses = losses_of("resnet", masks=middle(4))
+    _, losses = losses_of(RESNET, masks=middle(4))
     with pytest.warns(UserWarning, match="empty mask"):
-        _, logged = losses(torch.arange(4, 8), Generator().manual_seed(0), 0, 1)
+        _, logged = losses(torch.arange(4, 8), seeded(), 0, 1)
     assert logged["background"] == logged["foreground"] == 0 < logged["classification"]
     with pytest.warns(UserWarning, match="empty mask"):
-        _, logged = losses(torch.arange(8), Generator().manual_seed(0), 0, 1)
+        _, logged = losses(torch.arange(8), seeded(), 0, 1)
     assert logged["background"] > 0
 
 
 @pytest.mark.parametrize("margin, free", [(0, False), (0.1, False), (0.25, True)])
 def test_relevance_is_free_in_a_margin_around_the_foreground(margin, free):
     """The foreground ends 4 of 16 pixels before the border of the image."""
-    _, losses = losses_of("resnet", f"--isnet-margin {margin}")
-    assert (losses(torch.arange(8), Generator().manual_seed(0), 0, 1)[1]["background"] == 0) == free
+    _, losses = losses_of(f"{RESNET} --isnet-margin {margin}")
+    assert (losses(torch.arange(8), seeded(), 0, 1)[1]["background"] == 0) == free
 
 
 def test_isnet_may_act_on_every_nth_step_alone():
-    _, losses = losses_of("resnet", "--isnet 3 --isnet-every 3")
-    logged = [losses(torch.arange(4), Generator().manual_seed(0), step, 6)[1].keys() for step in range(6)]
+    _, losses = losses_of(f"{RESNET} --isnet 3 --isnet-every 3")
+    logged = [losses(torch.arange(4), seeded(), step, 6)[1].keys() for step in range(6)]
     assert [len(keys) for keys in logged] == [3, 0, 0, 3, 0, 0]
 
 
 def test_training_with_isnet_leaves_a_plain_model_behind():
     """No parameter, hook or operation more than the plain classifier has, so no cost in use."""
-    model, losses = losses_of("resnet")
+    model, losses = losses_of(RESNET)
     before = copy.deepcopy(model)
-    loss, logged = losses(torch.arange(4), Generator().manual_seed(0), 0, 1)
+    loss, logged = losses(torch.arange(4), seeded(), 0, 1)
     loss.backward()
     assert set(logged) == {"classification", "background", "foreground"}
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
@@ -160,7 +168,8 @@ def test_training_with_isnet_leaves_a_plain_model_behind():
 
 
 def test_c1_and_c2_are_found_from_the_images_with_masks_and_leave_the_model_as_it_was():
-    model, images = Classifier(ENCODERS["vit"](), 1), torch.randint(256, (8, 1, 16, 16), dtype=torch.uint8)
+    _, model = classifier(VIT)
+    images = torch.randint(256, (8, 1, 16, 16), dtype=torch.uint8)
     before, rule = copy.deepcopy(model.state_dict()), {"epsilon": 0.01, "signed": True}
     arguments = model, images, middle(4), LABELS, False, 1e-3, 4, "selective", rule, 0
     c1, c2 = natural_range(*arguments)
@@ -196,25 +205,19 @@ def test_what_the_cls_token_and_all_tokens_attend_to_in_each_block_is_seen_and_c
 
 @pytest.mark.parametrize("flags", ["--pool gap", "--pool simpool", "--pool gap --registers 2"])
 def test_isnet_trains_vits_of_every_pooling_and_with_registers(flags):
-    words = f"--task classify --isnet 1 --backbone vit --img-size 16 --patch-size 4 --depth 1 {flags}"
-    config, _ = parse(words.split())
-    model = build_classifier(config, build_encoder(config, 1), 1, 1)
-    spec = DataSpec(1, (), False, "", (1.0, 20.0))
-    images = torch.randint(256, (8, 1, 16, 16), dtype=torch.uint8)
-    losses = train.classifier_objective(config, model, images, middle(), LABELS, spec)
-    losses(torch.arange(4), Generator().manual_seed(0), 0, 1)[0].backward()
+    model, losses = losses_of(f"{VIT} {flags}")
+    losses(torch.arange(4), seeded(), 0, 1)[0].backward()
     assert model.encoder.patch_embed.proj.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("name", ENCODERS)
-def test_isnet_s_foreground_for_a_vit_is_made_of_whole_patches(name, monkeypatch):
+@pytest.mark.parametrize("words", [RESNET, VIT])
+def test_isnet_s_foreground_for_a_vit_is_made_of_whole_patches(words, monkeypatch):
     """A patch's embedding is linear: it can't leave out those of its pixels that lie in the background."""
     seen, real = [], train.isnet_background
     monkeypatch.setattr(train, "isnet_background", lambda *args: seen.append(args[3]) or real(*args))
     masks = torch.zeros(8, 1, 16, 16, dtype=torch.bool)
     masks[:, :, 3:6, 5] = True
-    _, losses = losses_of(name, masks=masks)
-    losses(torch.arange(8), Generator().manual_seed(0), 0, 1)
-    if name == "vit":
+    losses_of(words, masks=masks)[1](torch.arange(8), seeded(), 0, 1)
+    if words == VIT:
         masks[:, :, 0:8, 4:8] = True  # two patches of 4 x 4
     assert torch.equal(seen[0], masks.float())

@@ -63,10 +63,8 @@ def test_all_labels_are_the_default_and_few_of_them_are_measured_on_request(two_
 def test_runs_of_which_one_cannot_be_measured_are_shown_on_the_same_images(tmp_path, capsys):
     """Masks for a training and a test image: enough for a guided run, none to choose another's heads on."""
     splits = [f"{i}.png,{'train' if i < 4 else 'val' if i < 6 else 'test'}" for i in range(12)]
-    data, masks = (
-        image_folder(tmp_path / "data", "file,split", *splits),
-        tmp_path / "data" / "masks" / "heart",
-    )
+    data = image_folder(tmp_path / "data", "file,split", *splits)
+    masks = data / "masks" / "heart"
     masks.mkdir(parents=True)
     for i in (0, 9):
         Image.fromarray(np.eye(16, dtype=np.uint8) * 255).save(masks / f"{i}.png")
@@ -89,12 +87,6 @@ def test_weights_beside_runs_take_their_data_and_keep_earlier_metrics(two_runs, 
     assert "differ in img_size: compare runs on the same" in refused(evaluate.main, *argv, "--img-size", "32")
 
 
-def test_damaged_metrics_are_named_before_anything_is_measured(two_runs, monkeypatch, refused):
-    (Path(two_runs[1]) / "metrics.json").write_text("[1]")
-    monkeypatch.setattr(evaluate, "report", None)
-    assert f"{two_runs[1]}/metrics.json is damaged: remove it" in refused(evaluate.main, *two_runs)
-
-
 def test_the_expected_time_is_the_sum_over_the_models_of_what_applies_to_them(monkeypatch):
     class Slow(torch.nn.Linear):
         def forward(self, x):
@@ -105,9 +97,8 @@ def test_the_expected_time_is_the_sum_over_the_models_of_what_applies_to_them(mo
     monkeypatch.setattr(evaluate.time, "perf_counter", lambda: clock[0])
     splits = dict.fromkeys(("train", "val", "test"), Data(images, *[None] * 3, [""] * 8, [], []))
     kinds = ("pretrain", 1), ("pretrain", 3), ("classify", 1)  # task, seconds an image
-    pretrained, other, classifier = (
-        Loaded(parse(["--task", task])[0], None, Slow(1, cost), [], Path()) for task, cost in kinds
-    )
+    loaded = [Loaded(parse(["--task", task])[0], None, Slow(1, cost), [], Path()) for task, cost in kinds]
+    pretrained, other, classifier = loaded
 
     def seconds(runs: list, *measures: str) -> float:
         return evaluate.expected_seconds(runs, splits, measures, False)
@@ -136,22 +127,23 @@ def test_without_labelled_test_images_a_classifier_is_trained_but_not_measured(t
     assert "compare.png" in said  # a picture there is
 
 
-def test_what_can_not_be_compared_or_asked_is_refused_in_one_line(two_runs, tmp_path, refused):
+def test_what_can_not_be_compared_or_asked_is_refused_at_once(two_runs, tmp_path, refused, monkeypatch):
     trained(tmp_path / "other", "--epochs 1 --seed 1 --align none")
     span, dino = two_runs
+    (tmp_path / "dino" / "metrics.json").write_text("[1]")
+    monkeypatch.setattr(evaluate, "report", None)
     for argv, line in [
         ([span, f"{tmp_path}/other"], "differ in seed: compare runs on the same images"),
         ([span, "--data", "parts"], "is for files of weights; runs are measured on their own data"),
         ([span, "nowhere"], "nowhere: no such file or folder"),
         ([span, "--rows", "0"], "--rows 0: draw at least 1"),
+        ([span, dino], f"{dino}/metrics.json is damaged: remove it"),
+        ([str(tmp_path)], "is not a run of train.py"),
     ]:
         assert line in refused(evaluate.main, *argv)
     for beside in (["--html"], ["--rows", "9"], ["--only", "knn"], ["--export", "x.pth"], [dino]):
         line = refused(evaluate.main, span, *beside, "--image", "x.png")
         assert "--image takes one run and no other flags" in line
-
-
-# Masks
 
 
 def test_exported_masks_come_back_as_they_went(span_run, tmp_path, capsys, refused):
@@ -175,9 +167,6 @@ def test_a_run_that_did_not_end_or_was_not_guided_makes_no_masks(span_run, dino_
     assert "damaged: train.py writes it with each checkpoint" in refused(evaluate.main, str(tmp_path), *out)
     assert not (tmp_path / "masks").exists()
     assert "makes no masks: no single prior guided its heads" in refused(evaluate.main, str(dino_run), *out)
-
-
-# Pictures
 
 
 @pytest.fixture

@@ -114,9 +114,11 @@ def test_a_classifier_is_measured_on_every_kind_of_test_image_by_validation_thre
     test = labelled(*rows)
     flipped = test._replace(images=1 - test.images)
     val = labelled(*rows, pixels=[[7.0, 8], [8.0, 7], [0.0, 8], [8.0, 8]])  # the best threshold lies near 7.5
-    splits = {"train": test, "val": test, "test": test, "flipped": flipped}
+    half = test._replace(labels=test.labels * torch.tensor([1.0, -1]) + torch.tensor([0.0, 1]))
+    splits = {"train": test, "val": test, "test": test, "flipped": flipped, "half": half}
     found = measure.report(Encoder(), splits, ["bias"], multiclass=False).metrics
     assert found["auc_same"] == found["auc_same_lump"] == found["auc_same_big_heart"] == 1
+    assert found["auc_half_lump"] == 1 and found["auc_half_big_heart"] == 0 and found["auc_half"] == 0.5
     assert found["accuracy_same"] == 1 and found["accuracy_flipped"] == found["auc_flipped"] == 0
     # for other thresholds, test images are all negative: 2 of 7 known labels are right
     found = measure.report(Encoder(), splits | {"val": val}, ["bias"], multiclass=False).metrics
@@ -152,8 +154,6 @@ def test_the_score_of_an_image_is_the_probability_of_its_true_class_or_the_mean_
     assert what == "mean AP" and min(scores) > 0.9
     assert measure.scores_in(Encoder(), splits["test"], {}, None, -1)[0] == ""
 
-
-# Maps that outline the one object of an image, and the controls beside them
 
 GRID = (4, 4)
 

@@ -130,9 +130,6 @@ def test_markers_anywhere_are_placed_anew_in_each_split_but_alike_in_all_test_im
     assert one[2] == one[3] == one[4] and len({*one, *two}) == 6
 
 
-# Plates
-
-
 def test_a_plate_has_a_defect_s_mask_only_with_a_finding(parts):
     _, masks, labels = parts
     assert ((0.12 < labels.mean(dim=0)) & (labels.mean(dim=0) < 0.28)).all()
@@ -168,9 +165,6 @@ def test_the_reference_image_has_every_region_and_each_split_its_own_images(monk
     assert train.masks[train.names.index(reference)].flatten(1).any(dim=1).all() and not notes
     assert {split: len(data.names) for split, data in splits.items()} == {"train": 20, "val": 8, "test": 9}
     assert not torch.equal(train.images[:9], splits["test"].images)
-
-
-# Symbols
 
 
 @pytest.fixture

@@ -110,9 +110,6 @@ def test_features_are_extracted_once_for_several_probes(monkeypatch):
     assert extracted == [False] * 3 + [True] * 3
 
 
-# Few labels
-
-
 def test_labelled_images_are_drawn_alike_for_every_encoder_and_nested_by_fraction():
     labels = torch.zeros(200, 2)
     labels[::2] = NAN  # no label at all

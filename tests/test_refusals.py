@@ -37,14 +37,12 @@ def written(registers: int, pool: nn.Module):
 
 
 REFUSED = [
-    # attention_priors.py and crops.py
     ("2 priors but 1 attention heads", lambda: span_loss(torch.ones(1, 1, 4), TWO, TWO[:, :, 0])),
     ("B or N differ", lambda: span_loss(torch.ones(1, 2, 9), TWO, TWO[:, :, 0])),
     ("unknown SPAN loss 'l1': choose kl, mse or dice", lambda: span_loss(TWO, TWO, TWO[:, :, 0], "l1")),
     ("prior 1 .* is empty", lambda: priors_from_masks(torch.tensor([[[1.0]], [[0.0]]]))),
     ("give at least 2", lambda: priors_from_statistics(torch.ones(1, 1, 8, 8))),
     ("0 < a <= b <= 1", lambda: random_crops(2, (0.5, 0.2), seeded())),
-    # the encoders and simpool.py
     ("100x100 px .* patches of 16 px: use a multiple of 16, such as 96 or 112", lambda: ViT(100, 16)),
     ("use a multiple of 4, such as 4$", lambda: ViT(16, 4, 1, 12, 1, 3)(torch.rand(1, 1, 16, 2))),
     ("embed_dim 10 is not a multiple of num_heads 3", lambda: ViT(embed_dim=10, num_heads=3)),
@@ -52,16 +50,12 @@ REFUSED = [
     ("num_heads 3 must divide dim 8", lambda: SimPool(8, num_heads=3)),
     *[("gamma .* must lie between 0.1 and 10", lambda g=g: SimPool(8, g)) for g in (0.0, 64.0, math.nan)],
     *[("SimPool pools", lambda s=s: SimPool(8)(torch.zeros(s))) for s in ((2, 0, 8), (2, 5, 7), (2, 8))],
+    *[(PUBLISHED, lambda p=p: written(0, p)) for p in (SimPool(32, 1.25, 2), SimPool(32, 3), GAP())],
     (PUBLISHED, lambda: written(2, SimPool(32, 1.25))),
-    (PUBLISHED, lambda: written(0, SimPool(32, 1.25, 2))),
-    (PUBLISHED, lambda: written(0, SimPool(32, 3))),
-    (PUBLISHED, lambda: written(0, GAP())),
-    # relvit.py
     ("1x8 patches have no relations", lambda: RelViT(FLAT, 18, (1, 8), TASKS)),
     ("no task; choose from relations", lambda: RelViT(FLAT, 18, (2, 2), ())),
     ("unknown task 'relation'; choose from relations", lambda: RelViT(FLAT, 18, (2, 2), ("relation",))),
     ("embed_dim 8 is too small for 9 relations", lambda: RelViT(FLAT, 8, (2, 2), TASKS)),
-    # lrp.py and isnet_lrp.py
     ("out of range: the model has 9 outputs", lambda: relevance(FLAT, IMAGES, TARGET + 7)),
     (r"output \(B, K\)", lambda: relevance(nn.Identity(), IMAGES, TARGET)),
     (r"labels: \.long\(\)", lambda: relevance(FLAT, IMAGES, TARGET.float())),
@@ -73,7 +67,6 @@ REFUSED = [
     (r"mask \(2, 1, 4, 4\) does not fit heatmap", lambda: background_loss(MASK, MASK[:, :, ::2, ::2])),
     ("only 0 .* and 1", lambda: background_loss(MASK, MASK / 2)),
     ("0 < c1 < c2", lambda: foreground_loss(MASK, MASK, 2.0, 1.0)),
-    # common/
     (r"image is \(1, 2, 4\), images \(1, 8, 8\): resize", lambda: align(TWO[0][None], MASK)),
     ("marker moustache is not one of corner, anywhere, tint, border, disc", lambda: stamped(64, "moustache")),
     ("images of 16 px are too small for a marker", lambda: stamped(16, "corner")),

@@ -20,9 +20,6 @@ from common.symbols import draw_digit
 pytestmark = pytest.mark.usefixtures("few_test_images")
 
 
-# Priors
-
-
 def test_a_prior_file_that_does_not_fit_is_refused(tmp_path):
     train_split = load("phantom", 64, 0, 2)[0]["train"]
     for prior, message in [
@@ -56,9 +53,6 @@ def test_priors_are_registered_to_each_image_unless_told_otherwise(monkeypatch):
     }  # fmt: skip
 
 
-# Equation (7)
-
-
 def test_the_fewest_pixels_that_hold_the_mass_are_kept():
     attention = torch.tensor([[[0.5, 0.2, 0.2, 0.1], [0.1, 0.1, 0.1, 0.7]]])  # (1, 2, 4), a 2x2 grid
     found = masks_held(attention, (2, 2), (2, 2), torch.tensor([0.65, 0.7]))
@@ -82,9 +76,6 @@ def test_attention_that_is_the_prior_makes_a_mask_of_nearly_its_area():
     mass = mass_held(attention / attention.sum(), (16, 16), regions)
     found = masks_held(attention / attention.sum(), (16, 16), (32, 32), mass)[0]
     assert 0.94 < found.sum() / regions.sum() < 1.02
-
-
-# The foreground
 
 
 @pytest.mark.slow

@@ -14,19 +14,23 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import SMALL, TINY, metrics_of, same_weights, trained
+from conftest import SMALL, TINY, metrics_of, same_weights, seeded, trained
 from PIL import Image
 
+import evaluate
 import train
 from common.checkpoint import DataSpec, check_spec, data_spec, load_run, start_run
 from common.checks import check
-from common.classify import warn_if_constant
+from common.classify import Classifier, classification_loss, warn_if_constant
 from common.config import LENGTHS, parse
-from common.data import Data
+from common.data import Data, prepared
+from common.models import build_encoder, load_model
 from common.phantom import REGIONS, phantom
 from common.processes import fail, from_first, join
 from common.regions import read_masses
 from dino import Collapse
+from relvit import RelViT
+from vit import ViT
 
 ROOT, SPEC = Path(__file__).parents[1], DataSpec(1, (), False, "")
 pytestmark = pytest.mark.usefixtures("few_test_images")
@@ -63,9 +67,6 @@ def test_priors_may_be_every_image_s_masks_statistics_or_a_file(tmp_path):
     for prior in ("masks", "statistics", str(tmp_path / "priors.npy")):
         words = f"--num-heads 4 --epochs 1 --prior {prior}"
         assert trained(tmp_path / Path(prior).stem, words)["span_loss"] > 0
-
-
-# Refusals
 
 
 def test_an_existing_run_is_neither_overwritten_nor_resumed_unless_asked_to(span_run, tmp_path, refused):
@@ -144,9 +145,6 @@ def test_what_a_folder_lacks_is_said_in_one_line(tmp_path, refused):
     assert not (tmp_path / "run").exists()
 
 
-# Failures while training
-
-
 def failed(capsys, *argv: str) -> str:
     """The last line of a training that fails, with exit status 1."""
     with pytest.raises(SystemExit) as stop:
@@ -219,9 +217,6 @@ def test_a_compiled_step_learns_the_same_and_what_cannot_be_compiled_is_said(tmp
     torch._dynamo.reset()
     line = failed(capsys, *TINY, "--align", "none", "--out", str(tmp_path / "broken"), "--compile")
     assert "--compile can't be used here" in line and line.endswith("leave it out")
-
-
-# The step, in other layouts and precisions, and by several processes
 
 
 @pytest.mark.parametrize("words", ["--train-images 1", "--train-images 3 --batch-size 1000000000"])
@@ -355,9 +350,6 @@ def test_what_ends_all_processes_is_said_by_the_first_and_what_may_end_one_by_th
     assert printed == {"0": ["input", "collapse", "disk"], "1": ["disk"]}
 
 
-# Classification
-
-
 @pytest.mark.parametrize("backbone", ["resnet", "vit"])
 def test_a_classifier_is_measured_with_its_marker_removed_and_flipped(backbone, tmp_path, capsys):
     metrics = trained(tmp_path / "isnet", f"--backbone {backbone} --marker 1 --isnet 1", SMALL)
@@ -368,13 +360,6 @@ def test_a_classifier_is_measured_with_its_marker_removed_and_flipped(backbone, 
         assert metrics[f"auc_{name}_enlarged_heart"] == metrics[f"auc_{name}"]
     assert {"classification", "background", "foreground", "loss"} <= set(metrics)
     assert min(Image.open(tmp_path / "isnet" / "heatmaps.png").size) > 100
-
-
-def test_several_findings_are_measured_one_by_one(tmp_path):
-    words = "--findings nodule opacity --isnet 1 --explain label --marker 0.9"
-    metrics = trained(tmp_path / "run", words, SMALL)
-    both = [metrics[f"auc_flipped_{finding}"] for finding in ("nodule", "opacity")]
-    assert metrics["auc_flipped"] == pytest.approx(np.mean(both))
 
 
 def test_a_marker_that_tells_all_deceives_a_plain_classifier(tmp_path, capsys):
@@ -416,3 +401,79 @@ def test_a_run_is_not_resumed_on_other_classes_or_images_than_it_was_trained_on(
         check_spec(Path("run"), before, spec("abc", "dog cat"), "mine")
     with pytest.raises(ValueError, match="run learned images 3 images"):
         check_spec(Path("run"), before, spec("ab\udcff", "cat dog"), "mine")
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_run(out).checkpoint["model"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["pretrain --prior none", "classify"])
+@pytest.mark.parametrize(
+    "pooling", ["vit --pool gap", "vit --pool simpool", "resnet --pool simpool", "resnet"]
+)
+def test_every_pooling_trains_with_and_without_labels_and_is_measured(pooling, task, tmp_path):
+    metrics = trained(tmp_path / "run", f"--task {task} --backbone {pooling}")
+    assert 0 < metrics["attention_AP_heart"] < 1
+    assert all(0 <= metrics[f"{how}_mAUC"] <= 1 for how in ("knn", "linear"))
+    evaluate.main([str(tmp_path / "run"), "--only", "attention", "knn"])  # builds the same encoder again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["", "--pool simpool", "--backbone resnet --pool simpool", "--ssl relvit"])
+def test_priors_guide_attention_whatever_pools_and_whatever_the_objective(how, tmp_path):
+    words = f"{how} --depth 2 --epochs 10 --train-images 48 --lr 5e-3"
+    free, guided = (trained(tmp_path / weight, f"{words} --span-weight {weight}") for weight in ("0", "3"))
+    assert guided["attention_mAP"] > free["attention_mAP"] + 0.2
+
+
+def test_relvit_learns_tasks_shown_beside_chance_and_a_classifier_starts_from_its_encoder(tmp_path, capsys):
+    words = "--ssl relvit --prior none --mega-patches 3 --relations relations distances"
+    metrics = trained(tmp_path / "relvit", f"{words} --train-images 64 --epochs 8 --lr 5e-3")
+    said, before = capsys.readouterr().out, weights(tmp_path / "relvit")
+    assert f"reaches: relations {metrics['relations_test']:.3f} (0.111), distances" in said
+    assert "a constant prediction reaches relations 0.111, distances" in said and "angles" not in said
+    assert "relations 0." in said.split("epoch 1/8")[1] and metrics["relations"] > 0.111 + 0.1
+    assert not before["encoder.pos_embed"].any()  # measured without positions
+    argv = f"--task classify --train-images 16 --epochs 1 --lr 1e-9 --init {tmp_path}/relvit"
+    trained(tmp_path / "tuned", tiny=argv.split())
+    after, name = weights(tmp_path / "tuned"), "encoder.blocks.0.attn.qkv.weight"
+    torch.testing.assert_close(before[name], after[name])
+    assert 0.15 < after["encoder.pos_embed"].std() < 0.25
+
+
+def test_a_large_cell_holds_more_of_a_prior():
+    config, _ = parse([*TINY, *"--ssl relvit --mega-patches 2 --span-weight 1".split()])
+    relvit, seen = train.RelViT(build_encoder(config, 1), 24, (2, 2)), []
+    relvit.register_forward_hook(lambda module, inputs, output: seen.append(output[2].attention))
+    images, even = torch.randint(256, (4, 1, 64, 64)).byte(), torch.ones(4, 1, 64, 64)
+    losses = train.relvit_objective(config, relvit, images, lambda index: (even, torch.ones(4)))
+    span = losses(torch.arange(4), seeded(), 0, 1)[1]["span_loss"]
+    boxes = train.patch_views(images.float(), (2, 2), 8, seeded(), mega=True)[1]
+    area = boxes[:, None, :, 2:].prod(dim=3)
+    prior, attention = (p / p.sum(dim=2, keepdim=True) for p in (area, seen[0][:, :1]))
+    torch.testing.assert_close(span, (prior * (prior / attention).log()).sum(dim=2).mean().detach())
+    assert prior.std() > 0.03
+
+
+def test_a_classifier_that_learns_relations_beside_its_labels_is_used_without_them(tmp_path):
+    metrics = trained(tmp_path / "joint", "--task classify --backbone vit --relations relations positions")
+    assert {"classification", "relations", "positions", "auc_same"} <= set(metrics)
+    assert any(name.startswith("relvit.heads") for name in weights(tmp_path / "joint"))
+    model = load_model(tmp_path / "joint", load_run(tmp_path / "joint"))
+    assert not any("relvit" in name for name in model.state_dict())
+
+
+def test_in_order_a_joint_classifier_sees_its_images_as_they_are_and_else_shuffled():
+    images, labels = torch.randint(256, (4, 1, 16, 16)).byte(), torch.tensor([[0.0], [1], [1], [0]])
+    spec = DataSpec(1, (), False, "", None)
+    flags = "--task classify --backbone vit --patch-size 4 --shift 0 --relations angles"
+    encoder = ViT(16, 4, 1, 18, 1, 2)
+    model = Classifier(encoder, 1)
+    model.relvit = RelViT(encoder, 18, (4, 4), ["angles"])
+    whole = classification_loss(model(prepared(images)), labels, False)
+    for more, same in (("", False), ("--in-order", True)):
+        config, _ = parse(f"{flags} {more}".split())
+        losses = train.classifier_objective(config, model, images, None, labels, spec)
+        found = losses(torch.arange(4), seeded(), 0, 1)[1]["classification"]
+        assert torch.equal(found, whole.detach()) == same

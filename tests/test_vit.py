@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import golden, seeded
 
 from simpool import GAP
@@ -45,9 +46,8 @@ def test_returning_attention_changes_neither_features_nor_their_gradient_and_has
     weights = vit.blocks[-1].attn.qkv.weight
     alone, beside = vit(IMAGES, layer=None), vit(IMAGES)
     assert alone.attention is None and torch.equal(alone.pooled, beside.pooled)
-    gradients = (
-        torch.autograd.grad(features.pooled.square().sum(), weights)[0] for features in (alone, beside)
-    )
+    losses = (features.pooled.square().sum() for features in (alone, beside))
+    gradients = [torch.autograd.grad(loss, weights)[0] for loss in losses]
     assert torch.equal(*gradients)
     assert torch.autograd.grad(vit(IMAGES).attention[:, 0, 5].sum(), weights)[0].any()
 
@@ -80,10 +80,9 @@ def test_memory_of_the_row_grows_with_the_number_of_patches_and_not_with_its_squ
 
 
 def test_in_bfloat16_a_cpu_still_mixes_the_values_in_float32_and_its_gradients_stay_near(monkeypatch):
-    vit, seen, mix = small(), [], torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(
-        "torch.nn.functional.scaled_dot_product_attention", lambda q, *kv: seen.append(q.dtype) or mix(q, *kv)
-    )
+    vit, seen, mix = small(), [], F.scaled_dot_product_attention
+    watched = lambda q, *kv: seen.append(q.dtype) or mix(q, *kv)  # noqa: E731
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
     gradients = []
     for low in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
@@ -91,7 +90,7 @@ def test_in_bfloat16_a_cpu_still_mixes_the_values_in_float32_and_its_gradients_s
         loss = features.pooled.float().square().sum() + features.attention.float().square().sum()
         gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, vit.parameters())]))
     assert set(seen) == {torch.float32}
-    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.99
+    assert F.cosine_similarity(*gradients, dim=0) > 0.99
 
 
 def test_other_image_sizes_get_resized_positions():
