@@ -7,16 +7,12 @@ from conftest import SMALL, metrics_of, seeded, trained
 from torch import nn
 
 import evaluate
-import train
 from common import baselines
 from common.backgrounds import exchanged, without_foreground
-from common.checkpoint import DataSpec
 from common.classify import Classifier
-from common.config import parse
 from common.data import SPLITS, Data
 from common.hospitals import HOSPITALS, mixed, taken_at
 from common.measure import measure_backgrounds, measure_bias
-from common.models import build_classifier
 from common.phantom import phantom
 from common.splits import load
 from resnet import ResNet
@@ -178,43 +174,6 @@ def test_multitask_learning_teaches_the_encoder_where_the_mask_is():
         model.segmenter = lambda patches, logits=logits: logits.flatten(2).mT
         found.append(baselines.multitask(model, x, m, y, True)[1].mean())
     assert found[0] < 0.01 < min(found[1:])
-
-
-def step_of(flags: str, masked: int = 8) -> tuple:
-    """(loss, metrics, model) of one step of a baseline; `masked` of 8 images have a mask."""
-    config, _ = parse(["--task", "classify", *flags.split()])
-    torch.manual_seed(0)
-    model = build_classifier(config, ResNet(1, 16), 2, 1)
-    images, masks = torch.randint(255, (8, 1, 16, 16)).byte(), torch.zeros(8, 1, 16, 16, dtype=torch.bool)
-    masks[:masked, :, 4:12, 4:12] = True
-    labels, spec = torch.eye(2)[torch.arange(8) % 2], DataSpec(1, ("a", "b"), True, "", (1.0, 2.0))
-    losses = train.classifier_objective(config, model, images, masks, labels, spec)
-    return *losses(torch.arange(8), seeded(), 0, 1), model
-
-
-@pytest.mark.parametrize("name", baselines.PENALTIES)
-def test_the_loss_adds_the_weighted_penalty_which_is_zero_without_masks(name):
-    loss, metrics, model = step_of(f"--baseline {name} --baseline-weight 7")
-    assert metrics[name] > 0
-    torch.testing.assert_close(loss.detach(), metrics["classification"] + 7 * metrics[name])
-    loss.backward()
-    assert model.encoder.conv1.weight.grad.abs().sum() > 0
-    none, one = (step_of(f"--baseline {name}", masked=n)[1][name] for n in (0, 1))
-    assert none == 0 < one
-
-
-def test_a_step_swaps_the_backgrounds_of_all_images_or_of_a_share(monkeypatch):
-    margins = []
-
-    def swapped(x, m, generator, share, margin):
-        margins.append(margin)
-        return x * (1 - share)
-
-    monkeypatch.setattr(train, "swapped", swapped)
-    flags = "--baseline swap --swap-margin 0.1", "--isnet 1 --swap 0.5", "--isnet 1", ""
-    every, half, isnet, plain = (step_of(f)[0] for f in flags)
-    assert not torch.equal(every, plain) and not torch.equal(half, isnet)
-    assert margins == [2, 0, 0]  # of 16 px
 
 
 @pytest.mark.slow

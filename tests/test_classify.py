@@ -10,6 +10,7 @@ from conftest import seeded
 from torch import Generator, nan
 
 import train
+from common.baselines import PENALTIES
 from common.checkpoint import DataSpec
 from common.classify import attention_seen, classification_loss, constant_loss, explained_target
 from common.classify import is_multiclass, natural_range, shifted, supervised_layers
@@ -20,8 +21,9 @@ from resnet import ResNet
 from simpool import GAP, SimPool
 from vit import ViT
 
-RESNET = "--embed-dim 16"
-VIT = "--backbone vit --img-size 16 --patch-size 4 --embed-dim 12 --depth 2 --num-heads 3 --shift 0"
+SMALL = "--embed-dim 16"
+RESNET = f"--isnet 1 --isnet-every 1 --isnet-decay 0.9 --isnet-end 1 --lrp-gamma 3 {SMALL}"
+VIT = f"{RESNET} --backbone vit --img-size 16 --patch-size 4 --embed-dim 12 --depth 2 --num-heads 3 --shift 0"
 LABELS = torch.tensor([[0.0], [1]] * 4)
 
 
@@ -39,9 +41,8 @@ def classifier(words: str, findings: int = 1):
 
 
 def losses_of(words: str, labels: torch.Tensor = LABELS, masks: torch.Tensor | None = None):
-    """A classifier on random images of 16 px, and its objective with ISNet."""
-    every_step = "--isnet 1 --isnet-every 1 --isnet-decay 0.9 --isnet-end 1 --lrp-gamma 3"
-    config, model = classifier(f"{every_step} {words}", labels.shape[1])
+    """A classifier on random images of 16 px, and its objective."""
+    config, model = classifier(words, labels.shape[1])
     images = torch.randint(256, (8, 1, 16, 16), dtype=torch.uint8)
     masks = middle() if masks is None else masks
     spec = DataSpec(1, (), is_multiclass(labels), "", (1.0, 20.0))
@@ -116,7 +117,7 @@ def test_the_weight_of_isnet_is_shared_by_all_findings_and_falls_as_half_a_cosin
 
 
 def test_the_published_loss_is_weighed_against_the_classification_s():
-    config, model = classifier(f"{RESNET} --preset published")
+    config, model = classifier(f"{SMALL} --preset published")
     images = torch.randint(256, (8, 1, 16, 16), dtype=torch.uint8)
     rule = lrp_rule(config)
     assert rule["input_rule"] == (-2.0, 2.0) and rule["detach_biases"]
@@ -221,3 +222,35 @@ def test_isnet_s_foreground_for_a_vit_is_made_of_whole_patches(words, monkeypatc
     if words == VIT:
         masks[:, :, 0:8, 4:8] = True  # two patches of 4 x 4
     assert torch.equal(seen[0], masks.float())
+
+
+def step_of(words: str, masked: int = 8) -> tuple:
+    """(loss, metrics, model) of one step on two classes; `masked` of 8 images have a mask."""
+    torch.manual_seed(0)
+    model, losses = losses_of(f"{SMALL} {words}", torch.eye(2)[torch.arange(8) % 2], middle(masked))
+    return *losses(torch.arange(8), seeded(), 0, 1), model
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_a_baseline_s_loss_adds_its_weighted_penalty_which_is_zero_without_masks(name):
+    loss, metrics, model = step_of(f"--baseline {name} --baseline-weight 7")
+    assert metrics[name] > 0
+    torch.testing.assert_close(loss.detach(), metrics["classification"] + 7 * metrics[name])
+    loss.backward()
+    assert model.encoder.conv1.weight.grad.abs().sum() > 0
+    none, one = (step_of(f"--baseline {name}", masked=n)[1][name] for n in (0, 1))
+    assert none == 0 < one
+
+
+def test_a_step_swaps_the_backgrounds_of_all_images_or_of_a_share(monkeypatch):
+    margins = []
+
+    def swapped(x, m, generator, share, margin):
+        margins.append(margin)
+        return x * (1 - share)
+
+    monkeypatch.setattr(train, "swapped", swapped)
+    flags = "--baseline swap --swap-margin 0.1", "--isnet 1 --swap 0.5", "--isnet 1", ""
+    every, half, isnet, plain = (step_of(f)[0] for f in flags)
+    assert not torch.equal(every, plain) and not torch.equal(half, isnet)
+    assert margins == [2, 0, 0]  # of 16 px
