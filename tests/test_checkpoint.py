@@ -181,9 +181,7 @@ def test_a_run_that_is_stopped_says_what_is_kept_and_how_to_go_on(tmp_path, monk
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", "truncated", Evil()])
-def test_a_damaged_checkpoint_and_one_with_code_are_refused(
-    content, span_run, tmp_path, monkeypatch, refused
-):
+def test_a_damaged_or_evil_checkpoint_is_refused(content, span_run, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     torch.save(content, "last.pt")
     if not isinstance(content, Evil):

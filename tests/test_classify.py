@@ -105,7 +105,7 @@ COSINE = {0: 3.0, 1: 0.6 + 2.4 * (2 + 2**0.5) / 4, 2: 1.8, 4: 0.6}
 
 
 @pytest.mark.parametrize(
-    "words, findings, weights", [("--findings all", 3, {0: 1 / 3}), ("--isnet 3 --isnet-end 0.2", 1, COSINE)]
+    "words, findings, weights", [("", 3, {0: 1 / 3}), ("--isnet 3 --isnet-end 0.2", 1, COSINE)]
 )
 def test_the_weight_of_isnet_is_shared_by_all_findings_and_falls_as_half_a_cosine(words, findings, weights):
     """One logit is explained, while the classification loss is the mean of all findings' losses."""

@@ -78,15 +78,15 @@ def test_a_config_from_before_a_setting_existed_takes_today_s_default_and_says_s
     assert "is older than isnet_margin: today's defaults are taken" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "edited",
-    [{"epoch": 3}, {"epochs": "many"}, {"lr": True}, {"findings": []}, {"flip": [1]}, {"local_scale": [1.0]}]
-    + [{"ssl": "simclr"}, {"amp": 1}, {"init": 3}, {"global_scale": 1.0}],
-)
-def test_what_is_no_setting_in_config_json_is_refused_by_name(edited, tmp_path):
-    ((name, value),) = edited.items()
-    with pytest.raises(ValueError, match=f"has {name} {re.escape(json.dumps(value))}, which"):
-        parse(["--config", str(run_folder(tmp_path, "", **edited))])
+EDITED = {"epoch": 3, "epochs": "many", "lr": True, "findings": [], "flip": [1], "amp": 1, "init": 3}
+EDITED |= {"ssl": "simclr", "local_scale": [1.0], "global_scale": 1.0}
+
+
+@pytest.mark.parametrize("name", EDITED)
+def test_what_is_no_setting_in_config_json_is_refused_by_name(name, tmp_path):
+    run = run_folder(tmp_path, "", **{name: EDITED[name]})
+    with pytest.raises(ValueError, match=f"has {name} {re.escape(json.dumps(EDITED[name]))}, which"):
+        parse(["--config", str(run)])
 
 
 @pytest.mark.parametrize("text", ["{}", "[1]", "no json", '{"task":' * 99_999, None])

@@ -69,9 +69,8 @@ def test_no_file_but_the_config_s_users_sees_all_settings():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CONCEPTS if name not in ("resnet", "ssl")])
 def test_each_chapter_runs_from_any_folder_and_draws_its_picture(name, tmp_path):
-    said = subprocess.run(
-        [sys.executable, ROOT / f"{name}.py"], cwd=tmp_path, check=True, capture_output=True
-    )
+    command = sys.executable, ROOT / f"{name}.py"
+    said = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     assert (tmp_path / f"{name}.png").stat().st_size > 5000 and said.stdout.count(b"\n") >= 2
 
 

@@ -39,15 +39,10 @@ def numbers(text: str, kind: str) -> np.ndarray:
 @pytest.fixture
 def made():
     """A page of two images with hostile names, and the images and maps in it."""
-    shown = Data(
-        images=torch.randint(256, (2, 1, 5, 7), dtype=torch.uint8),
-        masks=torch.rand(2, 2, 5, 7) > 0.5,
-        has_masks=torch.tensor([True, False]),
-        labels=torch.tensor([[0.0, 1.0], [torch.nan, torch.nan]]),
-        names=["a", EVIL],
-        regions=["left", "right"],
-        findings=["sick", EVIL],
-    )
+    images, masks = torch.randint(256, (2, 1, 5, 7)).byte(), torch.rand(2, 2, 5, 7) > 0.5
+    labels = torch.tensor([[0.0, 1.0], [torch.nan, torch.nan]])
+    known, names = torch.tensor([True, False]), ["a", EVIL]
+    shown = Data(images, masks, known, labels, names, ["left", "right"], ["sick", EVIL])
     maps = torch.rand(2, 2, 3)
     looks = {EVIL: Looks({"head 0\nleft": maps}, "", [], "AP", [0.5, torch.nan])}
     report = Report({}, {EVIL: {"same": {EVIL: 0.5}}}, {}, {}, [EVIL])

@@ -33,9 +33,8 @@ def test_a_seed_draws_the_same_however_many_in_the_promised_shapes_and_another_s
     assert torch.equal(draw(BATCH + 1, seed=1)[0][-1], images[BATCH])
     assert not torch.equal(images[BATCH], images[0]) and not torch.equal(draw(5, seed=2)[0], images[:5])
     for n, size in ((0, 64), (3, least - 1)):
-        with pytest.raises(
-            ValueError, match=f"{n} images of {size} px, but 1 image of {least} px is the min"
-        ):
+        line = f"{n} images of {size} px, but 1 image of {least} px is the min"
+        with pytest.raises(ValueError, match=line):
             draw(n, seed=0, img_size=size)
 
 
@@ -204,10 +203,9 @@ def test_digits_have_a_marker_that_turns_in_test_images_and_masks_for_as_many_as
     assert 0.05 < area.min() and area.max() < 0.25
 
 
-def test_scenes_hold_one_object_of_5_to_25_percent_and_look_different_in_and_around_it(tmp_path):
-    images, masks = zip(
-        *(symbols.draw_scene(kind, 64, np.random.default_rng(i)) for i, kind in enumerate(symbols.SHAPES * 4))
-    )
+def test_scenes_hold_one_object_of_5_to_25_percent_and_look_different_in_and_around_it():
+    kinds = enumerate(symbols.SHAPES * 4)
+    images, masks = zip(*(symbols.draw_scene(kind, 64, np.random.default_rng(i)) for i, kind in kinds))
     areas = np.array([mask.mean() for mask in masks])
     assert 0.04 < areas.min() and areas.max() < 0.25 and images[0].shape == (64, 64, 3)
     contrast = [np.abs(i[m].mean(axis=0) - i[~m].mean(axis=0)).max() for i, m in zip(images, masks)]

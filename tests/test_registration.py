@@ -33,9 +33,8 @@ def dice(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def test_alignment_recovers_a_known_affine_map_whatever_the_exposure():
     image = phantom(1, seed=5)[0].float() / 255
-    known = torch.tensor(
-        [[[1.08, 0.06, 0.1], [-0.08, 0.94, -0.08]], [[0.92, -0.05, -0.06], [0.04, 1.06, 0.12]]]
-    )
+    first, second = [[1.08, 0.06, 0.1], [-0.08, 0.94, -0.08]], [[0.92, -0.05, -0.06], [0.04, 1.06, 0.12]]
+    known = torch.tensor([first, second])
     moved = sample(image, known)
     moved[1] = 0.5 * moved[1] * torch.linspace(0.6, 1.2, 64) + 0.2  # another exposure
     first, second = (align(image[0], moved) - known).abs().amax(dim=(1, 2))

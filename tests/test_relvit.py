@@ -15,9 +15,8 @@ from vit import ViT
 
 def places(height: int, width: int) -> torch.Tensor:
     """An image of two channels, every pixel of which holds its place in [0, 1]."""
-    return torch.stack(
-        torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
-    )
+    rows, columns = torch.linspace(0, 1, height), torch.linspace(0, 1, width)
+    return torch.stack(torch.meshgrid(rows, columns, indexing="ij"))
 
 
 @pytest.mark.parametrize("task", TASKS)
