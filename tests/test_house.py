@@ -17,10 +17,7 @@ STOREYS = [CONCEPTS, ["common"], SCRIPTS, ["experiments"]]
 
 
 def names_in(source: str) -> tuple[set[str], set[str]]:
-    """All modules that a source imports, `a.b` also as `from a import b`; and all names in it.
-
-    What runs only as a script is left out: there a concept file shows its chapter.
-    """
+    """A source's modules, `a.b` also as `from a import b`, and names; not of what runs only as a script."""
     modules, names, tree = set(), set(), ast.parse(source)
     script = "__name__ == '__main__'"
     tree.body = [node for node in tree.body if ast.unparse(getattr(node, "test", node)) != script]
