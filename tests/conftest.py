@@ -1,4 +1,4 @@
-"""Fixtures that several test files share: small runs of train.py on few images."""
+"""Fixtures and helpers that several test files share: small runs of train.py, folders, golden numbers."""
 
 import json
 import os
