@@ -22,9 +22,10 @@ from torch import nn
 from common.baselines import Pipeline
 from common.checkpoint import DataSpec, load_run, write_file
 from common.checks import check_device
-from common.config import Config, Parser
+from common.config import Config
 from common.data import Data, DataError, prepared
 from common.explain import decisions, explained_class, has_attention
+from common.flags import Parser
 from common.measure import MEASURES, QUICK, applicable, report
 from common.models import build_encoder, load_model, lrp_rule, start_from
 from common.page import page, print_tables

@@ -7,7 +7,8 @@ import torch
 from torch import Generator
 
 from common.baselines import PENALTIES
-from common.config import Config, option
+from common.config import Config
+from common.flags import option
 from common.folder import LAYOUT
 from common.splits import DRAWN
 from crops import random_crops

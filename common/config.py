@@ -1,24 +1,20 @@
-"""Command-line options of train.py: one frozen dataclass, from which the argument parser is made.
+"""Settings of train.py: one frozen dataclass, whose fields are flags.
 
-A field is a flag: default, help, limits, and what it needs to have an effect. A default of None depends on
-other settings (DEFAULTS). Later sources win: defaults, --config, --preset, the encoder of --init, the flags.
+A default of None depends on other settings (DEFAULTS). Later sources win: defaults, --config, --preset, the
+encoder of --init, the flags.
 """
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import json
 import math
-import re
-from dataclasses import Field, asdict, dataclass, field, fields
-from functools import partial
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from common.baselines import BASELINES, PENALTIES
+from common.flags import flag, kind_of, may_be, parser_of
 from common.phantom import FINDINGS, MARKERS
 from common.splits import DRAWN
 from common.weights import read_weights, sizes
@@ -47,17 +43,8 @@ PLACES = ("data", "init", "masks", "prior")  # ... and these, if a file or folde
 KEYWORDS = {*"phantom parts data prior attention sample masks statistics none".split(), None}  # no paths
 NO_SETTINGS = {*"command versions machine channels classes multiclass images relevance_range".split()}
 COUNT, FRACTION, WEIGHT, POSITIVE = (1, 10**9), (0, 1), (0, 1e9), (1e-12, 1e9)  # limits
-KINDS = {"bool": bool, "int": int, "float": float, "Path": Path, "str": str}
 DINO, VIEWS, PENALISED = "ssl=dino", "ssl=dino|none", "baseline=" + "|".join(PENALTIES)
 REGISTERED = "prior masks=prior isnet&masks=data baseline&masks=data"  # to images without masks
-
-
-def flag(default, text: str, *names: str, group="", choices=None, nargs=None, within=None, needs=""):
-    """A field of `Config`: default, help, other names, the group that begins here, choices, limits.
-
-    needs: settings of which one must be there for the flag to have an effect: NAME or NAME=A|B, joined by &.
-    """
-    return field(default=default, metadata={k: v for k, v in locals().items() if k != "default"})
 
 
 @dataclass(frozen=True)
@@ -74,8 +61,7 @@ class Config:
     seed: int = flag(0, "random seed of data, weights and views", within=(0, 2**32 - 1))
     device: str = flag("auto", "auto (cuda if there is one, else cpu), cpu, cuda, mps")
     data: str = flag("phantom", "phantom (X-rays), parts (plates), or a folder", "--data-path", group="data")
-    train_images: int = flag(None, "how many training images to draw", within=COUNT,
-        needs="data=phantom|parts")
+    train_images: int = flag(None, "training images to draw", within=COUNT, needs="data=phantom|parts")
     img_size: int = flag(64, "pixels a side that images are resized to", within=COUNT)
     findings: tuple[str, ...] = flag(None, "to classify, or all (default: phantom one, else all)", nargs="+",
         needs="task=classify")
@@ -165,11 +151,6 @@ class Config:
     # fmt: on
 
 
-def kind_of(setting: Field) -> type:
-    """bool, int, float, str or Path, by the field's annotation."""
-    return KINDS[re.search("|".join(KINDS), setting.type)[0]]
-
-
 def as_config(values: dict) -> Config:
     """A Config of values as JSON has them: text becomes a Path, a list a tuple."""
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
@@ -182,50 +163,6 @@ def as_json(config: Config) -> dict:
     return json.loads(json.dumps(asdict(config), default=str))
 
 
-def option(f: Field) -> str:
-    """The flag of a field, such as --patch-size; --no-follow switches off what is on by default."""
-    return "--" + ("no-" * (f.default is True) + f.name).replace("_", "-")
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser that suggests a flag for a misspelt one and reads --patch_size as --patch-size."""
-
-    def parse_args(self, argv: list[str]) -> argparse.Namespace:
-        dashed = [re.sub(r"^--[^=]+", lambda name: name[0].replace("_", "-"), word) for word in argv]
-        known, unknown = self.parse_known_args(dashed)
-        if unknown:
-            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
-            self.error(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
-        return known
-
-
-def parser_of(doc: str = "") -> Parser:
-    """The parser of train.py, made of Config's fields. It returns what was typed and nothing else."""
-    intro, examples = (doc or "\n\n").split("\n\n")[:2]
-    usage = "python train.py [--task TASK] [--out DIR] [--data DIR] [flags below]"
-    layout = partial(argparse.RawDescriptionHelpFormatter, max_help_position=36, width=110)
-    parser = Parser("train.py", usage, intro, f"examples:\n{examples}", formatter_class=layout,
-        argument_default=argparse.SUPPRESS, allow_abbrev=False)  # fmt: skip
-    group = parser
-    for f in fields(Config):
-        about, kind = f.metadata, kind_of(f)
-        group = parser.add_argument_group(about["group"]) if about["group"] else group
-        if kind is bool:
-            switch = dict(dest=f.name, action="store_const", const=not f.default, help=about["text"])
-            group.add_argument(option(f), **switch)
-            continue
-        default = ", ".join(f"{key} {values[f.name]}" for key, values in DEFAULTS.items() if f.name in values)
-        default = default if f.default is None else str(f.default).strip("()")
-        text = about["text"] + (f" (default: {default})" if default else "")
-        metavar = None if about["choices"] else {int: "N", float: "X", Path: "PATH", str: "NAME"}[kind]
-        rest = dict(type=kind, choices=about["choices"], nargs=about["nargs"], metavar=metavar, help=text)
-        group.add_argument(option(f), *about["names"], **rest)
-        if f.name == "out":
-            what = "a run or its config.json, to repeat in another --out; flags typed beside it win"
-            group.add_argument("--config", type=Path, metavar="PATH", help=what)
-    return parser
-
-
 def epochs_for(task: str, backbone: str, steps: float = math.inf) -> int:
     """How many epochs of so many steps a run trains for, unless --epochs says so."""
     epochs, floor = LENGTHS["pretrain" if task == "pretrain" else f"classify {backbone}"]
@@ -234,7 +171,7 @@ def epochs_for(task: str, backbone: str, steps: float = math.inf) -> int:
 
 def parse(argv: list[str], doc: str = "") -> tuple[Config, set[str]]:
     """The settings of a command line, and the names of those that were typed. Raises ValueError."""
-    typed = vars(parser_of(doc).parse_args(argv))
+    typed = vars(parser_of(Config, DEFAULTS, doc).parse_args(argv))
     if "config" in typed and "resume" in typed:
         raise ValueError("--config starts a new run, --resume continues one: leave out either")
     if "config" in typed and "overwrite" in typed and "out" not in typed:
@@ -285,15 +222,6 @@ def read_settings(path: Path, by: str) -> dict:
     if by == "--config" and (newer := known.keys() - record.keys()):
         print(f"note: {by} {path} is older than {', '.join(sorted(newer))}: today's defaults are taken")
     return settings
-
-
-def may_be(setting: Field, value: Any) -> bool:
-    """Whether a value, as JSON has it, has a setting's type, length and choices."""
-    kind, nargs, choices = kind_of(setting), setting.metadata["nargs"], setting.metadata["choices"]
-    values, types = value if nargs else [value], {float: (float, int), Path: (str,)}.get(kind, (kind,))
-    if not (isinstance(values, list) and values and nargs in (None, "+", len(values))):
-        return False
-    return all(type(v) in types and (not choices or v in choices) for v in values)
 
 
 def encoder_of(init: Path) -> dict:

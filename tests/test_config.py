@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from common.checks import check
-from common.config import Config, as_json, epochs_for, option, parse
+from common.config import Config, as_json, epochs_for, parse
+from common.flags import option
 
 
 def test_defaults_follow_the_task_and_the_backbone():

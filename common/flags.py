@@ -1,0 +1,79 @@
+"""How the fields of a dataclass become flags: limits and help are written where a field is declared."""
+
+import argparse
+import difflib
+import re
+from dataclasses import Field, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+KINDS = {"bool": bool, "int": int, "float": float, "Path": Path, "str": str}
+
+
+def flag(default, text: str, *names: str, group="", choices=None, nargs=None, within=None, needs=""):
+    """A field that is a flag: default, help, other names, the group that begins here, choices, limits.
+
+    needs: settings of which one must be there for the flag to have an effect: NAME or NAME=A|B, joined by &.
+    """
+    return field(default=default, metadata={k: v for k, v in locals().items() if k != "default"})
+
+
+def kind_of(setting: Field) -> type:
+    """bool, int, float, str or Path, by the field's annotation."""
+    return KINDS[re.search("|".join(KINDS), setting.type)[0]]
+
+
+def option(f: Field) -> str:
+    """The flag of a field, such as --patch-size; --no-follow switches off what is on by default."""
+    return "--" + ("no-" * (f.default is True) + f.name).replace("_", "-")
+
+
+def may_be(setting: Field, value: Any) -> bool:
+    """Whether a value, as JSON has it, has a setting's type, length and choices."""
+    kind, nargs, choices = kind_of(setting), setting.metadata["nargs"], setting.metadata["choices"]
+    values, types = value if nargs else [value], {float: (float, int), Path: (str,)}.get(kind, (kind,))
+    if not (isinstance(values, list) and values and nargs in (None, "+", len(values))):
+        return False
+    return all(type(v) in types and (not choices or v in choices) for v in values)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that suggests a flag for a misspelt one and reads --patch_size as --patch-size."""
+
+    def parse_args(self, argv: list[str]) -> argparse.Namespace:
+        dashed = [re.sub(r"^--[^=]+", lambda name: name[0].replace("_", "-"), word) for word in argv]
+        known, unknown = self.parse_known_args(dashed)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
+            self.error(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
+        return known
+
+
+def parser_of(settings: type, defaults: dict[str, dict], doc: str) -> Parser:
+    """The parser of train.py, made of the fields of its settings. It returns what was typed and nothing else.
+
+    defaults: those that the help names for a field whose default is None, {case: {field: value}}.
+    """
+    intro, examples = (doc or "\n\n").split("\n\n")[:2]
+    usage = "python train.py [--task TASK] [--out DIR] [--data DIR] [flags below]"
+    layout = partial(argparse.RawDescriptionHelpFormatter, max_help_position=36, width=110)
+    parser = Parser("train.py", usage, intro, f"examples:\n{examples}", formatter_class=layout,
+        argument_default=argparse.SUPPRESS, allow_abbrev=False)  # fmt: skip
+    group = parser
+    for f in fields(settings):
+        about, text, kind = f.metadata, f.metadata["text"], kind_of(f)
+        group = parser.add_argument_group(about["group"]) if about["group"] else group
+        if kind is bool:
+            group.add_argument(option(f), action="store_const", const=not f.default, dest=f.name, help=text)
+            continue
+        default = ", ".join(f"{key} {values[f.name]}" for key, values in defaults.items() if f.name in values)
+        default = default if f.default is None else str(f.default).strip("()")
+        text += f" (default: {default})" if default else ""
+        metavar = None if about["choices"] else {int: "N", float: "X", Path: "PATH", str: "NAME"}[kind]
+        rest = dict(type=kind, choices=about["choices"], nargs=about["nargs"], metavar=metavar, help=text)
+        group.add_argument(option(f), *about["names"], **rest)
+        if f.name == "out":
+            what = "a run or its config.json, to repeat in another --out; flags typed beside it win"
+            group.add_argument("--config", type=Path, metavar="PATH", help=what)
+    return parser
