@@ -4,20 +4,18 @@ A chapter takes at most 20 seconds on a CPU. It trains on synthetic images, or c
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib import pyplot as plt
-from matplotlib.patches import Rectangle
 from torch import Generator, Tensor, nn
-from torch.optim import AdamW
 
 from attention_priors import follow, priors_from_masks, span_loss
 from common.classify import Classifier
 from common.metrics import localisation_ap
 from common.phantom import REGIONS, phantom, stamp
-from common.plots import COLOURS
+from common.plots import COLOURS, GRID, plt
 from common.symbols import SETS
 from crops import crop, multi_crop, random_crops
 from dino import CollapseMonitor
@@ -33,8 +31,7 @@ EYE = torch.eye(2, 3)
 
 def panels(rows: int, columns: int) -> tuple[plt.Figure, np.ndarray]:
     """A figure with axes (rows, columns) that show no ticks."""
-    shape = {"figsize": (1.6 * columns, 1.6 * rows + 0.2), "squeeze": False, "layout": "constrained"}
-    figure, axes = plt.subplots(rows, columns, **shape)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.6 * columns, 1.6 * rows + 0.2), **GRID)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
     return figure, axes
@@ -57,7 +54,7 @@ def draw(figure: plt.Figure, name: str) -> None:
 
 def fit(model: nn.Module, steps: int, n: int, loss: Callable[[Tensor], Tensor], lr: float = 1e-3) -> None:
     """Train on loss(indices (32,)) of n images."""
-    optimizer, generator = AdamW(model.parameters(), lr), Generator().manual_seed(0)
+    optimizer, generator = torch.optim.AdamW(model.parameters(), lr), Generator().manual_seed(0)
     for _ in range(steps):
         optimizer.zero_grad()
         loss(torch.randint(n, (32,), generator=generator)).backward()
@@ -82,7 +79,7 @@ def vit() -> None:
     for r, region in enumerate(REGIONS):
         show(axes[0, r + 1], row[r].view(8, 8), f"head {r}: {region}", top=12 / 64)
         show(axes[1, r + 1], full[r], "its full map", top=12 / 64)
-        axes[1, r + 1].add_patch(Rectangle((0.5, -0.5), 64, 1, fill=False, color=COLOURS[0]))
+        axes[1, r + 1].add_patch(plt.Rectangle((0.5, -0.5), 64, 1, fill=False, color=COLOURS[0]))
     draw(figure, "vit")
 
 
@@ -112,13 +109,12 @@ def crops() -> None:
     for i, (view, theta) in enumerate(zip([*views[0], *views[1]], torch.cat(thetas))):
         (w, _, cx), (_, h, cy) = theta.tolist()
         left, up = ((c - side + 1) * 32 - 0.5 for c, side in ((cx, w), (cy, h)))
-        axes[0, 0].add_patch(Rectangle((left, up), 64 * w, 64 * h, fill=False, color=COLOURS[i]))
+        axes[0, 0].add_patch(plt.Rectangle((left, up), 64 * w, 64 * h, fill=False, color=COLOURS[i]))
         show(axes[0, i + 1], view[0], f"{100 * w * h:.0f} % of the area")
         axes[0, i + 1].spines[:].set(color=COLOURS[i], linewidth=3)
-    theta = thetas[0]
-    lifted = torch.cat([theta, torch.tensor([[[0.0, 0, 1]]]).expand(2, 1, 3)], dim=1)  # (2, 3, 3)
-    twice = crop(crop(image, theta[:1], 256), theta[1:], 64)
-    once = crop(image, theta[:1] @ lifted[1:], 64)
+    first, second = thetas[0].split(1)  # (1, 2, 3) each
+    twice = crop(crop(image, first, 256), second, 64)
+    once = crop(image, first @ torch.cat([second, torch.tensor([[[0.0, 0, 1]]])], dim=1), 64)
     off = (twice - once).abs().mean()
     print(f"a crop of a crop, and the product of their matrices, differ by {off:.3f} (interpolation)")
     draw(figure, "crops")
@@ -221,9 +217,7 @@ def isnet_lrp() -> None:
 
         return relevance(total, x, torch.ones(1, 1))[0].detach()
 
-    def strict(R: Tensor) -> Tensor:
-        return background_loss(R, mask, decay=0.97, E=0.1)
-
+    strict = partial(background_loss, mask=mask, decay=0.97, E=0.1)
     both, clean = heat(lambda im: im * (mask + marker)), heat(lambda im: im * mask)
     loud = both * (1 + 200 * mask)
     bounded = strict(loud) + foreground_loss(loud, mask, 10, 60, hybrid=True)
