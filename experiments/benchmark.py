@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Generator, Tensor
 from torch.optim import AdamW
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from common.checkpoint import DataSpec, write_file
 from common.config import parse
@@ -32,9 +31,9 @@ from common.data import prepared
 from common.models import build_classifier, build_encoder, build_model, decayed
 from common.phantom import phantom
 from crops import crop, distort, multi_crop, random_crops
+from experiments.costs import kept_bytes, operations, written_out
 from experiments.runs import ROOT
 from train import classifier_objective, train_step
-from vit import Attention
 
 SMALL, WIDE, LARGE = (16, 1, 64, 64), (8, 3, 64, 64), (2, 3, 224, 224)  # images (B, C, H, W)
 RESNET, VIT = "--backbone resnet", "--backbone vit"
@@ -62,17 +61,18 @@ CLASSIFIERS = {  # name: flags of the plain classifier, added flags, images
 }
 
 
-def ratio(a: Callable, b: Callable, runs: int) -> tuple[float, float, float]:
+def timed(work: Callable) -> float:
+    """The seconds that a call takes."""
+    started = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def ratio(a: Callable, b: Callable, runs: int) -> tuple[float, ...]:
     """Quartiles of time(b) / time(a) over paired runs, after one pair to warm up."""
-
-    def seconds(work: Callable) -> float:
-        started = time.perf_counter()
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
-
-    pairs = [(seconds(a), seconds(b)) for _ in range(runs + 1)]
+    pairs = [(timed(a), timed(b)) for _ in range(runs + 1)]
     return tuple(statistics.quantiles([second / first for first, second in pairs[1:]], n=4))
 
 
@@ -93,24 +93,6 @@ def classifier(flags: str, shape: tuple[int, ...], device: str) -> tuple[Callabl
     return lambda step=0: losses(index, generator, step, 3)[0], use
 
 
-def kept_bytes(loss: Callable) -> int:
-    """The memory that a loss keeps for its backward pass."""
-    kept: list[Tensor] = []  # held, so that no address is used twice
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        loss()
-    storages = [tensor.untyped_storage() for tensor in kept]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
-class WrittenOut(Attention):
-    """Attention that forms the whole matrix, as the releases of 2021 do."""
-
-    def forward(self, x: Tensor, row: bool = False, first: bool = False) -> tuple[Tensor, Tensor | None]:
-        q, k, v = self.split(x)
-        A = self.weights(q[:, :, :1] if first else q, k)  # (B, heads, T, T)
-        return self.proj((A @ v).transpose(1, 2).flatten(2)), A[:, :, 0] if row else None
-
-
 def dino_steps(flags: str, shape: tuple[int, ...], device: str) -> tuple[Callable, Callable]:
     """A training step of DINO as train.py takes it, and as DINO's release does, on the same views."""
     config, _ = parse(f"--prior none --koleo 0 --max-entropy 1 --device {device} {flags}".split())
@@ -123,26 +105,21 @@ def dino_steps(flags: str, shape: tuple[int, ...], device: str) -> tuple[Callabl
     model, other = (build_model(config, spec, encoder, grid).to(device).train() for encoder in encoders)
     optimizer, slower = (AdamW(decayed(m, config.weight_decay), config.lr) for m in (model, other))
     index, generator, temp = torch.arange(B, device=device), Generator(), config.teacher_temp
-    for module in other.modules():
-        if isinstance(module, Attention):
-            module.__class__ = WrittenOut
+    written_out(other)
 
     def losses(*_) -> tuple[Tensor, dict]:
         with torch.autocast(index.device.type, torch.bfloat16, enabled=config.amp):
             return model(views, temp, config.span_layer)[0], {}
 
-    def ours() -> None:
-        train_step(config, model, losses, optimizer, index, generator, 0, 100)
+    ours = partial(train_step, config, model, losses, optimizer, index, generator, 0, 100)
 
     def released() -> float:
-        student = torch.cat([other.student(x, layer=None).pooled for x in views])
-        student = other.student_head(student)  # (V B, K), V views of B images
+        student = other.student_head(torch.cat([other.student(x, layer=None).pooled for x in views]))
         with torch.no_grad():
             teacher = other.teacher_head(other.teacher(views[0], layer=None).pooled)  # (2 B, K)
-            center = other.loss.center
-            targets = ((teacher - center) / temp).softmax(dim=-1).split(B)
-            center.mul_(0.9).add_(0.1 * teacher.mean(dim=0, keepdim=True))
-        scores = (student / 0.1).split(B)
+            targets = ((teacher - other.loss.center) / temp).softmax(dim=-1).split(B)
+            other.loss.center.mul_(0.9).add_(0.1 * teacher.mean(dim=0, keepdim=True))
+        scores = (student / 0.1).split(B)  # V x (B, K), of V views of B images
         pairs = [(q, s) for i, q in enumerate(targets) for j, s in enumerate(scores) if i != j]
         loss = sum((-q * F.log_softmax(s, dim=-1)).sum(dim=-1).mean() for q, s in pairs) / len(pairs)
         slower.zero_grad()
@@ -159,25 +136,14 @@ def dino_steps(flags: str, shape: tuple[int, ...], device: str) -> tuple[Callabl
     return ours, released
 
 
-def operations(work: Callable) -> int:
-    """Additions and multiplications of matrix products and convolutions, attention on a CPU included."""
-    aten, counts = torch.ops.aten, {}
-    counts[aten._scaled_dot_product_flash_attention_for_cpu] = lambda *x, **_: sdpa_flop_count(*x[:3])
-    backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
-    counts[backward] = lambda *x, **_: sdpa_backward_flop_count(*x[:4])
-    with FlopCounterMode(display=False, custom_mapping=counts) as counter:
-        work()
-    return counter.get_total_flops()
-
-
 def images_a_second(processes: int) -> float:
     """How many drawn X-rays DINO trains on, by so many processes with one CPU thread each."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    flags = "--prior none --train-images 512 --epochs 3 --device cpu --out".split()
+    command = f"-m torch.distributed.run --standalone --nproc-per-node {processes} train.py"
+    command += " --prior none --train-images 512 --epochs 3 --device cpu --out"
     with TemporaryDirectory() as out:
-        command = [*torchrun, str(processes), "train.py", *flags, f"{out}/run"]
+        words = [sys.executable, *command.split(), f"{out}/run"]
         threads = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run(command, cwd=ROOT, env=threads, check=True, capture_output=True)
+        subprocess.run(words, cwd=ROOT, env=threads, check=True, capture_output=True)
         rows = Path(out, "run", "metrics.jsonl").read_text().splitlines()
     return statistics.median(json.loads(row)["images_per_s"] for row in rows)
 
@@ -210,10 +176,10 @@ def measured(runs: int, device: str) -> Iterator[tuple[str, tuple[float, float, 
         fewer = runs if size == 64 else max(2, runs // 4)  # seconds a step
         flags = f"{flags} --local-crops-number {V}"
         ours, released = dino_steps(flags, shape, device)
-        more = operations(released) / operations(ours)
         images, generator = torch.rand(shape, device=device), Generator()
         make_views = partial(multi_crop, images, generator, size, size // 2, locals_number=V)
         yield f"DINO's step, released / here: {name}", ratio(ours, released, fewer)
+        more = operations(released) / operations(ours)
         yield f"operations of DINO's step, released / here: {name}", (more,) * 3
         yield f"making the views / DINO's step: {name}", ratio(ours, make_views, fewer)
         for way in ("--amp", "--compile") if size == 64 else ("--compile",):  # bfloat16 may take minutes

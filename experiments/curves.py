@@ -9,7 +9,6 @@ first setting. ISNet's time is the mean of three steps, its memory that of the s
 """
 
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -20,10 +19,11 @@ from torch import Tensor
 
 from common.checkpoint import write_file
 from common.plots import LINES, plt
-from experiments.benchmark import RESNET, SMALL, VIT, WrittenOut, classifier, kept_bytes
+from experiments.benchmark import RESNET, SMALL, VIT, classifier, timed
+from experiments.costs import kept_bytes, written_out
 from experiments.layout import NONE, PATCHES, ROW, WHOLE
 from experiments.runs import ROOT
-from vit import Attention, ViT
+from vit import ViT
 
 ROUNDS = 7
 PLAIN, ISNET = "plain classifier", "ISNet, every third step"
@@ -43,9 +43,8 @@ def vit_step(side: int, patch_size: int, heads: int, batch: int, line: str) -> C
     """A loss of the features, and of the attention that is exposed, by a ViT of 2 blocks."""
     torch.manual_seed(0)
     vit, images = ViT(side, patch_size, 1, 96, 2, heads), torch.rand(batch, 1, side, side)
-    for module in vit.modules():
-        if line == WHOLE and isinstance(module, Attention):
-            module.__class__ = WrittenOut
+    if line == WHOLE:
+        written_out(vit)
 
     def loss(step: int = 0) -> Tensor:
         features = vit(images, layer=None if line == NONE else -1)
@@ -56,14 +55,7 @@ def vit_step(side: int, patch_size: int, heads: int, batch: int, line: str) -> C
 
 def seconds(works: list[Callable]) -> list[float]:
     """The median time of each, timed in turn, each after one call that is not timed."""
-    rounds: list[list[float]] = []
-    for _ in range(ROUNDS):
-        rounds.append([])
-        for work in works:
-            work()
-            started = time.perf_counter()
-            work()
-            rounds[-1].append(time.perf_counter() - started)
+    rounds = [[(timed(work), timed(work))[1] for work in works] for _ in range(ROUNDS)]
     return [median(times) for times in zip(*rounds)]
 
 

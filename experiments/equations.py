@@ -84,28 +84,21 @@ def formulas(docstring: str) -> dict[str, str]:
 
 
 def places(source: str) -> dict[str, tuple[str, int]]:
-    """{number: (name, line)} of the function whose docstring begins with it, or that mentions it first.
-
-    Otherwise of the first class.
+    """{number: (name, line)} of the function whose docstring begins with it, or else of the function that
+    mentions it first, or else of the first class whose docstring does.
     """
-    functions: dict[str, tuple[str, int]] = {}
-    own: dict[str, tuple[str, int]] = {}
-    classes: dict[str, tuple[str, int]] = {}
-
-    def visit(node: ast.AST, prefix: str) -> None:
-        for child in ast.iter_child_nodes(node):
+    classes, functions, own = {}, {}, {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef):
+            for n in numbers(ast.get_docstring(node)):
+                classes.setdefault(n, (node.name, node.lineno))
+        for child in node.body if isinstance(node, ast.ClassDef) else [node]:
             if isinstance(child, ast.FunctionDef):
-                place = (prefix + child.name, child.lineno)
+                place = (child.name if child is node else f"{node.name}.{child.name}", child.lineno)
                 for n in numbers(ast.get_source_segment(source, child)):
                     functions.setdefault(n, place)
                 if first := re.match(r"(Rule|Equation) \((\d+)\)", ast.get_docstring(child) or ""):
                     own.setdefault(first[2], place)
-            elif isinstance(child, ast.ClassDef):
-                for n in numbers(ast.get_docstring(child)):
-                    classes.setdefault(n, (child.name, child.lineno))
-                visit(child, f"{child.name}.")
-
-    visit(ast.parse(source), "")
     return classes | functions | own
 
 
