@@ -47,19 +47,18 @@ def load_model(folder: Path, run: Run) -> nn.Module:
     """The classifier of a run, or its encoder (the student's). Raises ValueError if it does not fit."""
     encoder = build_encoder(run.config, run.spec.channels)
     if run.config.task != "classify":
-        return load_encoder(folder, run, encoder)
+        return load_part(folder, run, encoder)
     model = build_classifier(run.config, encoder, len(run.spec.classes), run.spec.channels)
     return load_part(folder, run, model, "")
 
 
-def load_encoder(folder: Path, run: Run, encoder: nn.Module) -> nn.Module:
-    """Load a run's encoder, of a student or a classifier. Raises ValueError if it has other sizes."""
-    dino = run.config.task == "pretrain" and run.config.ssl == "dino"
-    return load_part(folder, run, encoder, "student." if dino else "encoder.")
+def load_part(folder: Path, run: Run, model: nn.Module, prefix: str | None = None) -> nn.Module:
+    """Load a run's weights whose names begin with a prefix, or else those of its encoder (the student's).
 
-
-def load_part(folder: Path, run: Run, model: nn.Module, prefix: str) -> nn.Module:
-    """Load a run's weights whose names begin with a prefix. Raises ValueError if they have other sizes."""
+    Raises ValueError if they have other sizes.
+    """
+    if prefix is None:
+        prefix = "student." if (run.config.task, run.config.ssl) == ("pretrain", "dino") else "encoder."
     weights = {k: v for k, v in run.checkpoint["model"].items() if not k.startswith("relvit.")}
     try:
         model.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
@@ -71,7 +70,7 @@ def load_part(folder: Path, run: Run, model: nn.Module, prefix: str) -> nn.Modul
 def start_from(init: Path, encoder: nn.Module) -> None:
     """Load the encoder of a run, or a file of published weights. Raises ValueError if it does not fit."""
     if not init.is_file():
-        load_encoder(init, load_run(init), encoder)
+        load_part(init, load_run(init), encoder)
         return
     weights, left = read_weights(init)
     try:
