@@ -57,10 +57,7 @@ def constant_loss(labels: Tensor, multiclass: bool) -> float:
 
 
 def shifted(x: Tensor, m: Tensor | None, most: float, generator: Generator) -> tuple[Tensor, Tensor | None]:
-    """Images (B, C, H, W), each moved at random by up to `most` of a side, and masks (B, 1, H, W) with them.
-
-    What leaves on one side comes in on the other.
-    """
+    """Images (B, C, H, W) and masks (B, 1, H, W), each rolled at random by up to `most` of a side."""
     if not most:
         return x, m
     moves = (2 * torch.rand(len(x), 2, generator=generator) - 1) * most * torch.tensor(x.shape[2:])
@@ -93,10 +90,8 @@ def explained_target(
 
 
 def supervised_layers(encoder: nn.Module, which: str = "all") -> list[nn.Module]:
-    """The modules whose outputs' relevance ISNet supervises beside the image's.
-
-    which: "none"; "blocks", as published; else all normalisations, so that units within a block are among
-    them, and the patches and blocks of a ViT.
+    """The modules whose outputs' relevance ISNet supervises: "none", or "blocks", as published, or else all
+    normalisations, so that units within a block are among them, and the patches and blocks of a ViT.
     """
     if which in ("none", "blocks"):
         return list(encoder.blocks) if which == "blocks" else []
@@ -122,12 +117,9 @@ def attention_seen(encoder: nn.Module) -> Iterator[list[Tensor]]:
         seen.extend([weights[:, :, 0]] if encoder.pool is None else [])
         seen.append(weights.mean(dim=2))
 
-    def collect_pooling(module: nn.Module, inputs: tuple[Tensor], features) -> None:
-        seen.append(features.attention)
-
     hooks = [m.register_forward_pre_hook(collect) for m in encoder.modules() if isinstance(m, Attention)]
     if encoder.pool is not None and any(p.requires_grad for p in encoder.pool.parameters()):
-        hooks.append(encoder.register_forward_hook(collect_pooling))
+        hooks.append(encoder.register_forward_hook(lambda m, x, features: seen.append(features.attention)))
     try:
         yield seen
     finally:

@@ -25,10 +25,8 @@ BATCH = 256
 
 
 def phantom(n: int, seed: int, img_size: int = 64) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw n chest X-rays from a seed.
-
-    Returns images (n, 1, S, S) uint8, masks (n, 3, S, S) bool in the order of REGIONS, and labels (n, 4)
-    float, 0 or 1, in the order of FINDINGS. Raises ValueError for n < 1 or img_size < 16.
+    """n chest X-rays: images (n, 1, S, S) uint8, masks (n, 3, S, S) bool in the order of REGIONS, and labels
+    (n, 4) float, 0 or 1, in the order of FINDINGS. Raises ValueError for n < 1 or img_size < 16.
     """
     if n < 1 or img_size < 16:
         raise ValueError(f"phantom: {n} images of {img_size} px, but 1 image of 16 px is the minimum")

@@ -51,8 +51,7 @@ def to_tensor(pixels: np.ndarray, height: int, width: int) -> Tensor:
 def read_picture(path: Path, side: int, multiple: int, channels: int) -> tuple[Tensor, tuple[int, int]]:
     """One image (1, channels, H, W) uint8, H and W multiples of `multiple`, and the file's height and width.
 
-    The shorter side is about `side` px, the longer at most 16 times that. Raises DataError if the file can't
-    be read.
+    The shorter side is about `side` px, the longer at most 16 times that. Raises DataError.
     """
     pixels = decode(path)
     size = pixels.shape[:2]

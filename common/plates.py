@@ -22,9 +22,7 @@ STICKER = (0.36, 0.0)
 
 
 def plates(n: int, seed: int, img_size: int = 64) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw n plates from a seed.
-
-    Returns images (n, 1, S, S) uint8, masks (n, 3, S, S) bool in the order of REGIONS, and labels (n, 5)
+    """n plates: images (n, 1, S, S) uint8, masks (n, 3, S, S) bool in the order of REGIONS, and labels (n, 5)
     float, 0 or 1, in the order of FINDINGS. Raises ValueError for n < 1 or img_size < 64 (no defect is lost).
     """
     if n < 1 or img_size < 64:

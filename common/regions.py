@@ -193,9 +193,7 @@ def write_mask(path: Path, mask: Tensor, size: tuple[int, int]) -> None:
     picture.resize(size[::-1], Image.Resampling.NEAREST).save(path)
 
 
-def export_masks(
-    out: Path, data: str, encoder: nn.Module, masses: dict, splits: dict[str, Data], layer: int
-) -> int:
+def export_masks(out: Path, data: str, encoder: nn.Module, masses: dict, splits: dict, layer: int) -> int:
     """Write attention masks of all images as PNGs, out/<region>/<image's name>.png; returns how many.
 
     They are as large as the images on disk; of synthetic data, the training images are written. Raises

@@ -110,9 +110,7 @@ def agreement(reference: Tensor, priors: Tensor, images: Tensor, theta: Tensor) 
     return F.cosine_similarity(a, b, dim=1)
 
 
-def register(
-    reference: Tensor, priors: Tensor, images: Tensor, deformable: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def register(reference: Tensor, priors: Tensor, images: Tensor, deformable: bool) -> tuple[Tensor, ...]:
     """Register a reference image (C, H, W) with priors (R, H, W) to images (B, C, H, W).
 
     Returns theta (B, 2, 3), flow (B, 2, k, k), 0 where `find` won or without deformation, and s (B,) before

@@ -45,21 +45,15 @@ def data_of(config: Config) -> dict:
 
 
 def weights_config(file: Path, flags: list[str], run: Config | None = None) -> Config:
-    """The settings of the encoder in a file of weights, and of the data to measure it on.
-
-    These are those of a run, if there is one; flags, as for train.py, win.
-    """
+    """The settings of a file's encoder, and of the data: a run's, if there is one; flags of train.py win."""
     config, typed = parse([*flags, "--init", str(file), "--prior", "none"])
     shared = {"data", "img_size", "sample", "seed", "train_images"} - typed if run else ()
     return replace(config, **{name: getattr(run, name) for name in shared})
 
 
-def load_all(
-    paths: list[Path], flags: list[str], device: str
-) -> tuple[dict[Path, Loaded], dict[str, Data], str | None]:
-    """Runs and files of weights, the splits that all of them share, and the reference image's name.
-
-    flags: as in `weights_config`. Raises ValueError if the runs have different data.
+def load_all(paths: list[Path], flags: list[str], device: str) -> tuple[dict[Path, Loaded], dict, str | None]:
+    """Runs and files of weights (flags: as in `weights_config`), the splits that all of them share, and the
+    reference image's name. Raises ValueError if the runs have different data.
     """
     runs = {path: load_run(path) for path in paths if not path.is_file()}
     shared = next((run.config for run in runs.values()), None)
@@ -129,10 +123,8 @@ def images_to_show(config: Config, splits: dict[str, Data], n: int) -> Data:
 def maps_of(
     config: Config, spec: DataSpec, model: nn.Module, images: Tensor, heads: dict[str, int], rule: dict
 ) -> dict[str, Tensor]:
-    """What a run looks at in images (M, C, S, S) uint8, {title: (M, h, w)}.
-
-    A classifier's heatmaps by an LRP rule, in units of their mean size; or the attention of heads {region:
-    number}, of all heads if none is named.
+    """What a run looks at in images (M, C, S, S) uint8, {title: (M, h, w)}: a classifier's heatmaps by an LRP
+    rule, in units of their mean size; or the attention of heads {region: number}, of all if none is named.
     """
     if config.task != "classify":
         return heads_of(model, config.span_layer, images, heads, others=not heads)
@@ -208,13 +200,8 @@ def finish(
     print(f"wrote {config.out}/{picture}, curves.png, metrics.json, last.pt")
 
 
-def looks_of(
-    loaded: dict[str, Loaded], splits: dict[str, Data], reports: dict
-) -> tuple[Data, str, dict[str, Looks]]:
-    """Images for the page, words that say which, and what each run sees in them.
-
-    The images are the first test images, and those that each run is worst at.
-    """
+def looks_of(loaded: dict[str, Loaded], splits: dict, reports: dict) -> tuple[Data, str, dict[str, Looks]]:
+    """The first test images and those that each run is worst at, words that say so, what each run sees."""
     (split, data), scores, looks = worth_showing(splits), {}, {}
     for name, (config, spec, model, *_) in loaded.items():
         multiclass = spec.multiclass if config.task == "classify" else None

@@ -27,6 +27,7 @@ DIGITS = dict(two=FONT[2], five=FONT[5], seven=FONT[7])
 SYMBOLS = ["disc", "square", "triangle", "ring", "stripes", "checks", "dots", *DIGITS]
 SHAPES = ["disc", "square", "triangle", "ring", "cross"]
 HELD_OUT = {"val": 20, "test": 100}  # images per class
+Drawn = tuple[np.ndarray, np.ndarray]  # image (S, S, 3) or grey (S, S) in [0, 1], and its mask (S, S) bool
 
 
 def bits(digit: str) -> np.ndarray:
@@ -65,8 +66,8 @@ def turned(x: np.ndarray, y: np.ndarray, cx: float, cy: float, half: float, angl
     return u, v
 
 
-def draw_symbol(kind: str, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """An image (size, size, 3) in [0, 1], a symbol in one colour on another, and its mask (size, size)."""
+def draw_symbol(kind: str, size: int, rng: np.random.Generator) -> Drawn:
+    """A symbol in one colour on another."""
     x, y = pixels(size)
     half, angle = rng.uniform(0.3, 0.6), rng.uniform(-0.3, 0.3)
     angle += rng.uniform(0, 2 * np.pi) if kind in ("square", "triangle", "stripes", "checks") else 0
@@ -79,10 +80,8 @@ def draw_symbol(kind: str, size: int, rng: np.random.Generator) -> tuple[np.ndar
     return image + rng.normal(0, 0.08, image.shape), mask
 
 
-def draw_scene(
-    kind: str, size: int, rng: np.random.Generator, grounds: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """A textured shape of 5 to 25 % of the area on texture, with two small discs; image and mask as above.
+def draw_scene(kind: str, size: int, rng: np.random.Generator, grounds: bool = False) -> Drawn:
+    """A textured shape of 5 to 25 % of the area on texture, with two small discs.
 
     grounds: each shape has a ground of its own hue, and stripes of its own direction.
     """
@@ -108,8 +107,8 @@ def draw_scene(
     return np.where(mask[..., None], texture(), image), mask
 
 
-def draw_digit(digit: int, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A digit of 8 x 8 px, enlarged and pasted on noise: image (size, size) in [0, 1], mask of the square."""
+def draw_digit(digit: int, size: int, rng: np.random.Generator) -> Drawn:
+    """A digit of 8 x 8 px, enlarged and pasted on noise, in grey; the mask is of the square."""
     ink = np.pad(bits(FONT[digit]) * rng.uniform(0.6, 1, (5, 4)), ((2, 1), (2, 2)))  # (8, 8)
     scan = Image.fromarray((255 * ink).astype(np.uint8))
     shear, turn = rng.uniform(-0.2, 0.2, 2)
@@ -125,8 +124,8 @@ def draw_digit(digit: int, size: int, rng: np.random.Generator) -> tuple[np.ndar
     return image, mask
 
 
-def draw_leaf(kind: str, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A leaf on stony ground, healthy or with brown spots; image and mask as in `draw_symbol`."""
+def draw_leaf(kind: str, size: int, rng: np.random.Generator) -> Drawn:
+    """A leaf on stony ground, healthy or with brown spots."""
     x, y = pixels(size)
     ground = rng.uniform(0.25, 0.55) + rng.uniform(-0.06, 0.06, 3) + rng.normal(0, 0.06, (size, size, 3))
     for _ in range(6):
