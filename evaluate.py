@@ -17,12 +17,10 @@ import time
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from common.baselines import Pipeline
 from common.checkpoint import DataSpec, load_run, write_file
 from common.checks import check_device
-from common.config import Config
 from common.data import Data, DataError, prepared
 from common.explain import decisions, explained_class, has_attention
 from common.flags import Parser
@@ -85,17 +83,17 @@ def compare(args: argparse.Namespace) -> None:
     print(f"{first.config.data}: {size}; this takes about {seconds:.0f} s", flush=True)
     shown, rule = images_to_show(first.config, splits, args.rows), lrp_rule(first.config)  # one for all
     reports, maps, registered, fractions = {}, {}, {}, FRACTIONS if args.all else (1.0,)
-    for name, (config, spec, model, _, out) in runs.items():
-        settings = measured_by(config, spec, model, splits, reference, registered)
-        found = reports[name] = report(model, splits, args.measures, fractions, **settings)
-        out.mkdir(parents=True, exist_ok=True)
-        if config.marker is None and "flipped" in splits:
+    for name, run in runs.items():
+        settings = measured_by(run, splits, reference, registered)
+        found = reports[name] = report(run.model, splits, args.measures, fractions, **settings)
+        run.out.mkdir(parents=True, exist_ok=True)
+        if run.config.marker is None and "flipped" in splits:
             found.notes.append("its metrics are not kept: only the others were trained with a marker")
         else:  # NaN is no JSON
             finite = {k: v for k, v in found.metrics.items() if math.isfinite(v)}
-            write_file(out / "metrics.json", before[name] | finite)
-        for title, m in maps_of(config, spec, model, shown.images, found.heads, rule).items():
-            maps[f"{name}\n{title}"] = m
+            write_file(run.out / "metrics.json", before[name] | finite)
+        seen = maps_of(run, shown.images, found.heads, rule)
+        maps |= {f"{name}\n{title}": m for title, m in seen.items()}
     print_tables(reports)
     draw_maps(first.out / "compare.png", shown, maps, signed=first.config.task == "classify")
     pictures, scores = {}, {name: found.curves for name, found in reports.items()}
@@ -121,12 +119,12 @@ def draw_pictures(run: Path, flags: list[str], paths: list[Path], device: str) -
     else:
         config, spec, _ = found = load_run(run)
         model, out = load_model(run, found), run / "looks"
-    failed, folders = [], set()
+    loaded, failed, folders = Loaded(config, spec, model.to(device), [], run), [], set()
     for path in paths:
         name = path.name if path.name not in folders else f"{len(folders)}_{path.name}"  # a/1.png and b/1.png
         folders.add(name)
         try:
-            written = draw_picture(run, config, spec, model.to(device), path, out / name)
+            written = draw_picture(loaded, path, out / name)
             print(f"{path}: {written} file(s) in {out / name}" if written else f"{path}: the pooling is even")
         except DataError as error:
             failed.append(str(error) if path.exists() else f"--image {path}: no such file")
@@ -135,18 +133,19 @@ def draw_pictures(run: Path, flags: list[str], paths: list[Path], device: str) -
 
 
 @torch.no_grad()
-def draw_picture(run: Path, config: Config, spec: DataSpec, model: nn.Module, path: Path, out: Path) -> int:
+def draw_picture(run: Loaded, path: Path, out: Path) -> int:
     """Draw every head's attention, its masks as large as the picture, and a classifier's heatmap into `out`.
 
     Masks: equation (7), `common/regions.py`. The picture keeps its aspect; its shorter side becomes the run's
     --img-size. Returns how many files were written. Raises DataError.
     """
+    config, spec, model, *_ = run
     encoder = model.encoder if config.task == "classify" else model
     multiple = encoder.stride if isinstance(encoder, ResNet) else config.patch_size
     image, size = read_picture(path, config.img_size, multiple, spec.channels)  # (1, C, H, W)
     pixels, written = image.float() / 255, 0
     if has_attention(encoder, config.baseline):
-        masses = read_masses(run) if (run / "attention_mass.json").exists() else {}
+        masses = read_masses(run.out) if (run.out / "attention_mass.json").exists() else {}
         heads = {region: head for head, region in enumerate(masses)}
         maps = heads_of(encoder, config.span_layer, image, heads, others=True)  # each (1, h, w)
         masses = masses or dict.fromkeys(maps, MASS)
@@ -159,7 +158,7 @@ def draw_picture(run: Path, config: Config, spec: DataSpec, model: nn.Module, pa
         out.mkdir(parents=True, exist_ok=True)
         (chances,) = decisions(model, image, spec.multiclass, spec.classes)
         title = "\n".join([f"relevance for {explained_class(spec.classes, spec.multiclass)}", *chances])
-        (relevance,) = maps_of(config, spec, model, image, {}, lrp_rule(config)).values()  # (1, H, W)
+        (relevance,) = maps_of(run, image, {}, lrp_rule(config)).values()  # (1, H, W)
         map_grid(out / "relevance.png", pixels, None, [], {title: relevance}, signed=True, side=2.4)
         written += 1
     return written

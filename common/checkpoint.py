@@ -152,8 +152,7 @@ def load_run(folder: Path) -> Run:
         version = checkpoint["format"]
         if version == FORMAT:
             settings = {name: checkpoint["settings"][name] for name in Config.__dataclass_fields__}
-            spec = DataSpec(**checkpoint["spec"])
-            return Run(as_config(settings | {"out": str(folder)}), spec, checkpoint)
+            return Run(as_config(settings | {"out": str(folder)}), DataSpec(**checkpoint["spec"]), checkpoint)
     except OSError as error:
         missing = error.filename or folder / "last.pt"  # torch names no file that was cut off
         raise ValueError(f"{folder} is not a run of train.py: {missing} cannot be read") from None

@@ -31,8 +31,8 @@ def check(config: Config, typed: set[str]) -> None:
             if config.task == "classify":
                 needs = ["task=pretrain" if need.startswith(PRETRAINING) else need for need in needs]
             flags = " or ".join(f"--{need.replace('=', ' ').replace('&', ' and --')}" for need in needs)
-            flags = flags.replace("|", " or ")
-            raise ValueError(f"{option(f)} does nothing without {flags.replace('_', '-')}")
+            flags = flags.replace("|", " or ").replace("_", "-")
+            raise ValueError(f"{option(f)} does nothing without {flags}")
     for scale in (config.global_scale, config.local_scale):
         random_crops(1, scale, Generator())  # raises ValueError for an impossible scale
     check_pairs(config)
@@ -71,12 +71,11 @@ def check_pairs(c: Config) -> None:
     from_run = c.resume or c.init and c.init.is_dir()
     some_masks = c.masks in ("data", "prior", "attention") or c.resume or Path(c.masks).is_dir()
     known_prior = c.prior in ("sample", "masks", "statistics", "none") or Path(c.prior).is_file()
-    there = c.data in DRAWN or Path(c.data).is_dir()
     heads_fit = c.pool != "simpool" or c.embed_dim % c.pool_heads == 0
     # fmt: off
     for wrong, line in [
         (c.mega_patches > most, f"--mega-patches {c.mega_patches}: more than the {most} patches a side"),
-        (not there, f"--data {c.data} is not a folder; {LAYOUT}"),
+        (c.data not in DRAWN and not Path(c.data).is_dir(), f"--data {c.data} is not a folder; {LAYOUT}"),
         (not known_prior, f"--prior {c.prior} is not sample, masks, statistics, none, or a .npy file "
          "that exists"),
         (not heads_fit, f"--pool-heads {c.pool_heads} must divide --embed-dim {c.embed_dim}: change either"),

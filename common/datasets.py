@@ -29,8 +29,7 @@ def mask_in(path: Path) -> np.ndarray:
 def montgomery(source: Path) -> Iterator[Example]:
     """CXR_png/<name>_<0 or 1>.png, ManualMask/{left,right}Mask/."""
     for path in sorted((source / "CXR_png").glob("*.png")):
-        manual, sides = source / "ManualMask", ("left", "right")
-        masks = {f"{side} lung": mask_in(manual / f"{side}Mask" / path.name) for side in sides}
+        masks = {f"{s} lung": mask_in(source / f"ManualMask/{s}Mask" / path.name) for s in ("left", "right")}
         yield path.name, path, masks, {"tuberculosis": path.stem[-1]}
 
 

@@ -27,10 +27,9 @@ REFERENCES = 5  # images with masks that are registered to those without
 
 
 def foreground(source: str, splits: dict[str, Data], data: str, init: Path | None, prior: tuple) -> Tensor:
-    """The foreground of the training images, (N, 1, S, S) bool, empty where there is none.
+    """The foreground of the training images by a source, (N, 1, S, S) bool, empty where there is none.
 
-    source: data, prior, attention (of the run init), or a folder. prior: the arguments of `priors_over` after
-    images. Prints how well the masks agree with the data's own. Raises ValueError.
+    prior: the arguments of `priors_over` after images. Prints Dice with the data's masks. Raises ValueError.
     """
     train, folder = splits["train"], Path(init if source == "attention" else source)
     if source == "data":
@@ -63,9 +62,8 @@ def are_made(source: str, has_masks: Tensor) -> bool:
 
 
 def check_foreground(source: str, train: Data, stay: Tensor) -> None:
-    """Print how many training images stay (N,) since their foreground is known.
-
-    Raises ValueError if fewer than a tenth do, or none of a class: a classifier would learn nothing of it.
+    """Print how many training images stay (N,) since their foreground is known. Raises ValueError if fewer
+    than a tenth do, or none of a class: a classifier would learn nothing of it.
     """
     line = f"--masks {source}: the foreground of {int(stay.sum())} of {len(stay)} training images is known"
     there, kept = ((labels == 1).any(dim=0) for labels in (train.labels, train.labels[stay]))

@@ -2,9 +2,8 @@
 
 attention  pixel average precision (AP) and Dice of one attention head for each region: the one that masks
            guided, otherwise the best on validation images and, beside it, the mean over all heads, which
-           needs no masks. The prior's own AP stands there, too: as it is, registered to each image at every
-           pixel, and the same on the attention's grid of patches. Of an even pooling the AP is that of a
-           flat map, to compare with: it is in metrics.json, not in a table.
+           needs no masks. The prior's own AP stands there, too, see `regions.prior_maps`. Of an even pooling
+           the AP is that of a flat map, to compare with: it is in metrics.json, not in a table.
 bias       a classifier's AUC and accuracy on test images as in training and, if these have a marker, with
            it removed, flipped, and flipped to an unseen kind. These show whether it relies on the marker.
            The share of relevance in the foreground does not: a heatmap can look right and be wrong.
@@ -118,8 +117,7 @@ def measure_attention(
 ) -> tuple[Table, Table, dict[str, int]]:
     """AP {attention or another map: {region: AP}}, Dice {attention: {region: Dice}}, heads {region: number}.
 
-    The threshold for Dice is the best on validation images with masks. Arguments: see `report`. Raises
-    CannotMeasure without masks.
+    The threshold for Dice is the best on validation images. Raises CannotMeasure without masks.
     """
     val, test = (select(splits[split], splits[split].has_masks) for split in ("val", "test"))
     for split, data in {"test": test, "validation": val}.items():

@@ -83,12 +83,11 @@ def load_all(paths: list[Path], flags: list[str], device: str) -> tuple[dict[Pat
     return loaded, splits, reference
 
 
-def measured_by(
-    config: Config, spec: DataSpec, model: nn.Module, splits: dict, reference: str | None, known: dict
-) -> dict:
+def measured_by(run: Loaded, splits: dict, reference: str | None, known: dict) -> dict:
     """Keyword arguments of `measure.report` for a run. known: keeps registered priors for the next run."""
+    config, model = run.config, run.model
     if config.task == "classify":
-        return {"layer": config.span_layer, "multiclass": spec.multiclass, "rule": lrp_rule(config)}
+        return {"layer": config.span_layer, "multiclass": run.spec.multiclass, "rule": lrp_rule(config)}
 
     def priors(images: Tensor) -> dict:
         settings = config.prior_blur, config.align, model.grid(images)
@@ -120,15 +119,13 @@ def images_to_show(config: Config, splits: dict[str, Data], n: int) -> Data:
     return select(test, torch.cat([order[: n - n // 3], order[len(order) - n // 3 :]]))
 
 
-def maps_of(
-    config: Config, spec: DataSpec, model: nn.Module, images: Tensor, heads: dict[str, int], rule: dict
-) -> dict[str, Tensor]:
+def maps_of(run: Loaded, images: Tensor, heads: dict[str, int], rule: dict) -> dict[str, Tensor]:
     """What a run looks at in images (M, C, S, S) uint8, {title: (M, h, w)}: a classifier's heatmaps by an LRP
     rule, in units of their mean size; or the attention of heads {region: number}, of all if none is named.
     """
-    if config.task != "classify":
-        return heads_of(model, config.span_layer, images, heads, others=not heads)
-    R = relevance_of(model, images, spec.multiclass, rule).sum(dim=1)
+    if run.config.task != "classify":
+        return heads_of(run.model, run.config.span_layer, images, heads, others=not heads)
+    R = relevance_of(run.model, images, run.spec.multiclass, rule).sum(dim=1)
     return {"relevance": R / R.abs().mean(dim=(1, 2), keepdim=True).clamp_min(1e-30)}
 
 
@@ -182,7 +179,8 @@ def finish(
         held_out = related(model, splits["test"].images, config.patch_size, config.mega_patches > 0)
     if config.task == "pretrain":
         model, picture = pretrained(model), "attention.png"
-    measured = report(model, splits, QUICK, **measured_by(config, spec, model, splits, reference, {}))
+    run = Loaded(config, spec, model, history, config.out)
+    measured = report(model, splits, QUICK, **measured_by(run, splits, reference, {}))
     print_tables({"": measured})
     metrics = {name: value for name, value in history[-1].items() if name != "epoch"}
     metrics |= held_out | measured.metrics
@@ -192,7 +190,7 @@ def finish(
             metrics["mask_dice"] = mask_dice(masks, train)
     write_file(config.out / "metrics.json", {k: v for k, v in metrics.items() if math.isfinite(v)})
     shown = images_to_show(config, splits, 6)
-    maps = maps_of(config, spec, model, shown.images, measured.heads, lrp_rule(config))
+    maps = maps_of(run, shown.images, measured.heads, lrp_rule(config))
     if config.task == "classify":
         maps = {f"relevance for\n{explained_class(spec.classes, spec.multiclass)}": maps["relevance"]}
     draw_maps(config.out / picture, shown, maps, signed=config.task == "classify")
@@ -215,13 +213,14 @@ def looks_of(loaded: dict[str, Loaded], splits: dict, reports: dict) -> tuple[Da
     which = f"{config.data} at {config.img_size} px: {len(index)} of {n} {split} images"
     which += " with masks" if data.has_masks.any() else ""
     which += f", the first {each} and those that each model is worst at" if len(index) < n else ""
-    for name, (config, spec, model, *_) in loaded.items():
+    for name, run in loaded.items():
+        config, spec, model, *_ = run
         score, values = scores[name][0], [scores[name][1][i] for i in sorted(index)]
         encoder, said, title = model, [], name
         if config.task == "classify":
             encoder, title = model.encoder, f"{name}, attention"
             said = decisions(model, shown.images, spec.multiclass, spec.classes)
-            maps = maps_of(config, spec, model, shown.images, {}, lrp_rule(config))
+            maps = maps_of(run, shown.images, {}, lrp_rule(config))
             looks[name] = Looks(maps, explained_class(spec.classes, spec.multiclass), said, score, values)
         if config.task == "pretrain" or has_attention(encoder, config.baseline):
             maps = heads_of(encoder, config.span_layer, shown.images, reports[name].heads, others=True)

@@ -23,6 +23,7 @@ FONT = (  # digits 0 to 9, 5 rows of 4
     "1001 1001 1111 0001 0001|1111 1000 1110 0001 1110|0110 1000 1110 1001 0110|1111 0001 0010 0100 0100|"
     "0110 1001 0110 1001 0110|0110 1001 0111 0001 0110"
 ).split("|")
+FONT = [np.array([list(row) for row in digit.split()]) == "1" for digit in FONT]  # (5, 4) bool each
 DIGITS = dict(two=FONT[2], five=FONT[5], seven=FONT[7])
 SYMBOLS = ["disc", "square", "triangle", "ring", "stripes", "checks", "dots", *DIGITS]
 SHAPES = ["disc", "square", "triangle", "ring", "cross"]
@@ -30,17 +31,12 @@ HELD_OUT = {"val": 20, "test": 100}  # images per class
 Drawn = tuple[np.ndarray, np.ndarray]  # image (S, S, 3) or grey (S, S) in [0, 1], and its mask (S, S) bool
 
 
-def bits(digit: str) -> np.ndarray:
-    """(5, 4) bool: the pixels of a digit of FONT."""
-    return np.array([[int(bit) for bit in row] for row in digit.split()], bool)
-
-
 def symbol(kind: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """(S, S) bool: the pixels of a symbol of class `kind`, in coordinates u (right), v (down) of [-1, 1]."""
     radius, inside = np.hypot(u, v), (abs(u) < 1) & (abs(v) < 1)
     if kind in DIGITS:
         row, column = ((v + 1) * 2.5).astype(int).clip(0, 4), ((u + 1) * 2).astype(int).clip(0, 3)
-        return inside & bits(DIGITS[kind])[row, column]
+        return inside & DIGITS[kind][row, column]
     return {
         "disc": radius < 1,
         "square": inside & (abs(u) < 0.85) & (abs(v) < 0.85),
@@ -109,7 +105,7 @@ def draw_scene(kind: str, size: int, rng: np.random.Generator, grounds: bool = F
 
 def draw_digit(digit: int, size: int, rng: np.random.Generator) -> Drawn:
     """A digit of 8 x 8 px, enlarged and pasted on noise, in grey; the mask is of the square."""
-    ink = np.pad(bits(FONT[digit]) * rng.uniform(0.6, 1, (5, 4)), ((2, 1), (2, 2)))  # (8, 8)
+    ink = np.pad(FONT[digit] * rng.uniform(0.6, 1, (5, 4)), ((2, 1), (2, 2)))  # (8, 8)
     scan = Image.fromarray((255 * ink).astype(np.uint8))
     shear, turn = rng.uniform(-0.2, 0.2, 2)
     affine = 1, shear, -4 * shear, turn, 1, -4 * turn

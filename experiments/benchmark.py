@@ -111,8 +111,6 @@ def dino_steps(flags: str, shape: tuple[int, ...], device: str) -> tuple[Callabl
         with torch.autocast(index.device.type, torch.bfloat16, enabled=config.amp):
             return model(views, temp, config.span_layer)[0], {}
 
-    ours = partial(train_step, config, model, losses, optimizer, index, generator, 0, 100)
-
     def released() -> float:
         student = other.student_head(torch.cat([other.student(x, layer=None).pooled for x in views]))
         with torch.no_grad():
@@ -133,7 +131,7 @@ def dino_steps(flags: str, shape: tuple[int, ...], device: str) -> tuple[Callabl
                     q.mul_(config.momentum).add_((1 - config.momentum) * p)
         return loss.item()
 
-    return ours, released
+    return partial(train_step, config, model, losses, optimizer, index, generator, 0, 100), released
 
 
 def images_a_second(processes: int) -> float:

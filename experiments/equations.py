@@ -108,7 +108,6 @@ def page() -> str:
     for file, checked in TESTS.items():
         source = (ROOT / file).read_text()
         tree, place = ast.parse(source), places(source)
-        title = ast.get_docstring(tree).splitlines()[0]
         tests = {n: test for of, test in checked.items() for n in of.split()}
         rows = ["| no. | equation | computed by | checked by |", "| ---: | --- | --- | --- |"]
         found = formulas(ast.get_docstring(tree, clean=False))
@@ -119,7 +118,7 @@ def page() -> str:
             rows.append(f"| {n} | `{formula}` | [`{name}`](../{file}#L{line}) | `{of}::{tests.pop(n)}` |")
         if tests:
             raise KeyError(f"{file} has no equation {', '.join(tests)}")
-        parts.append(f"## {file}\n\n{title}\n\n" + "\n".join(rows) + "\n")
+        parts.append(f"## {file}\n\n{ast.get_docstring(tree).splitlines()[0]}\n\n" + "\n".join(rows) + "\n")
     return "\n".join(parts)
 
 

@@ -32,9 +32,8 @@ SCALES = (50, 70, 85, 100, 120, 140, 170)  # percent of the true width and heigh
 def wrong(masks: Tensor, shift: float, scale: float) -> Tensor:
     """Masks (R, H, W) bool, each scaled about its own centre and moved right by a fraction of a side."""
     (R, H, W), (y, x) = masks.shape, (2 * (torch.arange(n) + 0.5) / n - 1 for n in masks.shape[1:])
-    area = masks.sum(dim=(1, 2)).clamp(min=1)
     centre = torch.stack([(masks.sum(dim=1) * x).sum(dim=1), (masks.sum(dim=2) * y).sum(dim=1)], dim=1)
-    centre = centre / area[:, None]  # (R, 2)
+    centre = centre / masks.sum(dim=(1, 2)).clamp(min=1)[:, None]  # (R, 2)
     offset = centre - (centre + torch.tensor([2 * shift, 0.0])) / scale
     theta = torch.cat([torch.eye(2).expand(R, 2, 2) / scale, offset[:, :, None]], dim=2)
     points = F.affine_grid(theta, [R, 1, H, W], align_corners=False)
