@@ -61,12 +61,9 @@ def shifted(x: Tensor, m: Tensor | None, most: float, generator: Generator) -> t
     if not most:
         return x, m
     moves = (2 * torch.rand(len(x), 2, generator=generator) - 1) * most * torch.tensor(x.shape[2:])
-    down, right = moves.round().long().T[:, :, None]  # pixels, (B, 1)
-    H, W = x.shape[2:]
-    rows, cols = (torch.arange(H) - down) % H, (torch.arange(W) - right) % W  # (B, H), (B, W)
-    index = (rows[:, :, None] * W + cols[:, None]).flatten(1)[:, None].to(x.device)  # (B, 1, H * W)
-    x = x.flatten(2).gather(2, index.expand(-1, x.shape[1], -1)).view_as(x)
-    return x, None if m is None else m.flatten(2).gather(2, index).view_as(m)
+    pixels = moves.round().int().tolist()  # down and to the right, (B, 2)
+    x = torch.stack([image.roll(by, (1, 2)) for image, by in zip(x, pixels)])
+    return x, None if m is None else torch.stack([mask.roll(by, (1, 2)) for mask, by in zip(m, pixels)])
 
 
 def explained_target(
@@ -78,7 +75,6 @@ def explained_target(
     the class that the model holds least likely. A finding's logit is its log-odds already; so of findings one
     is drawn, for "label" among the present ones if there are any.
     """
-    K = labels.shape[1]
     if multiclass and explain == "selective":
         return lambda logits: log_odds(logits, logits.argmin(dim=1))
     wanted = torch.ones(labels.shape)
@@ -86,7 +82,7 @@ def explained_target(
         present = (labels == 1).float().cpu()
         wanted = torch.where(present.any(dim=1, keepdim=True), present, wanted)
     chosen = torch.multinomial(wanted, 1, generator=generator)[:, 0]
-    return F.one_hot(chosen, K).float().to(labels.device)
+    return F.one_hot(chosen, labels.shape[1]).float().to(labels.device)
 
 
 def supervised_layers(encoder: nn.Module, which: str = "all") -> list[nn.Module]:

@@ -58,5 +58,4 @@ def taken_at(hospital: str, images: Tensor, masks: Tensor, seed: int) -> tuple[T
 def mixed(present: Tensor, images: Tensor, masks: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """Images and masks from hospital A where present (n,), and from hospital B elsewhere; as `taken_at`."""
     at_a, at_b = (taken_at(hospital, images, masks, seed) for hospital in "AB")
-    images, masks = (torch.where(present[:, None, None, None], a, b) for a, b in zip(at_a, at_b))
-    return images, masks
+    return tuple(torch.where(present[:, None, None, None], a, b) for a, b in zip(at_a, at_b))

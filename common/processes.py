@@ -63,9 +63,7 @@ def average_gradients(model: nn.Module) -> None:
     if not dist.is_initialized():
         return
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    means = over_processes(torch.cat([g.flatten() for g in gradients]))
-    for g, mean in zip(gradients, means.split([g.numel() for g in gradients])):
-        g.copy_(mean.view_as(g))
+    nn.utils.vector_to_parameters(over_processes(nn.utils.parameters_to_vector(gradients)), gradients)
 
 
 def from_first(values: Any) -> Any:

@@ -205,8 +205,7 @@ def export_masks(out: Path, data: str, encoder: nn.Module, masses: dict, splits:
     written = [splits[split] for split in (["train"] if drawn else SPLITS) if splits[split].names]
     by_stem([] if drawn else [name for split in written for name in split.names])
     for split in written:
-        masks = attention_masks(encoder, masses, split.images, layer)  # (M, R, S, S)
-        for name, of_image in zip(split.names, masks):
+        for name, of_image in zip(split.names, attention_masks(encoder, masses, split.images, layer)):
             size = of_image.shape[1:] if drawn else image_size(data, name)
             for region, mask in zip(masses, of_image):
                 write_mask((out / region / name).with_suffix(".png"), mask, size)
