@@ -17,7 +17,8 @@ falls where scores deviate too little, by s: P_t has an entropy of about log K -
     tau_t   = min(tau_t, s / sqrt(2 w (1 - e) log K)),  so that mean h(P_t) / log K <~ 1 - w (1 - e)     (6)
     w       = 2 - KL / (2 f log K), from 0 to 1: with a large KL both would harm the features            (7)
 
-Beside (6), c moves by w of the way to the mean of each batch: a low tau_t makes one prototype of c's lag.
+Where (6) acts, c first moves by w of the way to the batch's mean, then by (4): a c that lags behind adds the
+same to the scores of all images, of which a low tau_t would make one prototype.
 
 `CollapseMonitor` follows the entropy h(P_t) of the teacher's outputs (in a collapse near log K if centring
 won, low if sharpening did), the KL divergence of P_t from the mean P_t (how much an output says about its
@@ -88,7 +89,7 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def move_center(self, teacher: Tensor, by: float | Tensor) -> None:
-        """Equation (4), by = 1 - m, for scores (2, B, K)."""
+        """c moves by a fraction of the way to the mean of scores (2, B, K): equation (4) with 1 - m."""
         mean = over_processes(teacher.mean(dim=(0, 1))[None].to(self.center))  # (1, K)
         self.center.lerp_(mean, by)
 
@@ -191,7 +192,7 @@ class DINO(nn.Module):
 
     It may ignore both arguments, as a ResNet does. The sizes are for thousands of images; for millions the
     paper has out_dim 65536, hidden_dim 2048, bottleneck_dim 256. koleo: a weight of (5) beside w;
-    max_entropy: e of (6).
+    max_entropy: e of (6), which also moves c.
     """
 
     def __init__(

@@ -53,7 +53,7 @@ encoder = ViT(img_size=64, patch_size=8, in_chans=1, embed_dim=96, depth=4, num_
 dino = DINO(encoder, embed_dim=96, koleo=0.1, max_entropy=0.8)
 optimizer = AdamW([p for p in dino.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.04)
 for step in range(STEPS):
-    index = torch.randint(len(images), (64,), generator=generator)
+    index = torch.randint(len(images), (48,), generator=generator)
     views, thetas = multi_crop(images[index] / 255, generator, size=64)
     views = [2 * v - 1 for v in views]
     loss, features = dino(views, teacher_temp=0.02)
@@ -117,7 +117,7 @@ def train(model: nn.Module, steps: int, c1: float = 0, c2: float = 0) -> nn.Modu
 
 
 first = Classifier()
-plain = train(copy.deepcopy(first), 900)
+plain = train(copy.deepcopy(first), 600)
 some = x[:200]
 R, _ = relevance(plain, some, torch.ones(len(some), 1), **RULE)
 blind = train(first, 900, *relevance_range(R.abs().sum(dim=(1, 2, 3))))

@@ -61,7 +61,7 @@ class Config:
     seed: int = flag(0, "random seed of data, weights and views", within=(0, 2**32 - 1))
     device: str = flag("auto", "auto (cuda if there is one, else cpu), cpu, cuda, mps")
     data: str = flag("phantom", "phantom (X-rays), parts (plates), or a folder", "--data-path", group="data")
-    train_images: int = flag(None, "training images to draw", within=COUNT, needs="data=phantom|parts")
+    train_images: int = flag(None, "training images to draw", within=COUNT)
     img_size: int = flag(64, "pixels a side that images are resized to", within=COUNT)
     findings: tuple[str, ...] = flag(None, "to classify, or all (default: phantom one, else all)", nargs="+",
         needs="task=classify")
@@ -129,7 +129,7 @@ class Config:
     init: Path = flag(None, "a run, or a file of published ViT weights, to start from in its sizes")
     patch_size: int = flag(8, "pixels a side of a patch", within=COUNT)
     embed_dim: int = flag(None, "width; of the ResNet, in its last stage", within=COUNT)
-    depth: int = flag(None, "blocks of the ViT", within=COUNT, needs="backbone=vit")
+    depth: int = flag(None, "blocks of the ViT", within=COUNT)
     num_heads: int = flag(None, "attention heads; each prior takes one", within=COUNT)
     registers: int = flag(0, "register tokens of the ViT", within=(0, 1000), needs="backbone=vit")
     drop_path: float = flag(0.0, "stochastic depth of the last block", "--drop-path-rate",

@@ -24,7 +24,7 @@ BLIND = "--isnet 0.3"  # with swapped backgrounds; chosen on seed 10
 BASELINES = ["multitask --baseline-weight 100", "gain --baseline-weight 10", "rrr --baseline-weight 1"]
 BASELINES += ["gated", "pipeline", "swap"]  # weights chosen on seed 10
 LABELS = "--task classify --backbone"
-PLATES = "--data parts --lr 5e-4 --teacher-temp 0.01 --global-scale 0.7 1 --keep-going"
+PLATES = "--data parts --lr 5e-4 --teacher-temp 0.01 --global-scale 0.7 1 --keep-going"  # suits DINO alone
 LOSSES = {"steady": "", "published": "--koleo 0 --max-entropy 1"}  # DINO's
 REMEDIES = {  # of experiments/remedies.py
     "always": "", "koleo": "--max-entropy 1", "sinkhorn": LOSSES["published"],

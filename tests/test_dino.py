@@ -131,6 +131,9 @@ def test_near_collapse_koleo_is_added_the_centre_follows_and_the_temperature_fal
     assert float(temperature) == pytest.approx(
         min(0.4, (spread / (0.4 * max(w, 1e-9) * math.log(16))) ** 0.5)
     )
+    center = with_ceiling.loss.center.clone()
+    with_ceiling.eval()(views, 0.4)
+    assert torch.equal(with_ceiling.loss.center, center)
 
 
 # Collapse
@@ -174,7 +177,10 @@ def test_a_few_bad_steps_are_not_a_collapse_but_many_are_named_with_a_remedy():
 def test_training_provokes_both_kinds_of_collapse_unless_the_entropy_has_a_ceiling(
     kind, teacher_temp, momentum, max_entropy
 ):
-    """Without sharpening the outputs become uniform; without centring one prototype wins (their Figure 7)."""
+    """Without sharpening the outputs become uniform; without centring one prototype wins (their Figure 7).
+
+    With a ceiling on the entropy neither happens.
+    """
     dino = small_dino(momentum)
     dino.health, dino.max_entropy = CollapseMonitor(16, patience=20), max_entropy
     optimizer = torch.optim.AdamW([p for p in dino.parameters() if p.requires_grad], lr=3e-3)

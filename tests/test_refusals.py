@@ -25,11 +25,13 @@ from vit import ViT
 TWO, MASK = torch.ones(1, 2, 4), torch.ones(2, 1, 8, 8)
 FLAT, IMAGES, TARGET = nn.Flatten(), torch.rand(4, 1, 3, 3), torch.tensor([0, 1, 2, 0])
 pytestmark = pytest.mark.usefixtures("few_test_images")
-PUBLISHED = "CLS, or SimPool with 1 head, gamma 1.25, no registers"
 
 
 def stamped(size: int, kind: str, masks: torch.Tensor | None = None):
     return stamp(torch.zeros(2, 1, size, size, dtype=torch.uint8), torch.ones(2) > 0, kind, masks)
+
+
+PUBLISHED = "CLS, or SimPool with 1 head, gamma 1.25, no registers"
 
 
 def written(registers: int, pool: nn.Module):
@@ -94,7 +96,6 @@ SETTINGS = {
     f"--embed-dim 25 {FEW}": "embed_dim 25 is not a multiple of num_heads 6",
     "--device abacus": "--device abacus is unknown: choose auto, cpu, cuda or mps",
     f"--sample nobody {FEW}": "`nobody` is not drawn",
-    f"--data nowhere {FEW}": "--train-images does nothing without --data phantom or parts",
     "--data nowhere": "nowhere is not a folder; expected images/",
     "--prior nowhere.npy": "nowhere.npy is not sample, masks, statistics, none, or a .npy file",
     "--pool simpool --simpool-gamma 0": "--simpool-gamma 0.0: it must lie between 0.1 and 10",

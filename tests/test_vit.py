@@ -39,6 +39,7 @@ def test_the_returned_row_is_the_cls_row_of_the_full_map_in_every_block(layer):
     maps = vit.attention_maps(IMAGES)
     torch.testing.assert_close(vit(IMAGES, layer=layer).attention, maps[:, layer, :, 0, 1:])
     torch.testing.assert_close(maps.sum(dim=-1), torch.ones(2, 3, 3, 17))
+    assert small(registers=2)(IMAGES, layer=layer).attention.shape == (2, 3, 16)  # of patches alone
 
 
 def test_returning_attention_changes_neither_features_nor_their_gradient_and_has_one_of_its_own():
