@@ -11,14 +11,13 @@ teacher's distribution over K prototypes; the teacher's weights are a moving ave
 Centring (c) and sharpening (small tau_t) balance each other. Without balance all images get the same output:
 collapse, which the loss does not show. Small data provoke it. Two additions, off in DINO as published,
 work against it. KoLeo (arXiv 1806.03198, used by DINOv2) keeps the features z of a batch apart, and tau_t
-falls where scores deviate too little, by s: P_t has an entropy of about log K - (s / tau_t)^2 / 2.
+falls where scores deviate too little, by s: P_t has an entropy of about log K - (s / tau_t)^2 / 2. A c that
+lags behind adds the same to the scores of all images, of which a low tau_t would make one prototype, so (8).
 
     L_KoLeo = -mean_i log min_(j != i) |z_i - z_j|,  |z| = 1,  weighted by w                             (5)
     tau_t   = min(tau_t, s / sqrt(2 w (1 - e) log K)),  so that mean h(P_t) / log K <~ 1 - w (1 - e)     (6)
     w       = 2 - KL / (2 f log K), from 0 to 1: with a large KL both would harm the features            (7)
-
-Where (6) acts, c first moves by w of the way to the batch's mean, then by (4): a c that lags behind adds the
-same to the scores of all images, of which a low tau_t would make one prototype.
+    c       <- c + w (mean_i g_t(x_i) - c)  in each step before (1) and (6), if e < 1                    (8)
 
 `CollapseMonitor` follows the entropy h(P_t) of the teacher's outputs (in a collapse near log K if centring
 won, low if sharpening did), the KL divergence of P_t from the mean P_t (how much an output says about its
@@ -89,9 +88,8 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def move_center(self, teacher: Tensor, by: float | Tensor) -> None:
-        """c moves by a fraction of the way to the mean of scores (2, B, K): equation (4) with 1 - m."""
-        mean = over_processes(teacher.mean(dim=(0, 1))[None].to(self.center))  # (1, K)
-        self.center.lerp_(mean, by)
+        """c moves by a fraction of the way to the mean of scores (2, B, K): 1 - m in (4), w in (8)."""
+        self.center.lerp_(over_processes(teacher.mean(dim=(0, 1))[None].to(self.center)), by)
 
     @torch.no_grad()
     def temperature(self, teacher: Tensor, highest: float, max_entropy: float, w: Tensor) -> Tensor | float:
@@ -192,7 +190,7 @@ class DINO(nn.Module):
 
     It may ignore both arguments, as a ResNet does. The sizes are for thousands of images; for millions the
     paper has out_dim 65536, hidden_dim 2048, bottleneck_dim 256. koleo: a weight of (5) beside w;
-    max_entropy: e of (6), which also moves c.
+    max_entropy: e of (6) and (8).
     """
 
     def __init__(
