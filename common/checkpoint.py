@@ -176,7 +176,9 @@ def resumed(config: Config, typed: set[str]) -> Run:
     return run._replace(config=as_config(saved | changed))
 
 
-def restore(checkpoint: dict, model: nn.Module, optimizer: Optimizer, generator: Generator) -> tuple:
+def restore(
+    checkpoint: dict, model: nn.Module, optimizer: Optimizer, generator: Generator
+) -> tuple[list[dict], tuple | None]:
     """Put everything back as `save` found it; returns the history and what is begun. Raises Damaged."""
     try:
         model.load_state_dict(checkpoint["model"])

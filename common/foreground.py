@@ -98,7 +98,10 @@ def registered_masks(images: Tensor, prior: tuple, most: int = 1) -> Tensor:
 
 
 def masks_of_run(folder: Path, data: str, images: Tensor) -> Tensor:
-    """The union (M, 1, H, W) bool of a run's masks of images (M, C, H, W) uint8. Raises ValueError."""
+    """The union (M, 1, H, W) bool of the masks of a run's guided heads, for images (M, C, H, W) uint8.
+
+    Raises ValueError.
+    """
     run, masses = load_run(folder), read_masses(folder)
     if images.shape[1] != run.spec.channels:
         counts = f"{run.spec.channels} channels, these images have {images.shape[1]}"

@@ -49,7 +49,10 @@ def features_of(encoder: nn.Module, images: Tensor, heads: bool = False) -> Tens
 
 
 def knn_scores(x: Tensor, labels: Tensor, queries: Tensor, k: int = 20, temperature: float = 0.07) -> Tensor:
-    """Votes (M, K) in [0, 1] for queries (M, D) of features x (N, D) with known labels (N, K), or NaN."""
+    """Weighted votes (M, K) in [0, 1] for queries (M, D), by features x (N, D) with labels (N, K).
+
+    Only images whose label is known vote on a finding; NaN if there is none.
+    """
     similarity = F.normalize(queries, dim=1) @ F.normalize(x, dim=1).T  # (M, N)
     votes = torch.full((len(queries), labels.shape[1]), torch.nan, dtype=similarity.dtype)
     patterns, group = (~labels.isnan()).T.unique(dim=0, return_inverse=True)  # (G, N), (K,)
@@ -112,7 +115,9 @@ def best_layer(x: dict[str, Tensor], splits: dict[str, Data], index: Tensor) -> 
     return best
 
 
-def finetuned_scores(encoder: nn.Module, splits: dict, x: dict, index: Tensor, seed: int) -> Tensor:
+def finetuned_scores(
+    encoder: nn.Module, splits: dict[str, Data], x: dict[str, Tensor], index: Tensor, seed: int
+) -> Tensor:
     """Logits (M, K) of test images, after a copy of the encoder was fine-tuned on training images (n,).
 
     Starts from `best_layer`, since a random one would distort the features (Kumar et al. 2022, arXiv

@@ -45,15 +45,21 @@ def data_of(config: Config) -> dict:
 
 
 def weights_config(file: Path, flags: list[str], run: Config | None = None) -> Config:
-    """The settings of a file's encoder, and of the data: a run's, if there is one; flags of train.py win."""
+    """The settings of the encoder in a file of weights, and of the data to measure it on.
+
+    These are those of a run, if there is one; flags, as for train.py, win.
+    """
     config, typed = parse([*flags, "--init", str(file), "--prior", "none"])
     shared = {"data", "img_size", "sample", "seed", "train_images"} - typed if run else ()
     return replace(config, **{name: getattr(run, name) for name in shared})
 
 
-def load_all(paths: list[Path], flags: list[str], device: str) -> tuple[dict[Path, Loaded], dict, str | None]:
-    """Runs and files of weights (flags: as in `weights_config`), the splits that all of them share, and the
-    reference image's name. Raises ValueError if the runs have different data.
+def load_all(
+    paths: list[Path], flags: list[str], device: str
+) -> tuple[dict[Path, Loaded], dict[str, Data], str | None]:
+    """Runs and files of weights, the splits that all of them share, and the reference image's name.
+
+    flags: as in `weights_config`. Raises ValueError if the runs have different data.
     """
     runs = {path: load_run(path) for path in paths if not path.is_file()}
     shared = next((run.config for run in runs.values()), None)
@@ -198,8 +204,13 @@ def finish(
     print(f"wrote {config.out}/{picture}, curves.png, metrics.json, last.pt")
 
 
-def looks_of(loaded: dict[str, Loaded], splits: dict, reports: dict) -> tuple[Data, str, dict[str, Looks]]:
-    """The first test images and those that each run is worst at, words that say so, what each run sees."""
+def looks_of(
+    loaded: dict[str, Loaded], splits: dict[str, Data], reports: dict
+) -> tuple[Data, str, dict[str, Looks]]:
+    """Images for the page, words that say which, and what each run sees in them.
+
+    The images are the first test images, and those that each run is worst at.
+    """
     (split, data), scores, looks = worth_showing(splits), {}, {}
     for name, (config, spec, model, *_) in loaded.items():
         multiclass = spec.multiclass if config.task == "classify" else None

@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-FONT = (  # digits 0 to 9, 5 rows of 4
+ROWS = (  # of digits 0 to 9, 5 rows of 4
     "0110 1001 1001 1001 0110|0010 0110 0010 0010 0111|0110 1001 0010 0100 1111|1110 0001 0110 0001 1110|"
     "1001 1001 1111 0001 0001|1111 1000 1110 0001 1110|0110 1000 1110 1001 0110|1111 0001 0010 0100 0100|"
     "0110 1001 0110 1001 0110|0110 1001 0111 0001 0110"
 ).split("|")
-FONT = [np.array([list(row) for row in digit.split()]) == "1" for digit in FONT]  # (5, 4) bool each
+FONT = [np.array([list(row) for row in digit.split()]) == "1" for digit in ROWS]  # (5, 4) bool each
 DIGITS = dict(two=FONT[2], five=FONT[5], seven=FONT[7])
 SYMBOLS = ["disc", "square", "triangle", "ring", "stripes", "checks", "dots", *DIGITS]
 SHAPES = ["disc", "square", "triangle", "ring", "cross"]
