@@ -30,7 +30,7 @@ from common.config import KEYWORDS, PER_CALL, PLACES, Config, as_config, as_json
 from common.data import Data
 from common.weights import reason
 
-FORMAT = 7  # of last.pt: what it holds, and what its settings mean
+FORMAT = 8  # of last.pt: what it holds, and what its settings mean
 WRITTEN = "last.pt metrics.jsonl metrics.json attention_mass.json masks.pt report.html".split()
 WRITTEN += [f"{name}.png" for name in "attention heatmaps curves compare compare_curves low_data".split()]
 
