@@ -6,7 +6,7 @@
     python evaluate.py dino_deitsmall16_pretrain.pth --data my_folder --img-size 224
 
 `common/measure.py` says what is measured. Metrics join each run's metrics.json; pictures go to the first
-run's folder.
+run's folder, in place of older ones.
 """
 
 import argparse
@@ -119,10 +119,10 @@ def draw_pictures(run: Path, flags: list[str], paths: list[Path], device: str) -
     else:
         config, spec, _ = found = load_run(run)
         model, out = load_model(run, found), run / "looks"
-    loaded, failed, folders = Loaded(config, spec, model.to(device), [], run), [], set()
-    for path in paths:
-        name = path.name if path.name not in folders else f"{len(folders)}_{path.name}"  # a/1.png and b/1.png
-        folders.add(name)
+    loaded, failed = Loaded(config, spec, model.to(device), [], run), []
+    alike = len({path.name for path in paths}) < len(paths)  # a/1.png and b/1.png
+    for i, path in enumerate(paths, 1):
+        name = f"{i}_{path.name}" if alike else path.name
         try:
             written = draw_picture(loaded, path, out / name)
             print(f"{path}: {written} file(s) in {out / name}" if written else f"{path}: the pooling is even")

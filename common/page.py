@@ -9,7 +9,9 @@ import json
 import math
 import re
 from io import BytesIO
+from itertools import zip_longest
 from pathlib import Path
+from textwrap import wrap
 from typing import NamedTuple
 
 import matplotlib
@@ -47,10 +49,12 @@ def side_by_side(reports: dict[str, Report]) -> dict[str, tuple[list[str], list[
 def print_tables(reports: dict[str, Report]) -> None:
     """Print the tables and notes of runs {name: Report}."""
     for header, rows in side_by_side(reports).values():
-        widths = [max(map(len, column)) for column in zip(header, *rows)]
+        titles = [[line for part in title.split(": ") for line in wrap(part, 15)] for title in header]
+        rows = [*zip_longest(*titles, fillvalue=""), *rows]
+        widths = [max(7, *map(len, column)) for column in zip(*rows)]
         print()
-        for name, *cells in [header, *rows]:
-            print(f"{name:{widths[0]}}" + "".join(f"  {c:>{max(7, w)}}" for c, w in zip(cells, widths[1:])))
+        for name, *cells in rows:
+            print(f"{name:{widths[0]}}" + "".join(f"  {c:>{w}}" for c, w in zip(cells, widths[1:])))
     print()
     for run, note in ((run, note) for run, found in reports.items() for note in found.notes):
         print(f"{run}: {note}" if len(reports) > 1 else note)
