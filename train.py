@@ -38,7 +38,7 @@ from common.data import Data, normalise, prepared, rows_at, to_device
 from common.foreground import are_made, check_foreground, foreground, keep_masks, kept_masks
 from common.models import build_model, decayed, lrp_rule, make_encoder
 from common.processes import average_gradients, command_to_resume, fail, from_first, join, rank, remedy_for
-from common.processes import stop_requests
+from common.processes import share_batch_norms, stop_requests
 from common.regions import priors_over
 from common.runs import data_of, finish, keep_masses
 from common.splits import load
@@ -222,6 +222,7 @@ def train(
     if processes > 1:
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, src=0)
+        share_batch_norms(model)
     batch = min(config.batch_size, len(images)) // processes * processes
     steps = len(images) // batch
     total, terminal = steps * config.epochs, sys.stderr.isatty() and not rank()

@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd import Function
 
 from common.checks import check_device
 from dino import Collapse, over_processes
@@ -64,6 +65,54 @@ def average_gradients(model: nn.Module) -> None:
         return
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     nn.utils.vector_to_parameters(over_processes(nn.utils.parameters_to_vector(gradients)), gradients)
+
+
+class _AllRows(Function):
+    """Rows (B, ...) of each of P processes -> all of them (P B, ...); its derivative is the next function."""
+
+    @staticmethod
+    def forward(ctx, own: Tensor) -> Tensor:
+        parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, own.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return _OwnRows.apply(gradient)
+
+
+class _OwnRows(Function):
+    """The sum over P processes of rows (P B, ...), of which each keeps its own (B, ...)."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor) -> Tensor:
+        dist.all_reduce(rows := rows.clone())
+        return rows.chunk(dist.get_world_size())[rank()]
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return _AllRows.apply(gradient)
+
+
+def share_batch_norms(model: nn.Module) -> None:
+    """Let each BatchNorm normalise by the images of all processes in training, as SyncBatchNorm does.
+
+    PyTorch's runs on GPUs only, and LRP has no rule for it: this one is `batch_norm` of more images.
+    """
+
+    def all_images(module: nn.Module, images: tuple[Tensor]) -> Tensor | None:
+        if module.training:
+            parts = list(_AllRows.apply(images[0]).chunk(dist.get_world_size()))
+            parts[rank()] = images[0]  # for LRP, only these depend on its input
+            return torch.cat(parts)
+
+    def own_images(module: nn.Module, images: tuple[Tensor], output: Tensor) -> Tensor | None:
+        return output.chunk(dist.get_world_size())[rank()] if module.training else None
+
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.register_forward_pre_hook(all_images)
+            module.register_forward_hook(own_images)
 
 
 def from_first(values: Any) -> Any:

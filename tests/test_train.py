@@ -250,9 +250,10 @@ def test_bfloat16_learns_nearly_the_same(words, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_does(tmp_path):
-    """With the same batches and nothing random: losses and weights of an ISNet ViT, up to rounding."""
-    words = "--backbone vit --isnet 1 --swap 0 --shift 0 --epochs 1"
+@pytest.mark.parametrize("backbone", ["vit", "resnet"])
+def test_two_processes_train_as_one_does(backbone, tmp_path):
+    """With the same batches and nothing random: losses and weights of an ISNet, up to rounding."""
+    words = f"--backbone {backbone} --isnet 1 --swap 0 --shift 0 --epochs 1"
     trained(tmp_path / "one", words, SMALL)
     command = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2 train.py".split()]
     argv = *command, *SMALL, *words.split(), "--out", str(tmp_path / "two")
