@@ -15,19 +15,6 @@ SHORTCUT = {
     "pipeline_attention": "segmenter, then classifier, the same mask",
     "swap_attention": "backgrounds swapped, the same mask",
 }  # fmt: skip
-POOLINGS = [  # title, experiment, and what it is compared with
-    ("with labels: ViT, CLS, best head", "unmarked_vit", ""),
-    ("with labels: ViT, mean", "vit_gap_labels", "unmarked_vit"),
-    ("with labels: **ViT, SimPool**", "vit_simpool_labels", "unmarked_vit"),
-    ("with labels: ResNet, mean", "unmarked_resnet", ""),
-    ("with labels: **ResNet, SimPool**", "resnet_simpool_labels", "unmarked_resnet"),
-    ("DINO: ViT, CLS, best head", "vit_cls_dino", ""),
-    ("DINO: ViT, mean", "vit_gap_dino", "vit_cls_dino"),
-    ("DINO: **ViT, SimPool**", "vit_simpool_dino", "vit_cls_dino"),
-    ("DINO: **ViT, SimPool, guided by SPAN**", "vit_simpool_span", "vit_cls_dino"),
-    ("DINO: ResNet, mean", "resnet_gap_dino", ""),
-    ("DINO: **ResNet, SimPool**", "resnet_simpool_dino", "resnet_gap_dino"),
-]
 OBJECTS = {  # title: experiment, and the map that is measured
     "ViT, CLS: mean of its heads": ("vit_cls", "mean_of_heads"),
     "ViT, CLS: best head, chosen by masks": ("vit_cls", "best_head"),
@@ -44,19 +31,20 @@ FEW_LABELS = {
     "joint": "labels and relations together, patches shuffled",
     "ordered": "labels and relations together, patches in order",
     "tuned_relvit": "RelViT, then labels", "tuned_dino": "DINO, then labels",
-    "tuned_relvit_long": "RelViT 5 times as long, then labels", "pre_relvit": "RelViT itself",
+    "pre_relvit": "RelViT itself",
 }  # fmt: skip
 LOCALISATION = {  # title: experiment, and what is measured
-    "prior": ("span", "prior"),
-    "registered prior": ("span", "aligned_prior"),
-    "**attention, one reference image**": ("span", "attention"),
-    "attention, one reference image, defaults of today": ("phantom_span", "attention"),
-    "attention, all masks": ("masks", "attention"),
-    "DINO, best head chosen on validation images": ("dino", "attention"),
-    "60 epochs: attention, one reference image": ("long_span", "attention"),
+    "prior": ("long_span", "prior"),
+    "registered prior": ("long_span", "aligned_prior"),
+    "registered prior, at every pixel": ("long_span", "aligned_prior_every_pixel"),
+    "**60 epochs: attention, one reference image**": ("long_span", "attention"),
     "60 epochs: the same, not registered (as published)": ("long_published", "attention"),
     "60 epochs: DINO, best head chosen on validation images": ("dino_long", "attention"),
     "60 epochs: DINO, mean of all heads": ("dino_long", "mean_of_heads"),
+    "15 epochs: attention, one reference image": ("phantom_span", "attention"),
+    "15 epochs: the same, SimPool's heads": ("simpool_span", "attention"),
+    "15 epochs, DINO's loss as published: attention, one reference image": ("span", "attention"),
+    "15 epochs, DINO's loss as published: attention, all masks": ("masks", "attention"),
 }
 FEW_MASKS = {  # of digits and leaves
     "plain": "plain",
@@ -110,25 +98,24 @@ def of_guidance() -> Tables:
         Row("the same: **SPAN, priors from statistics**", "plates_span", of_features, "plates_dino"),
         Row("plates, SPAN's defaults", "plates_default", of_features),
     ]
-    ablation = [Row("settings of claim 1", "span", ["attention_mAP"])]
+    ablation = [Row("none", "span", ["attention_mAP"])]
     ablation += [Row(f"`{flag}`", run, ["attention_mAP"], "span") for run, flag in SPAN_CHANGES.items()]
     parts = [f"attention_{x}" for x in ("AP_plate", "AP_holes", "AP_defect", "mAP")]
-    plates = [Row("DINO", "parts_dino", parts), Row("**SPAN, priors from statistics**", "parts_span", parts)]
-    transfer: dict[str, list[Row]] = {"": [], "parts_": []}
+    plates = [Row("DINO", "plates_dino", parts)]
+    plates.append(Row("**SPAN, priors from statistics**", "plates_span", parts, "plates_dino"))
+    transfer = []
     for how, readout in READOUTS.items():
         figures = [f"{how}_mAUC{n}" for n in ("_1_percent", "_5_percent", "_10_percent", "_25_percent", "")]
-        for data, rows in transfer.items():
-            rows.append(Row(f"DINO: {readout}", f"{data}dino", figures))
-            rows.append(Row(f"**SPAN**: {readout}", f"{data}span", figures, f"{data}dino"))
+        transfer.append(Row(f"DINO: {readout}", "dino_long", figures))
+        transfer.append(Row(f"**SPAN**: {readout}", "long_span", figures, "dino_long"))
     labels = "mean AUC of findings; labels: | 1 % | 5 % | 10 % | 25 % | all"
     return {
         "localisation": ("pixel AP | left lung | right lung | heart | mAP", where),
         "lengths": ("1500 phantoms | k-NN, mAUC | linear layer, mAUC", lengths),
         "equal_length": ("60 epochs | k-NN, mAUC | linear layer, mAUC", equal),
         "ablation": ("one flag added | attention mAP", ablation),
-        "transfer": (labels, transfer[""]),
+        "transfer": (labels, transfer),
         "parts": ("attention AP, heads chosen on validation images | plate | holes | defect | mAP", plates),
-        "parts_transfer": (labels, transfer["parts_"]),
     }
 
 
@@ -182,37 +169,25 @@ def of_backgrounds() -> Tables:
     }
 
 
-def of_poolings() -> Tables:
-    """SimPool beside CLS and the mean."""
-    objects, scores = [], ("AP", "MaxBoxAccV2", "CorLoc")
-    pooling = ["attention_AP_heart", "knn_mAUC", "linear_mAUC"]
-    poolings = [Row(title, run, pooling, other) for title, run, other in POOLINGS]
+def of_objects() -> Tables:
+    """SimPool beside CLS and the mean: does its attention outline the object that decides the label?"""
+    rows, scores = [], ("AP", "MaxBoxAccV2", "CorLoc")
     for title, (run, of) in OBJECTS.items():
         accuracy = "no_accuracy" if of in ("untrained", "middle") else "accuracy_same"
-        objects.append(Row(title, f"object_{run}", [*(f"{of}_{score}" for score in scores), accuracy]))
-    return {
-        "pooling": ("500 test images | attention on the heart, AP | k-NN, AUC | linear, AUC", poolings),
-        "objects": (f"objects anywhere | {' | '.join(scores)} | accuracy", objects),
-    }
+        rows.append(Row(title, f"object_{run}", [*(f"{of}_{score}" for score in scores), accuracy]))
+    return {"objects": (f"objects anywhere | {' | '.join(scores)} | accuracy", rows)}
 
 
 def of_few_labels() -> Tables:
     """RelViT and DINO beside labels alone, and whether RelViT has learned its relations."""
-    headers = {"few_labels": "symbols | accuracy"}
-    headers["few_findings"] = "phantoms | mean AUC of findings | relations right in test images"
-    sets = {"symbols50": "50 labels a class", "symbols500": "500 labels a class"}
-    sets |= {"phantom250": "250 images", "phantom1000": "1000 images"}
-    rows: dict[str, list[Row]] = {table: [] for table in headers}
-    for name, images in sets.items():
-        symbols = name.startswith("symbols")
-        figures = ["accuracy_same"] if symbols else ["auc_same", "relations_test"]
+    rows, figures = [], ["auc_same", "relations_test"]
+    for n in (250, 1000):
         for how, title in FEW_LABELS.items():
-            alone = "" if how == "scratch" else f"scratch_{name}"
-            row = Row(f"{images}: {title}", f"{how}_{name}", figures, alone)
-            rows["few_labels" if symbols else "few_findings"].append(row)
-    return {table: (header, rows[table]) for table, header in headers.items()}
+            alone = "" if how == "scratch" else f"scratch_phantom{n}"
+            rows.append(Row(f"{n} images: {title}", f"{how}_phantom{n}", figures, alone))
+    return {"few_findings": ("phantoms | mean AUC of findings | relations right in test images", rows)}
 
 
 def layout() -> Tables:
     """Header and rows of all tables of runs."""
-    return of_guidance() | of_shortcuts() | of_backgrounds() | of_poolings() | of_few_labels()
+    return of_guidance() | of_shortcuts() | of_backgrounds() | of_objects() | of_few_labels()

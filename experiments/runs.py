@@ -1,8 +1,8 @@
-"""The evidence: all runs, the claims that they test, and a runner.
+"""The evidence: all runs, and a runner.
 
-    python -m experiments.runs           3 seeds of claims 1 to 7 with older defaults, then all tables
-    python -m experiments.runs --all     and all other runs: defaults, claim 8, baselines, ablations, costs
-    python -m experiments.runs --quick   1 seed of some runs; prints their tables (12 minutes)
+    python -m experiments.runs           2 seeds of what the claims need, then all tables (11 hours)
+    python -m experiments.runs --all     all runs and seeds, and the costs
+    python -m experiments.runs --quick   4 runs; prints their tables (12 minutes)
 
 Two runs train at a time, on one core each. Finished runs are skipped, stopped ones resumed.
 """
@@ -18,43 +18,22 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
+from experiments.claims import claims
+
 ROOT = Path(__file__).parents[1]
-ISNET = {"resnet": "--isnet 3", "vit": "--isnet 1"}  # chosen on seeds 10 and 11, which are in no table
 BLIND = "--isnet 0.3"  # with swapped backgrounds; chosen on seed 10
+PENALTY = "--swap 0 --isnet-every 1 --isnet-margin 0"  # on every step, without swapped backgrounds
+ISNET = {"resnet": f"--isnet 3 --isnet-end 0.1 {PENALTY}", "vit": f"--isnet 1 {PENALTY}"}  # seeds 10 and 11
 BASELINES = ["multitask --baseline-weight 100", "gain --baseline-weight 10", "rrr --baseline-weight 1"]
 BASELINES += ["gated", "pipeline", "swap"]  # weights chosen on seed 10
 LABELS = "--task classify --backbone"
+CLASSIFIERS = {"resnet": f"{LABELS} resnet", "vit": f"{LABELS} vit --epochs 15 --shift 0"}  # beside ISNet
 PLATES = "--data parts --lr 5e-4 --teacher-temp 0.01 --global-scale 0.7 1 --keep-going"  # suits DINO alone
 LOSSES = {"steady": "", "published": "--koleo 0 --max-entropy 1"}  # DINO's
 REMEDIES = {  # of experiments/remedies.py
     "always": "", "koleo": "--max-entropy 1", "sinkhorn": LOSSES["published"],
     "warmed": f"{LOSSES['published']} --teacher-temp 0.07", "followed": LOSSES["published"],
 }  # fmt: skip
-HALF = "--train-images 750"  # of SPAN's images
-GUIDED = {  # experiment: flags; SPAN against DINO, and ISNet against a marker
-    "span": "",
-    "dino": "--prior none",
-    "masks": "--prior masks",
-    "parts_span": f"{PLATES} --prior statistics",
-    "parts_dino": f"{PLATES} --prior none",
-    "unmarked_resnet": f"{LABELS} resnet",
-    "plain_resnet": f"{LABELS} resnet --marker 1",
-    "isnet_resnet": f"{LABELS} resnet --marker 1 {ISNET['resnet']}",
-    "unmarked_vit": f"{LABELS} vit",
-    "plain_vit": f"{LABELS} vit --marker 1",
-    "isnet_vit": f"{LABELS} vit --marker 1 {ISNET['vit']}",
-}
-POOLINGS = {  # SimPool with labels, beside the unmarked classifiers, and without
-    "vit_gap_labels": f"{LABELS} vit --pool gap",
-    "vit_simpool_labels": f"{LABELS} vit --pool simpool",
-    "resnet_simpool_labels": "--task classify --pool simpool",
-    "vit_cls_dino": f"{HALF} --prior none",
-    "vit_gap_dino": f"{HALF} --prior none --pool gap",
-    "vit_simpool_dino": f"{HALF} --prior none --pool simpool",
-    "resnet_gap_dino": f"{HALF} --prior none --backbone resnet",
-    "resnet_simpool_dino": f"{HALF} --prior none --backbone resnet --pool simpool",
-    "vit_simpool_span": f"{HALF} --pool simpool",
-}
 SPAN_CHANGES = {  # one thing changed at a time, at seed 0
     "affine_alignment": "--align affine", "no_alignment": "--align none", "no_following": "--no-follow",
     "mse": "--span-loss mse", "dice": "--span-loss dice", "layer_before": "--span-layer -2",
@@ -67,47 +46,46 @@ RESNET_CHANGES = {
 VIT_CHANGES = {"vit_unguided": "--isnet-layers relevance", "vit_pixels_only": "--isnet-layers none"}
 
 
-def few_labels(sets: dict[str, tuple[str, int, str]]) -> dict[str, str]:
-    """RelViT and DINO before labels or beside them; all but `half` and `relvit_long` take as many steps.
-
-    sets: {name: images, epochs with labels after pretraining, flags of what RelViT relates}.
-    """
+def few_labels() -> dict[str, str]:
+    """RelViT and DINO before labels or beside them, on phantoms; all but `half` take as many steps."""
     runs, relvit = {}, "--ssl relvit --prior none"
-    for name, (images, E, relations) in sets.items():
-        drawn = f"--backbone vit --embed-dim 64 --depth 3 --num-heads 4 --batch-size 32 --lr 1e-3 {images}"
-        label = f"--task classify {drawn}" + " --findings all" * ("--train-images" in images)
+    relations = "--relations relations positions"  # as released
+    for n, E in {250: 400, 1000: 100}.items():  # epochs: about 3000 steps, chosen on seed 10 with 250 images
+        drawn = "--backbone vit --embed-dim 64 --depth 3 --num-heads 4 --batch-size 32 --lr 1e-3"
+        drawn, name = f"{drawn} --train-images {n}", f"phantom{n}"
+        label = f"--task classify {drawn} --findings all"
         runs[f"scratch_{name}"] = f"{label} --epochs {2 * E}"
-        runs[f"joint_{name}"] = f"{label} --epochs {2 * E} {relations}"
         runs[f"half_{name}"] = f"{label} --epochs {E}"
-        before = {"relvit": f"{E} {relvit}", "dino": f"{E} --prior none --keep-going"}
-        if "symbols" in name:
-            before["relvit_long"] = f"{5 * E} {relvit}"
-        else:
-            before["relvit"] += f" {relations}"  # as released
-            runs[f"ordered_{name}"] = f"{label} --epochs {2 * E} {relations} --in-order"
-        for how, epochs in before.items():
-            runs[f"pre_{how}_{name}"] = f"{drawn} --epochs {epochs}"
+        runs[f"joint_{name}"] = f"{label} --epochs {2 * E} {relations}"
+        runs[f"ordered_{name}"] = f"{label} --epochs {2 * E} {relations} --in-order"
+        for how, flags in {"relvit": f"{relvit} {relations}", "dino": "--prior none --keep-going"}.items():
+            runs[f"pre_{how}_{name}"] = f"{drawn} --epochs {E} {flags}"
             runs[f"tuned_{how}_{name}"] = f"{label} --epochs {E} --init runs/pre_{how}_{name}-{{seed}}"
     return runs
 
 
-def against_shortcuts() -> dict[str, str]:
-    """Baselines, other shortcuts, and masks from one reference image."""
-    runs = {"span_marked": "--marker 1"}
-    for backbone, isnet in ISNET.items():
-        label = f"{LABELS} {backbone} --marker 1"
-        runs |= {f"{how.split()[0]}_{backbone}": f"{label} --baseline {how}" for how in BASELINES}
-        runs[f"isnet_prior_{backbone}"] = f"{label} {isnet} --masks prior"
-        attention = f"{label} --masks runs/span_marked-{{seed}}"
+def of_isnet_alone() -> dict[str, str]:
+    """ISNet without swapped backgrounds, its baselines, other shortcuts, and masks from one image."""
+    runs = {"span_marked": f"--marker 1 {LOSSES['published']}"}
+    baselines = {how.split()[0]: f"--baseline {how}" for how in BASELINES}
+    baselines["swap"] += " --swap-margin 0"
+    for backbone, label in CLASSIFIERS.items():
+        isnet, marked = ISNET[backbone], f"{label} --marker 1"
+        runs |= {f"unmarked_{backbone}": label, f"plain_{backbone}": marked}
+        runs |= {f"{how}_{backbone}": f"{marked} {flags}" for how, flags in baselines.items()}
+        runs |= {
+            f"isnet_{backbone}": f"{marked} {isnet}",
+            f"isnet_prior_{backbone}": f"{marked} {isnet} --masks prior",
+        }
+        attention = f"{marked} --masks runs/span_marked-{{seed}}"
         runs[f"isnet_attention_{backbone}"] = f"{attention} {isnet}"
         for how in ("swap", "pipeline"):
-            runs[f"{how}_attention_{backbone}"] = f"{attention} --baseline {how}"
-    for kind in ("anywhere", "tint", "border"):
-        label = f"--task classify --marker 1 --marker-kind {kind}"
-        runs |= {f"plain_{kind}": label, f"isnet_{kind}": f"{label} {ISNET['resnet']}"}
-        runs |= {f"{way}_{kind}": f"{label} --baseline {way}" for way in ("swap", "pipeline")}
-        runs |= {f"vit_plain_{kind}": f"{label} --backbone vit"}
-        runs |= {f"vit_isnet_{kind}": f"{label} --backbone vit {ISNET['vit']}"}
+            runs[f"{how}_attention_{backbone}"] = f"{attention} {baselines[how]}"
+        for kind in ("anywhere", "tint", "border"):
+            of_kind, name = f"{marked} --marker-kind {kind}", "" if backbone == "resnet" else "vit_"
+            runs |= {f"{name}plain_{kind}": of_kind, f"{name}isnet_{kind}": f"{of_kind} {isnet}"}
+            if backbone == "resnet":
+                runs |= {f"{way}_{kind}": f"{of_kind} {baselines[way]}" for way in ("swap", "pipeline")}
     return runs
 
 
@@ -136,7 +114,7 @@ def on_other_data() -> dict[str, str]:
 def against_backgrounds() -> dict[str, str]:
     """ISNet by default and as published on four shortcuts; all methods on hospitals, and on grounds."""
     runs = {}
-    for backbone in ISNET:
+    for backbone in CLASSIFIERS:
         ways = {"blind": BLIND} | ({"published": "--preset published"} if backbone == "resnet" else {})
         others = {how.split()[0]: f"--baseline {how}" for how in BASELINES}
         for kind in ("corner", "anywhere", "tint", "border"):
@@ -166,62 +144,37 @@ def at_equal_length() -> dict[str, str]:
         "long_light": f"--span-weight 0.3 {long}", "after_dino": "--init runs/long_dino-{seed}",
         "dino_long": f"{LOSSES['published']} --prior none {long}", "always_long": f"--prior none {long}",
         "plates_dino": f"{PLATES} --prior none {long}", "plates_span": f"{PLATES} --prior statistics {long}",
-        "plates_default": f"--data parts --prior statistics {long}",
+        "plates_default": f"--data parts --prior statistics {long}", "simpool_span": "--pool simpool",
     }  # fmt: skip
 
 
-def seeded(experiments: dict[str, str], seeds: Iterable[int] = (0, 1, 2)) -> dict[str, str]:
+def seeded(experiments: dict[str, str], seeds: Iterable[int]) -> dict[str, str]:
     """{experiment: flags} as {experiment-seed: flags}; {seed} in the flags becomes the seed."""
     runs = {(name, seed): flags.format(seed=seed) for seed in seeds for name, flags in experiments.items()}
     return {f"{name}-{seed}": f"--seed {seed} {flags}".strip() for (name, seed), flags in runs.items()}
 
 
-def as_then(flags: str) -> str:
-    """The flags of a run whose results are older than some defaults, which it sets back."""
-    before, label = [], "--task classify" in flags
-    if not label and "--ssl relvit" not in flags:
-        before += [LOSSES["published"]]
-    if label and "--backbone vit" in flags:
-        before += ["--epochs 15 --shift 0"]
-    if "--baseline swap" in flags:
-        before += ["--swap-margin 0"]
-    if "--isnet " in flags:
-        before += ["--swap 0 --isnet-every 1 --isnet-margin 0"]
-        before += ["--isnet-end 0.1"] * ("--backbone vit" not in flags)
-    return " ".join([*before, flags])
-
-
-ALL_TASKS, RELEASED = "--relations relations distances angles positions", "--relations relations positions"
-SYMBOLS = {
-    "symbols50": ("--data data/symbols50-{seed}", 30, ALL_TASKS),
-    "symbols500": ("--data data/symbols500-{seed}", 6, ALL_TASKS),
-}
-PHANTOMS = {  # epochs: about 3000 steps, chosen on seed 10 with 250 images and kept for 1000
-    "phantom250": ("--train-images 250", 400, RELEASED),
-    "phantom1000": ("--train-images 1000", 100, RELEASED),
-}
-MAIN = seeded(GUIDED | POOLINGS | few_labels(SYMBOLS))  # claims 1 to 7
-CHANGED = dict(SPAN_CHANGES)
-for guided, changes in {"isnet_resnet": RESNET_CHANGES, "isnet_vit": VIT_CHANGES}.items():
-    CHANGED |= {name: f"{GUIDED[guided]} {flags}" for name, flags in changes.items()}
-RUNS = MAIN | seeded(against_shortcuts()) | seeded(CHANGED, [0])
-RUNS = {name: as_then(flags) for name, flags in RUNS.items()}
-RECENT = on_other_data() | against_backgrounds() | poolings_of_objects() | at_equal_length()
-RECENT |= few_labels(PHANTOMS)
-RUNS |= seeded(RECENT, range(5))
+TODAY = on_other_data() | against_backgrounds() | poolings_of_objects() | at_equal_length() | few_labels()
+GUIDED = {"span": LOSSES["published"], "masks": f"{LOSSES['published']} --prior masks"}
+CHANGED = {name: f"{GUIDED['span']} {flags}" for name, flags in SPAN_CHANGES.items()}
+for backbone, changes in {"resnet": RESNET_CHANGES, "vit": VIT_CHANGES}.items():
+    isnet = f"{CLASSIFIERS[backbone]} --marker 1 {ISNET[backbone]}"
+    CHANGED |= {name: f"{isnet} {flags}" for name, flags in changes.items()}
+RUNS = seeded(TODAY, range(5)) | seeded(GUIDED | of_isnet_alone(), range(3)) | seeded(CHANGED, [0])
 # The runs that a run starts from, or whose attention becomes its masks.
 NEEDED = {name: set(re.findall(r"runs/(\S+)", flags)) for name, flags in RUNS.items()}
-QUICK = r"(span|dino|(unmarked|plain|isnet)_resnet|resnet_simpool_labels|(?!.*_long_).*_symbols50)-0"
+CLAIMED = {words.split()[0] for claim in claims() for words in claim[3:6] if words}  # experiments
+MAIN = [name for name in RUNS if name.rpartition("-")[0] in CLAIMED and name.endswith(("-0", "-1"))]
+QUICK = ["phantom_span-0", "plain_resnet-0", "blind_resnet_corner-0", "blind_one_resnet_corner-0"]
 # Pairs that are also measured with few labels, side by side.
-PROBED = {"dino": "span", "parts_dino": "parts_span", "dino_long": "long_span", "plates_dino": "plates_span"}
+PROBED = {"dino_long": "long_span", "plates_dino": "plates_span"}
 # Part of a name: what is measured of the finished run, and a figure that tells whether it was.
 AFTER = {"_grounds-": ("backgrounds", "mixed_rand"), "object_": ("objects", "CorLoc")}
 PICTURES = {  # results/NAME.png: what evaluate.py measures, and the runs that stand side by side
-    "compare": "attention span dino",
-    "pooling": "attention vit_cls_dino vit_simpool_dino vit_simpool_span",
-    "isnet": "bias isnet_resnet plain_resnet pixels_only",
-    "one_mask": "bias isnet_attention_resnet pipeline_resnet swap_resnet rrr_resnet gain_resnet"
-    " multitask_resnet gated_resnet",
+    "compare": "attention long_span-1 dino_long-1",
+    "isnet": "bias isnet_resnet-0 plain_resnet-0 pixels_only-0",
+    "one_mask": "bias isnet_attention_resnet-0 pipeline_resnet-0 swap_resnet-0 rrr_resnet-0 gain_resnet-0"
+    " multitask_resnet-0 gated_resnet-0",
 }
 
 
@@ -291,12 +244,12 @@ def probe(names: list[str], readouts: list[str]) -> None:
 
 
 def draw() -> None:
-    """Make the pictures in results/ of finished runs with seed 0."""
-    if (low_data := ROOT / "runs/span-0/low_data.png").exists():
+    """Make the pictures in results/ of finished runs."""
+    if (low_data := ROOT / "runs/long_span-1/low_data.png").exists():
         shutil.copy(low_data, ROOT / "results")
     for picture, words in PICTURES.items():
-        measure, *experiments = words.split()
-        folders = [f"runs/{experiment}-0" for experiment in experiments]
+        measure, *names = words.split()
+        folders = [f"runs/{name}" for name in names]
         if all((ROOT / folder / "metrics.json").exists() for folder in folders):
             python("evaluate.py", *folders, "--only", measure)
             shutil.copy(ROOT / folders[0] / "compare.png", ROOT / f"results/{picture}.png")
@@ -306,17 +259,16 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--quick", action="store_true", help="one seed of some runs; prints their tables")
+    which.add_argument("--quick", action="store_true", help="4 runs; prints their tables")
     which.add_argument("--all", action="store_true", help="all runs, and what they cost")
     parser.add_argument("--only", metavar="PATTERN", help="train matching runs and what they need")
     parser.add_argument("--list", action="store_true", help="print the runs and their flags, and stop")
     args = parser.parse_args(argv)
-    names = [n for n in (RUNS if args.all or args.only else MAIN) if re.fullmatch(QUICK, n) or not args.quick]
-    if args.only:
-        names = [name for name in names if re.search(args.only, name)]
-        names = sorted({*names}.union(*(NEEDED[name] for name in names)))
+    names = QUICK if args.quick else list(RUNS) if args.all or args.only else MAIN
+    names = [name for name in names if re.search(args.only or "", name)]
     if not names:
         parser.error(f"--only {args.only}: no run has such a name, see --all --list")
+    names = sorted({*names}.union(*(NEEDED[name] for name in names)))
     if args.list:
         print("\n".join(f"{name} {RUNS[name]}" for name in names))
         return
@@ -326,10 +278,10 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit("stopped; the same command goes on from here")
     if args.only:
         return
-    probe(names, ["linear", "heads"] if args.quick else ["linear", "heads", "finetune"])
     tables = ["-m", "experiments.tables", "runs"]
     if args.quick:
-        sys.exit(python(*tables, "--only", "claims", "few_labels", "transfer"))
+        sys.exit(python(*tables, "--only", "claims", "localisation", "blind"))
+    probe(names, ["linear", "heads", "finetune"])
     if args.all:
         python("-m", "experiments.benchmark", "--json", "results/benchmark.json")
         python("-m", "experiments.curves")

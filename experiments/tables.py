@@ -126,11 +126,9 @@ def measured(runs: dict, claim: Claim) -> list[str]:
         end, sign = points(runs, claim.end, figure), ""
         seeds = sorted(values.keys() & start.keys() & end.keys())
         results = [100 * (values[s] - start[s]) / (end[s] - start[s]) for s in seeds]
-    bar, holds = "", "not tested"
-    if claim.bar is not None:
-        bar, holds = f"{claim.bar:g}", f"{sum(x >= claim.bar for x in results)} of {len(results)}"
-    row = [str(claim.number), claim.text, claim.paper, bar, spread(results, sign), interval(results, sign)]
-    return [*row, holds if results else "not measured"]
+    held = f"{sum(x >= claim.bar for x in results)} of {len(results)}" if results else "not measured"
+    row = [str(claim.number), claim.text, claim.paper, f"{claim.bar:g}"]
+    return [*row, spread(results, sign), interval(results, sign), held]
 
 
 def of_claims(runs: dict) -> dict[str, str]:
