@@ -22,7 +22,7 @@ from experiments.layout import layout
 ROOT = Path(__file__).parents[1]
 RESULTS = json.loads((ROOT / "results/runs.json").read_text())
 COSTS = json.loads((ROOT / "results/benchmark.json").read_text())
-GOLDEN = json.loads((ROOT / "tests/golden/settings.json").read_text())  # {run: command, digest of its settings}
+GOLDEN = json.loads((ROOT / "tests/golden/settings.json").read_text())
 MADE = tables.tables(RESULTS, COSTS)
 # The encoder of the runs that the few-label runs start from; in a repository without runs it can't be read.
 PRETRAINED = {"backbone": "vit", "img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 4}
@@ -44,33 +44,20 @@ def settings(words: list[str]) -> dict:
     return found if found["isnet"] else found | {"isnet_end": None}  # without ISNet its end has no effect
 
 
-def as_then(flags: str) -> str:
-    """A command as it was meant when it was recorded: some defaults have changed since."""
-    before, label = [], "--task classify" in flags
-    if not label and "--ssl relvit" not in flags:
-        before += ["--koleo 0 --max-entropy 1"]
-    if label and "--backbone vit" in flags:
-        before += ["--epochs 15 --shift 0"]
-    if "--baseline swap" in flags:
-        before += ["--swap-margin 0"]
-    if "--isnet " in flags:
-        before += ["--swap 0 --isnet-every 1 --isnet-margin 0"]
-        before += ["--isnet-end 0.1"] * ("--backbone vit" not in flags)
-    return " ".join([*before, flags])
-
-
-def test_commands_of_248_older_runs_still_mean_the_same():
-    for name, (flags, digest) in GOLDEN.items():
-        found = {key: x for key, x in settings(shlex.split(as_then(flags))).items() if key not in NEWER}
+def test_commands_of_older_runs_still_mean_the_same():
+    """Golden: {run: (the defaults of then that have changed since, command, digest of the settings)}."""
+    assert len(GOLDEN) > 248
+    for name, (then, flags, digest) in GOLDEN.items():
+        found = settings(shlex.split(f"{then} {flags}"))
+        found = {key: value for key, value in found.items() if key not in NEWER}
         assert hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:12] == digest, name
 
 
 def test_the_results_are_of_the_runs_that_the_run_list_asks_for():
     assert RESULTS.keys() <= runs.RUNS.keys()
     for name, run in RESULTS.items():
-        flags = f"--{run['command'].partition(' --')[2]}"  # after train.py, or experiments.remedies WAY
-        commands = (as_then(flags) if name in GOLDEN else flags, runs.RUNS[name])
-        recorded, asked = (settings(shlex.split(command)) for command in commands)
+        then, flags = GOLDEN.get(name, [""])[0], run["command"].partition(" --")[2]  # after the script
+        recorded, asked = (settings(shlex.split(c)) for c in (f"{then} --{flags}", runs.RUNS[name]))
         assert asked | {key: recorded[key] for key in ("out", "overwrite")} == recorded, name
 
 
