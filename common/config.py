@@ -21,7 +21,7 @@ from common.weights import read_weights, sizes
 from relvit import TASKS as RELATIONS
 
 DEFAULTS = {  # by --task, by --backbone, and by both
-    "pretrain": {"out": Path("runs/span"), "batch_size": 64, "train_images": 1500, "lr": 2e-3}
+    "pretrain": {"out": Path("runs/span"), "batch_size": 32, "train_images": 1500, "lr": 1.4e-3}
     | {"backbone": "vit", "embed_dim": 96, "depth": 4, "num_heads": 6, "lrp_gamma": 0.0, "clip_grad": 3.0},
     "classify": {"out": Path("runs/classifier"), "batch_size": 16, "train_images": 3000}
     | {"backbone": "resnet", "embed_dim": 64, "depth": 3, "num_heads": 4, "isnet_end": 1.0},
@@ -36,7 +36,7 @@ PRESETS = {  # of Faster ISNet's code; a weight of P / (1 - P), P = 0.7
     | {"isnet_margin": 0.0, "isnet_e": 1.0, "explain": "selective", "lrp_epsilon": 1e-2, "lrp_gamma": 0.0}
 }
 # Minimum epochs; for a folder also minimum steps. A ViT learns a label more slowly.
-LENGTHS = {"pretrain": (15, 350), "classify resnet": (15, 2800), "classify vit": (40, 7500)}
+LENGTHS = {"pretrain": (9, 350), "classify resnet": (15, 2800), "classify vit": (40, 7500)}
 ENCODER = "backbone img_size patch_size embed_dim depth num_heads registers pool pool_heads simpool_gamma"
 PER_CALL = ("out", "overwrite", "resume", "keep_going", "strict", "device")  # --resume may change these
 PLACES = ("data", "init", "masks", "prior")  # ... and these, if a file or folder that they name has moved
@@ -137,8 +137,8 @@ class Config:
     pool: str = flag(None, "patches to one vector: CLS, mean, SimPool", choices=["cls", "gap", "simpool"])
     simpool_gamma: float = flag(None, "exponent of SimPool's mean", within=(0.1, 10), needs="pool=simpool")
     pool_heads: int = flag(None, "default: --num-heads if guided, else 1", within=COUNT, needs="pool=simpool")
-    epochs: int = flag(None, "passes over the images (default: 15, a ViT with labels 40, small folders more)",
-        group="optimisation", within=COUNT)
+    epochs: int = flag(None, "passes over the images (default: 9, with labels 15, a ViT with labels 40, "
+        "small folders more)", group="optimisation", within=COUNT)
     batch_size: int = flag(None, "images a step", within=COUNT)
     accumulate: int = flag(1, "parts of a batch, where memory is short; DINO's centre, KoLeo and monitor "
         "see one part at a time")

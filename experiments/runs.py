@@ -28,8 +28,10 @@ BASELINES = ["multitask --baseline-weight 100", "gain --baseline-weight 10", "rr
 BASELINES += ["gated", "pipeline", "swap"]  # weights chosen on seed 10
 LABELS = "--task classify --backbone"
 CLASSIFIERS = {"resnet": f"{LABELS} resnet", "vit": f"{LABELS} vit --epochs 15 --shift 0"}  # beside ISNet
-PLATES = "--data parts --lr 5e-4 --teacher-temp 0.01 --global-scale 0.7 1 --keep-going"  # suits DINO alone
+BEFORE = "--batch-size 64 --lr 2e-3"  # the defaults of DINO's older runs, which also took 15 epochs
+PLATES = "--data parts --keep-going --batch-size 64 --lr 5e-4 --teacher-temp 0.01 --global-scale 0.7 1"
 LOSSES = {"steady": "", "published": "--koleo 0 --max-entropy 1"}  # DINO's
+EARLIER = f"{BEFORE} --epochs 15 {LOSSES['published']}"
 REMEDIES = {  # of experiments/remedies.py
     "always": "", "koleo": "--max-entropy 1", "sinkhorn": LOSSES["published"],
     "warmed": f"{LOSSES['published']} --teacher-temp 0.07", "followed": LOSSES["published"],
@@ -66,7 +68,7 @@ def few_labels() -> dict[str, str]:
 
 def of_isnet_alone() -> dict[str, str]:
     """ISNet without swapped backgrounds, its baselines, other shortcuts, and masks from one image."""
-    runs = {"span_marked": f"--marker 1 {LOSSES['published']}"}
+    runs = {"span_marked": f"--marker 1 {EARLIER}"}
     baselines = {how.split()[0]: f"--baseline {how}" for how in BASELINES}
     baselines["swap"] += " --swap-margin 0"
     for backbone, label in CLASSIFIERS.items():
@@ -91,14 +93,15 @@ def of_isnet_alone() -> dict[str, str]:
 
 def on_other_data() -> dict[str, str]:
     """DINO on four kinds of images in three sizes; a shortcut, with masks of 1, 10 or all images."""
-    runs = {"phantom_span": ""}
-    long = {200: "--epochs 117", 850: "--epochs 27", 3000: "--epochs 8"}  # 350 steps each
-    for n, epochs in long.items():
+    runs = {"phantom_span": "", "simpool_span": "--pool simpool"}
+    runs["plates_default"] = "--data parts --prior statistics"
+    for n, (epochs, before) in {200: (58, 117), 850: (14, 27), 3000: (4, 8)}.items():  # 350 steps each
         drawn = {kind: f"--data {kind} --train-images {n}" for kind in ("phantom", "parts")}
         folders = {kind: f"--data data/{kind}{n // 10}-{{seed}}" for kind in ("symbols", "digits")}
         for kind, data in (drawn | folders).items():
             for way, flags in (LOSSES | REMEDIES).items():
-                runs[f"{way}_{kind}_{n}"] = f"{data} --prior none {epochs} --keep-going {flags}".strip()
+                steps = f"--epochs {epochs}" if way == "steady" else f"--epochs {before} {BEFORE}"
+                runs[f"{way}_{kind}_{n}"] = f"{data} --prior none --keep-going {steps} {flags}".strip()
     for kind, n in {"digits": 85, "leaves": 400}.items():  # leaves: no default was chosen on them
         data = f"--data data/{kind}{n}-{{seed}}"
         runs |= {f"{kind}_span": data, f"{kind}_plain": f"{data} --task classify"}
@@ -137,15 +140,20 @@ def poolings_of_objects() -> dict[str, str]:
 
 
 def at_equal_length() -> dict[str, str]:
-    """SPAN and DINO for 60 epochs each, on X-rays and on plates."""
-    long = "--epochs 60"
+    """SPAN and DINO for 60 epochs each, on X-rays and on plates; SPAN for 15."""
+    long = f"--epochs 60 {BEFORE}"
     return {
-        "long_dino": f"--prior none {long}", "long_span": long, "long_published": f"--align none {long}",
-        "long_light": f"--span-weight 0.3 {long}", "after_dino": "--init runs/long_dino-{seed}",
-        "dino_long": f"{LOSSES['published']} --prior none {long}", "always_long": f"--prior none {long}",
-        "plates_dino": f"{PLATES} --prior none {long}", "plates_span": f"{PLATES} --prior statistics {long}",
-        "plates_default": f"--data parts --prior statistics {long}", "simpool_span": "--pool simpool",
-    }  # fmt: skip
+        "early_span": f"--epochs 15 {BEFORE}",
+        "long_dino": f"--prior none {long}",
+        "long_span": long,
+        "long_published": f"--align none {long}",
+        "long_light": f"--span-weight 0.3 {long}",
+        "after_dino": f"--init runs/long_dino-{{seed}} --epochs 15 {BEFORE}",
+        "dino_long": f"{LOSSES['published']} --prior none {long}",
+        "always_long": f"--prior none {long}",
+        "plates_dino": f"{PLATES} --prior none --epochs 60",  # settings that suit DINO alone
+        "plates_span": f"{PLATES} --prior statistics --epochs 60",
+    }
 
 
 def seeded(experiments: dict[str, str], seeds: Iterable[int]) -> dict[str, str]:
@@ -155,7 +163,7 @@ def seeded(experiments: dict[str, str], seeds: Iterable[int]) -> dict[str, str]:
 
 
 TODAY = on_other_data() | against_backgrounds() | poolings_of_objects() | at_equal_length() | few_labels()
-GUIDED = {"span": LOSSES["published"], "masks": f"{LOSSES['published']} --prior masks"}
+GUIDED = {"span": EARLIER, "masks": f"{EARLIER} --prior masks"}
 CHANGED = {name: f"{GUIDED['span']} {flags}" for name, flags in SPAN_CHANGES.items()}
 for backbone, changes in {"resnet": RESNET_CHANGES, "vit": VIT_CHANGES}.items():
     isnet = f"{CLASSIFIERS[backbone]} --marker 1 {ISNET[backbone]}"

@@ -171,7 +171,7 @@ def test_a_run_is_started_resumed_or_skipped_by_what_its_folder_holds(tmp_path):
         ("always_long-0", "-m experiments.remedies always"),
     ):
         assert runs.command(name, tmp_path)[: len(script.split())] == script.split()
-    words, flags = ["train.py", "--out", "runs/span-0"], "--seed 0 --koleo 0 --max-entropy 1".split()
+    words, flags = ["train.py", "--out", "runs/span-0"], runs.RUNS["span-0"].split()
     assert runs.command("span-0", tmp_path) == [*words, "--overwrite", *flags]
     (tmp_path / "last.pt").touch()
     assert runs.command("span-0", tmp_path) == [*words, "--resume", *flags]

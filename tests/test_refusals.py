@@ -89,7 +89,7 @@ SETTINGS = {
     "--lr nan": "--lr nan: it must lie between",
     "--warmup 5": "--warmup 5.0: it must lie between 0 and 1",
     "--span-layer 4": "--span-layer 4: it must lie between -4 and 3",
-    "--accumulate 65": "--accumulate 65: it must lie between 1 and 64",
+    "--accumulate 33": "--accumulate 33: it must lie between 1 and 32",
     "--global-scale 0.9 0.4": "0 < a <= b <= 1",
     f"--img-size 60 {FEW}": "60x60 px cannot be cut into patches of 8 px: use a multiple of 8, such as 56",
     f"--num-heads 2 {FEW}": "3 priors (left lung, right lung, heart) but 2 heads",
