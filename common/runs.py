@@ -159,14 +159,17 @@ def keep_masses(config: Config, model: nn.Module, train: Data, reference: str | 
 
 
 @torch.no_grad()
-def related(relvit: RelViT, images: Tensor, patch_size: int, mega: bool) -> dict[str, float]:
+def related(relvit: RelViT, images: Tensor, config: Config) -> dict[str, float]:
     """RelViT's metrics, TASK_test, on images (M, C, S, S) uint8 that it has not seen, cut as in training."""
-    generator, found = torch.Generator().manual_seed(0), {}
+    generator, found, joint = torch.Generator().manual_seed(0), {}, config.task == "classify"
+    how = relvit.grid, config.patch_size, generator, config.mega_patches > 0, joint
     relvit.eval()
     device = next(relvit.parameters()).device
     for x in images.split(64):
-        views, *_ = patch_views(x.to(device).float() / 255, relvit.grid, patch_size, generator, mega)
-        for task, value in relvit(normalise(views))[1].items():  # errors are squared before their mean
+        x = x.to(device).float() / 255
+        views, _, order = (x, None, None) if config.in_order else patch_views(x, *how)
+        patches = relvit.encoder(normalise(views), positions=joint).patches
+        for task, value in relvit.compare(patches, order)[1].items():  # errors are squared before their mean
             value = float(value) ** (2 if task in ("distances", "angles") else 1)
             found[task] = found.get(task, 0.0) + value * len(x) / len(images)
     found = {task: v**0.5 if task in ("distances", "angles") else v for task, v in found.items()}
@@ -181,8 +184,9 @@ def finish(
 ) -> None:  # fmt: skip
     """Measure on test images, print the tables, draw the pictures, write the metrics."""
     train, picture, held_out = splits["train"], "heatmaps.png", {}
-    if isinstance(model, RelViT) and len(splits["test"].names):
-        held_out = related(model, splits["test"].images, config.patch_size, config.mega_patches > 0)
+    relvit = model if isinstance(model, RelViT) else getattr(model, "relvit", None)
+    if relvit and len(splits["test"].names):
+        held_out = related(relvit, splits["test"].images, config)
     if config.task == "pretrain":
         model, picture = pretrained(model), "attention.png"
     run = Loaded(config, spec, model, history, config.out)

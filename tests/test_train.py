@@ -28,9 +28,10 @@ from common.models import build_encoder, load_model
 from common.phantom import REGIONS, phantom
 from common.processes import fail, from_first, join
 from common.regions import read_masses
+from common.runs import related
 from dino import Collapse
 from relvit import RelViT
-from vit import ViT
+from vit import Features, ViT
 
 ROOT, SPEC = Path(__file__).parents[1], DataSpec(1, (), False, "")
 pytestmark = pytest.mark.usefixtures("few_test_images")
@@ -459,6 +460,25 @@ def test_a_classifier_that_learns_relations_beside_its_labels_is_used_without_th
     assert any(name.startswith("relvit.heads") for name in weights(tmp_path / "joint"))
     model = load_model(tmp_path / "joint", load_run(tmp_path / "joint"))
     assert not any("relvit" in name for name in model.state_dict())
+
+
+class Places(torch.nn.Module):
+    """An encoder that knows of each patch its place in the view, if it has position embeddings."""
+
+    def forward(self, views: torch.Tensor, positions: bool = True) -> Features:
+        return Features(None, positions * torch.eye(16).expand(len(views), 16, 16), None)
+
+
+def test_relations_are_measured_on_test_images_cut_as_in_training():
+    relvit, images = RelViT(Places(), 16, (4, 4), ["positions"]), torch.zeros(70, 1, 16, 16).byte()
+    relvit.heads["positions"].weight.data.copy_(torch.eye(16))
+    relvit.heads["positions"].bias.data.zero_()
+    flags = "--patch-size 4 --relations positions"
+    found = {}
+    for how in ("--ssl relvit", "--task classify --backbone vit", "--task classify --backbone vit --in-order"):
+        found[how] = related(relvit, images, parse(f"{flags} {how}".split())[0])["positions_test"]
+    upstream, shuffled, ordered = found.values()
+    assert upstream == 0 and 0 < shuffled < 0.2 and ordered == pytest.approx(1)
 
 
 def test_in_order_a_joint_classifier_sees_its_images_as_they_are_and_else_shuffled():
