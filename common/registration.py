@@ -24,7 +24,7 @@ SEARCH_BELOW = 0.6  # s_i of `align` under which `find` is tried
 NOTHING, CERTAIN = 0.4, 0.5  # s_i is 0.2 to 0.4 in noise, but up to 0.6 where another object lies
 
 
-def align(reference: Tensor, images: Tensor, steps: int = 75) -> Tensor:
+def align(reference: Tensor, images: Tensor, steps: int = 50) -> Tensor:
     """Register a reference image (C, H, W) to images (B, C, H, W) by affine maps, equation (1).
 
     Returns theta (B, 2, 3), from an image's coordinates to the reference's; each depends on its own image
@@ -48,7 +48,7 @@ def align(reference: Tensor, images: Tensor, steps: int = 75) -> Tensor:
 
 
 def bend(
-    reference: Tensor, images: Tensor, theta: Tensor, steps: int = 60, knots: int = 8, stiffness: float = 1.0
+    reference: Tensor, images: Tensor, theta: Tensor, steps: int = 40, knots: int = 8, stiffness: float = 1.0
 ) -> Tensor:
     """Refine affine maps theta (B, 2, 3) by smooth displacements, equation (2): deformable registration.
 
