@@ -1,6 +1,6 @@
 """Cost curves: time and memory of a training step by image size, patches, heads, batch, width and depth.
 
-    python -m experiments.curves [OUT]      some minutes on an idle machine; writes curves.json and curves.png
+    python -m experiments.curves      some minutes on an idle machine; writes curves.json and curves.png
 
 A ViT that exposes one row of its attention, against one that exposes none and one that writes attention out;
 ISNet by default, against the plain classifier. The settings of a panel are timed in turn, round after round,
@@ -8,7 +8,7 @@ so that a machine that drifts slows all alike. Medians over rounds, relative to 
 first setting. ISNet's time is the mean of three steps, its memory that of the step with relevance.
 """
 
-import sys
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -109,7 +109,8 @@ def draw(found: dict[str, dict], path: Path) -> None:
 
 def main() -> None:
     """Measure, write the figures and draw them."""
-    out = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "results"
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
+    out = ROOT / "results"
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # as train.py does for classifiers
     found = measured()

@@ -1,13 +1,13 @@
 """How wrong may the one mask be? Other reference images, and masks that are shifted, scaled or swapped.
 
-    python -m experiments.wrong_mask [OUT]      some minutes; writes wrong_mask.json and .png into results/
+    python -m experiments.wrong_mask      some minutes; writes wrong_mask.json and .png into results/
 
 SPAN's attention follows its priors, so what is measured are the priors: the reference image's blurred masks,
 registered to test images. AP at every pixel, mean over regions; Dice of the union with the true one, for all
 images and not only those whose registration is trusted.
 """
 
-import sys
+import argparse
 from pathlib import Path
 from statistics import mean
 
@@ -92,7 +92,8 @@ def draw(found: dict[str, list], path: Path) -> None:
 
 def main() -> None:
     """Measure, write the figures and draw them."""
-    out = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "results"
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
+    out = ROOT / "results"
     found = measured()
     rounded = {w: [[a, [[round(x, 2) for x in s] for s in each]] for a, each in v] for w, v in found.items()}
     write_file(out / "wrong_mask.json", rounded)
