@@ -8,7 +8,7 @@ of unlabelled images. There is no public code; the equation numbers are ours (th
     P_r   = prior_r(theta x), averaged over each patch, normalised to sum 1 over patches       (1) `follow`
     s_r   = fraction of prior_r's mass that the view sees, in [0, 1]                           (2) `follow`
     A_r   = the CLS row of head r over the patches, normalised to sum 1                        (3) `span_loss`
-    L     = sum_vr s_vr KL(P_vr || A_vr) / sum_vr s_vr,  over all views v of a batch           (4) `span_loss`
+    L     = sum_vr s_vr KL(P_vr || A_vr) / sum_vr s_vr,  over all views v of a batch           (4) `span_loss`, `guidance`
 
 (1) The same theta samples image and prior, so a prior follows its crop. (2) A view that sees a tenth of a
 lung counts a tenth. Ours, not the paper's: the KL divergence (or another, by `kind`) and the weights (2). As
@@ -105,7 +105,7 @@ def span_loss(attention: Tensor, prior: Tensor, share: Tensor, kind: str = "kl")
     halves = (torch.float16, torch.bfloat16)
     attention, prior, share = (t.float() if t.dtype in halves else t for t in (attention, prior, share))
     A = attention[:, :R]
-    A = A / A.sum(dim=2, keepdim=True).clamp_min(1e-12)
+    A = A / A.sum(dim=2, keepdim=True).clamp_min(1e-12)  # (3)
     if kind == "kl":
         losses = (torch.xlogy(prior, prior) - prior * A.clamp_min(1e-12).log()).sum(dim=2)  # (B, R)
     elif kind == "mse":
@@ -114,14 +114,14 @@ def span_loss(attention: Tensor, prior: Tensor, share: Tensor, kind: str = "kl")
         losses = 1 - 2 * (prior * A).sum(dim=2) / (prior.square() + A.square()).sum(dim=2).clamp_min(1e-12)
     else:
         raise ValueError(f"unknown SPAN loss '{kind}': choose kl, mse or dice")
-    return (share * losses).sum() / share.sum().clamp_min(1e-12)
+    return (share * losses).sum() / share.sum().clamp_min(1e-12)  # (4)
 
 
 def guidance(
     attentions: list[Tensor], priors: Tensor, thetas: list[Tensor] | None, grids: list[tuple[int, int]],
     kind: str = "kl", confidence: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The SPAN loss over all views of a batch, a scalar.
+    """The SPAN loss over all views of a batch, equation (4), a scalar.
 
     One entry per resolution, as from `crops.multi_crop`: attentions (V B, heads, N), thetas (V B, 2, 3) and
     grids (h, w), N = h w. priors (B, R, H, W) lie over the whole images; with thetas None they do not follow

@@ -120,9 +120,9 @@ def draw_pictures(run: Path, flags: list[str], paths: list[Path], device: str) -
         config, spec, _ = found = load_run(run)
         model, out = load_model(run, found), run / "looks"
     loaded, failed = Loaded(config, spec, model.to(device), [], run), []
-    alike = len({path.name for path in paths}) < len(paths)  # a/1.png and b/1.png
+    alike = len({path.stem for path in paths}) < len(paths)  # a/1.png and b/1.png
     for i, path in enumerate(paths, 1):
-        name = f"{i}_{path.name}" if alike else path.name
+        name = f"{i}_{path.stem}" if alike else path.stem
         try:
             written = draw_picture(loaded, path, out / name)
             print(f"{path}: {written} file(s) in {out / name}" if written else f"{path}: the pooling is even")

@@ -101,7 +101,7 @@ def train(model: nn.Module, steps: int, c1: float = 0, c2: float = 0) -> nn.Modu
     for step in range(steps):
         index = torch.randint(len(images), (16,), generator=generator)
         batch, y, m = x[index], sick[index].float(), foreground[index].float()
-        if c1:
+        if c1:  # backgrounds swapped in every step, relevance penalised in every third
             batch = batch * m + batch.roll(1, 0) * (1 - m)  # train.py fills the other's foreground first
         if c1 and step % 3 == 0:
             R, logits = relevance(model, batch, torch.ones(16, 1), create_graph=True, **RULE)
@@ -116,6 +116,7 @@ def train(model: nn.Module, steps: int, c1: float = 0, c2: float = 0) -> nn.Modu
     return model.eval()
 
 
+# The plain one needs fewer steps: it reads the L at once, and more of them would change nothing.
 first = Classifier()
 plain = train(copy.deepcopy(first), 600)
 some = x[:200]
@@ -136,6 +137,7 @@ for i, row in enumerate(axes):
         colours = "gray" if k == 0 else "magma" if k < 4 else "RdBu_r"
         axis.imshow(picture.numpy(), cmap=colours, vmin=low, vmax=high)
         axis.axis("off")
-        axis.set_title(["test image", *REGIONS, "plain", "blind"][k] if i == 0 else "", fontsize=9)
+        titles = ["test image", *REGIONS, "relevance, plain", "relevance, blind"]
+        axis.set_title(titles[k] if i == 0 else "", fontsize=9)
 figure.savefig("tour.png", dpi=100)
 print("drew tour.png")

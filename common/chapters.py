@@ -70,8 +70,7 @@ def vit() -> None:
     prior, share = follow(masks.float(), EYE.expand(300, 2, 3), (8, 8))
     fit(model, 80, 300, lambda i: span_loss(model(x[i]).attention, prior[i], share[i]))
     row, full = model(x[:1]).attention[0], model.attention_maps(x[:1])[0, -1]  # (6, 64), (6, 65, 65)
-    difference = (row - full[:, 0, 1:]).abs().max()
-    print(f"the row returned and row 0 of the full maps differ by at most {difference:.0e}")
+    print(f"the row returned and row 0 of the full maps differ by {(row - full[:, 0, 1:]).abs().max():.0e}")
     print(f"numbers in the row: {row.numel()}; in the full maps of all blocks: {4 * full.numel()}")
     figure, axes = panels(2, 4)
     show(axes[0, 0], images[0, 0] / 255, "image")
@@ -115,8 +114,7 @@ def crops() -> None:
     first, second = thetas[0].split(1)  # (1, 2, 3) each
     twice = crop(crop(image, first, 256), second, 64)
     once = crop(image, first @ torch.cat([second, torch.tensor([[[0.0, 0, 1]]])], dim=1), 64)
-    off = (twice - once).abs().mean()
-    print(f"a crop of a crop, and the product of their matrices, differ by {off:.3f} (interpolation)")
+    print(f"a crop of a crop, and one by their product, differ by {(twice - once).abs().mean():.3f}")
     draw(figure, "crops")
 
 
@@ -133,13 +131,14 @@ def dino() -> None:
     for ax, (name, scores) in zip(axes, teachers.items()):
         monitor, lines = CollapseMonitor(K, patience=50), {"entropy h": [], "KL to the mean": []}
         for step in range(400):
-            monitor.update(scores(step).softmax(dim=1))
-            for line, value in zip(lines.values(), (monitor.entropy, monitor.kl)):
+            monitor.update(p := scores(step).softmax(dim=1))
+            h, of_mean = (-torch.xlogy(q, q).sum(dim=-1).mean() for q in (p, p.mean(dim=0)))
+            for line, value in zip(lines.values(), (h, of_mean - h)):
                 line.append(float(value) / np.log(K))
         for (label, line), colour in zip(lines.items(), COLOURS[5:]):
             ax.plot(line, label=label, color=colour)
         ax.set(title=name, xlabel="step", ylabel="fraction of log K", ylim=(0, 1.02))
-        print(f"{name}:", monitor.diagnosis() if monitor.collapsed() else "no collapse")
+        print(f"toy teacher, {name}:", monitor.diagnosis() if monitor.collapsed() else "no collapse")
     axes[0].legend()
     draw(figure, "dino")
 
@@ -147,14 +146,14 @@ def dino() -> None:
 def relvit() -> None:
     """RelViT's targets on a grid of 4 x 4 patches, and those of one patch as a map."""
     targets = relation_targets(4, 4)
-    levels = {task: f"{value:.2f}" for task, value in chance(targets).items()}
-    print("what a constant prediction reaches (accuracy, or root mean squared error):", levels)
+    levels = ", ".join(f"{task} {value:.2f}" for task, value in chance(targets).items())
+    print(f"what a constant prediction reaches (accuracy, or root mean squared error): {levels}")
     figure, axes = panels(2, 3)
     for k, task in enumerate(["relations", "distances", "angles"]):
         colours = "tab10" if k == 0 else "viridis"
         axes[0, k].imshow(targets[task], cmap=colours)
         axes[1, k].imshow(targets[task][5].view(4, 4), cmap=colours)
-        axes[0, k].set_title(task), axes[1, k].set_title("of patch 5")
+        axes[0, k].set_title(f"{task} of all pairs"), axes[1, k].set_title("of patch 5 with each")
     draw(figure, "relvit")
 
 
@@ -195,8 +194,8 @@ def lrp() -> None:
     figure, axes = panels(3, 5)
     for k, (name, rule) in enumerate(rules.items()):
         R, logits = relevance(model, x[some], torch.ones(3, 1), **rule)
-        sums = ", ".join(f"{r:.2f} for {z:.2f}" for r, z in zip(R.sum(dim=(1, 2, 3)), logits[:, 0]))
-        print(f"{name}: sum of relevance for score, biases hold the difference: {sums}")
+        sums = ", ".join(f"{r:.2f} (score {z:.2f})" for r, z in zip(R.sum(dim=(1, 2, 3)), logits[:, 0]))
+        print(f"{name}: relevance sums to {sums}; biases hold the rest")
         for i, row in enumerate(axes):
             show(row[0], x[some[i], 0] / 2 + 0.5, "image" if i == 0 else "")
             heat = R[i, 0] / R[i].abs().mean()
@@ -223,7 +222,7 @@ def isnet_lrp() -> None:
     bounded = strict(loud) + foreground_loss(loud, mask, 10, 60, hybrid=True)
     ways = {  # what happens: heatmap and loss, what closes it: heatmap and loss
         "a small marker": (both, background_loss(both, mask), "small E, pooled by rank", both, strict(both)),
-        "a loud foreground": (loud, strict(loud), "foreground loss", loud, bounded),
+        "foreground 200 times louder": (loud, strict(loud), "foreground loss", loud, bounded),
         "the other logit reads it": (clean, strict(clean), "log-odds explained", both, strict(both)),
         "its absence is coded": (clean, strict(clean), "inner layer", clean + shadow, strict(clean + shadow)),
     }
@@ -241,8 +240,10 @@ def isnet_lrp() -> None:
     x = x * mask + tint
     R, seen = heat(dark), (x, x - tint, x * mask + other, (x - tint) * mask + other)
     scores = ["{:.0f}".format(float(dark(image).sum())) for image in seen]
-    print(f"a tint silences units: loss {float(strict(R)):.2f}, score with the tint {scores[0]}, without")
-    print(f"{scores[1]}; with the background of another image {scores[2]} and {scores[3]}")
+    print(f"a tint silences units: background loss {float(strict(R)):.2f}; score with the tint {scores[0]}, "
+          f"without {scores[1]}, on another image's background {scores[2]} and {scores[3]}")  # fmt: skip
+    for ax, what in zip(axes[:, 0], ("image", "heatmap that passes", "what closes the hole")):
+        ax.set_ylabel(what)
     show(axes[0, -1], x[0, 0], "a tint silences units")
     show(axes[1, -1], R[0, 0] / R.max(), f"loss {float(strict(R)):.2f}", top=1, signed=True)
     show(axes[2, -1], (x * mask + other)[0, 0], "background swapped")

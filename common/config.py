@@ -76,7 +76,8 @@ class Config:
     follow: bool = flag(True, "keep priors fixed while crops move", needs=f"{VIEWS}&prior")
     prior_blur: float = flag(0.025, "sigma as a fraction of width", within=WEIGHT, needs=REGISTERED)
     span_weight: float = flag(3.0, "weight of the SPAN loss", within=WEIGHT, needs="prior")
-    span_loss: str = flag("kl", "attention against its prior", choices=["kl", "mse", "dice"], needs="prior")
+    span_loss: str = flag("kl", "attention against its prior (each has its own scale)",
+        choices=["kl", "mse", "dice"], needs="prior")
     span_layer: int = flag(-1, "the block whose heads are guided, -1 the last", needs="pool=cls")
     ssl: str = flag("dino", "the objective without labels; none: the SPAN loss alone",
         group="self-supervision", choices=["dino", "relvit", "none"], needs="task=pretrain")

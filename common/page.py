@@ -46,15 +46,19 @@ def side_by_side(reports: dict[str, Report]) -> dict[str, tuple[list[str], list[
     return made
 
 
-def print_tables(reports: dict[str, Report]) -> None:
-    """Print the tables and notes of runs {name: Report}."""
+def print_tables(reports: dict[str, Report], most: int = 100) -> None:
+    """Print the tables and notes of runs {name: Report}; tables wider than `most` in parts."""
     for header, rows in side_by_side(reports).values():
         titles = [[line for part in title.split(": ") for line in wrap(part, 15)] for title in header]
-        rows = [*zip_longest(*titles, fillvalue=""), *rows]
-        widths = [max(7, *map(len, column)) for column in zip(*rows)]
-        print()
-        for name, *cells in rows:
-            print(f"{name:{widths[0]}}" + "".join(f"  {c:>{w}}" for c, w in zip(cells, widths[1:])))
+        lines = [*zip_longest(*map(reversed, titles), fillvalue="")][::-1]
+        names, *columns = zip(*lines, *rows)
+        width, parts = max(map(len, names)), [[]]
+        for column in columns:
+            each = max(7, *map(len, column))
+            parts += [[]] * (width + sum(2 + len(cells[0]) for cells in parts[-1]) + 2 + each > most)
+            parts[-1] = [*parts[-1], [f"{cell:>{each}}" for cell in column]]
+        for part in parts:
+            print("", *("  ".join([f"{n:{width}}", *c]) for n, *c in zip(names, *part)), sep="\n")
     print()
     for run, note in ((run, note) for run, found in reports.items() for note in found.notes):
         print(f"{run}: {note}" if len(reports) > 1 else note)

@@ -39,7 +39,7 @@ def of_guidance() -> list[tuple]:
         (1, "SPAN after 9 epochs, above DINO after 60", 58.7, early, dino),
         (1, "60 epochs: above the prior as it is", 15, span, "long_span prior_mAP"),
         (1, "60 epochs: above the registered prior, same grid", 0, span, "long_span aligned_prior_mAP"),
-        (1, "60 epochs: above it at each pixel", 0, span, "long_span aligned_prior_every_pixel_mAP"),
+        (1, "60 epochs: above that prior at each pixel", 0, span, "long_span aligned_prior_every_pixel_mAP"),
         (1, "9 epochs: above the registered prior, same grid", 0, early, "phantom_span aligned_prior_mAP"),
         (1, "15 epochs: to that with all images' masks", -1, "span attention_mAP", "masks"),
         (2, f"{equal}: SPAN's linear mAUC, above DINO's", 2.2, "long_span linear_mAUC", dino, "", "+2.2"),

@@ -140,7 +140,7 @@ def of_claims(runs: dict) -> dict[str, str]:
         held, _, seeds = holds.partition(" of ")
         if first.setdefault(number, row) is not row and seeds and held != seeds:
             others[number] = [*others.get(number, []), f"{text}: {here.split(' ')[0]} ({holds})"]
-    summary = [[*row, "; ".join(others.get(number, []))] for number, row in first.items()]
+    summary = [[*row, "<br>".join(others.get(number, []))] for number, row in first.items()]
     also = f"{header} | other comparisons that do not hold in every seed"
     return {"claims": markdown(header, rows, 2), "summary": markdown(also, summary, 2)}
 
