@@ -15,7 +15,7 @@ from common.checkpoint import Run
 from common.checks import check
 from common.data import select
 from common.splits import load
-from experiments import benchmark, curves, equations, remedies, runs, tables, wrong_mask
+from experiments import benchmark, curves, equations, remedies, runs, tables, throughput, wrong_mask
 from experiments.claims import Claim, claims
 from experiments.layout import layout
 
@@ -225,6 +225,21 @@ def test_the_recorded_costs_are_those_that_the_benchmark_measures(monkeypatch):
     for part, value in parts.items():
         monkeypatch.setattr(f"experiments.benchmark.{part}", lambda *args, value=value: value)
     assert [name for name, _ in benchmark.measured(1, "cpu")] == list(COSTS)
+
+
+def test_throughput_is_images_and_operations_over_the_seconds_that_they_take(monkeypatch):
+    tiny = "--embed-dim 24 --depth 1 --num-heads 3 --img-size 32 --out-dim 16 --local-crops-number 1"
+    made = {"SPAN": tiny, "SHAPE": (4, 1, 32, 32), "MATRIX": 64, "CLASSIFIERS": {"a ResNet": "--embed-dim 16"}}
+    made |= {"seconds": lambda work: 2.0, "timed": lambda work: 9.0}
+    for name, value in made.items():
+        monkeypatch.setattr(throughput, name, value)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: None)  # which imports for seconds
+    found = throughput.measured("cpu")
+    assert found.pop("python train.py: seconds") == 9 and len(found) == 8
+    assert all(x == 2 for name, x in found.items() if "images" in name)  # 4 in 2 seconds
+    step, make_views = throughput.span_step(tiny, (4, 1, 32, 32), "cpu")
+    assert found["SPAN: share of the matrix rate"] == throughput.operations(step) / (2 * 64**3)
+    assert "span_loss" in step() and [len(views) for views in make_views()[0]] == [8, 4]
 
 
 def test_a_cost_curve_is_relative_to_its_first_line_at_its_first_setting(monkeypatch):
