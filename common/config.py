@@ -141,8 +141,8 @@ class Config:
     epochs: int = flag(None, "passes over the images (default: 9, with labels 15, a ViT with labels 40, "
         "small folders more)", group="optimisation", within=COUNT)
     batch_size: int = flag(None, "images a step", within=COUNT)
-    accumulate: int = flag(1, "parts of a batch, where memory is short; DINO's centre, KoLeo and monitor "
-        "see one part at a time")
+    accumulate: int = flag(1, "parts of a batch, where memory is short; DINO's centre, KoLeo and monitor, "
+        "and BatchNorms, see one part at a time")
     amp: bool = flag(False, "compute in bfloat16 where that is safe")
     compile: bool = flag(False, "pretrain with torch.compile")
     lr: float = flag(None, "highest learning rate (AdamW, cosine)", within=(1e-9, 1e9))

@@ -68,12 +68,13 @@ def average_gradients(model: nn.Module) -> None:
 
 
 class _AllRows(Function):
-    """Rows (B, ...) of each of P processes -> all of them (P B, ...); its derivative is the next function."""
+    """Rows (B, ...) of each of P processes -> all of them (P B, ...); its derivative is `_OwnRows`."""
 
     @staticmethod
     def forward(ctx, own: Tensor) -> Tensor:
+        own = own.contiguous()
         parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, own.contiguous())
+        dist.all_gather(parts, own)
         return torch.cat(parts)
 
     @staticmethod
@@ -86,7 +87,7 @@ class _OwnRows(Function):
 
     @staticmethod
     def forward(ctx, rows: Tensor) -> Tensor:
-        dist.all_reduce(rows := rows.clone())
+        dist.all_reduce(rows := rows.clone(memory_format=torch.contiguous_format))
         return rows.chunk(dist.get_world_size())[rank()]
 
     @staticmethod
@@ -97,7 +98,8 @@ class _OwnRows(Function):
 def share_batch_norms(model: nn.Module) -> None:
     """Let each BatchNorm normalise by the images of all processes in training, as SyncBatchNorm does.
 
-    PyTorch's runs on GPUs only, and LRP has no rule for it: this one is `batch_norm` of more images.
+    SyncBatchNorm runs on GPUs only, and LRP has no rule for it. Here each process normalises the images of
+    all and keeps its own: a BatchNorm's memory and time do not fall with the number of processes.
     """
 
     def all_images(module: nn.Module, images: tuple[Tensor]) -> Tensor | None:

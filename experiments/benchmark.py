@@ -137,7 +137,7 @@ def dino_steps(flags: str, shape: tuple[int, ...], device: str) -> tuple[Callabl
 def images_a_second(processes: int) -> float:
     """How many drawn X-rays DINO trains on, by so many processes with one CPU thread each."""
     command = f"-m torch.distributed.run --standalone --nproc-per-node {processes} train.py"
-    command += " --prior none --train-images 512 --epochs 3 --device cpu --out"
+    command += " --prior none --train-images 512 --batch-size 64 --epochs 3 --device cpu --out"
     with TemporaryDirectory() as out:
         words = [sys.executable, *command.split(), f"{out}/run"]
         threads = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -83,23 +83,23 @@ def of_guidance() -> Tables:
     lengths = [
         Row("DINO, 60 epochs: published loss", "dino_long", of_features),
         Row("DINO, 60 epochs: both additions in every step", "always_long", of_features, "dino_long"),
-        Row("**DINO, 60 epochs: both near collapse, default**", "long_dino", of_features, "dino_long"),
+        Row("**DINO, 60 epochs: both near collapse (default loss)**", "long_dino", of_features, "dino_long"),
         Row("SPAN with DINO, 15 epochs: published loss", "span", of_features),
-        Row("**SPAN with DINO, 15 epochs: both near collapse, default**", "early_span", of_features, "span"),
+        Row("**SPAN with DINO, 15 epochs: default loss**", "early_span", of_features, "span"),
         Row("`python train.py`: 9 epochs, batches of 32", "phantom_span", of_features),
     ]
     equal = [
         Row("DINO, published loss", "dino_long", of_features),
-        Row("**SPAN with DINO: default**", "long_span", of_features, "dino_long"),
+        Row("**SPAN with DINO: default loss**", "long_span", of_features, "dino_long"),
         Row("SPAN with DINO, priors not registered", "long_published", of_features, "dino_long"),
         Row("SPAN with DINO, a tenth of SPAN's weight", "long_light", of_features, "dino_long"),
-        Row("DINO by default", "long_dino", of_features, "dino_long"),
+        Row("DINO, default loss", "long_dino", of_features, "dino_long"),
         Row("the same, then SPAN for 15 epochs", "after_dino", of_features, "dino_long"),
         Row("plates, their own settings: DINO", "plates_dino", of_features),
         Row("the same: **SPAN, priors from statistics**", "plates_span", of_features, "plates_dino"),
-        Row("plates, SPAN's defaults (9 epochs)", "plates_default", of_features),
+        Row("plates, SPAN's defaults: 9 epochs, batches of 32", "plates_default", of_features),
     ]
-    ablation = [Row("none", "span", ["attention_mAP"])]
+    ablation = [Row("no flag", "span", ["attention_mAP"])]
     ablation += [Row(f"`{flag}`", run, ["attention_mAP"], "span") for run, flag in SPAN_CHANGES.items()]
     parts = [f"attention_{x}" for x in ("AP_plate", "AP_holes", "AP_defect", "mAP")]
     plates = [Row("DINO", "plates_dino", parts)]
@@ -113,7 +113,7 @@ def of_guidance() -> Tables:
     return {
         "localisation": ("pixel AP | left lung | right lung | heart | mAP", where),
         "lengths": ("1500 phantoms | k-NN, mAUC | linear layer, mAUC", lengths),
-        "equal_length": ("60 epochs | k-NN, mAUC | linear layer, mAUC", equal),
+        "equal_length": ("60 epochs, batches of 64, unless named | k-NN, mAUC | linear layer, mAUC", equal),
         "ablation": ("one flag added | attention mAP", ablation),
         "transfer": (labels, transfer),
         "parts": ("attention AP, heads chosen on validation images | plate | holes | defect | mAP", plates),

@@ -110,7 +110,8 @@ def compared(runs: dict, header: str, rows: list[Row]) -> str:
             gap = gaps(measured[i], points(runs, row.reference, figure))
             cells[i] += f" ({spread(gap, '+')})" if gap else ""
         if any(measured):
-            lines.append([row.title, *cells, str(min(len(values) for values in measured if values))])
+            counts = sorted({len(values) for values in measured if values})
+            lines.append([row.title, *cells, " to ".join(map(str, counts[:1] + counts[1:][-1:]))])
     return markdown(f"{header} | seeds", lines)
 
 

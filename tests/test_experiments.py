@@ -215,7 +215,7 @@ def test_a_step_of_dino_as_released_changes_the_weights_as_ours_does(monkeypatch
         step()
     weights, others = (dict(model.state_dict()) for model in made)
     for name in (name for name in weights if not name.startswith("health")):
-        torch.testing.assert_close(weights[name], others[name], rtol=0, atol=1e-4)  # of 2e-3
+        torch.testing.assert_close(weights[name], others[name], rtol=0, atol=1e-4)  # of 1.4e-3
 
 
 def test_the_recorded_costs_are_those_that_the_benchmark_measures(monkeypatch):
@@ -229,8 +229,8 @@ def test_the_recorded_costs_are_those_that_the_benchmark_measures(monkeypatch):
 
 def test_throughput_is_images_and_operations_over_the_seconds_that_they_take(monkeypatch):
     tiny = "--embed-dim 24 --depth 1 --num-heads 3 --img-size 32 --out-dim 16 --local-crops-number 1"
-    made = {"SPAN": tiny, "SHAPE": (4, 1, 32, 32), "MATRIX": 64, "CLASSIFIERS": {"a ResNet": "--embed-dim 16"}}
-    made |= {"seconds": lambda work: 2.0, "timed": lambda work: 9.0}
+    made = {"SPAN": tiny, "SHAPE": (4, 1, 32, 32), "CLASSIFIERS": {"a ResNet": "--embed-dim 16"}}
+    made |= {"MATRIX": 64, "seconds": lambda work: 2.0, "timed": lambda work: 9.0}
     for name, value in made.items():
         monkeypatch.setattr(throughput, name, value)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: None)  # which imports for seconds
