@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from experiments.claims import BACKBONES, KINDS
-from experiments.runs import RESNET_CHANGES, SPAN_CHANGES, VIT_CHANGES
+from experiments.commands import RESNET_CHANGES, SPAN_CHANGES, VIT_CHANGES
 
 AUC = ["auc_same", "auc_removed", "auc_flipped", "auc_unseen"]
 SHORTCUT = {

@@ -18,8 +18,9 @@ from statistics import mean, stdev
 from common.checkpoint import Run, load_run, write_file
 from common.config import PER_CALL, as_json, parse
 from experiments.claims import Claim, claims
+from experiments.commands import REMEDIES, RUNS
 from experiments.layout import NONE, PATCHES, ROW, WHOLE, Row, layout
-from experiments.runs import REMEDIES, ROOT, RUNS
+from experiments.runs import ROOT
 
 FILES = ["README.md", "results/README.md", "docs/isnet.md", "docs/collapse.md"]
 FLOOR = 0.02 * log(256)  # of the KL: lower is a collapse, see dino.CollapseMonitor

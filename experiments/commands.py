@@ -1,0 +1,153 @@
+"""The flags of every run that the evidence rests on, {EXPERIMENT-SEED: flags of train.py}."""
+
+import re
+from collections.abc import Iterable
+
+BLIND = "--isnet 0.3"  # with swapped backgrounds; chosen on seed 10
+PENALTY = "--swap 0 --isnet-every 1 --isnet-margin 0"  # on every step, without swapped backgrounds
+ISNET = {"resnet": f"--isnet 3 --isnet-end 0.1 {PENALTY}", "vit": f"--isnet 1 {PENALTY}"}  # seeds 10 and 11
+BASELINES = ["multitask --baseline-weight 100", "gain --baseline-weight 10", "rrr --baseline-weight 1"]
+BASELINES += ["gated", "pipeline", "swap"]  # weights chosen on seed 10
+LABELS = "--task classify --backbone"
+CLASSIFIERS = {"resnet": f"{LABELS} resnet", "vit": f"{LABELS} vit --epochs 15 --shift 0"}  # beside ISNet
+BEFORE = "--batch-size 64 --lr 2e-3"  # the defaults of DINO's older runs, which also took 15 epochs
+PLATES = "--data parts --keep-going --batch-size 64 --lr 5e-4 --teacher-temp 0.01 --global-scale 0.7 1"
+LOSSES = {"steady": "", "published": "--koleo 0 --max-entropy 1"}  # DINO's
+EARLIER = f"{BEFORE} --epochs 15 {LOSSES['published']}"
+REMEDIES = {  # of experiments/remedies.py
+    "always": "", "koleo": "--max-entropy 1", "sinkhorn": LOSSES["published"],
+    "warmed": f"{LOSSES['published']} --teacher-temp 0.07", "followed": LOSSES["published"],
+}  # fmt: skip
+SPAN_CHANGES = {  # one thing changed at a time, at seed 0
+    "affine_alignment": "--align affine", "no_alignment": "--align none", "no_following": "--no-follow",
+    "mse": "--span-loss mse", "dice": "--span-loss dice", "layer_before": "--span-layer -2",
+    "local_crops": "--local-crops-number 2", "no_blur": "--prior-blur 0",
+}  # fmt: skip
+RESNET_CHANGES = {
+    "pixels_only": "--isnet-layers none", "epsilon_rule": "--lrp-gamma 0", "one_logit": "--explain label",
+    "mean_pooling": "--isnet-decay 1", "large_e": "--isnet-e 1", "constant_weight": "--isnet-end 1",
+}  # fmt: skip
+VIT_CHANGES = {"vit_unguided": "--isnet-layers relevance", "vit_pixels_only": "--isnet-layers none"}
+
+
+def few_labels() -> dict[str, str]:
+    """RelViT and DINO before labels or beside them, on phantoms; all but `half` take as many steps."""
+    runs, relvit = {}, "--ssl relvit --prior none"
+    relations = "--relations relations positions"  # as released
+    for n, E in {250: 400, 1000: 100}.items():  # epochs: about 3000 steps, chosen on seed 10 with 250 images
+        drawn = "--backbone vit --embed-dim 64 --depth 3 --num-heads 4 --batch-size 32 --lr 1e-3"
+        drawn, name = f"{drawn} --train-images {n}", f"phantom{n}"
+        label = f"--task classify {drawn} --findings all"
+        runs[f"scratch_{name}"] = f"{label} --epochs {2 * E}"
+        runs[f"half_{name}"] = f"{label} --epochs {E}"
+        runs[f"joint_{name}"] = f"{label} --epochs {2 * E} {relations}"
+        runs[f"ordered_{name}"] = f"{label} --epochs {2 * E} {relations} --in-order"
+        for how, flags in {"relvit": f"{relvit} {relations}", "dino": "--prior none --keep-going"}.items():
+            runs[f"pre_{how}_{name}"] = f"{drawn} --epochs {E} {flags}"
+            runs[f"tuned_{how}_{name}"] = f"{label} --epochs {E} --init runs/pre_{how}_{name}-{{seed}}"
+    return runs
+
+
+def of_isnet_alone() -> dict[str, str]:
+    """ISNet without swapped backgrounds, its baselines, other shortcuts, and masks from one image."""
+    runs = {"span_marked": f"--marker 1 {EARLIER}"}
+    baselines = {how.split()[0]: f"--baseline {how}" for how in BASELINES}
+    baselines["swap"] += " --swap-margin 0"
+    for backbone, label in CLASSIFIERS.items():
+        isnet, marked = ISNET[backbone], f"{label} --marker 1"
+        runs |= {f"unmarked_{backbone}": label, f"plain_{backbone}": marked}
+        runs |= {f"{how}_{backbone}": f"{marked} {flags}" for how, flags in baselines.items()}
+        runs[f"isnet_{backbone}"] = f"{marked} {isnet}"
+        runs[f"isnet_prior_{backbone}"] = f"{marked} {isnet} --masks prior"
+        attention = f"{marked} --masks runs/span_marked-{{seed}}"
+        runs[f"isnet_attention_{backbone}"] = f"{attention} {isnet}"
+        for how in ("swap", "pipeline"):
+            runs[f"{how}_attention_{backbone}"] = f"{attention} {baselines[how]}"
+        for kind in ("anywhere", "tint", "border"):
+            of_kind, name = f"{marked} --marker-kind {kind}", "" if backbone == "resnet" else "vit_"
+            runs |= {f"{name}plain_{kind}": of_kind, f"{name}isnet_{kind}": f"{of_kind} {isnet}"}
+            if backbone == "resnet":
+                runs |= {f"{way}_{kind}": f"{of_kind} {baselines[way]}" for way in ("swap", "pipeline")}
+    return runs
+
+
+def on_other_data() -> dict[str, str]:
+    """DINO on four kinds of images in three sizes; a shortcut, with masks of 1, 10 or all images."""
+    runs = {"phantom_span": "", "simpool_span": "--pool simpool"}
+    runs["plates_default"] = "--data parts --prior statistics"
+    for n, (epochs, before) in {200: (58, 117), 850: (14, 27), 3000: (4, 8)}.items():  # 350 steps each
+        drawn = {kind: f"--data {kind} --train-images {n}" for kind in ("phantom", "parts")}
+        folders = {kind: f"--data data/{kind}{n // 10}-{{seed}}" for kind in ("symbols", "digits")}
+        for kind, data in (drawn | folders).items():
+            for way, flags in (LOSSES | REMEDIES).items():
+                steps = f"--epochs {epochs}" if way == "steady" else f"--epochs {before} {BEFORE}"
+                runs[f"{way}_{kind}_{n}"] = f"{data} --prior none --keep-going {steps} {flags}".strip()
+    for kind, n in {"digits": 85, "leaves": 400}.items():  # leaves: no default was chosen on them
+        data = f"--data data/{kind}{n}-{{seed}}"
+        runs |= {f"{kind}_span": data, f"{kind}_plain": f"{data} --task classify"}
+        for how, flags in {"blind": BLIND, "swap": "--baseline swap"}.items():
+            label = f"{data} --task classify {flags}"
+            runs[f"{kind}_{how}_one"] = f"{label} --masks prior"
+        runs[f"{kind}_blind_attention"] = f"{data} --task classify {BLIND} --masks runs/{kind}_span-{{seed}}"
+        runs[f"{kind}_blind_ten"] = f"{data} --task classify {BLIND}".replace(f"{kind}{n}", f"{kind}{n}m10")
+        runs[f"{kind}_blind_all"] = f"{data} --task classify {BLIND}"
+    return runs
+
+
+def against_backgrounds() -> dict[str, str]:
+    """ISNet by default and as published on four shortcuts; all methods on hospitals, and on grounds."""
+    runs = {}
+    for backbone in CLASSIFIERS:
+        ways = {"blind": BLIND} | ({"published": "--preset published"} if backbone == "resnet" else {})
+        others = {how.split()[0]: f"--baseline {how}" for how in BASELINES}
+        for kind in ("corner", "anywhere", "tint", "border"):
+            label = f"{LABELS} {backbone} --marker 1 --marker-kind {kind}"
+            runs |= {f"{way}_{backbone}_{kind}": f"{label} {flags}" for way, flags in ways.items()}
+            runs[f"blind_one_{backbone}_{kind}"] = f"{label} {BLIND} --masks prior"
+        for way, flags in ({"plain": ""} | others | ways).items():
+            label = f"{LABELS} {backbone} --marker 1 --marker-kind hospitals"
+            runs[f"{way}_{backbone}_hospitals"] = f"{label} {flags}".strip()
+            label = f"{LABELS} {backbone} --data data/grounds200-{{seed}}"
+            runs[f"{way}_{backbone}_grounds"] = f"{label} {flags}".strip()
+    return runs | {"tight_resnet_grounds": f"{runs['blind_resnet_grounds']} --isnet-margin 0"}
+
+
+def poolings_of_objects() -> dict[str, str]:
+    """Poolings on textured objects of 5 to 25 % of the area that lie anywhere, with labels, to a plateau."""
+    label = f"--data data/scenes1000-{{seed}} {LABELS}"
+    runs = {f"object_vit_{pool}": f"{label} vit --pool {pool}" for pool in ("cls", "gap", "simpool")}
+    return runs | {f"object_resnet_{pool}": f"{label} resnet --pool {pool}" for pool in ("gap", "simpool")}
+
+
+def at_equal_length() -> dict[str, str]:
+    """SPAN and DINO for 60 epochs each, on X-rays and on plates; SPAN for 15."""
+    long = f"--epochs 60 {BEFORE}"
+    return {
+        "early_span": f"--epochs 15 {BEFORE}",
+        "long_dino": f"--prior none {long}",
+        "long_span": long,
+        "long_published": f"--align none {long}",
+        "long_light": f"--span-weight 0.3 {long}",
+        "after_dino": f"--init runs/long_dino-{{seed}} --epochs 15 {BEFORE}",
+        "dino_long": f"{LOSSES['published']} --prior none {long}",
+        "always_long": f"--prior none {long}",
+        "plates_dino": f"{PLATES} --prior none --epochs 60",  # settings that suit DINO alone
+        "plates_span": f"{PLATES} --prior statistics --epochs 60",
+    }
+
+
+def seeded(experiments: dict[str, str], seeds: Iterable[int]) -> dict[str, str]:
+    """{experiment: flags} as {experiment-seed: flags}; {seed} in the flags becomes the seed."""
+    runs = {(name, seed): flags.format(seed=seed) for seed in seeds for name, flags in experiments.items()}
+    return {f"{name}-{seed}": f"--seed {seed} {flags}".strip() for (name, seed), flags in runs.items()}
+
+
+TODAY = on_other_data() | against_backgrounds() | poolings_of_objects() | at_equal_length() | few_labels()
+GUIDED = {"span": EARLIER, "masks": f"{EARLIER} --prior masks"}
+CHANGED = {name: f"{GUIDED['span']} {flags}" for name, flags in SPAN_CHANGES.items()}
+for backbone, changes in {"resnet": RESNET_CHANGES, "vit": VIT_CHANGES}.items():
+    isnet = f"{CLASSIFIERS[backbone]} --marker 1 {ISNET[backbone]}"
+    CHANGED |= {name: f"{isnet} {flags}" for name, flags in changes.items()}
+RUNS = seeded(TODAY, range(5)) | seeded(GUIDED | of_isnet_alone(), range(3)) | seeded(CHANGED, [0])
+# The runs that a run starts from, or whose attention becomes its masks.
+NEEDED = {name: set(re.findall(r"runs/(\S+)", flags)) for name, flags in RUNS.items()}
