@@ -48,11 +48,11 @@ def crop(images: Tensor, theta: Tensor, size: int | tuple[int, int]) -> Tensor:
     h, w = (size, size) if isinstance(size, int) else size
     x, y = ((torch.arange(n, device=theta.device) * 2 + 1) / n - 1 for n in (w, h))
     # The points of F.affine_grid, whose product of (h w, 3) and (3, 2) would take longer than the sampling.
-    grid = torch.empty(len(theta), h, w, 2, device=theta.device, dtype=images.dtype)
+    grid = torch.empty(len(theta), 2, h, w, device=theta.device, dtype=images.dtype)
     for i in range(2):
         a, b, c = theta[:, i, :, None, None].unbind(1)  # (B, 1, 1) each
-        torch.add(a * x + c, b * y[:, None], out=grid[..., i])
-    return F.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
+        torch.add(a * x + c, b * y[:, None], out=grid[:, i])
+    return F.grid_sample(images, grid.permute(0, 2, 3, 1), padding_mode="zeros", align_corners=False)
 
 
 def distort(images: Tensor, generator: Generator, blur: float = 0.5, solarise: float = 0.0) -> Tensor:
