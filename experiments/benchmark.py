@@ -134,10 +134,10 @@ def dino_steps(flags: str, shape: tuple[int, ...], device: str) -> tuple[Callabl
     return partial(train_step, config, model, losses, optimizer, index, generator, 0, 100), released
 
 
-def images_a_second(processes: int) -> float:
-    """How many drawn X-rays DINO trains on, by so many processes with one CPU thread each."""
+def images_a_second(processes: int, device: str = "cpu") -> float:
+    """How many drawn X-rays DINO trains on, by so many processes with one CPU thread or GPU each."""
     command = f"-m torch.distributed.run --standalone --nproc-per-node {processes} train.py"
-    command += " --prior none --train-images 512 --batch-size 64 --epochs 3 --device cpu --out"
+    command += f" --prior none --train-images 512 --batch-size 64 --epochs 3 --device {device} --out"
     with TemporaryDirectory() as out:
         words = [sys.executable, *command.split(), f"{out}/run"]
         threads = os.environ | {"OMP_NUM_THREADS": "1"}

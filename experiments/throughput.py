@@ -3,7 +3,8 @@
     python -m experiments.throughput --device cuda     some ten minutes; writes results/throughput.json
 
 SPAN with DINO on a ViT-S/16 at 224 px with 2 + 6 crops in bfloat16, with and without --compile; classifiers
-with and without ISNet; whether a step waits for its views; and `python train.py` from start to table.
+with and without ISNet; whether a step waits for its views; two GPUs against one, where there are two; the
+loss of one step beside the CPU's; and `python train.py` from start to table.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from common.checkpoint import DataSpec, write_file
 from common.config import parse
 from common.models import build_encoder, build_model, decayed
 from crops import multi_crop
-from experiments.benchmark import RESNET, VIT, VIT_S, classifier, timed
+from experiments.benchmark import RESNET, VIT, VIT_S, classifier, images_a_second, timed
 from experiments.costs import operations
 from experiments.runs import ROOT
 from train import train_step, views_objective
@@ -50,8 +51,8 @@ def span_step(flags: str, shape: tuple[int, ...], device: str) -> tuple[Callable
     """A training step of SPAN with DINO as train.py takes it, and the making of its views alone."""
     config, _ = parse(f"--device {device} {flags}".split())
     B, C, H, W = shape
-    images = torch.randint(256, shape, dtype=torch.uint8, device=device)
-    priors, sure = torch.rand(B, 3, H, W, device=device), torch.ones(B, device=device)
+    images = torch.randint(256, shape, dtype=torch.uint8).to(device)
+    priors, sure = torch.rand(B, 3, H, W).to(device), torch.ones(B, device=device)
     grid = H // config.patch_size, W // config.patch_size
     model = build_model(config, DataSpec(C, (), False, ""), build_encoder(config, C), grid).to(device).train()
     losses = views_objective(config, model, images, lambda index: (priors[index], sure))
@@ -75,6 +76,12 @@ def measured(device: str) -> dict[str, float]:
         for way, added in {"plain": "", "ISNet": "--isnet 1 --lrp-gamma 0 --isnet-layers none"}.items():
             loss, _ = classifier(f"{flags} {added}", SHAPE, device)
             found[f"{name}, {way}: images a second"] = B / seconds(lambda loss=loss: loss().backward())
+    for where in ("cpu", device):
+        torch.manual_seed(0)
+        step, _ = span_step("--embed-dim 96", (16, 1, 64, 64), where)
+        found[f"SPAN at 64 px, one step, loss on {where}"] = step()["loss"]
+    if torch.cuda.device_count() > 1:
+        found["images a second, two GPUs / one"] = images_a_second(2, device) / images_a_second(1, device)
     with TemporaryDirectory() as out:
         words = [sys.executable, "train.py", "--device", device, "--out", f"{out}/run"]
         found["python train.py: seconds"] = timed(lambda: subprocess.run(words, cwd=ROOT, check=True))
