@@ -77,7 +77,7 @@ def vit() -> None:
     show(axes[1, 0], masks[0].any(dim=0).float(), "true regions")
     for r, region in enumerate(REGIONS):
         show(axes[0, r + 1], row[r].view(8, 8), f"head {r}: {region}", top=12 / 64)
-        show(axes[1, r + 1], full[r], "its full map", top=12 / 64)
+        show(axes[1, r + 1], full[r], "full map, row 0 boxed", top=12 / 64)
         axes[1, r + 1].add_patch(plt.Rectangle((0.5, -0.5), 64, 1, fill=False, color=COLOURS[0]))
     draw(figure, "vit")
 
