@@ -27,6 +27,7 @@ from common.plots import COLOURS, SCALE
 
 PNG = "data:image/png;base64,"
 FINEST = 64  # cells a side of a map, so that the page stays small
+WIDTH = 100  # characters of a table on the terminal
 
 
 def side_by_side(reports: dict[str, Report]) -> dict[str, tuple[list[str], list[list[str]]]]:
@@ -46,19 +47,21 @@ def side_by_side(reports: dict[str, Report]) -> dict[str, tuple[list[str], list[
     return made
 
 
-def print_tables(reports: dict[str, Report], most: int = 100) -> None:
-    """Print the tables and notes of runs {name: Report}; tables wider than `most` in parts."""
+def print_tables(reports: dict[str, Report]) -> None:
+    """Print the tables and notes of runs {name: Report}; tables wider than WIDTH in parts."""
     for header, rows in side_by_side(reports).values():
         titles = [[line for part in title.split(": ") for line in wrap(part, 15)] for title in header]
-        lines = [*zip_longest(*map(reversed, titles), fillvalue="")][::-1]
+        lines = [*zip_longest(*map(reversed, titles), fillvalue="")][::-1]  # a title's last line is lowest
         names, *columns = zip(*lines, *rows)
-        width, parts = max(map(len, names)), [[]]
+        names, parts, used = [f"{name:{max(map(len, names))}}" for name in names], [], WIDTH
         for column in columns:
-            each = max(7, *map(len, column))
-            parts += [[]] * (width + sum(2 + len(cells[0]) for cells in parts[-1]) + 2 + each > most)
-            parts[-1] = [*parts[-1], [f"{cell:>{each}}" for cell in column]]
-        for part in parts:
-            print("", *("  ".join([f"{n:{width}}", *c]) for n, *c in zip(names, *part)), sep="\n")
+            width = 2 + max(7, *map(len, column))
+            if used + width > WIDTH:
+                parts.append(names)
+                used = len(names[0])
+            parts[-1] = [f"{row}{cell:>{width}}" for row, cell in zip(parts[-1], column)]
+            used += width
+        print(*("\n" + "\n".join(part) for part in parts), sep="\n")
     print()
     for run, note in ((run, note) for run, found in reports.items() for note in found.notes):
         print(f"{run}: {note}" if len(reports) > 1 else note)
