@@ -111,8 +111,9 @@ def compared(runs: dict, header: str, rows: list[Row]) -> str:
             gap = gaps(measured[i], points(runs, row.reference, figure))
             cells[i] += f" ({spread(gap, '+')})" if gap else ""
         if any(measured):
-            counts = sorted({len(values) for values in measured if values})
-            lines.append([row.title, *cells, " to ".join(map(str, counts[:1] + counts[1:][-1:]))])
+            seeds = [len(values) for values in measured if values]
+            few, most = min(seeds), max(seeds)
+            lines.append([row.title, *cells, f"{few}" if few == most else f"{few} to {most}"])
     return markdown(f"{header} | seeds", lines)
 
 

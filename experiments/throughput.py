@@ -33,12 +33,12 @@ CLASSIFIERS = {
     "ResNet 8 times as wide, 224 px": f"{RESNET} --img-size 224 --embed-dim 512",
     "ViT-S/16 at 224 px": f"{VIT} {VIT_S}",
 }
-MATRIX, RUNS = 8192, 10  # side of the matrices whose product gives the rate; timed steps of each
+MATRIX, REPEATS = 8192, 10  # side of the matrices whose product gives the rate; timed calls of each
 
 
 def seconds(work: Callable) -> float:
-    """The median over RUNS calls, after two to warm up."""
-    return median([timed(work) for _ in range(RUNS + 2)][2:])
+    """The median over REPEATS calls, after two to warm up."""
+    return median([timed(work) for _ in range(REPEATS + 2)][2:])
 
 
 def matrix_rate(device: str) -> float:
@@ -91,7 +91,7 @@ def measured(device: str) -> dict[str, float]:
 def main() -> None:
     """Print and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cuda", help="cpu, cuda or mps (default: cuda)")
+    parser.add_argument("--device", default="cuda", help="cpu or cuda (default: cuda)")
     found = measured(parser.parse_args().device)
     for name, value in found.items():
         print(f"{name:70} {value:9.3g}")
