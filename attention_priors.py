@@ -8,13 +8,13 @@ of unlabelled images. There is no public code; the equation numbers are ours (th
     P_r   = prior_r(theta x), averaged over each patch, normalised to sum 1 over patches       (1) `follow`
     s_r   = fraction of prior_r's mass that the view sees, in [0, 1]                           (2) `follow`
     A_r   = the CLS row of head r over the patches, normalised to sum 1                        (3) `span_loss`
-    L     = sum_vr s_vr KL(P_vr || A_vr) / sum_vr s_vr,  over all views v of a batch           (4) `span_loss`, `guidance`
+    L     = sum_vr s_vr KL(P_vr || A_vr) / sum_vr s_vr,  over all views v of a batch           (4) `span_loss`
 
 (1) The same theta samples image and prior, so a prior follows its crop. (2) A view that sees a tenth of a
 lung counts a tenth. Ours, not the paper's: the KL divergence (or another, by `kind`) and the weights (2). As
-published, all images have the same priors; `common/registration.py` warps them to each image, and `guidance`
-multiplies s by its confidence. Always report the prior's own score beside the attention's: attention that
-only repeats its prior has learned nothing.
+published, all images have the same priors; `common/registration.py` warps them to each image. `guidance`
+takes (4) over all resolutions of a batch, and multiplies s by the registration's confidence. Always report
+the prior's own score beside the attention's: attention that only repeats its prior has learned nothing.
 """
 
 import torch

@@ -114,7 +114,7 @@ def crops() -> None:
     first, second = thetas[0].split(1)  # (1, 2, 3) each
     twice = crop(crop(image, first, 256), second, 64)
     once = crop(image, first @ torch.cat([second, torch.tensor([[[0.0, 0, 1]]])], dim=1), 64)
-    print(f"a crop of a crop, and one by their product, differ by {(twice - once).abs().mean():.3f}")
+    print(f"two crops in turn, and one by their product, differ by {(twice - once).abs().mean():.3f}")
     draw(figure, "crops")
 
 
