@@ -19,12 +19,11 @@ lags behind adds the same to the scores of all images, of which a low tau_t woul
     w       = 2 - KL / (2 f log K), from 0 to 1: with a large KL both would harm the features            (7)
     c       <- c + w (mean_i g_t(x_i) - c)  in each step before (1) and (6), if e < 1                    (8)
 
-`CollapseMonitor` follows the entropy h(P_t) of the teacher's outputs (in a collapse near log K if centring
-won, low if sharpening did), the KL divergence of P_t from the mean P_t (how much an output says about its
-image; 0 when collapsed; f log K is the least allowed), and the number of prototypes in use.
-
-`DINOHead` has the published parameter names. Where we differ, for short runs: no warm-up of the teacher's
-temperature, no frozen last layer, constant weight decay, and we measure the student; the teacher lags behind.
+`CollapseMonitor` follows the entropy h(P_t) (in a collapse near log K if centring won, low if sharpening
+did), the KL of P_t from the mean P_t (how much an output says about its image; 0 when collapsed; f log K is
+the least allowed), and the number of prototypes in use. `DINOHead` has the published parameter names. Where
+we differ, for short runs: no warm-up of the teacher's temperature, no frozen last layer, constant weight
+decay, and we measure the student; the teacher lags behind.
 """
 
 import copy
@@ -74,10 +73,8 @@ class DINOLoss(nn.Module):
         self.register_buffer("center", torch.zeros(1, out_dim))
 
     def forward(self, student: Tensor, teacher: Tensor, teacher_temp: float) -> Tensor:
-        """The loss, a scalar, of student scores (V, B, K) and teacher scores (2, B, K) of the first 2 views.
-
-        In training mode the centre then moves toward the mean of this batch.
-        """
+        """The loss, a scalar, of student scores (V, B, K) and teacher scores (2, B, K) of the first 2 views;
+        in training mode the centre then moves, equation (4)."""
         log_ps = (student / self.student_temp).log_softmax(dim=-1)
         pt = self.teacher_probabilities(teacher, teacher_temp)
         losses = -torch.einsum("tbk,sbk->ts", pt, log_ps) / student.shape[1]  # (2, V)
@@ -231,10 +228,8 @@ class DINO(nn.Module):
             return loss, features
 
     def train(self, mode: bool = True) -> "DINO":
-        """Set the mode, but keep the teacher in evaluation mode: its targets have no noise.
-
-        Its BatchNorms use its batch: the student's statistics do not fit weights that lag behind.
-        """
+        """Set the mode, but keep the teacher in evaluation mode: its targets have no noise. Its BatchNorms
+        use its batch: the student's statistics do not fit weights that lag behind."""
         super().train(mode)
         for module in self.teacher.modules():
             module.training = mode and isinstance(module, nn.modules.batchnorm._BatchNorm)

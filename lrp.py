@@ -15,10 +15,10 @@ at an operation's output, so one backward pass computes all relevance:
     input layer            z' = z - max(w, 0) low - min(w, 0) high for pixels in [low, high]         (9)
 
 (2) epsilon, (3) gamma and (9) z^B rule: Montavon et al. 2019. (5), (6), (8): AttnLRP, Achtibat et al. 2024,
-arXiv 2402.05602. (3) is made for x >= 0 and z >= 0, as around a ReLU; elsewhere z' can be 0 where z is not,
-and relevance explodes. (4), the generalised gamma rule, favours contributions with the sign of z. It equals
-(3) for x, z >= 0 and keeps z / z' in [0, 1] for all signs. Operations without a rule keep their gradient,
-which is exact if they are piecewise linear. KEEPS_GRADIENT lists them; any other operation gets one warning.
+arXiv 2402.05602. (3) is made for x, z >= 0, as around a ReLU; elsewhere z' can be 0 where z is not, and
+relevance explodes. (4), the generalised gamma rule, equals (3) for x, z >= 0, favours contributions with the
+sign of z and keeps z / z' in [0, 1]. Operations without a rule keep their gradient, which is exact if they
+are piecewise linear: KEEPS_GRADIENT lists them, and any other gets one warning.
 
 `LRP` is a `TorchFunctionMode`: it sees conv2d, gelu, matmul ... as any model calls them, in place or not, but
 no custom `autograd.Function`. The rules act only in `explain`: outputs and ordinary gradients are exact, so
@@ -108,8 +108,8 @@ class LRP(TorchFunctionMode):
         super().__init__()
         if not (epsilon >= 0 and gamma >= 0):
             raise ValueError(f"LRP: epsilon {epsilon} and gamma {gamma} must not be negative")
-        self.epsilon, self.gamma, self.signed, self.explaining = epsilon, gamma, signed, False
-        self.detach_biases = detach_biases
+        self.epsilon, self.gamma, self.signed = epsilon, gamma, signed
+        self.detach_biases, self.explaining = detach_biases, False
         self.depends = WeakIdKeyDictionary()  # what depends on the watched input: a set, all values are True
         self.successor = WeakIdKeyDictionary()  # a tensor changed in place: the result, computed out of place
         self.warned: set[str] = set()
@@ -121,13 +121,12 @@ class LRP(TorchFunctionMode):
         self.depends[images] = True
         return images
 
-    def explain(self, score: Tensor, inputs: list[Tensor], create_graph: bool = False) -> list[Tensor]:
+    def explain(self, score: Tensor, inputs: list[Tensor], create_graph: bool = False) -> tuple[Tensor, ...]:
         """The changed gradients of the scores' sum with respect to inputs."""
         self.explaining = True
         try:
             score = self.current(score).sum()
-            found = torch.autograd.grad(score, inputs, create_graph=create_graph, allow_unused=True)
-            return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found)]
+            return torch.autograd.grad(score, inputs, create_graph=create_graph, materialize_grads=True)
         finally:
             self.explaining = False
 

@@ -32,7 +32,8 @@ def check(config: Config, typed: set[str]) -> None:
                 needs = ["task=pretrain" if need.startswith(PRETRAINING) else need for need in needs]
             flags = " or ".join(f"--{need.replace('=', ' ').replace('&', ' and --')}" for need in needs)
             flags = flags.replace("|", " or ").replace("_", "-")
-            raise ValueError(f"{option(f)} does nothing without {flags}")
+            values = value if isinstance(value, tuple) else [value] * (not isinstance(value, bool))
+            raise ValueError(f"{' '.join(map(str, [option(f), *values]))} does nothing without {flags}")
     for scale in (config.global_scale, config.local_scale):
         random_crops(1, scale, Generator())  # raises ValueError for an impossible scale
     check_pairs(config)
