@@ -30,7 +30,7 @@ from common.page import page, print_tables
 from common.pictures import read_picture
 from common.plots import curves, draw_maps, low_data, map_grid
 from common.probe import FRACTIONS
-from common.processes import fail
+from common.processes import fail, keep_freed_memory
 from common.regions import attention_masks, export_masks, read_masses, write_mask
 from common.runs import Loaded, heads_of, images_to_show, load_all, looks_of, maps_of, measured_by
 from common.runs import weights_config
@@ -233,6 +233,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command line: exit status 0 when done, 2 for what can't be read or measured."""
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
+        keep_freed_memory()
         first = args.runs[0]
         if args.export:
             write_weights(first, args.export)

@@ -37,8 +37,8 @@ from common.config import Config, epochs_for, parse
 from common.data import Data, normalise, prepared, rows_at, to_device
 from common.foreground import are_made, check_foreground, foreground, keep_masks, kept_masks
 from common.models import build_model, decayed, lrp_rule, make_encoder
-from common.processes import average_gradients, command_to_resume, fail, from_first, join, rank, remedy_for
-from common.processes import share_batch_norms, stop_requests
+from common.processes import average_gradients, command_to_resume, fail, from_first, join, keep_freed_memory
+from common.processes import rank, remedy_for, share_batch_norms, stop_requests
 from common.regions import priors_over
 from common.runs import data_of, finish, keep_masses
 from common.splits import load
@@ -324,6 +324,7 @@ def begin(argv: list[str]) -> tuple:
         check_folder(config.out, config.resume, config.overwrite)
     run = resumed(config, typed) if config.resume else None
     config = run.config if run else config
+    keep_freed_memory()
     config = replace(config, device=join(config.device, config.batch_size))
     if config.task == "classify" and config.device == "cpu":
         torch.set_flush_denormal(True)  # relevance fades into numbers that make a CPU slow

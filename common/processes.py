@@ -1,5 +1,6 @@
-"""Processes that train together (torchrun), and requests to stop."""
+"""The process and its memory, processes that train together (torchrun), and requests to stop."""
 
+import ctypes
 import os
 import shlex
 import signal
@@ -16,6 +17,18 @@ from torch.autograd import Function
 
 from common.checks import check_device
 from dino import Collapse, over_processes
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse freed memory rather than return it to the system; other C libraries stay as they are.
+
+    The system hands out each page anew, which takes up to a tenth of a training step, and most of the time of
+    large views.
+    """
+    mallopt = None if os.name == "nt" else getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(-4, 0)  # M_MMAP_MAX: no block has a mapping of its own, which would end with it
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
 def rank() -> int:

@@ -30,6 +30,7 @@ from common.config import parse
 from common.data import prepared
 from common.models import build_classifier, build_encoder, build_model, decayed
 from common.phantom import phantom
+from common.processes import keep_freed_memory
 from crops import crop, distort, multi_crop, random_crops
 from experiments.costs import kept_bytes, operations, written_out
 from experiments.runs import ROOT
@@ -224,6 +225,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # as train.py does for classifiers
+    keep_freed_memory()  # as train.py does
     ratios = {}
     for name, (low, median, high) in measured(args.runs, args.device):
         print(f"{name:90} {median:7.3f}   ({low:.3f} to {high:.3f})", flush=True)

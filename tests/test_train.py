@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -248,6 +249,24 @@ def test_a_batch_in_parts_gives_the_same_step(tmp_path):
 def test_bfloat16_learns_nearly_the_same(words, tmp_path):
     *_, whole, amp = two_runs(tmp_path, words, "--amp")
     assert 0 < abs(whole - amp) < 0.1 * whole
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep freed memory")
+def test_memory_that_was_freed_is_used_again_without_new_pages():
+    code = """if True:
+        import resource, torch
+        from common.processes import keep_freed_memory
+        def new_pages():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            [torch.ones(1_000_000) for _ in range(20)]  # 4 MB, or a thousand pages, each
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        pages = new_pages()
+        keep_freed_memory()
+        new_pages()
+        print(pages, new_pages())"""
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    before, after = map(int, said.stdout.split())
+    assert after < before / 4
 
 
 @pytest.mark.slow
