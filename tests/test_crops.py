@@ -24,15 +24,6 @@ def test_a_crop_of_whole_pixels_is_a_slice_and_a_negative_width_a_mirror_image()
     torch.testing.assert_close(crop(image[:1, :, :4], mirror, (4, 8)), image[:1, :, :4].flip(3))
 
 
-def test_a_crop_of_a_crop_is_one_matrix():
-    y, x = torch.meshgrid(torch.linspace(0, 1, 64), torch.linspace(0, 1, 64), indexing="ij")
-    image = torch.stack([x, y])[None]  # bilinear sampling of linear ramps is exact
-    first = torch.tensor([[[0.7, 0, 0.1], [0, 0.6, 0.2], [0, 0, 1]]])
-    second = torch.tensor([[[-0.5, 0, 0.3], [0, 0.8, -0.1], [0, 0, 1]]])
-    twice = crop(crop(image, first[:, :2], 64), second[:, :2], 64)
-    torch.testing.assert_close(twice, crop(image, (first @ second)[:, :2], 64), atol=1e-4, rtol=0)
-
-
 def test_multi_crop_blurs_the_first_global_view_always_and_solarises_the_second_at_times(monkeypatch):
     chances, images = [], torch.rand(4, 1, 32, 32)
     monkeypatch.setattr("crops.distort", lambda x, generator, *chance: chances.append(chance) or x)

@@ -4,23 +4,16 @@ import copy
 import math
 import os
 from contextlib import nullcontext
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from conftest import golden
 
 from dino import DINO, Collapse, CollapseMonitor, DINOHead, DINOLoss, koleo_loss
 from resnet import ResNet
 from vit import ViT
-
-GOLDEN = Path(__file__).parent / "golden"
-
-
-def golden(name: str) -> dict[str, torch.Tensor]:
-    return {k: torch.from_numpy(v) for k, v in np.load(GOLDEN / name).items()}
 
 
 def small_dino(center_momentum: float = 0.9, **options) -> DINO:
@@ -29,15 +22,14 @@ def small_dino(center_momentum: float = 0.9, **options) -> DINO:
 
 
 def test_the_head_equals_the_published_one_under_its_published_names():
-    numbers = golden("dino_head.npz")
+    numbers, weights = golden("dino_head.npz")
     head = DINOHead(48, 64, hidden_dim=96, bottleneck_dim=32)
-    weights = {k.removeprefix("weight."): v for k, v in numbers.items() if "weight." in k}
     head.load_state_dict(weights, strict=True)
     torch.testing.assert_close(head(numbers["features"]), numbers["output"], rtol=1e-5, atol=1e-6)
 
 
 def test_three_steps_of_the_loss_and_its_centre_equal_the_published_ones():
-    numbers = golden("dino_loss.npz")
+    numbers, _ = golden("dino_loss.npz")
     loss = DINOLoss(64, float(numbers["student_temp"]), float(numbers["center_momentum"]))
     for step in ("step0", "step1", "step2"):
         temperature = float(numbers["teacher_temp_schedule"][numbers[f"{step}.epoch"]])

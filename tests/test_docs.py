@@ -11,6 +11,7 @@ import torch
 import evaluate
 import train
 from common import datasets, symbols
+from common.checks import check
 from common.config import parse
 from vit import ViT
 
@@ -107,10 +108,11 @@ def commands(script: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("words", commands("train.py"), ids=" ".join)
-def test_every_train_command_parses(words):
+def test_every_train_command_parses_and_makes_sense(words, monkeypatch):
+    monkeypatch.setattr(Path, "is_dir", lambda path: True)  # the data and runs that they need
     for flag in {"--init", "--config"} & set(words):  # they name a run or weights, which are not here
         del words[words.index(flag) : words.index(flag) + 2]
-    parse(words)
+    check(*parse(words))
 
 
 def test_every_flag_exists(capsys):

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from common import symbols
-from common.metrics import auc
-from common.phantom import BATCH, FINDINGS, MARKERS, phantom, stamp
+from common.phantom import BATCH, MARKERS, phantom, stamp
 from common.plates import plates
 from common.splits import DRAWN, load
 
@@ -15,11 +14,6 @@ from common.splits import DRAWN, load
 @pytest.fixture(scope="module")
 def drawn():
     return phantom(300, seed=1)
-
-
-@pytest.fixture(scope="module")
-def parts():
-    return plates(400, seed=1)
 
 
 @pytest.mark.parametrize("kind, least", [("phantom", 16), ("parts", 64)])
@@ -38,30 +32,9 @@ def test_a_seed_draws_the_same_however_many_in_the_promised_shapes_and_another_s
             draw(n, seed=0, img_size=size)
 
 
-def test_all_regions_are_there_without_overlap(drawn):
-    assert (drawn[1].sum(dim=(2, 3)) > 40).all() and drawn[1].sum(dim=1).max() == 1
-
-
-def test_the_left_lung_is_on_the_image_s_right_and_the_heart_leans_to_it(drawn):
-    masks = drawn[1].float()
-    left, right, heart = ((masks * torch.arange(64.0)).sum(dim=(2, 3)) / masks.sum(dim=(2, 3))).unbind(1)
-    assert (left > right).all()
-    assert ((heart - right) > (left - heart)).float().mean() > 0.7
-
-
 def brightness(images, masks):
     """Mean brightness (N, R) of images (N, 1, S, S) inside masks (N, R, S, S)."""
     return (images * masks).sum(dim=(2, 3)) / masks.sum(dim=(2, 3))
-
-
-def test_lungs_are_darker_than_their_surroundings_and_than_the_heart(drawn):
-    images, masks, labels = drawn
-    healthy = labels.sum(dim=1) == 0
-    images, masks = images[healthy].float(), masks[healthy]
-    ring = F.max_pool2d(masks.float(), 7, 1, 3).bool() & ~masks.any(dim=1, keepdim=True)
-    inside, around = brightness(images, masks), brightness(images, ring)
-    assert ((inside < around)[:, :2].float().mean(dim=0) > 0.95).all()
-    assert (inside[:, 2:] > inside[:, :2]).all()
 
 
 def test_findings_enlarge_the_heart_and_change_either_lung_and_nothing_else(drawn, monkeypatch):
@@ -79,15 +52,28 @@ def test_findings_enlarge_the_heart_and_change_either_lung_and_nothing_else(draw
     assert brightness(change, ~near).mean() < 0.1
 
 
-def test_an_effusion_shows_at_the_base_of_a_lung(drawn):
-    images, masks, labels = drawn
-    down, lungs = torch.arange(64.0)[:, None], masks[:, :2]
-    rows = torch.where(lungs.any(dim=3, keepdim=True), down, torch.nan)
-    low = rows.nan_to_num(-1).amax(dim=(2, 3), keepdim=True)
-    high = rows.nan_to_num(64).amin(dim=(2, 3), keepdim=True)
-    base = lungs & (down > low - 0.3 * (low - high))
-    brighter = brightness(images, base) / brightness(images, lungs & ~base)
-    assert auc(brighter.amax(dim=1), labels[:, FINDINGS.index("effusion")]) > 0.9
+PINNED = {  # kind: mean of 20 images in [0, 1], area of their masks as a fraction
+    "phantom": (0.4397, 0.0912),
+    "parts": (0.2703, 0.1408),
+    "symbols": (0.4980, 0.1200),
+    "scenes": (0.5051, 0.1309),
+    "grounds": (0.5026, 0.1309),
+    "digits": (0.2410, 0.1530),
+    "leaves": (0.4135, 0.0872),
+}
+
+
+@pytest.mark.parametrize("kind", PINNED)
+def test_what_is_drawn_has_not_changed_since_results_were_measured(kind):
+    if kind in DRAWN:
+        images, masks, _ = DRAWN[kind][0](20, seed=1)
+        images = images / 255
+    else:
+        classes, draw = symbols.SETS[kind]
+        drawn = [draw(classes[i % len(classes)], 64, np.random.default_rng(i)) for i in range(20)]
+        images, masks = (torch.as_tensor(np.stack(each)).float() for each in zip(*drawn))
+    found = images.mean().item(), masks.float().mean().item()
+    assert found == pytest.approx(PINNED[kind], abs=2e-4)
 
 
 def test_other_sizes_show_the_same_patient():
@@ -127,22 +113,6 @@ def test_markers_anywhere_are_placed_anew_in_each_split_but_alike_in_all_test_im
         load("phantom", 64, seed, 2, marker=1, marker_kind="anywhere")
     one, two = seeds[:5], seeds[5:]  # of train, val, test, flipped, unseen
     assert one[2] == one[3] == one[4] and len({*one, *two}) == 6
-
-
-def test_a_plate_has_a_defect_s_mask_only_with_a_finding(parts):
-    _, masks, labels = parts
-    assert ((0.12 < labels.mean(dim=0)) & (labels.mean(dim=0) < 0.28)).all()
-    assert torch.equal(masks[:, 2].flatten(1).any(dim=1), labels.any(dim=1))
-
-
-def test_plate_and_holes_do_not_overlap_hardly_move_and_a_missing_hole_is_missing(parts):
-    masks, labels = parts[1].float(), parts[2]
-    assert (masks[:, 0] * masks[:, 1]).sum() == 0
-    middle = (masks[:, 0] * torch.arange(64.0)).sum(dim=(1, 2)) / masks[:, 0].sum(dim=(1, 2))
-    assert middle.std() < 2 and (middle - 32).abs().max() < 5
-    only = labels.sum(dim=1) == labels[:, 1]  # no other defect, which might cover a hole
-    size = masks[only, 1].sum(dim=(1, 2))
-    assert size[labels[only, 1] == 1].max() < size[labels[only, 1] == 0].min()
 
 
 def test_defects_change_the_image_where_their_mask_lies_and_nowhere_else(monkeypatch):
@@ -201,19 +171,3 @@ def test_digits_have_a_marker_that_turns_in_test_images_and_masks_for_as_many_as
     assert [int(data.has_masks.sum()) for data in splits.values()] == [3, 0, 30] and reference
     area = splits["test"].masks.float().mean(dim=(1, 2, 3))
     assert 0.05 < area.min() and area.max() < 0.25
-
-
-def test_scenes_hold_one_object_of_5_to_25_percent_and_look_different_in_and_around_it():
-    kinds = enumerate(symbols.SHAPES * 4)
-    images, masks = zip(*(symbols.draw_scene(kind, 64, np.random.default_rng(i)) for i, kind in kinds))
-    areas = np.array([mask.mean() for mask in masks])
-    assert 0.04 < areas.min() and areas.max() < 0.25 and images[0].shape == (64, 64, 3)
-    contrast = [np.abs(i[m].mean(axis=0) - i[~m].mean(axis=0)).max() for i, m in zip(images, masks)]
-    assert np.mean(contrast) > 0.15
-
-
-def test_every_symbol_shows_and_differs_from_the_others():
-    v, u = np.mgrid[:40, :40] / 20 - 1
-    drawn = np.stack([symbols.symbol(kind, u, v) for kind in symbols.SYMBOLS])
-    assert (abs(drawn.mean(axis=(1, 2)) - 0.5) < 0.4).all()
-    assert ((drawn[:, None] != drawn).mean(axis=(2, 3)) + np.eye(len(drawn)) > 0.1).all()

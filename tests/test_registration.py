@@ -65,6 +65,7 @@ def test_bending_fits_what_no_affine_map_can():
 
 def test_a_warped_prior_lies_where_the_pixels_of_the_reference_lie():
     image, theta = torch.rand(1, 16, 16, generator=seeded()), random_crops(2, (0.5, 1), seeded())
+    theta = theta + 0.1 * torch.rand(2, 2, 3, generator=seeded())  # turned and sheared
     torch.testing.assert_close(carry(image, theta), crop(image.expand(2, 1, 16, 16), theta, 16))
     shift, moved = torch.full((2, 2, 4, 4), 0.25), theta + torch.tensor([0, 0, 0.25])
     torch.testing.assert_close(carry(image, theta, shift), carry(image, moved), atol=1e-5, rtol=0)

@@ -4,9 +4,7 @@ import pytest
 import torch
 from conftest import golden, seeded
 
-from resnet import ResNet
 from simpool import GAP, SimPool, power_mean
-from vit import ViT
 
 X = torch.randn(3, 12, 8, dtype=torch.float64, generator=seeded())
 B, N, D = X.shape
@@ -71,12 +69,3 @@ def test_the_power_mean_stays_in_float32_under_autocast(gamma):
         z = power_mean(a, v, gamma)
     assert torch.equal(z, power_mean(a, v, gamma))
     assert torch.autograd.grad(z.sum(), v)[0].isfinite().all()
-
-
-@pytest.mark.parametrize("pooling", [GAP(), SimPool(16), SimPool(16, 2.0, num_heads=4)])
-def test_both_encoders_accept_it_as_their_pooling(pooling):
-    images = torch.randn(2, 1, 16, 24)
-    for encoder in (ViT((16, 24), 8, 1, 16, 2, 2, pool=pooling), ResNet(1, 16, pool=pooling)):
-        pooled, patches, attention = encoder(images)
-        assert encoder.grid(images) == (2, 3) and pooled.shape == (2, 16) and patches.shape == (2, 6, 16)
-        torch.testing.assert_close(attention.sum(dim=2), torch.ones(2, attention.shape[1]))
