@@ -31,7 +31,7 @@ from common.pictures import read_picture
 from common.plots import curves, draw_maps, low_data, map_grid
 from common.probe import FRACTIONS
 from common.processes import fail, keep_freed_memory
-from common.regions import attention_masks, export_masks, read_masses, write_mask
+from common.regions import NO_MASKS, attention_masks, export_masks, write_mask
 from common.runs import Loaded, heads_of, images_to_show, load_all, looks_of, maps_of, measured_by
 from common.runs import weights_config
 from common.weights import FIRST, exported, read_weights
@@ -115,11 +115,11 @@ def draw_pictures(run: Path, flags: list[str], paths: list[Path], device: str) -
         channels = 1 if read_weights(run)[0][FIRST].shape[1] == 1 else 3
         config, spec = weights_config(run, flags), DataSpec(channels, (), False, "")
         start_from(run, model := build_encoder(config, channels))
-        out = run.with_name(f"{run.name}-looks")
+        out, masses = run.with_name(f"{run.name}-looks"), {}
     else:
-        config, spec, _ = found = load_run(run)
+        config, spec, masses, _ = found = load_run(run)
         model, out = load_model(run, found), run / "looks"
-    loaded, failed = Loaded(config, spec, model.to(device), [], run), []
+    loaded, failed = Loaded(config, spec, model.to(device), [], run, masses), []
     alike = len({path.stem for path in paths}) < len(paths)  # a/1.png and b/1.png
     for i, path in enumerate(paths, 1):
         name = f"{i}_{path.stem}" if alike else path.stem
@@ -145,10 +145,9 @@ def draw_picture(run: Loaded, path: Path, out: Path) -> int:
     image, size = read_picture(path, config.img_size, multiple, spec.channels)  # (1, C, H, W)
     pixels, written = image.float() / 255, 0
     if has_attention(encoder, config.baseline):
-        masses = read_masses(run.out) if (run.out / "attention_mass.json").exists() else {}
-        heads = {region: head for head, region in enumerate(masses)}
+        heads = {region: head for head, region in enumerate(run.masses)}
         maps = heads_of(encoder, config.span_layer, image, heads, others=True)  # each (1, h, w)
-        masses = masses or dict.fromkeys(maps, MASS)
+        masses = run.masses or dict.fromkeys(maps, MASS)
         masks = attention_masks(encoder, masses, image, config.span_layer)  # (1, R, H, W)
         for name, mask in zip(masses, masks[0]):
             write_mask(out / "masks" / f"{name}.png", mask, size)
@@ -239,8 +238,10 @@ def main(argv: list[str] | None = None) -> None:
             write_weights(first, args.export)
         elif args.export_masks:
             loaded, splits, _ = load_all([first], args.flags, args.device)
-            (config, _, model, *_), out = loaded[first], args.export_masks
-            written = export_masks(out, config.data, model, read_masses(first), splits, config.span_layer)
+            (config, _, model, _, _, masses), out = loaded[first], args.export_masks
+            if not masses:
+                raise ValueError(f"{first} {NO_MASKS}")
+            written = export_masks(out, config.data, model, masses, splits, config.span_layer)
             print(f"wrote {written} masks into {out}")
         elif args.image:
             draw_pictures(first, args.flags, args.image, args.device)

@@ -11,7 +11,6 @@ function losses(index (B,), generator, step, total) -> (loss, {name: value to lo
 """
 
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from attention_priors import guidance, span_loss
 from common.baselines import PENALTIES, swapped
 from common.checkpoint import Damaged, DataSpec, check_folder, check_spec, data_spec, restore, resumed, save
 from common.checkpoint import start_run
-from common.checks import check
+from common.checks import check, check_step
 from common.classify import attention_seen, classification_loss, explained_target, natural_range
 from common.classify import shifted, supervised_layers
 from common.config import Config, epochs_for, parse
@@ -40,7 +39,7 @@ from common.models import build_model, decayed, lrp_rule, make_encoder
 from common.processes import average_gradients, command_to_resume, fail, from_first, join, keep_freed_memory
 from common.processes import rank, remedy_for, share_batch_norms, stop_requests
 from common.regions import priors_over
-from common.runs import data_of, finish, keep_masses
+from common.runs import data_of, finish, masses_of
 from common.splits import load
 from crops import multi_crop
 from dino import Collapse, over_processes
@@ -59,9 +58,8 @@ def load_data(config: Config) -> tuple[dict[str, Data], str | None]:
     counts = {split: len(data.names) for split, data in splits.items()}
     sizes = ", ".join(f"{n} {split}" for split, n in counts.items())
     print(*(f"note: {note}" for note in notes), f"{config.data}: {sizes} images", sep="\n")
-    if counts["train"] < (processes := int(os.environ.get("WORLD_SIZE", 1))):
-        few = f"{counts['train']} training images for {processes} process(es)"
-        raise ValueError(f"{config.data}: {few}; look at the column split in labels.csv")
+    if not splits["train"].names:
+        raise ValueError(f"{config.data}: no training images; look at the column split in labels.csv")
     return splits, reference
 
 
@@ -207,9 +205,9 @@ def classifier_objective(
 
 def train(
     config: Config, spec: DataSpec, model: nn.Module, images: Tensor, losses: Callable, saved: dict | None,
-    after_save: Callable[[], None],
+    masses: Callable[[], dict[str, float]],
 ) -> list[dict]:  # fmt: skip
-    """Train on images (N, C, S, S) by an objective; returns the history, a row an epoch.
+    """Train on images (N, C, S, S) by an objective; returns the history, a row an epoch. masses: for `save`.
 
     All random numbers come from one generator, whose state is in every checkpoint: a run that was stopped
     ends at the weights of one that never was. Each process of torchrun takes its share of a batch.
@@ -246,8 +244,8 @@ def train(
                 bar.update(batch)
                 if over_processes(torch.tensor(float(stop.is_set()), device=index.device)):
                     if not rank():
-                        save(config, spec, model, optimizer, generator, history, (order.cpu(), i + 1, sums))
-                        after_save()
+                        within = order.cpu(), i + 1, sums
+                        save(config, spec, model, optimizer, generator, history, masses(), within)
                     if processes > 1:
                         dist.barrier()  # the first process that ends makes torchrun end the others
                     flags = ["--keep-going"] * config.keep_going + ["--strict"] * config.strict
@@ -256,8 +254,7 @@ def train(
             speed = (steps - first) * batch / (time.perf_counter() - started)
             history.append({"epoch": epoch + 1, **means, "images_per_s": round(speed, 1)})
             if not rank():
-                save(config, spec, model, optimizer, generator, history)
-                after_save()
+                save(config, spec, model, optimizer, generator, history, masses())
             if not terminal:
                 words = ", ".join(f"{name} {value:.3g}" for name, value in means.items())
                 print(f"epoch {epoch + 1}/{config.epochs}: {words}, {speed:.0f} img/s", flush=True)
@@ -274,7 +271,7 @@ def train_step(
     collapsed = isinstance(model, DINO) and model.health.collapsed()
     optimizer.zero_grad()
     logged, whole = {}, 0.0
-    for part in index.chunk(config.accumulate):
+    for part in index.tensor_split(min(config.accumulate, len(index))):
         loss, values = losses(part, generator, step, total)
         share = len(part) / len(index)
         (loss * share).backward()
@@ -336,6 +333,7 @@ def begin(argv: list[str]) -> tuple:
     torch.manual_seed(config.seed)
     encoder = make_encoder(config, spec.channels)
     masks, kept = foreground_masks(config, splits, reference)
+    check_step(config, int(kept.sum()))
     if masks is not None and config.swap_margin is None:
         config = replace(config, swap_margin=0.025 if are_made(config.masks, train.has_masks) else 0.0)
     if config.epochs is None:
@@ -375,8 +373,8 @@ def main(argv: list[str] | None = None) -> None:
         except (ValueError, OSError) as error:
             fail("train.py", error, 2)
         (config, spec, model, splits, reference, _), started = run, time.perf_counter()
-        for_followers = partial(keep_masses, config, model, splits["train"], reference)
-        history = train(config, spec, model, images, losses, saved, for_followers)
+        masses = partial(masses_of, config, model, splits["train"], reference)
+        history = train(config, spec, model, images, losses, saved, masses)
         if not saved or len(saved["history"]) < len(history):
             print(f"trained in {time.perf_counter() - started:.0f} s")
         if not rank():

@@ -1,11 +1,10 @@
 """A run is a folder that can be resumed, repeated and measured.
 
-    config.json          settings, command line, versions, machine, and what was learned of the data: a record
-    last.pt              settings, weights, optimizer, random states and history, after an epoch or at Ctrl-C
-    metrics.jsonl        a line an epoch
-    metrics.json         final metrics, flat names to numbers
-    attention_mass.json  of heads guided by one prior: {region: share of the attention that its mask holds}
-    masks.pt             the foreground of a classifier's training images
+    config.json    settings, command line, versions, machine, and what was learned of the data: a record
+    last.pt        settings, weights, optimizer, random states and history, after an epoch or at Ctrl-C
+    metrics.jsonl  a line an epoch
+    metrics.json   final metrics, flat names to numbers
+    masks.pt       the foreground of a classifier's training images
 
 Every file is written beside its place and then moved there, so that a kill leaves the old one or the new one.
 Checkpoints are read with `weights_only=True`: one that would run code is refused.
@@ -30,8 +29,8 @@ from common.config import KEYWORDS, PER_CALL, PLACES, Config, as_config, as_json
 from common.data import Data
 from common.weights import reason
 
-FORMAT = 8  # of last.pt: what it holds, and what its settings mean
-WRITTEN = "last.pt metrics.jsonl metrics.json attention_mass.json masks.pt report.html".split()
+FORMAT = 9  # of last.pt: what it holds, and what its settings mean
+WRITTEN = "last.pt metrics.jsonl metrics.json masks.pt report.html".split()
 WRITTEN += [f"{name}.png" for name in "attention heatmaps curves compare compare_curves low_data".split()]
 
 
@@ -50,6 +49,7 @@ class Run(NamedTuple):
 
     config: Config
     spec: DataSpec
+    masses: dict[str, float]  # {region: m_r} of heads guided by one prior, (7) of common/regions.py; or {}
     checkpoint: dict
 
 
@@ -134,12 +134,12 @@ def check_spec(run: Path, then: DataSpec, now: DataSpec, data: str) -> None:
 
 def save(
     config: Config, spec: DataSpec, model: nn.Module, optimizer: Optimizer, generator: Generator,
-    history: list[dict], begun: tuple | None = None,
+    history: list[dict], masses: dict[str, float], begun: tuple | None = None,
 ) -> None:  # fmt: skip
     """Write metrics.jsonl and last.pt; begun: (order, steps done, sums) if it is within an epoch."""
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     state |= {"generator": generator.get_state(), "torch_rng": torch.get_rng_state()}
-    about = {"format": FORMAT, "settings": as_json(config), "spec": spec._asdict()}
+    about = {"format": FORMAT, "settings": as_json(config), "spec": spec._asdict(), "masses": masses}
     # The rows come first: a kill in between leaves one too many, which the resumed run writes again.
     write_file(config.out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
     write_file(config.out / "last.pt", about | state | {"history": history, "begun": begun})
@@ -152,7 +152,11 @@ def load_run(folder: Path) -> Run:
         version = checkpoint["format"]
         if version == FORMAT:
             settings = {name: checkpoint["settings"][name] for name in Config.__dataclass_fields__}
-            return Run(as_config(settings | {"out": str(folder)}), DataSpec(**checkpoint["spec"]), checkpoint)
+            masses = checkpoint["masses"]
+            if any(Path(name).name != name or name in ("", "..") for name in masses):
+                raise ValueError(f"regions {list(masses)} can't be file names")
+            config = as_config(settings | {"out": str(folder)})
+            return Run(config, DataSpec(**checkpoint["spec"]), masses, checkpoint)
     except OSError as error:
         missing = error.filename or folder / "last.pt"  # torch names no file that was cut off
         raise ValueError(f"{folder} is not a run of train.py: {missing} cannot be read") from None

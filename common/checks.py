@@ -1,5 +1,6 @@
 """Settings that make no sense are refused by one line that names the value, the limit and the remedy."""
 
+import os
 from dataclasses import fields
 from pathlib import Path
 
@@ -19,7 +20,8 @@ PRETRAINING = ("ssl", "prior")  # have no effect outside pretraining, except --p
 def check(config: Config, typed: set[str]) -> None:
     """Raise ValueError, naming value, limit and remedy, for settings that make no sense or have no effect."""
     limits = {f.name: f.metadata["within"] for f in fields(Config) if f.metadata["within"]}
-    limits |= {"span_layer": (-config.depth, config.depth - 1), "accumulate": (1, config.batch_size)}
+    blocks = max(1, config.depth)
+    limits |= {"span_layer": (-blocks, blocks - 1), "accumulate": (1, config.batch_size)}
     for f in fields(Config):
         value, needs = getattr(config, f.name), f.metadata["needs"].split()
         if f.name in limits and value is not None:
@@ -63,12 +65,21 @@ def check_device(device: str) -> None:
         raise ValueError(f"--device {device} can't be used, try --device cpu ({reason})") from None
 
 
+def check_step(c: Config, images: int) -> None:
+    """Raise ValueError if a process has too few of so many training images, at each step or in its parts."""
+    here = min(c.batch_size, images) // int(os.environ.get("WORLD_SIZE", 1))
+    swaps = c.isnet and c.swap or c.baseline == "swap"  # a part of one image has no other background
+    if here < (least := 2 * c.accumulate if swaps else 1):
+        few = f"a process has {here} image(s) a step, but --accumulate {c.accumulate} needs {least} here"
+        raise ValueError(f"{few}: lower --accumulate, or take fewer processes or more images")
+
+
 def check_pairs(c: Config) -> None:
     """Raise ValueError for settings that exclude each other."""
     classify, vit, most = c.task == "classify", c.backbone == "vit", c.img_size // c.patch_size
     relational = bool(c.relations) if classify else c.ssl == "relvit"
     plain = not (c.isnet or c.baseline in PENALTIES or c.relations)
-    guided, swaps = not classify and c.prior != "none", c.isnet and c.swap or c.baseline == "swap"
+    guided = not classify and c.prior != "none"
     from_run = c.resume or c.init and c.init.is_dir()
     some_masks = c.masks in ("data", "prior", "attention") or c.resume or Path(c.masks).is_dir()
     known_prior = c.prior in ("sample", "masks", "statistics", "none") or Path(c.prior).is_file()
@@ -90,8 +101,6 @@ def check_pairs(c: Config) -> None:
         (c.amp and classify and not plain, "--amp is for pretraining and plain classifiers; leave it out"),
         (c.compile and classify, "--compile is for pretraining: LRP follows each operation; leave it out"),
         (c.preset == "published" and vit, "--preset published needs --backbone resnet, as published"),
-        (swaps and c.accumulate > c.batch_size // 2, "swapped backgrounds need parts of 2 images or more: "
-         f"lower --accumulate {c.accumulate}"),
         (c.baseline == "gated" and c.pool == "simpool", "--baseline gated pools by gates: leave out --pool"),
         (c.pool == "cls" and not vit, "--pool cls needs --backbone vit; a ResNet has gap or simpool"),
         (relational and not vit, "RelViT (--ssl relvit, --relations) needs --backbone vit"),

@@ -19,7 +19,7 @@ from common.checkpoint import load_run, write_file
 from common.data import BATCH, Data, select
 from common.folder import read_masks
 from common.models import load_model
-from common.regions import attention_masks, priors_over, read_masses
+from common.regions import NO_MASKS, attention_masks, priors_over
 from common.splits import DRAWN
 from common.weights import reason
 
@@ -102,14 +102,16 @@ def masks_of_run(folder: Path, data: str, images: Tensor) -> Tensor:
 
     Raises ValueError.
     """
-    run, masses = load_run(folder), read_masses(folder)
+    run = load_run(folder)
+    if not run.masses:
+        raise ValueError(f"{folder} {NO_MASKS}")
     if images.shape[1] != run.spec.channels:
         counts = f"{run.spec.channels} channels, these images have {images.shape[1]}"
         raise ValueError(f"{folder} learned from {counts}: name a run of such images")
     if (trained_on := run.config.data) != data:
         print(f"note: {folder} was trained on {trained_on}; look at its masks for {data}: --export-masks")
     encoder, layer = load_model(folder, run), run.config.span_layer
-    masks = (attention_masks(encoder, masses, x, layer) for x in images.split(BATCH))
+    masks = (attention_masks(encoder, run.masses, x, layer) for x in images.split(BATCH))
     return torch.cat([m.any(dim=1, keepdim=True) for m in masks])
 
 

@@ -110,7 +110,7 @@ def best_layer(x: dict[str, Tensor], splits: dict[str, Data], index: Tensor) -> 
     scores = [score(layer(x["val"]), val.labels, multiclass)[metric] for layer in layers]
     if all(map(math.isnan, scores)):
         raise CannotMeasure("no finding is both present and absent in validation images: no decay is best")
-    best = layers[scores.index(max(scores))]
+    best = layers[int(torch.tensor(scores).nan_to_num(-1).argmax())]
     best.bias[labels[index].isnan().all(dim=0)] = torch.nan
     return best
 

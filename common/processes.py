@@ -49,7 +49,10 @@ def join(device: str, batch_size: int) -> str:
         shared = f"--batch-size {batch_size} can't be shared by {processes} processes"
         raise ValueError(f"{shared}: take a multiple")
     device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
-    check_device(device)
+    try:
+        check_device(device)
+    except ValueError as error:
+        fail("train.py", error, 1)  # perhaps this process alone, while the others wait
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     if rank():
         sys.stdout = open(os.devnull, "w")
@@ -80,32 +83,17 @@ def average_gradients(model: nn.Module) -> None:
     nn.utils.vector_to_parameters(over_processes(nn.utils.parameters_to_vector(gradients)), gradients)
 
 
-class _AllRows(Function):
-    """Rows (B, ...) of each of P processes -> all of them (P B, ...); its derivative is `_OwnRows`."""
+class _Sum(Function):
+    """The sum of a tensor over all processes; the derivative of such a sum is the sum of the derivatives."""
 
     @staticmethod
     def forward(ctx, own: Tensor) -> Tensor:
-        own = own.contiguous()
-        parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, own)
-        return torch.cat(parts)
+        dist.all_reduce(own := own.clone(memory_format=torch.contiguous_format))
+        return own
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
-        return _OwnRows.apply(gradient)
-
-
-class _OwnRows(Function):
-    """The sum over P processes of rows (P B, ...), of which each keeps its own (B, ...)."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor) -> Tensor:
-        dist.all_reduce(rows := rows.clone(memory_format=torch.contiguous_format))
-        return rows.chunk(dist.get_world_size())[rank()]
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        return _AllRows.apply(gradient)
+        return _Sum.apply(gradient)
 
 
 def share_batch_norms(model: nn.Module) -> None:
@@ -117,7 +105,9 @@ def share_batch_norms(model: nn.Module) -> None:
 
     def all_images(module: nn.Module, images: tuple[Tensor]) -> Tensor | None:
         if module.training:
-            parts = list(_AllRows.apply(images[0]).chunk(dist.get_world_size()))
+            parts = [torch.zeros_like(images[0])] * dist.get_world_size()
+            parts[rank()] = images[0]
+            parts = list(_Sum.apply(torch.cat(parts)).chunk(len(parts)))
             parts[rank()] = images[0]  # for LRP, only these depend on its input
             return torch.cat(parts)
 

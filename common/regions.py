@@ -9,7 +9,6 @@ fewest pixels that hold the share m_r of it:
 Much of what matters lies at a region's border, so the mask covers the prior and does not keep its area.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,12 +20,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from attention_priors import blurred, follow, priors_from_masks, priors_from_statistics
-from common.checkpoint import load_run
 from common.data import BATCH, SPLITS, Data, printable, rows_at, to_device
 from common.explain import attention_of
 from common.folder import by_stem, image_size
 from common.registration import carry, confidence, register
 from common.splits import DRAWN
+
+NO_MASKS = "makes no masks: no single prior guided its heads"
 
 # Priors
 
@@ -162,21 +162,6 @@ def attention_masses(
     regions = priors >= priors.amax(dim=(1, 2), keepdim=True) / 2
     attention = attention_of(encoder, images, layer)[:, : len(names)]
     return dict(zip(names, mass_held(attention, encoder.grid(images), regions).tolist()))
-
-
-def read_masses(run: Path) -> dict[str, float]:
-    """What `attention_masses` found at a run's last checkpoint. Raises ValueError without that file."""
-    try:
-        masses = json.loads((run / "attention_mass.json").read_text())
-        plain = all(Path(name).name == name not in ("", "..") for name in masses)  # they become file names
-        if masses and plain and all(0 <= mass <= 1 for mass in masses.values()):
-            return masses
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
-        pass
-    settings = load_run(run).config
-    guided = settings.task == "pretrain" and settings.prior not in ("none", "masks")
-    wrong = f"{run}/attention_mass.json is missing or damaged: train.py writes it with each checkpoint"
-    raise ValueError(wrong if guided else f"{run} makes no masks: no single prior guided its heads")
 
 
 def attention_masks(encoder: nn.Module, masses: dict[str, float], images: Tensor, layer: int) -> Tensor:

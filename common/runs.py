@@ -34,6 +34,7 @@ class Loaded(NamedTuple):
     model: nn.Module
     history: list[dict]
     out: Path  # for its metrics
+    masses: dict[str, float] = {}  # as in `Run`
 
 
 def data_of(config: Config) -> dict:
@@ -81,7 +82,7 @@ def load_all(
         if run := runs.get(path):
             check_spec(path, run.spec._replace(images=spec.images), spec, config.data)
             model, history = load_model(path, run).to(device), run.checkpoint["history"]
-            loaded[path] = Loaded(config, run.spec, model, history, path)
+            loaded[path] = Loaded(config, run.spec, model, history, path, run.masses)
         else:
             start_from(path, model := build_encoder(config, spec.channels))
             out = path.with_name(f"{path.name}-{Path(config.data).name}")  # the metrics of one data set
@@ -149,13 +150,14 @@ def pretrained(model: nn.Module) -> nn.Module:
     return model.student if isinstance(model, DINO) else model.encoder
 
 
-def keep_masses(config: Config, model: nn.Module, train: Data, reference: str | None) -> None:
-    """Write what --masks RUN needs of a guided run, beside each checkpoint."""
-    if config.task == "pretrain" and config.prior not in ("none", "masks"):
-        prior, training = (config.prior, train, reference, config.prior_blur), model.training
-        masses = attention_masses(pretrained(model).eval(), *prior, config.span_layer)
-        write_file(config.out / "attention_mass.json", masses)
-        model.train(training)
+def masses_of(config: Config, model: nn.Module, train: Data, reference: str | None) -> dict[str, float]:
+    """What --masks RUN needs of a run whose heads one prior guided, with each checkpoint; {} of others."""
+    if config.task == "classify" or config.prior in ("none", "masks"):
+        return {}
+    prior, training = (config.prior, train, reference, config.prior_blur), model.training
+    masses = attention_masses(pretrained(model).eval(), *prior, config.span_layer)
+    model.train(training)
+    return masses
 
 
 @torch.no_grad()

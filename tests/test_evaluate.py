@@ -16,7 +16,7 @@ from common.data import Data
 from common.explain import decisions
 from common.folder import read_masks
 from common.models import load_model
-from common.regions import attention_masks, make_priors, read_masses
+from common.regions import attention_masks, make_priors
 from common.runs import Loaded
 from common.splits import load
 from common.weights import exported
@@ -151,21 +151,20 @@ def test_exported_masks_come_back_as_they_went(span_run, tmp_path, capsys, refus
     evaluate.main([str(span_run), "--export-masks", str(tmp_path / "masks")])
     assert "wrote 96 masks" in capsys.readouterr().out
     run, train_split = load_run(span_run), load("phantom", 64, 0, 32)[0]["train"]
-    masks = attention_masks(load_model(span_run, run), read_masses(span_run), train_split.images, -1)
+    masks = attention_masks(load_model(span_run, run), run.masses, train_split.images, -1)
     again = read_masks(tmp_path / "masks", None, train_split.names, 64)
     assert torch.equal(again, masks.any(dim=1, keepdim=True))
     line = refused(evaluate.main, str(span_run), "--export-masks", str(tmp_path / "masks"))
     assert "holds something already; name a new folder" in line
 
 
-def test_a_run_that_did_not_end_or_was_not_guided_makes_no_masks(span_run, dino_run, tmp_path, refused):
-    (tmp_path / "last.pt").write_bytes((span_run / "last.pt").read_bytes())
-    out = "--export-masks", str(tmp_path / "masks")
-    for content in ("", '{"../heart": 0.5}', '{"..": 0.5}', '{"": 0.5}', '{"heart": 7}', "[1]", "{}"):
-        (tmp_path / "attention_mass.json").write_text(content)
-        assert "attention_mass.json is missing or damaged" in refused(evaluate.main, str(tmp_path), *out)
-    (tmp_path / "attention_mass.json").unlink()
-    assert "damaged: train.py writes it with each checkpoint" in refused(evaluate.main, str(tmp_path), *out)
+def test_regions_that_are_no_file_names_and_unguided_runs_make_no_masks(
+    span_run, dino_run, tmp_path, refused
+):
+    checkpoint, out = torch.load(span_run / "last.pt"), ("--export-masks", str(tmp_path / "masks"))
+    for name in ("../heart", "..", ""):
+        torch.save(checkpoint | {"masses": {name: 0.5}}, tmp_path / "last.pt")
+        assert "can't be file names" in refused(evaluate.main, str(tmp_path), *out)
     assert not (tmp_path / "masks").exists()
     assert "makes no masks: no single prior guided its heads" in refused(evaluate.main, str(dino_run), *out)
 
@@ -201,7 +200,7 @@ def test_guided_heads_get_masks_of_their_regions(two_runs, wide, drawn, monkeypa
         assert written.size == (200, 90)  # the picture's own
         shrunk = np.asarray(written.resize((144, 64), Image.Resampling.NEAREST)) > 0
         assert (shrunk == mask.numpy()).mean() > 0.95
-    (run / "attention_mass.json").unlink()  # a run that was stopped is shown like published weights
+    torch.save(torch.load(run / "last.pt") | {"masses": {}}, run / "last.pt")  # shown like published weights
     evaluate.main([str(run), "--image", str(wide)])
     assert drawn[1][0][3] == ["head 0", "head 1", "head 2"]
 
@@ -210,7 +209,8 @@ def test_masks_cover_the_prior_of_the_reference_image(span_run):
     splits, reference, _ = load("phantom", 64, 0, 32)
     train_split = splits["train"]
     image = train_split.images[[train_split.names.index(reference)]]
-    masks = attention_masks(load_model(span_run, load_run(span_run)), read_masses(span_run), image, -1)
+    run = load_run(span_run)
+    masks = attention_masks(load_model(span_run, run), run.masses, image, -1)
     for mask, prior in zip(masks[0], make_priors("sample", train_split, reference, 0.025)[0]):
         region = prior >= prior.max() / 2
         assert 0.95 <= (mask & region).sum() / region.sum() <= 1

@@ -76,6 +76,19 @@ def test_the_weight_decay_is_chosen_on_validation_images(monkeypatch, better):
     assert found == pytest.approx(right.double().mean().item())
 
 
+def test_a_fit_that_diverged_is_never_the_best(monkeypatch):
+    fit, x = probe.linear_layer, {split: torch.randn(40, 3) for split in ("train", "val")}
+    splits = {s: Data(None, None, None, (x[s][:, :1] > 0).float(), [], [], []) for s in x}
+
+    def diverged_at_first(x, y, decay, multiclass, steps):
+        layer = fit(x, y, decay, multiclass, steps)
+        layer.weight.mul_(torch.nan if decay == probe.DECAYS[0] else 1)
+        return layer
+
+    monkeypatch.setattr(probe, "linear_layer", diverged_at_first)
+    assert probe.best_layer(x, splits, torch.arange(40)).weight.isfinite().all()
+
+
 def test_each_head_averages_the_patches_with_its_own_weights_without_cls():
     model, images = encoder().eval(), bright_or_dark(3)["test"].images
     _, patches, attention = model(probe.prepared(images))

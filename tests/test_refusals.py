@@ -10,6 +10,8 @@ from torch.nn.functional import scaled_dot_product_attention as attend
 
 import train
 from attention_priors import priors_from_masks, priors_from_statistics, span_loss
+from common.checks import check_step
+from common.config import parse
 from common.phantom import stamp
 from common.registration import align
 from common.splits import load
@@ -107,8 +109,8 @@ SETTINGS = {
     "--task classify --backbone vit --isnet 1 --relations angles": "masks don't follow: choose one",
     "--task classify --isnet 1 --amp": "--amp is for pretraining and plain classifiers",
     "--task classify --preset published --backbone vit": "needs --backbone resnet",
-    "--task classify --isnet 1 --accumulate 16": "lower --accumulate 16",
-    "--task classify --baseline swap --accumulate 16": "lower --accumulate 16",
+    f"--task classify --isnet 1 --accumulate 5 {FEW}": "8 image(s) a step, but --accumulate 5 needs 10 here",
+    f"--task classify --baseline swap --accumulate 5 {FEW}": "lower --accumulate",
     "--task classify --baseline gated --pool simpool": "leave out --pool",
     "--task classify --compile": "--compile is for pretraining",
     "--task classify --baseline swap --isnet 1": "--baseline excludes --isnet",
@@ -131,6 +133,12 @@ SETTINGS = {
     "--task classify --baseline swap --baseline-weight 2": "without --baseline multitask or ",
     "--backbone resnet --prior none --registers 2": "does nothing without --backbone vit",
 }
+
+
+def test_a_process_without_an_image_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match=r"a process has 0 image\(s\) a step"):
+        check_step(parse([])[0], images=3)
 
 
 @pytest.mark.parametrize("words", SETTINGS)

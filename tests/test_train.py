@@ -28,7 +28,6 @@ from common.data import Data, prepared
 from common.models import build_encoder, load_model
 from common.phantom import REGIONS, phantom
 from common.processes import fail, from_first, join
-from common.regions import read_masses
 from common.runs import related
 from dino import Collapse
 from relvit import RelViT
@@ -49,7 +48,7 @@ def test_a_run_leaves_its_settings_its_metrics_its_weights_and_its_pictures(span
     assert {"loss", "span_loss", "teacher_entropy", "kl", "prototypes"} <= set(rows[0])
     config = json.loads((span_run / "config.json").read_text())
     assert config["embed_dim"] == 24 and config["command"].startswith("python train.py --train-images 32")
-    assert set(json.loads((span_run / "attention_mass.json").read_text())) == set(REGIONS)
+    assert list(load_run(span_run).masses) == REGIONS
     for picture in ("attention.png", "curves.png"):
         assert min(Image.open(span_run / picture).size) > 100
     assert not list(span_run.glob("*.part"))
@@ -168,7 +167,7 @@ def test_a_collapse_stops_a_run_but_a_guided_one_goes_on_by_span_alone(tmp_path,
     assert "span_loss" in history[-1] and history[-1]["span_loss"] < 0.5 * history[0]["span_loss"]
     assert history[-1]["loss"] == pytest.approx(3 * history[-1]["span_loss"], rel=1e-4)  # its weight is 3
     assert "DINO has collapsed" in failed(capsys, *argv, "--align", "none", "--strict")
-    assert read_masses(tmp_path / "stopped") and read_masses(tmp_path / "on")  # what --masks RUN needs
+    assert load_run(tmp_path / "stopped").masses and load_run(tmp_path / "on").masses  # for --masks RUN
 
 
 def test_span_alone_needs_no_objective_beside_it_and_its_masks_serve_a_classifier(tmp_path, capsys):
@@ -235,6 +234,19 @@ def two_runs(tmp_path: Path, words: str, flags: str, tiny: list[str] = TINY) -> 
         trained(tmp_path / name, f"{words} {added} --epochs 1", tiny)
     runs = [load_run(tmp_path / name) for name in ("without", "with")]
     return runs + [run.checkpoint["history"][0]["loss"] for run in runs]
+
+
+def test_a_batch_is_split_evenly_so_that_no_part_of_an_image_alone_keeps_its_background():
+    """`Tensor.chunk` would split 16 images for 7 parts into five of 3 and one of 1."""
+    seen, model, config = [], torch.nn.Linear(1, 1), parse("--accumulate 7 --batch-size 16".split())[0]
+
+    def losses(index: torch.Tensor, *_) -> tuple[torch.Tensor, dict]:
+        seen.append(len(index))
+        return model(index[:, None].float()).mean(), {}
+
+    optimizer = torch.optim.SGD(model.parameters())
+    train.train_step(config, model, losses, optimizer, torch.arange(16), seeded(), 0, 10)
+    assert sorted(seen) == [2] * 5 + [3] * 2
 
 
 def test_a_batch_in_parts_gives_the_same_step(tmp_path):
@@ -307,7 +319,7 @@ def by_two_processes(folder: Path, name: str, words: str, stop_at: int | None = 
 
                 checkpoint = load_run(folder).checkpoint if config.resume else None
                 try:
-                    train.train(config, SPEC, model, images, losses, checkpoint, lambda: None)
+                    train.train(config, SPEC, model, images, losses, checkpoint, dict)
                 except KeyboardInterrupt as stop:
                     last_words = str(stop)
                 result = batches, last_words, model.state_dict(), from_first(f"by {rank}")
