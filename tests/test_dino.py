@@ -2,7 +2,6 @@
 
 import copy
 import math
-import os
 from contextlib import nullcontext
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import golden
+from torch.multiprocessing import start_processes
 
 from dino import DINO, Collapse, CollapseMonitor, DINOHead, DINOLoss, koleo_loss
 from resnet import ResNet
@@ -197,17 +197,11 @@ def test_centre_and_monitor_average_over_all_processes(tmp_path):
         monitor.update(loss.teacher_probabilities(scores, 0.04))
         return [loss.center, monitor.entropy, monitor.kl, monitor.usage]
 
-    processes = []
-    for rank in range(2):
-        processes.append(os.fork())
-        if processes[-1] == 0:
-            try:
-                dist.init_process_group("gloo", f"file://{tmp_path}/meet", rank=rank, world_size=2)
-                torch.save(after(teacher[:, 4 * rank : 4 * rank + 4]), tmp_path / f"{rank}.pt")
-            finally:
-                os._exit(0)
-    for process in processes:
-        os.waitpid(process, 0)
+    def process(rank: int) -> None:
+        dist.init_process_group("gloo", f"file://{tmp_path}/meet", rank=rank, world_size=2)
+        torch.save(after(teacher[:, 4 * rank : 4 * rank + 4]), tmp_path / f"{rank}.pt")
+
+    start_processes(process, nprocs=2, start_method="fork")
     for rank in range(2):
         for found, expected in zip(torch.load(tmp_path / f"{rank}.pt"), after(teacher)):
             torch.testing.assert_close(found, expected)

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from conftest import SMALL, TINY, metrics_of, same_weights, seeded, trained
 from PIL import Image
+from torch.multiprocessing import start_processes
 
 import evaluate
 import train
@@ -146,27 +147,19 @@ def test_what_a_folder_lacks_is_said_in_one_line(tmp_path, refused):
     assert not (tmp_path / "run").exists()
 
 
-def failed(capsys, *argv: str) -> str:
-    """The last line of a training that fails, with exit status 1."""
-    with pytest.raises(SystemExit) as stop:
-        train.main(list(argv))
-    assert stop.value.code == 1
-    return capsys.readouterr().err.splitlines()[-1]
-
-
 @pytest.mark.slow
-def test_a_collapse_stops_a_run_but_a_guided_one_goes_on_by_span_alone(tmp_path, capsys):
+def test_a_collapse_stops_a_run_but_a_guided_one_goes_on_by_span_alone(tmp_path, capsys, refused):
     """Unless --strict stops the guided one, or --keep-going lets the other go on."""
     words = "--epochs 160 --teacher-temp 5 --koleo 0 --max-entropy 1"
     argv = [*TINY, *words.split(), "--out", str(tmp_path / "stopped"), "--overwrite"]
-    assert "DINO has collapsed, uniform" in failed(capsys, *argv, "--prior", "none")
+    assert "DINO has collapsed, uniform" in refused(train.main, *argv, "--prior", "none", status=1)
     trained(tmp_path / "kept", f"{words} --prior none --epochs 1 --keep-going")
     trained(tmp_path / "on", f"{words} --align none")
     assert capsys.readouterr().out.count("SPAN goes on alone") == 1
     history = [json.loads(line) for line in (tmp_path / "on" / "metrics.jsonl").open()]
     assert "span_loss" in history[-1] and history[-1]["span_loss"] < 0.5 * history[0]["span_loss"]
     assert history[-1]["loss"] == pytest.approx(3 * history[-1]["span_loss"], rel=1e-4)  # its weight is 3
-    assert "DINO has collapsed" in failed(capsys, *argv, "--align", "none", "--strict")
+    assert "DINO has collapsed" in refused(train.main, *argv, "--align", "none", "--strict", status=1)
     assert load_run(tmp_path / "stopped").masses and load_run(tmp_path / "on").masses  # for --masks RUN
 
 
@@ -189,9 +182,9 @@ def test_a_step_whose_loss_or_gradient_is_not_finite_changes_no_weight(bad):
 
 
 @pytest.mark.parametrize("words", ["", "--ssl relvit", "--task classify --isnet 1"])
-def test_an_absurd_learning_rate_ends_in_one_line_that_says_what_to_lower(words, tmp_path, capsys):
+def test_an_absurd_learning_rate_ends_in_one_line_that_says_what_to_lower(words, tmp_path, refused):
     argv = [*TINY, *words.split(), "--lr", "1e9", "--epochs", "9", "--out", str(tmp_path / "run")]
-    assert re.search(r"train.py: .*[Ll]ower (--lr|the learning rate)", failed(capsys, *argv))
+    assert re.search(r"train.py: .*[Ll]ower (--lr|the learning rate)", refused(train.main, *argv, status=1))
 
 
 ALLOCATOR = "[enforce fail at alloc_cpu.cpp:119] . DefaultCPUAllocator: can't allocate memory ..."
@@ -201,14 +194,14 @@ ALLOCATOR = "[enforce fail at alloc_cpu.cpp:119] . DefaultCPUAllocator: can't al
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA ..."), MemoryError(), RuntimeError(ALLOCATOR)]
 )
-def test_too_little_memory_ends_in_one_line_with_a_remedy(where, error, tmp_path, capsys, monkeypatch):
+def test_too_little_memory_ends_in_one_line_with_a_remedy(where, error, tmp_path, refused, monkeypatch):
     monkeypatch.setattr(train, where, Mock(side_effect=error))
-    line = failed(capsys, *TINY, "--align", "none", "--out", str(tmp_path / "run"))
+    line = refused(train.main, *TINY, "--align", "none", "--out", str(tmp_path / "run"), status=1)
     assert "not enough memory: raise --accumulate, or lower --batch-size" in line
 
 
 @pytest.mark.slow
-def test_a_compiled_step_learns_the_same_and_what_cannot_be_compiled_is_said(tmp_path, monkeypatch, capsys):
+def test_a_compiled_step_learns_the_same_and_what_cannot_be_compiled_is_said(tmp_path, monkeypatch, refused):
     """Through torch.compile, but by a backend that needs no compiler."""
     real = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: real(self, backend="eager"))
@@ -217,7 +210,8 @@ def test_a_compiled_step_learns_the_same_and_what_cannot_be_compiled_is_said(tmp
     broken = Mock(side_effect=RuntimeError("there is no compiler"))
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: real(self, backend=broken))
     torch._dynamo.reset()
-    line = failed(capsys, *TINY, "--align", "none", "--out", str(tmp_path / "broken"), "--compile")
+    argv = *TINY, "--align", "none", "--out", str(tmp_path / "broken"), "--compile"
+    line = refused(train.main, *argv, status=1)
     assert "--compile can't be used here" in line and line.endswith("leave it out")
 
 
@@ -299,35 +293,30 @@ def test_two_processes_train_as_one_does(backbone, tmp_path):
 def by_two_processes(folder: Path, name: str, words: str, stop_at: int | None = None) -> list:
     """Two forks fit a line to 10 numbers, one may be stopped: [(indices, noise)], last words, weights."""
     config, _ = parse([*words.split(), "--batch-size", "4", "--out", str(folder)])
-    processes, images = [], torch.zeros(10, 1, 2, 2)
-    for rank in range(2):
-        processes.append(os.fork())
-        if processes[-1] == 0:
-            try:
-                os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
-                dist.init_process_group("gloo", f"file://{folder}/{name}", rank=rank, world_size=2)
-                torch.manual_seed(rank)
-                batches, model, last_words = [], torch.nn.Linear(1, 1), ""
 
-                def losses(index, generator, step, total):
-                    noise = torch.rand(len(index), 1, generator=generator)
-                    noise = torch.cat([noise, torch.rand(1).expand(noise.shape)], dim=1)
-                    batches.append((index, noise))
-                    if len(batches) == stop_at and rank:
-                        os.kill(os.getpid(), signal.SIGINT)
-                    return model(index[:, None] + noise.sum(dim=1, keepdim=True)).square().mean(), {}
+    def process(rank: int) -> None:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+        dist.init_process_group("gloo", f"file://{folder}/{name}", rank=rank, world_size=2)
+        torch.manual_seed(rank)
+        batches, model, last_words = [], torch.nn.Linear(1, 1), ""
 
-                checkpoint = load_run(folder).checkpoint if config.resume else None
-                try:
-                    train.train(config, SPEC, model, images, losses, checkpoint, dict)
-                except KeyboardInterrupt as stop:
-                    last_words = str(stop)
-                result = batches, last_words, model.state_dict(), from_first(f"by {rank}")
-                torch.save(result, folder / f"{name}-{rank}.pt")
-            finally:
-                os._exit(0)
-    for process in processes:
-        os.waitpid(process, 0)
+        def losses(index, generator, step, total):
+            noise = torch.rand(len(index), 1, generator=generator)
+            noise = torch.cat([noise, torch.rand(1).expand(noise.shape)], dim=1)
+            batches.append((index, noise))
+            if len(batches) == stop_at and rank:
+                os.kill(os.getpid(), signal.SIGINT)
+            return model(index[:, None] + noise.sum(dim=1, keepdim=True)).square().mean(), {}
+
+        checkpoint = load_run(folder).checkpoint if config.resume else None
+        try:
+            train.train(config, SPEC, model, torch.zeros(10, 1, 2, 2), losses, checkpoint, dict)
+        except KeyboardInterrupt as stop:
+            last_words = str(stop)
+        result = batches, last_words, model.state_dict(), from_first(f"by {rank}")
+        torch.save(result, folder / f"{name}-{rank}.pt")
+
+    start_processes(process, nprocs=2, start_method="fork")
     return [torch.load(folder / f"{name}-{rank}.pt") for rank in range(2)]
 
 
