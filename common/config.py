@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -220,7 +221,8 @@ def read_settings(path: Path, by: str) -> dict:
     for name, value in settings.items():
         if name not in known or not may_be(known[name], value):
             raise ValueError(f"{by} {path} has {name} {json.dumps(value)[:80]}, which train.py doesn't know")
-    if by == "--config" and (newer := known.keys() - record.keys()):
+    first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
+    if first and by == "--config" and (newer := known.keys() - record.keys()):
         print(f"note: {by} {path} is older than {', '.join(sorted(newer))}: today's defaults are taken")
     return settings
 
