@@ -134,7 +134,7 @@ def test_a_folder_without_runs_or_with_those_of_another_version_leaves_the_resul
 
 def test_a_run_that_is_not_what_the_run_list_asks_for_today_is_left_out():
     def why(name: str, flags: str, command: str = "python train.py --seed 0") -> str:
-        return tables.why_not(name, Run(config.parse(flags.split())[0], None, {}), {"command": command})
+        return tables.why_not(name, Run(config.parse(flags.split())[0], None, {}, {}), {"command": command})
 
     plain, always = "unmarked_resnet-1", "always_parts_200-0"
     asked = runs.RUNS[plain]

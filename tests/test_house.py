@@ -60,7 +60,7 @@ def test_no_file_but_the_config_s_users_sees_all_settings():
         modules, names = names_in(path.read_text())
         if "common.config" in modules or {"Config", "config"} & names:
             users.add(path.stem)
-    assert users == {"config", "checks", "models", "runs", "regions", "foreground", "checkpoint"}
+    assert users == {"config", "checks", "models", "runs", "foreground", "checkpoint"}
 
 
 @pytest.mark.slow
