@@ -74,7 +74,7 @@ class DINOLoss(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor, teacher_temp: float) -> Tensor:
         """The loss, a scalar, of student scores (V, B, K) and teacher scores (2, B, K) of the first 2 views;
-        in training mode the centre then moves, equation (4)."""
+        in training mode the centre then moves toward their mean."""
         log_ps = (student / self.student_temp).log_softmax(dim=-1)
         pt = self.teacher_probabilities(teacher, teacher_temp)
         losses = -torch.einsum("tbk,sbk->ts", pt, log_ps) / student.shape[1]  # (2, V)

@@ -17,8 +17,8 @@ at an operation's output, so one backward pass computes all relevance:
 (2) epsilon, (3) gamma and (9) z^B rule: Montavon et al. 2019. (5), (6), (8): AttnLRP, Achtibat et al. 2024,
 arXiv 2402.05602. (3) is made for x, z >= 0, as around a ReLU; elsewhere z' can be 0 where z is not, and
 relevance explodes. (4), the generalised gamma rule, equals (3) for x, z >= 0, favours contributions with the
-sign of z and keeps z / z' in [0, 1]. Operations without a rule keep their gradient, which is exact if they
-are piecewise linear: KEEPS_GRADIENT lists them, and any other gets one warning.
+sign of z and keeps z / z' in [0, 1] for any signs. Operations without a rule keep their gradient, exact if
+they are piecewise linear: KEEPS_GRADIENT lists them, and any other gets one warning.
 
 `LRP` is a `TorchFunctionMode`: it sees conv2d, gelu, matmul ... as any model calls them, in place or not, but
 no custom `autograd.Function`. The rules act only in `explain`: outputs and ordinary gradients are exact, so

@@ -1,7 +1,8 @@
 """A run is a folder that can be resumed, repeated and measured.
 
     config.json    settings, command line, versions, machine, and what was learned of the data: a record
-    last.pt        settings, weights, optimizer, random states and history, after an epoch or at Ctrl-C
+    last.pt        settings, the guided heads' masses, weights, optimizer, random states and history, after an
+                   epoch or at Ctrl-C
     metrics.jsonl  a line an epoch
     metrics.json   final metrics, flat names to numbers
     masks.pt       the foreground of a classifier's training images
@@ -30,7 +31,7 @@ from common.data import Data
 from common.weights import reason
 
 FORMAT = 9  # of last.pt: what it holds, and what its settings mean
-WRITTEN = "last.pt metrics.jsonl metrics.json masks.pt report.html".split()
+WRITTEN = "last.pt metrics.jsonl metrics.json attention_mass.json masks.pt report.html".split()
 WRITTEN += [f"{name}.png" for name in "attention heatmaps curves compare compare_curves low_data".split()]
 
 

@@ -71,7 +71,7 @@ def check_step(c: Config, images: int) -> None:
     swaps = c.isnet and c.swap or c.baseline == "swap"  # a part of one image has no other background
     if here < (least := 2 * c.accumulate if swaps else 1):
         few = f"a process has {here} image(s) a step, but --accumulate {c.accumulate} needs {least} here"
-        raise ValueError(f"{few}: lower --accumulate, or take fewer processes or more images")
+        raise ValueError(f"{few}: raise --batch-size, lower --accumulate, or take fewer processes")
 
 
 def check_pairs(c: Config) -> None:

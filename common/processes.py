@@ -22,8 +22,8 @@ from dino import Collapse, over_processes
 def keep_freed_memory() -> None:
     """Let glibc reuse freed memory rather than return it to the system; other C libraries stay as they are.
 
-    The system hands out each page anew, which takes up to a tenth of a training step, and most of the time of
-    large views.
+    The system hands out each page anew: a few percent of a small step, and half of the time or more of large
+    views. The price: the process holds its peak of memory until it ends.
     """
     mallopt = None if os.name == "nt" else getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
