@@ -107,10 +107,13 @@ def best_layer(x: dict[str, Tensor], splits: dict[str, Data], index: Tensor) -> 
         layer.bias.sub_(layer.weight @ mean)
         layers.append(layer)
     metric = "accuracy" if multiclass else "mAUC"
+    layers = [layer for layer in layers if layer.weight.isfinite().all()]  # the others diverged
+    if not layers:
+        raise CannotMeasure("no fit of the linear layer converged: the features may not be finite")
     scores = [score(layer(x["val"]), val.labels, multiclass)[metric] for layer in layers]
     if all(map(math.isnan, scores)):
         raise CannotMeasure("no finding is both present and absent in validation images: no decay is best")
-    best = layers[int(torch.tensor(scores).nan_to_num(-1).argmax())]
+    best = layers[scores.index(max(scores))]
     best.bias[labels[index].isnan().all(dim=0)] = torch.nan
     return best
 

@@ -76,9 +76,11 @@ def test_the_weight_decay_is_chosen_on_validation_images(monkeypatch, better):
     assert found == pytest.approx(right.double().mean().item())
 
 
-def test_a_fit_that_diverged_is_never_the_best(monkeypatch):
+@pytest.mark.parametrize("classes", [1, 2])
+def test_a_fit_that_diverged_is_never_the_best(monkeypatch, classes):
     fit, x = probe.linear_layer, {split: torch.randn(40, 3) for split in ("train", "val")}
-    splits = {s: Data(None, None, None, (x[s][:, :1] > 0).float(), [], [], []) for s in x}
+    labels = {s: torch.eye(2)[(x[s][:, 0] > 0).long()][:, :classes] for s in x}
+    splits = {s: Data(None, None, None, labels[s], [], [], []) for s in x}
 
     def diverged_at_first(x, y, decay, multiclass, steps):
         layer = fit(x, y, decay, multiclass, steps)
