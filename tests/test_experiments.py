@@ -255,6 +255,16 @@ def test_every_numbered_equation_has_its_lines_and_a_test_that_exists():
         assert all(f"def {test}(" in tests for test in checked.values()), file
 
 
+def test_an_equation_without_lines_or_a_test_is_missed(monkeypatch):
+    assert equations.numbers("rules (2) to (4), f(9) and (12)-(13)") == ["2", "3", "4", "12", "13"]
+    text = "A file.\n\n    a = b + c,    (1)\n        c = 3\n    d = 4    (2)\n\nMore."
+    assert equations.formulas(text) == {"1": "a = b + c; c = 3", "2": "d = 4"}
+    for checked in ({"1 2": "", "3": ""}, {"1": ""}):
+        monkeypatch.setattr(equations, "TESTS", {"resnet.py": checked})
+        with pytest.raises(KeyError):
+            equations.page()
+
+
 def test_a_wrong_mask_moves_to_the_right_and_grows_about_its_own_centre():
     masks = torch.zeros(2, 20, 20, dtype=torch.bool)
     masks[0, 5:10, 5:10] = masks[1, 14:16, 3:7] = True

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from common import symbols
-from common.phantom import BATCH, MARKERS, phantom, stamp
+from common.metrics import auc
+from common.phantom import BATCH, FINDINGS, MARKERS, phantom, stamp
 from common.plates import plates
 from common.splits import DRAWN, load
 
@@ -14,6 +15,11 @@ from common.splits import DRAWN, load
 @pytest.fixture(scope="module")
 def drawn():
     return phantom(300, seed=1)
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return plates(400, seed=1)
 
 
 @pytest.mark.parametrize("kind, least", [("phantom", 16), ("parts", 64)])
@@ -30,6 +36,13 @@ def test_a_seed_draws_the_same_however_many_in_the_promised_shapes_and_another_s
         line = f"{n} images of {size} px, but 1 image of {least} px is the min"
         with pytest.raises(ValueError, match=line):
             draw(n, seed=0, img_size=size)
+
+
+def test_the_left_lung_is_on_the_image_s_right_and_the_heart_leans_to_it(drawn):
+    masks = drawn[1].float()
+    left, right, heart = ((masks * torch.arange(64.0)).sum(dim=(2, 3)) / masks.sum(dim=(2, 3))).unbind(1)
+    assert (left > right).all()
+    assert ((heart - right) > (left - heart)).float().mean() > 0.7
 
 
 def brightness(images, masks):
@@ -52,6 +65,17 @@ def test_findings_enlarge_the_heart_and_change_either_lung_and_nothing_else(draw
     assert brightness(change, ~near).mean() < 0.1
 
 
+def test_an_effusion_shows_at_the_base_of_a_lung(drawn):
+    images, masks, labels = drawn
+    down, lungs = torch.arange(64.0)[:, None], masks[:, :2]
+    rows = torch.where(lungs.any(dim=3, keepdim=True), down, torch.nan)
+    low = rows.nan_to_num(-1).amax(dim=(2, 3), keepdim=True)
+    high = rows.nan_to_num(64).amin(dim=(2, 3), keepdim=True)
+    base = lungs & (down > low - 0.3 * (low - high))
+    brighter = brightness(images, base) / brightness(images, lungs & ~base)
+    assert auc(brighter.amax(dim=1), labels[:, FINDINGS.index("effusion")]) > 0.9
+
+
 PINNED = {  # kind: mean of 20 images in [0, 1], area of their masks as a fraction
     "phantom": (0.4397, 0.0912),
     "parts": (0.2703, 0.1408),
@@ -64,7 +88,7 @@ PINNED = {  # kind: mean of 20 images in [0, 1], area of their masks as a fracti
 
 
 @pytest.mark.parametrize("kind", PINNED)
-def test_what_is_drawn_has_not_changed_since_results_were_measured(kind):
+def test_brightness_and_areas_are_those_of_the_images_that_results_were_measured_on(kind):
     if kind in DRAWN:
         images, masks, _ = DRAWN[kind][0](20, seed=1)
         images = images / 255
@@ -113,6 +137,16 @@ def test_markers_anywhere_are_placed_anew_in_each_split_but_alike_in_all_test_im
         load("phantom", 64, seed, 2, marker=1, marker_kind="anywhere")
     one, two = seeds[:5], seeds[5:]  # of train, val, test, flipped, unseen
     assert one[2] == one[3] == one[4] and len({*one, *two}) == 6
+
+
+def test_plate_and_holes_do_not_overlap_hardly_move_and_a_missing_hole_is_missing(parts):
+    masks, labels = parts[1].float(), parts[2]
+    assert (masks[:, 0] * masks[:, 1]).sum() == 0
+    middle = (masks[:, 0] * torch.arange(64.0)).sum(dim=(1, 2)) / masks[:, 0].sum(dim=(1, 2))
+    assert middle.std() < 2 and (middle - 32).abs().max() < 5
+    only = labels.sum(dim=1) == labels[:, 1]  # no other defect, which might cover a hole
+    size = masks[only, 1].sum(dim=(1, 2))
+    assert size[labels[only, 1] == 1].max() < size[labels[only, 1] == 0].min()
 
 
 def test_defects_change_the_image_where_their_mask_lies_and_nowhere_else(monkeypatch):
