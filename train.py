@@ -205,9 +205,11 @@ def classifier_objective(
 
 def train(
     config: Config, spec: DataSpec, model: nn.Module, images: Tensor, losses: Callable, saved: dict | None,
-    masses: Callable[[], dict[str, float]],
+    masses_now: Callable[[], dict[str, float]],
 ) -> list[dict]:  # fmt: skip
-    """Train on images (N, C, S, S) by an objective; returns the history, a row an epoch. masses: for `save`.
+    """Train on images (N, C, S, S) by an objective; returns the history, a row an epoch.
+
+    masses_now: what each checkpoint keeps of guided heads, from `masses_of`.
 
     All random numbers come from one generator, whose state is in every checkpoint: a run that was stopped
     ends at the weights of one that never was. Each process of torchrun takes its share of a batch.
@@ -245,7 +247,7 @@ def train(
                 if over_processes(torch.tensor(float(stop.is_set()), device=index.device)):
                     if not rank():
                         within = order.cpu(), i + 1, sums
-                        save(config, spec, model, optimizer, generator, history, masses(), within)
+                        save(config, spec, model, optimizer, generator, history, masses_now(), within)
                     if processes > 1:
                         dist.barrier()  # the first process that ends makes torchrun end the others
                     flags = ["--keep-going"] * config.keep_going + ["--strict"] * config.strict
@@ -254,7 +256,7 @@ def train(
             speed = (steps - first) * batch / (time.perf_counter() - started)
             history.append({"epoch": epoch + 1, **means, "images_per_s": round(speed, 1)})
             if not rank():
-                save(config, spec, model, optimizer, generator, history, masses())
+                save(config, spec, model, optimizer, generator, history, masses_now())
             if not terminal:
                 words = ", ".join(f"{name} {value:.3g}" for name, value in means.items())
                 print(f"epoch {epoch + 1}/{config.epochs}: {words}, {speed:.0f} img/s", flush=True)
@@ -328,12 +330,14 @@ def begin(argv: list[str]) -> tuple:
     splits, reference = load_data(config)
     train = splits["train"]
     spec = data_spec(train, config.task == "classify", config.data)
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    check_step(config, len(train.names), processes)  # before masks are made, which may take minutes
     if run:
         check_spec(config.out, run.spec, spec, config.data)
     torch.manual_seed(config.seed)
     encoder = make_encoder(config, spec.channels)
     masks, kept = foreground_masks(config, splits, reference)
-    check_step(config, int(kept.sum()))
+    check_step(config, int(kept.sum()), processes)
     if masks is not None and config.swap_margin is None:
         config = replace(config, swap_margin=0.025 if are_made(config.masks, train.has_masks) else 0.0)
     if config.epochs is None:
@@ -373,8 +377,8 @@ def main(argv: list[str] | None = None) -> None:
         except (ValueError, OSError) as error:
             fail("train.py", error, 2)
         (config, spec, model, splits, reference, _), started = run, time.perf_counter()
-        masses = partial(masses_of, config, model, splits["train"], reference)
-        history = train(config, spec, model, images, losses, saved, masses)
+        masses_now = partial(masses_of, config, model, splits["train"], reference)
+        history = train(config, spec, model, images, losses, saved, masses_now)
         if not saved or len(saved["history"]) < len(history):
             print(f"trained in {time.perf_counter() - started:.0f} s")
         if not rank():

@@ -1,6 +1,5 @@
 """Settings that make no sense are refused by one line that names the value, the limit and the remedy."""
 
-import os
 from dataclasses import fields
 from pathlib import Path
 
@@ -34,8 +33,8 @@ def check(config: Config, typed: set[str]) -> None:
                 needs = ["task=pretrain" if need.startswith(PRETRAINING) else need for need in needs]
             flags = " or ".join(f"--{need.replace('=', ' ').replace('&', ' and --')}" for need in needs)
             flags = flags.replace("|", " or ").replace("_", "-")
-            values = value if isinstance(value, tuple) else [value] * (not isinstance(value, bool))
-            raise ValueError(f"{' '.join(map(str, [option(f), *values]))} does nothing without {flags}")
+            values = () if isinstance(value, bool) else value if isinstance(value, tuple) else (value,)
+            raise ValueError(f"{' '.join(map(str, (option(f), *values)))} does nothing without {flags}")
     for scale in (config.global_scale, config.local_scale):
         random_crops(1, scale, Generator())  # raises ValueError for an impossible scale
     check_pairs(config)
@@ -65,13 +64,14 @@ def check_device(device: str) -> None:
         raise ValueError(f"--device {device} can't be used, try --device cpu ({reason})") from None
 
 
-def check_step(c: Config, images: int) -> None:
-    """Raise ValueError if a process has too few of so many training images, at each step or in its parts."""
-    here = min(c.batch_size, images) // int(os.environ.get("WORLD_SIZE", 1))
-    swaps = c.isnet and c.swap or c.baseline == "swap"  # a part of one image has no other background
-    if here < (least := 2 * c.accumulate if swaps else 1):
-        few = f"a process has {here} image(s) a step, but --accumulate {c.accumulate} needs {least} here"
-        raise ValueError(f"{few}: raise --batch-size, lower --accumulate, or take fewer processes")
+def check_step(c: Config, images: int, processes: int) -> None:
+    """Raise ValueError if a process gets no image in a step, or a part of it has none to swap with."""
+    here = min(c.batch_size, images) // processes  # images of a step
+    if not here:
+        raise ValueError(f"{images} training image(s) for {processes} processes: take fewer processes")
+    if (c.isnet and c.swap or c.baseline == "swap") and here < 2 * c.accumulate:
+        line = f"swapped backgrounds need parts of 2 images or more, not {here} image(s) in {c.accumulate}"
+        raise ValueError(f"{line}: raise --batch-size, lower --accumulate, or take fewer processes")
 
 
 def check_pairs(c: Config) -> None:

@@ -22,8 +22,8 @@ from dino import Collapse, over_processes
 def keep_freed_memory() -> None:
     """Let glibc reuse freed memory rather than return it to the system; other C libraries stay as they are.
 
-    The system hands out each page anew: a few percent of a small step, and half of the time or more of large
-    views. The price: the process holds its peak of memory until it ends.
+    Each page that the system hands out anew costs a page fault, and large tensors have thousands of pages. In
+    return the process holds its peak of memory until it ends.
     """
     mallopt = None if os.name == "nt" else getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
@@ -39,7 +39,8 @@ def rank() -> int:
 def join(device: str, batch_size: int) -> str:
     """Join the processes that torchrun started, if it did; returns this one's device, and opens no other.
 
-    Only the first process prints. Raises ValueError if a device can't be used, or a batch not shared evenly.
+    Only the first process prints. Raises ValueError if a batch can't be shared evenly, or the device used.
+    Under torchrun a process whose device can't be used says so and ends with status 1: it may be alone.
     """
     if "RANK" not in os.environ:
         check_device(device)
@@ -52,7 +53,7 @@ def join(device: str, batch_size: int) -> str:
     try:
         check_device(device)
     except ValueError as error:
-        fail("train.py", error, 1)  # perhaps this process alone, while the others wait
+        fail("train.py", error, 1)  # the others would wait for it
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     if rank():
         sys.stdout = open(os.devnull, "w")

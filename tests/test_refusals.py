@@ -109,8 +109,8 @@ SETTINGS = {
     "--task classify --backbone vit --isnet 1 --relations angles": "masks don't follow: choose one",
     "--task classify --isnet 1 --amp": "--amp is for pretraining and plain classifiers",
     "--task classify --preset published --backbone vit": "needs --backbone resnet",
-    f"--task classify --isnet 1 --accumulate 5 {FEW}": "8 image(s) a step, but --accumulate 5 needs 10 here",
-    f"--task classify --baseline swap --accumulate 5 {FEW}": "lower --accumulate",
+    f"--task classify --isnet 1 --accumulate 5 {FEW}": "parts of 2 images or more, not 8 image(s) in 5",
+    f"--task classify --baseline swap --accumulate 5 {FEW}": "raise --batch-size, lower --accumulate",
     "--task classify --baseline gated --pool simpool": "leave out --pool",
     "--task classify --compile": "--compile is for pretraining",
     "--task classify --baseline swap --isnet 1": "--baseline excludes --isnet",
@@ -135,10 +135,9 @@ SETTINGS = {
 }
 
 
-def test_a_process_without_an_image_is_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ValueError, match=r"a process has 0 image\(s\) a step"):
-        check_step(parse([])[0], images=3)
+def test_a_process_without_an_image_is_refused():
+    with pytest.raises(ValueError, match=r"3 training image\(s\) for 4 processes: take fewer"):
+        check_step(parse([])[0], images=3, processes=4)
 
 
 @pytest.mark.parametrize("words", SETTINGS)
