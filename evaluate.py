@@ -31,7 +31,7 @@ from common.pictures import read_picture
 from common.plots import curves, draw_maps, low_data, map_grid
 from common.probe import FRACTIONS
 from common.processes import fail, keep_freed_memory
-from common.regions import NO_MASKS, attention_masks, export_masks, write_mask
+from common.regions import attention_masks, check_masses, export_masks, write_mask
 from common.runs import Loaded, heads_of, images_to_show, load_all, looks_of, maps_of, measured_by
 from common.runs import weights_config
 from common.weights import FIRST, exported, read_weights
@@ -118,6 +118,8 @@ def draw_pictures(run: Path, flags: list[str], paths: list[Path], device: str) -
         out, masses = run.with_name(f"{run.name}-looks"), {}
     else:
         config, spec, masses, _ = found = load_run(run)
+        if masses:
+            check_masses(run, masses)
         model, out = load_model(run, found), run / "looks"
     loaded, failed = Loaded(config, spec, model.to(device), [], run, masses), []
     alike = len({path.stem for path in paths}) < len(paths)  # a/1.png and b/1.png
@@ -238,11 +240,10 @@ def main(argv: list[str] | None = None) -> None:
             write_weights(first, args.export)
         elif args.export_masks:
             loaded, splits, _ = load_all([first], args.flags, args.device)
-            (config, _, model, _, _, masses), out = loaded[first], args.export_masks
-            if not masses:
-                raise ValueError(f"{first} {NO_MASKS}")
-            written = export_masks(out, config.data, model, masses, splits, config.span_layer)
-            print(f"wrote {written} masks into {out}")
+            run, out = loaded[first], args.export_masks
+            check_masses(first, run.masses)
+            how = run.config.data, run.model, run.masses, splits, run.config.span_layer
+            print(f"wrote {export_masks(out, *how)} masks into {out}")
         elif args.image:
             draw_pictures(first, args.flags, args.image, args.device)
         else:

@@ -153,9 +153,10 @@ def load_run(folder: Path) -> Run:
         version = checkpoint["format"]
         if version == FORMAT:
             settings = {name: checkpoint["settings"][name] for name in Config.__dataclass_fields__}
-            masses = checkpoint["masses"]
-            if any(Path(name).name != name or name in ("", "..") for name in masses):
-                raise ValueError(f"regions {list(masses)} can't be file names")
+            masses = {name: float(mass) for name, mass in checkpoint["masses"].items()}
+            if not all(0 <= mass <= 1 for mass in masses.values()):
+                raise ValueError(f"masses {masses} are not in [0, 1]")
+            checkpoint["model"], checkpoint["history"]
             config = as_config(settings | {"out": str(folder)})
             return Run(config, DataSpec(**checkpoint["spec"]), masses, checkpoint)
     except OSError as error:

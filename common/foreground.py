@@ -19,7 +19,7 @@ from common.checkpoint import load_run, write_file
 from common.data import BATCH, Data, select
 from common.folder import read_masks
 from common.models import load_model
-from common.regions import NO_MASKS, attention_masks, priors_over
+from common.regions import attention_masks, check_masses, priors_over
 from common.splits import DRAWN
 from common.weights import reason
 
@@ -103,8 +103,7 @@ def masks_of_run(folder: Path, data: str, images: Tensor) -> Tensor:
     Raises ValueError.
     """
     run = load_run(folder)
-    if not run.masses:
-        raise ValueError(f"{folder} {NO_MASKS}")
+    check_masses(folder, run.masses)
     if images.shape[1] != run.spec.channels:
         counts = f"{run.spec.channels} channels, these images have {images.shape[1]}"
         raise ValueError(f"{folder} learned from {counts}: name a run of such images")

@@ -26,8 +26,6 @@ from common.folder import by_stem, image_size
 from common.registration import carry, confidence, register
 from common.splits import DRAWN
 
-NO_MASKS = "makes no masks: no single prior guided its heads"
-
 # Priors
 
 
@@ -136,7 +134,7 @@ def mass_held(attention: Tensor, grid: tuple[int, int], regions: Tensor) -> Tens
     inside = regions.flatten(1).expand(order.shape).gather(2, order).float()
     reached = inside.cumsum(dim=2) / inside.sum(dim=2, keepdim=True).clamp(min=1)
     enough = (reached.mean(dim=0) < 0.95).sum(dim=1).clamp(max=order.shape[2] - 1)  # (R,)
-    return maps.cumsum(dim=2).mean(dim=0).gather(1, enough[:, None])[:, 0]
+    return maps.cumsum(dim=2).mean(dim=0).gather(1, enough[:, None])[:, 0].clamp(max=1)  # a sum may round up
 
 
 def masks_held(attention: Tensor, grid: tuple[int, int], size: tuple[int, int], mass: Tensor) -> Tensor:
@@ -162,6 +160,14 @@ def attention_masses(
     regions = priors >= priors.amax(dim=(1, 2), keepdim=True) / 2
     attention = attention_of(encoder, images, layer)[:, : len(names)]
     return dict(zip(names, mass_held(attention, encoder.grid(images), regions).tolist()))
+
+
+def check_masses(run: Path, masses: dict[str, float]) -> None:
+    """Raise ValueError unless a run's masses make masks, whose regions become file names."""
+    if not masses:
+        raise ValueError(f"{run} makes no masks: no single prior guided its heads")
+    if any(Path(name).name != name or name in ("", "..") for name in masses):
+        raise ValueError(f"{run}: the regions {', '.join(map(printable, masses))} can't be file names")
 
 
 def attention_masks(encoder: nn.Module, masses: dict[str, float], images: Tensor, layer: int) -> Tensor:

@@ -34,7 +34,7 @@ class Loaded(NamedTuple):
     model: nn.Module
     history: list[dict]
     out: Path  # for its metrics
-    masses: dict[str, float] = {}  # as in `Run`
+    masses: dict[str, float]  # as in `Run`
 
 
 def data_of(config: Config) -> dict:
@@ -86,7 +86,7 @@ def load_all(
         else:
             start_from(path, model := build_encoder(config, spec.channels))
             out = path.with_name(f"{path.name}-{Path(config.data).name}")  # the metrics of one data set
-            loaded[path] = Loaded(config, spec, model.to(device), [], out)
+            loaded[path] = Loaded(config, spec, model.to(device), [], out, {})
     return loaded, splits, reference
 
 
@@ -191,7 +191,7 @@ def finish(
         held_out = related(relvit, splits["test"].images, config)
     if config.task == "pretrain":
         model, picture = pretrained(model), "attention.png"
-    run = Loaded(config, spec, model, history, config.out)
+    run = Loaded(config, spec, model, history, config.out, {})
     measured = report(model, splits, QUICK, **measured_by(run, splits, reference, {}))
     print_tables({"": measured})
     metrics = {name: value for name, value in history[-1].items() if name != "epoch"}

@@ -10,6 +10,7 @@ from conftest import SMALL, TINY, image_folder, metrics_of, trained
 from PIL import Image
 
 import evaluate
+import train
 from common.checkpoint import load_run
 from common.config import parse
 from common.data import Data
@@ -98,7 +99,7 @@ def test_the_expected_time_is_the_sum_over_the_models_of_what_applies_to_them(mo
     monkeypatch.setattr(evaluate.time, "perf_counter", lambda: clock[0])
     splits = dict.fromkeys(("train", "val", "test"), Data(images, *[None] * 3, [""] * 8, [], []))
     kinds = ("pretrain", 1), ("pretrain", 3), ("classify", 1)  # task, seconds an image
-    loaded = [Loaded(parse(["--task", task])[0], None, Slow(1, cost), [], Path()) for task, cost in kinds]
+    loaded = [Loaded(parse(["--task", task])[0], None, Slow(1, cost), [], Path(), {}) for task, cost in kinds]
     pretrained, other, classifier = loaded
 
     def seconds(runs: list, *measures: str) -> float:
@@ -165,8 +166,15 @@ def test_regions_that_are_no_file_names_and_unguided_runs_make_no_masks(
     for name in ("../heart", "..", ""):
         torch.save(checkpoint | {"masses": {name: 0.5}}, tmp_path / "last.pt")
         assert "can't be file names" in refused(evaluate.main, str(tmp_path), *out)
+    for change in ({"masses": {"heart": 7.0}}, {"masses": [1]}, {"history": None}):
+        damaged = {key: value for key, value in (checkpoint | change).items() if value is not None}
+        torch.save(damaged | {"begun": None}, tmp_path / "last.pt")
+        assert "last.pt is damaged" in refused(evaluate.main, str(tmp_path), *out)
     assert not (tmp_path / "masks").exists()
-    assert "makes no masks: no single prior guided its heads" in refused(evaluate.main, str(dino_run), *out)
+    line = "makes no masks: no single prior guided its heads"
+    assert line in refused(evaluate.main, str(dino_run), *out)
+    isnet = *SMALL, "--isnet", "1", "--masks", str(dino_run), "--out", str(tmp_path / "run")
+    assert line in refused(train.main, *isnet)
 
 
 @pytest.fixture

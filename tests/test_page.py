@@ -129,7 +129,7 @@ def test_the_page_shows_the_first_images_and_those_that_each_model_is_worst_at(m
     data = Data(torch.zeros(9, 1, 8, 8), None, torch.zeros(9), None, [str(i) for i in range(9)], [], [])
     config = parse(["--data", "d", "--img-size", "8"])[0]
     spec = DataSpec(1, (), False, "")
-    runs = {name: loaded_runs.Loaded(config, spec, name, [], Path()) for name in ("a", "b")}
+    runs = {name: loaded_runs.Loaded(config, spec, name, [], Path(), {}) for name in ("a", "b")}
     scores = {"a": [0.9] * 7 + [0.2, 0.1], "b": [0.9] * 4 + [math.nan, 0.3, 0.4, 0.9, 0.9]}
     monkeypatch.setattr(loaded_runs, "scores_in", lambda model, *args: ("AP", scores[model]))
     monkeypatch.setattr(loaded_runs, "heads_of", lambda model, layer, images, *args, **kw: {"": images[:, 0]})

@@ -139,3 +139,5 @@ def test_without_positions_the_order_of_patches_carries_no_information():
     expected, _, whole = model(cut(images, boxes, (4, 4), 4))
     torch.testing.assert_close(mixed.patches, whole.patches[:, order], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert model.encoder.patch_embed.proj.weight.grad.any()  # it is the encoder that learns

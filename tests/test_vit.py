@@ -40,6 +40,7 @@ def test_the_returned_row_is_the_cls_row_of_the_full_map_in_every_block(layer):
     torch.testing.assert_close(vit(IMAGES, layer=layer).attention, maps[:, layer, :, 0, 1:])
     torch.testing.assert_close(maps.sum(dim=-1), torch.ones(2, 3, 3, 17))
     vit = small(registers=2)  # whose places come after that of CLS
+    assert torch.equal(vit.embed(IMAGES)[:, 1:3], vit.reg_token.expand(2, -1, -1))
     torch.testing.assert_close(
         vit(IMAGES, layer=layer).attention, vit.attention_maps(IMAGES)[:, layer, :, 0, 3:]
     )
