@@ -139,10 +139,10 @@ def of_claims(runs: dict) -> dict[str, str]:
     header = "no. | claim, in points | paper | at least | here | 95 % interval | holds in seeds"
     rows, first, others = [measured(runs, claim) for claim in claims()], {}, {}
     for row in (row for row in rows if row[-1] != "not measured"):
-        number, text, _, _, here, _, holds = row
+        number, text, _, bar, here, _, holds = row
         held, _, seeds = holds.partition(" of ")
         if first.setdefault(number, row) is not row and seeds and held != seeds:
-            others[number] = [*others.get(number, []), f"{text}: {here.split(' ')[0]} ({holds})"]
+            others[number] = [*others.get(number, []), f"{text}: {here.split(' ')[0]} (bar {bar}: {holds})"]
     summary = [[*row, "<br>".join(others.get(number, []))] for number, row in first.items()]
     also = f"{header} | other comparisons that do not hold in every seed"
     return {"claims": markdown(header, rows, 2), "summary": markdown(also, summary, 2)}
