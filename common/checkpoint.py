@@ -177,7 +177,10 @@ def resumed(config: Config, typed: set[str]) -> Run:
         edited = name not in PLACES and record.get(name) != saved[name]  # data may have moved
         if name in typed and asked[name] != saved[name] or edited:
             wanted = asked[name] if name in typed else record.get(name)
-            raise ValueError(f"--resume: {config.out} was started with {name} {saved[name]}, not {wanted}")
+            flag = f"--{name.replace('_', '-')}"
+            remedy = f"leave out {flag}" if name in typed else "restore its config.json"
+            begun = f"--resume: {config.out} was started with {flag} {saved[name]}, not {wanted}"
+            raise ValueError(f"{begun}: {remedy}, or train in another --out")
     changed = {name: asked[name] for name in asked if name in PER_CALL or name in moved and name in typed}
     return run._replace(config=as_config(saved | changed))
 

@@ -26,7 +26,8 @@ def check(config: Config, typed: set[str]) -> None:
         if f.name in limits and value is not None:
             low, high = limits[f.name]
             if not low <= value <= high:  # NaN is not within either
-                raise ValueError(f"{option(f)} {value}: it must lie between {low:g} and {high:g}")
+                most = "a billion" if high == 1e9 else f"{high:g}"
+                raise ValueError(f"{option(f)} {value}: it must lie between {low:g} and {most}")
         useful = any(all(met(config, name) for name in need.split("&")) for need in needs or ["task"])
         if f.name in typed and not useful and not config.resume:
             if config.task == "classify":
@@ -35,8 +36,11 @@ def check(config: Config, typed: set[str]) -> None:
             flags = flags.replace("|", " or ").replace("_", "-")
             values = () if isinstance(value, bool) else value if isinstance(value, tuple) else (value,)
             raise ValueError(f"{' '.join(map(str, (option(f), *values)))} does nothing without {flags}")
-    for scale in (config.global_scale, config.local_scale):
-        random_crops(1, scale, Generator())  # raises ValueError for an impossible scale
+    for name in ("global_scale", "local_scale"):
+        try:
+            random_crops(1, getattr(config, name), Generator())
+        except ValueError as error:
+            raise ValueError(f"--{name.replace('_', '-')}: {error}") from None
     check_pairs(config)
 
 
@@ -65,13 +69,16 @@ def check_device(device: str) -> None:
 
 
 def check_step(c: Config, images: int, processes: int) -> None:
-    """Raise ValueError if a process gets no image in a step, or a part of it has none to swap with."""
+    """Raise ValueError if a process gets no image in a step, or a part of it just one where it needs two."""
     here = min(c.batch_size, images) // processes  # images of a step
     if not here:
         raise ValueError(f"{images} training image(s) for {processes} processes: take fewer processes")
-    if (c.isnet and c.swap or c.baseline == "swap") and here < 2 * c.accumulate:
-        line = f"swapped backgrounds need parts of 2 images or more, not {here} image(s) in {c.accumulate}"
-        raise ValueError(f"{line}: raise --batch-size, lower --accumulate, or take fewer processes")
+    pairs, other = "swapped backgrounds" if c.isnet and c.swap or c.baseline == "swap" else "", ""
+    if c.task == "pretrain" and c.ssl == "dino" and (c.koleo or c.max_entropy < 1):
+        pairs, other = "KoLeo and the entropy's ceiling", ", or add --koleo 0 --max-entropy 1"
+    if pairs and here < 2 * c.accumulate:
+        line = f"{pairs} need parts of 2 images or more, not {here} image(s) in {c.accumulate}"
+        raise ValueError(f"{line}: raise --batch-size, lower --accumulate, or take fewer processes{other}")
 
 
 def check_pairs(c: Config) -> None:

@@ -12,6 +12,7 @@ import math
 import zlib
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from common.pictures import decode, to_tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".pgm")
 LAYOUT = "expected images/ with optional masks/<region>/ and labels.csv, or one folder of images per class"
+PARTS = ["images", "masks", "labels.csv"]
 LABELS = {"0": 0.0, "1": 1.0, "": math.nan, "0.0": 0.0, "1.0": 1.0}  # pandas writes 1.0 beside blanks
 
 
@@ -44,6 +46,9 @@ def load_folder(folder: str | Path, img_size: int, reference: str | None = None)
     elif not (folder / "masks").exists() and not (folder / "labels.csv").exists():  # masks are not a class
         paths = {f"{sub.name}/{path.name}": path for sub in _listed(folder, True) for path in _listed(sub)}
         findings, labels = _one_hot({name: printable(path.parent.name) for name, path in paths.items()})
+    for path in folder.iterdir() if (folder / "images").is_dir() else []:
+        if (near := get_close_matches(path.name.lower(), PARTS, 1, 0.8)) and path.name not in PARTS:
+            notes.append(f"{path} is not used: did you mean {near[0]}?")
     if not paths and (beside := _listed(folder)):
         raise DataError(f"{folder}: {len(beside)} images lie beside each other; move them to {folder}/images")
     if not paths:

@@ -49,8 +49,9 @@ def foreground(source: str, splits: dict[str, Data], data: str, init: Path | Non
         masks = masks_of_run(folder, data, train.images)
     else:
         masks = read_masks(folder, None if data in DRAWN else data, train.names, train.images.shape[-1])
-    if source != "data" and train.has_masks.any():
-        print(f"masks from {source}: Dice {100 * mask_dice(masks, train):.1f} % with those of the data")
+    if source != "data" and (compared := masks_compared(masks, train)):
+        dice, n = compared
+        print(f"masks from {source}: Dice {100 * dice:.1f} % with those of the data, in {n} images")
     return masks
 
 
@@ -119,6 +120,12 @@ def mask_dice(masks: Tensor, data: Data) -> float:
     own, masks = data.masks[data.has_masks].any(dim=1), masks[data.has_masks][:, 0]
     both, size = (own & masks).sum(dim=(1, 2)), own.sum(dim=(1, 2)) + masks.sum(dim=(1, 2))
     return float((2 * both / size).nanmean())
+
+
+def masks_compared(masks: Tensor, data: Data) -> tuple[float, int] | None:
+    """Mean Dice, as `mask_dice`, over the images of which masks (N, 1, S, S) are not empty, and how many."""
+    both = masks.flatten(1).any(dim=1) & data.has_masks  # (N,); an empty mask is one that is not known
+    return (mask_dice(masks[both], select(data, both)), int(both.sum())) if both.any() else None
 
 
 def keep_masks(run: Path, masks: Tensor) -> None:

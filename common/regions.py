@@ -95,7 +95,8 @@ def priors_over(
     sure = confidence(agreement)  # (N,)
     if heads is not None and (lost := int((sure < 0.5).sum())):
         counts = f"{lost} of {len(images)} images"
-        print(f"note: little of {printable(reference)} is found in {counts}; their priors count less")
+        name = f"the reference image {printable(reference)}"
+        print(f"note: {name} is hardly found in {counts}; their priors count less")
     return lambda index: (carry(priors, theta[index], flow[index]), sure[index])
 
 

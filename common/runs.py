@@ -13,7 +13,7 @@ from common.classify import is_multiclass, warn_if_constant
 from common.config import Config, parse
 from common.data import Data, normalise, select
 from common.explain import attention_of, decisions, explained_class, has_attention, relevance_of
-from common.foreground import mask_dice
+from common.foreground import masks_compared
 from common.measure import QUICK, report, scores_in
 from common.models import build_encoder, load_model, lrp_rule, start_from
 from common.page import Looks, print_tables
@@ -175,8 +175,10 @@ def related(relvit: RelViT, images: Tensor, config: Config) -> dict[str, float]:
             value = float(value) ** (2 if task in ("distances", "angles") else 1)
             found[task] = found.get(task, 0.0) + value * len(x) / len(images)
     found = {task: v**0.5 if task in ("distances", "angles") else v for task, v in found.items()}
-    levels = ", ".join(f"{task} {found[task]:.3f} ({relvit.chance[task]:.3f})" for task in found)
-    print(f"on test images, and what a constant prediction reaches: {levels}")
+    kinds = {"distances": "error of distances", "angles": "error of angles"}
+    names = {task: kinds.get(task, f"accuracy of {task}") for task in found}
+    levels = [f"{names[task]} {value:.3f} ({relvit.chance[task]:.3f})" for task, value in found.items()]
+    print(f"on test images, and in brackets of a constant prediction: {', '.join(levels)}")
     return {f"{task}_test": value for task, value in found.items()}
 
 
@@ -198,8 +200,8 @@ def finish(
     metrics |= held_out | measured.metrics
     if config.task == "classify":
         warn_if_constant(history[-1], train.labels, spec.multiclass)
-        if masks is not None and config.masks != "data" and train.has_masks.any():
-            metrics["mask_dice"] = mask_dice(masks, train)
+        if masks is not None and config.masks != "data" and (compared := masks_compared(masks, train)):
+            metrics["mask_dice"], _ = compared
     write_file(config.out / "metrics.json", {k: v for k, v in metrics.items() if math.isfinite(v)})
     shown = images_to_show(config, splits, 6)
     maps = maps_of(run, shown.images, measured.heads, lrp_rule(config))

@@ -134,7 +134,7 @@ def test_a_run_goes_on_though_its_data_moved_but_not_with_edited_settings(tmp_pa
     assert "is not a folder" in refused(train.main, *resume)
     record = (out / "config.json").read_text()
     (out / "config.json").write_text(record.replace('"lr": 0.0014', '"lr": 0.1'))
-    assert "was started with lr 0.0014, not 0.1" in refused(train.main, *resume)
+    assert "was started with --lr 0.0014, not 0.1: restore its config.json" in refused(train.main, *resume)
     for damage, line in (("no json", "something else than a run"), (record[:-3], "or it is damaged")):
         (out / "config.json").write_text(damage)
         assert line in refused(train.main, *resume)
@@ -147,7 +147,7 @@ def test_a_run_goes_on_though_its_data_moved_but_not_with_edited_settings(tmp_pa
 @pytest.mark.parametrize("words", ["--prior none", "--prior statistics", "--data parts", "--masks prior"])
 def test_a_resumed_run_keeps_the_data_priors_and_masks_that_it_was_trained_on(words, span_run, refused):
     line = refused(train.main, "--out", str(span_run), "--resume", *words.split())
-    assert f"was started with {words.split()[0][2:]} " in line and f", not {words.split()[1]}" in line
+    assert f"was started with {words.split()[0]} " in line and f", not {words.split()[1]}" in line
     line = refused(train.main, "--out", str(span_run), "--resume", "--config", str(span_run))
     assert "leave out either" in line
 

@@ -166,7 +166,9 @@ def test_regions_that_are_no_file_names_and_unguided_runs_make_no_masks(
     for name in ("../heart", "..", ""):
         torch.save(checkpoint | {"masses": {name: 0.5}}, tmp_path / "last.pt")
         assert "can't be file names" in refused(evaluate.main, str(tmp_path), *out)
-    for change in ({"masses": {"heart": 7.0}}, {"masses": [1]}, {"history": None}):
+    bias = "student.norm.bias"
+    weights = checkpoint["model"] | {bias: checkpoint["model"][bias] * torch.nan}
+    for change in ({"masses": {"heart": 7.0}}, {"masses": [1]}, {"history": None}, {"model": weights}):
         damaged = {key: value for key, value in (checkpoint | change).items() if value is not None}
         torch.save(damaged | {"begun": None}, tmp_path / "last.pt")
         assert "last.pt is damaged" in refused(evaluate.main, str(tmp_path), *out)

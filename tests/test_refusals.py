@@ -90,6 +90,8 @@ FEW = "--train-images 8"
 SETTINGS = {
     "--lr nan": "--lr nan: it must lie between",
     "--warmup 5": "--warmup 5.0: it must lie between 0 and 1",
+    "--batch-size 0": "--batch-size 0: it must lie between 1 and a billion",
+    "--global-scale 0.5 0.2": "--global-scale: crop scale (0.5, 0.2): give two fractions",
     "--span-layer 4": "--span-layer 4: it must lie between -4 and 3",
     "--accumulate 33": "--accumulate 33: it must lie between 1 and 32",
     f"--num-heads 2 {FEW}": "3 priors (left lung, right lung, heart) but 2 heads",
@@ -111,6 +113,7 @@ SETTINGS = {
     "--task classify --preset published --backbone vit": "needs --backbone resnet",
     f"--task classify --isnet 1 --accumulate 5 {FEW}": "parts of 2 images or more, not 8 image(s) in 5",
     f"--task classify --baseline swap --accumulate 5 {FEW}": "raise --batch-size, lower --accumulate",
+    f"--accumulate 8 {FEW}": "KoLeo and the entropy's ceiling need parts of 2 images or more",
     "--task classify --baseline gated --pool simpool": "leave out --pool",
     "--task classify --compile": "--compile is for pretraining",
     "--task classify --baseline swap --isnet 1": "--baseline excludes --isnet",

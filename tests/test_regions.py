@@ -12,7 +12,14 @@ from PIL import Image
 import train
 from common.checkpoint import load_run
 from common.data import Data
-from common.foreground import are_made, check_foreground, foreground, mask_dice, registered_masks
+from common.foreground import (
+    are_made,
+    check_foreground,
+    foreground,
+    mask_dice,
+    masks_compared,
+    registered_masks,
+)
 from common.regions import make_priors, masks_held, mass_held, prior_maps, priors_over
 from common.splits import load
 from common.symbols import draw_digit
@@ -106,6 +113,10 @@ def test_images_without_masks_get_the_reference_s_by_registration_or_are_left_ou
     train_split.has_masks[covered] = True
     by_prior = foreground("prior", splits, "phantom", None, ("sample", *prior[1:]))
     assert mask_dice(masks, train_split) > 0.85 < mask_dice(by_prior, train_split)
+    train_split.has_masks[:] = True
+    exact = train_split.masks.any(dim=1, keepdim=True) & covered[:, None, None, None]
+    assert masks_compared(exact, train_split) == (1.0, 7)  # an empty mask is unknown, not wrong
+    assert masks_compared(masks & False, train_split) is None
 
 
 def test_a_class_whose_images_would_all_be_left_out_is_named():
