@@ -128,8 +128,7 @@ def prior_maps(
 def mass_held(attention: Tensor, grid: tuple[int, int], regions: Tensor) -> Tensor:
     """m_r of equation (7): the share (R,) of attention in the most attended pixels covering a region (95 %).
 
-    attention (B, R, N) on a grid (h, w) of images that show the regions (R, H, W) bool there, at least on
-    average.
+    attention (B, R, N) on a grid (h, w) of images that show the regions (R, H, W) bool, at least on average.
     """
     maps, order = _upsampled(attention, grid, regions.shape[1:]).sort(dim=2, descending=True)  # (B, R, H * W)
     inside = regions.flatten(1).expand(order.shape).gather(2, order).float()
@@ -149,18 +148,6 @@ def _upsampled(attention: Tensor, grid: tuple[int, int], size: tuple[int, int]) 
     """Attention (B, R, N) at every pixel, (B, R, H * W), summing to 1."""
     maps = F.interpolate(attention.float().unflatten(2, grid), size=tuple(size), mode="bilinear").flatten(2)
     return maps / maps.sum(dim=2, keepdim=True).clamp_min(1e-12)
-
-
-def attention_masses(
-    encoder: nn.Module, prior: str, train: Data, reference: str | None, blur: float, layer: int
-) -> dict[str, float]:
-    """m_r of the heads that priors guided, {region: share}; the priors as in `make_priors`."""
-    priors, names = make_priors(prior, train, reference, blur)
-    # Priors of statistics or of a file hold for images on average.
-    images = train.images[[train.names.index(reference)] if prior == "sample" else slice(BATCH)]
-    regions = priors >= priors.amax(dim=(1, 2), keepdim=True) / 2
-    attention = attention_of(encoder, images, layer)[:, : len(names)]
-    return dict(zip(names, mass_held(attention, encoder.grid(images), regions).tolist()))
 
 
 def check_masses(run: Path, masses: dict[str, float]) -> None:

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from common.checkpoint import DataSpec, check_spec, data_spec, load_run, write_file
 from common.classify import is_multiclass, warn_if_constant
 from common.config import Config, parse
-from common.data import Data, normalise, select
+from common.data import BATCH, Data, normalise, select
 from common.explain import attention_of, decisions, explained_class, has_attention, relevance_of
 from common.foreground import masks_compared
 from common.measure import QUICK, report, scores_in
 from common.models import build_encoder, load_model, lrp_rule, start_from
 from common.page import Looks, print_tables
 from common.plots import curves, draw_maps
-from common.regions import attention_masses, prior_maps
+from common.regions import make_priors, mass_held, prior_maps
 from common.splits import DRAWN, load
 from dino import DINO
 from relvit import RelViT, patch_views
@@ -46,10 +46,7 @@ def data_of(config: Config) -> dict:
 
 
 def weights_config(file: Path, flags: list[str], run: Config | None = None) -> Config:
-    """The settings of the encoder in a file of weights, and of the data to measure it on.
-
-    These are those of a run, if there is one; flags, as for train.py, win.
-    """
+    """The settings of the encoder in a file of weights, and of its data; flags win over those of a run."""
     config, typed = parse([*flags, "--init", str(file), "--prior", "none"])
     shared = {"data", "img_size", "sample", "seed", "train_images"} - typed if run else ()
     return replace(config, **{name: getattr(run, name) for name in shared})
@@ -151,13 +148,17 @@ def pretrained(model: nn.Module) -> nn.Module:
 
 
 def masses_of(config: Config, model: nn.Module, train: Data, reference: str | None) -> dict[str, float]:
-    """What --masks RUN needs of a run whose heads one prior guided, with each checkpoint; {} of others."""
+    """m_r of heads that one prior guided, {region: share}, as --masks RUN needs them; {} of other runs."""
     if config.task == "classify" or config.prior in ("none", "masks"):
         return {}
-    prior, training = (config.prior, train, reference, config.prior_blur), model.training
-    masses = attention_masses(pretrained(model).eval(), *prior, config.span_layer)
+    priors, names = make_priors(config.prior, train, reference, config.prior_blur)
+    regions = priors >= priors.amax(dim=(1, 2), keepdim=True) / 2
+    # Priors of statistics or of a file hold for images on average.
+    images = train.images[[train.names.index(reference)] if config.prior == "sample" else slice(BATCH)]
+    encoder, training = pretrained(model), model.training
+    attention = attention_of(encoder, images, config.span_layer)[:, : len(names)]
     model.train(training)
-    return masses
+    return dict(zip(names, mass_held(attention, encoder.grid(images), regions).tolist()))
 
 
 @torch.no_grad()
@@ -215,10 +216,7 @@ def finish(
 def looks_of(
     loaded: dict[str, Loaded], splits: dict[str, Data], reports: dict
 ) -> tuple[Data, str, dict[str, Looks]]:
-    """Images for the page, words that say which, and what each run sees in them.
-
-    The images are the first test images, and those that each run is worst at.
-    """
+    """Images for the page (the first, and those that each run is worst at), which they are, what runs see."""
     (split, data), scores, looks = worth_showing(splits), {}, {}
     for name, (config, spec, model, *_) in loaded.items():
         multiclass = spec.multiclass if config.task == "classify" else None
