@@ -71,13 +71,13 @@ def report(
         found.notes.extend(f"{what} is of {others} only" for what in measures if what not in apply)
     for what in apply:
         try:
-            if what in ("bias", "backgrounds"):
-                given = model, splits, multiclass
-                if what == "bias":
-                    title, table = "test images (same: as they are), in %", measure_bias(*given, rule)
-                else:
-                    title, table = "exchanged backgrounds, in %", measure_backgrounds(*given)
-                found.tables[title] = table
+            if what == "bias":
+                table = measure_bias(model, splits, multiclass, rule)
+                found.tables["test images (same: as they are), in %"] = table
+                found.metrics.update(flatten(table, name_of_bias))
+            elif what == "backgrounds":
+                table = measure_backgrounds(model, splits, multiclass)
+                found.tables["exchanged backgrounds, in %"] = table
                 found.metrics.update(flatten(table, name_of_bias))
             elif what == "objects":
                 if list(measures) != MEASURES or len(splits["test"].regions) == 1:

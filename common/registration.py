@@ -19,6 +19,7 @@ from torch import Tensor
 from attention_priors import gaussian_blur
 
 WORKING_SIZE = 64  # pixels: images are registered at this size, for which blurs are given
+KNOTS, STIFFNESS = 8, 1.0  # of `bend`: a side, and the weight of squared differences of neighbours
 SCALES = (0.7, 0.8, 0.9, 1.0, 1.12, 1.25, 1.4)  # of objects in an image, relative to the reference's
 SEARCH_BELOW = 0.6  # s_i of `align` under which `find` is tried
 NOTHING, CERTAIN = 0.4, 0.5  # s_i is 0.2 to 0.4 in noise, but up to 0.6 where another object lies
@@ -47,22 +48,19 @@ def align(reference: Tensor, images: Tensor, steps: int = 50) -> Tensor:
     return theta
 
 
-def bend(
-    reference: Tensor, images: Tensor, theta: Tensor, steps: int = 40, knots: int = 8, stiffness: float = 1.0
-) -> Tensor:
+def bend(reference: Tensor, images: Tensor, theta: Tensor, steps: int = 40) -> Tensor:
     """Refine affine maps theta (B, 2, 3) by smooth displacements, equation (2): deformable registration.
 
-    Returns flow (B, 2, knots, knots): displacements in the reference's coordinates [-1, 1], bicubic between
-    the knots. stiffness: weight of the mean squared difference of neighbouring knots.
+    Returns flow (B, 2, KNOTS, KNOTS): displacements in the reference's coordinates [-1, 1], bicubic between.
     """
     source, target = _contrast(reference[None], 1.5), _contrast(images, 1.5)
     affine = F.affine_grid(theta, target.shape, align_corners=False)  # (B, h, w, 2)
 
     def points(flow: Tensor) -> tuple[Tensor, Tensor]:
         across, down = (flow.diff(dim=dim).square().mean(dim=(1, 2, 3)) for dim in (3, 2))
-        return affine + _between(flow, target.shape[-2:]), stiffness * (across + down)
+        return affine + _between(flow, target.shape[-2:]), STIFFNESS * (across + down)
 
-    flat = torch.zeros(len(images), 2, knots, knots, device=images.device)
+    flat = torch.zeros(len(images), 2, KNOTS, KNOTS, device=images.device)
     return _register(source, target, flat, points, steps, lr=0.02)
 
 

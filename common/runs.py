@@ -213,9 +213,7 @@ def finish(
     print(f"wrote {config.out}/{picture}, curves.png, metrics.json, last.pt")
 
 
-def looks_of(
-    loaded: dict[str, Loaded], splits: dict[str, Data], reports: dict
-) -> tuple[Data, str, dict[str, Looks]]:
+def looks_of(loaded: dict[str, Loaded], splits: dict, reports: dict) -> tuple[Data, str, dict[str, Looks]]:
     """Images for the page (the first, and those that each run is worst at), which they are, what runs see."""
     (split, data), scores, looks = worth_showing(splits), {}, {}
     for name, (config, spec, model, *_) in loaded.items():
