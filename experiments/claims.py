@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 BACKBONES = {"resnet": "ResNet", "vit": "ViT"}
 KINDS = {"anywhere": "an L anywhere", "tint": "a tint", "border": "a frame"}  # of shortcuts
+SHORTCUTS = {"corner": "an L in a corner", **KINDS}
 
 
 class Claim(NamedTuple):
@@ -20,9 +21,9 @@ class Claim(NamedTuple):
 
 def on_all_shortcuts(number: int, who: str, way: str) -> list[tuple]:
     """A claim for each backbone and shortcut, as arguments of `Claim`."""
-    rows, kinds = [], {"corner": "an L in a corner", **KINDS}
+    rows = []
     for run, bar in {"resnet": 95, "vit": 92}.items():
-        for kind, shortcut in kinds.items():
+        for kind, shortcut in SHORTCUTS.items():
             text = f"{who}, {BACKBONES[run]}: AUC with {shortcut} flipped"
             rows.append((number, text, bar, f"{way}_{run}_{kind} auc_flipped"))
     return rows
@@ -56,9 +57,8 @@ def of_guidance() -> list[tuple]:
             text = f"{equal}, {n} % of labels: {name}, above DINO's"
             rows.append((3, text, 0, f"long_span {how}_mAUC_{n}_percent", dino))
     for figure, name in {"linear_mAUC": "linear mAUC", "knn_mAUC": "k-NN's mAUC"}.items():
-        rows.append(
-            (4, f"Priors from statistics, {equal}: {name}", 0, f"plates_span {figure}", "plates_dino")
-        )
+        text = f"Priors from statistics, {equal}: {name}"
+        rows.append((4, text, 0, f"plates_span {figure}", "plates_dino"))
     rows.append((4, f"{equal}: attention mAP", 0, "plates_span attention_mAP", "plates_dino"))
     return rows
 

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 BLIND = "--isnet 0.3"  # with swapped backgrounds; chosen on seed 10
 PENALTY = "--swap 0 --isnet-every 1 --isnet-margin 0"  # on every step, without swapped backgrounds
 ISNET = {"resnet": f"--isnet 3 --isnet-end 0.1 {PENALTY}", "vit": f"--isnet 1 {PENALTY}"}  # seeds 10 and 11
-BASELINES = ["multitask --baseline-weight 100", "gain --baseline-weight 10", "rrr --baseline-weight 1"]
-BASELINES += ["gated", "pipeline", "swap"]  # weights chosen on seed 10
+PENALTIES = {"multitask": 100, "gain": 10, "rrr": 1}  # weights of other ways than ISNet, chosen on seed 10
+BASELINES = {way: f"--baseline {way} --baseline-weight {weight}" for way, weight in PENALTIES.items()}
+BASELINES |= {way: f"--baseline {way}" for way in ("gated", "pipeline", "swap")}
 LABELS = "--task classify --backbone"
 CLASSIFIERS = {"resnet": f"{LABELS} resnet", "vit": f"{LABELS} vit --epochs 15 --shift 0"}  # beside ISNet
 BEFORE = "--batch-size 64 --lr 2e-3"  # the defaults of DINO's older runs, which also took 15 epochs
@@ -51,8 +52,7 @@ def few_labels() -> dict[str, str]:
 def of_isnet_alone() -> dict[str, str]:
     """ISNet without swapped backgrounds, its baselines, other shortcuts, and masks from one image."""
     runs = {"span_marked": f"--marker 1 {EARLIER}"}
-    baselines = {how.split()[0]: f"--baseline {how}" for how in BASELINES}
-    baselines["swap"] += " --swap-margin 0"
+    baselines = BASELINES | {"swap": "--baseline swap --swap-margin 0"}
     for backbone, label in CLASSIFIERS.items():
         isnet, marked = ISNET[backbone], f"{label} --marker 1"
         runs |= {f"unmarked_{backbone}": label, f"plain_{backbone}": marked}
@@ -72,7 +72,7 @@ def of_isnet_alone() -> dict[str, str]:
 
 
 def on_other_data() -> dict[str, str]:
-    """DINO on four kinds of images in three sizes; a shortcut, with masks of 1, 10 or all images."""
+    """DINO on four kinds of images in three sizes; a shortcut with masks of 1, 10 or all images; poolings."""
     runs = {"phantom_span": "", "simpool_span": "--pool simpool"}
     runs["plates_default"] = "--data parts --prior statistics"
     for n, (epochs, before) in {200: (58, 117), 850: (14, 27), 3000: (4, 8)}.items():  # 350 steps each
@@ -91,7 +91,9 @@ def on_other_data() -> dict[str, str]:
         runs[f"{kind}_blind_attention"] = f"{data} --task classify {BLIND} --masks runs/{kind}_span-{{seed}}"
         runs[f"{kind}_blind_ten"] = f"{data} --task classify {BLIND}".replace(f"{kind}{n}", f"{kind}{n}m10")
         runs[f"{kind}_blind_all"] = f"{data} --task classify {BLIND}"
-    return runs
+    label = f"--data data/scenes1000-{{seed}} {LABELS}"  # textured objects, to a plateau
+    runs |= {f"object_vit_{pool}": f"{label} vit --pool {pool}" for pool in ("cls", "gap", "simpool")}
+    return runs | {f"object_resnet_{pool}": f"{label} resnet --pool {pool}" for pool in ("gap", "simpool")}
 
 
 def against_backgrounds() -> dict[str, str]:
@@ -99,24 +101,16 @@ def against_backgrounds() -> dict[str, str]:
     runs = {}
     for backbone in CLASSIFIERS:
         ways = {"blind": BLIND} | ({"published": "--preset published"} if backbone == "resnet" else {})
-        others = {how.split()[0]: f"--baseline {how}" for how in BASELINES}
         for kind in ("corner", "anywhere", "tint", "border"):
             label = f"{LABELS} {backbone} --marker 1 --marker-kind {kind}"
             runs |= {f"{way}_{backbone}_{kind}": f"{label} {flags}" for way, flags in ways.items()}
             runs[f"blind_one_{backbone}_{kind}"] = f"{label} {BLIND} --masks prior"
-        for way, flags in ({"plain": ""} | others | ways).items():
+        for way, flags in ({"plain": ""} | BASELINES | ways).items():
             label = f"{LABELS} {backbone} --marker 1 --marker-kind hospitals"
             runs[f"{way}_{backbone}_hospitals"] = f"{label} {flags}".strip()
             label = f"{LABELS} {backbone} --data data/grounds200-{{seed}}"
             runs[f"{way}_{backbone}_grounds"] = f"{label} {flags}".strip()
     return runs | {"tight_resnet_grounds": f"{runs['blind_resnet_grounds']} --isnet-margin 0"}
-
-
-def poolings_of_objects() -> dict[str, str]:
-    """Poolings on textured objects of 5 to 25 % of the area that lie anywhere, with labels, to a plateau."""
-    label = f"--data data/scenes1000-{{seed}} {LABELS}"
-    runs = {f"object_vit_{pool}": f"{label} vit --pool {pool}" for pool in ("cls", "gap", "simpool")}
-    return runs | {f"object_resnet_{pool}": f"{label} resnet --pool {pool}" for pool in ("gap", "simpool")}
 
 
 def at_equal_length() -> dict[str, str]:
@@ -142,7 +136,7 @@ def seeded(experiments: dict[str, str], seeds: Iterable[int]) -> dict[str, str]:
     return {f"{name}-{seed}": f"--seed {seed} {flags}".strip() for (name, seed), flags in runs.items()}
 
 
-TODAY = on_other_data() | against_backgrounds() | poolings_of_objects() | at_equal_length() | few_labels()
+TODAY = on_other_data() | against_backgrounds() | at_equal_length() | few_labels()
 GUIDED = {"span": EARLIER, "masks": f"{EARLIER} --prior masks"}
 CHANGED = {name: f"{GUIDED['span']} {flags}" for name, flags in SPAN_CHANGES.items()}
 for backbone, changes in {"resnet": RESNET_CHANGES, "vit": VIT_CHANGES}.items():

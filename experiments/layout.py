@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from experiments.claims import BACKBONES, KINDS
+from experiments.claims import BACKBONES, KINDS, SHORTCUTS
 from experiments.commands import RESNET_CHANGES, SPAN_CHANGES, VIT_CHANGES
 
 AUC = ["auc_same", "auc_removed", "auc_flipped", "auc_unseen"]
@@ -153,7 +153,7 @@ def of_backgrounds() -> Tables:
     blind, hospitals, grounds = [], [], []
     exchanged = ("original", "mixed_same", "mixed_rand", "no_foreground", "only_background")
     for backbone, name in BACKBONES.items():
-        for kind, words in {"corner": "an L in a corner", **KINDS}.items():
+        for kind, words in SHORTCUTS.items():
             figures = ["auc_same", "auc_flipped", "auc_unseen", "relevance_share_same", "mask_dice"]
             blind += [Row(f"{words}, {name}: {BLIND[w]}", f"{w}_{backbone}_{kind}", figures) for w in BLIND]
         for way, title in (SHORTCUT | BLIND | {"tight": "default, no margin"}).items():
@@ -170,25 +170,23 @@ def of_backgrounds() -> Tables:
     }
 
 
-def of_objects() -> Tables:
-    """SimPool beside CLS and the mean: does its attention outline the object that decides the label?"""
-    rows, scores = [], ("AP", "MaxBoxAccV2", "CorLoc")
+def of_poolings_and_relations() -> Tables:
+    """SimPool's attention beside CLS and the mean; RelViT and DINO beside labels alone, and its relations."""
+    objects, few, scores = [], [], ("AP", "MaxBoxAccV2", "CorLoc")
     for title, (run, of) in OBJECTS.items():
         accuracy = "no_accuracy" if of in ("untrained", "middle") else "accuracy_same"
-        rows.append(Row(title, f"object_{run}", [*(f"{of}_{score}" for score in scores), accuracy]))
-    return {"objects": (f"objects anywhere | {' | '.join(scores)} | accuracy", rows)}
-
-
-def of_few_labels() -> Tables:
-    """RelViT and DINO beside labels alone, and whether RelViT has learned its relations."""
-    rows, figures = [], ["auc_same", "relations_test"]
+        objects.append(Row(title, f"object_{run}", [*(f"{of}_{score}" for score in scores), accuracy]))
     for n in (250, 1000):
         for how, title in FEW_LABELS.items():
             alone = "" if how == "scratch" else f"scratch_phantom{n}"
-            rows.append(Row(f"{n} images: {title}", f"{how}_phantom{n}", figures, alone))
-    return {"few_findings": ("phantoms | mean AUC of findings | relations right in test images", rows)}
+            figures = ["auc_same", "relations_test"]
+            few.append(Row(f"{n} images: {title}", f"{how}_phantom{n}", figures, alone))
+    return {
+        "objects": (f"objects anywhere | {' | '.join(scores)} | accuracy", objects),
+        "few_findings": ("phantoms | mean AUC of findings | relations right in test images", few),
+    }
 
 
 def layout() -> Tables:
     """Header and rows of all tables of runs."""
-    return of_guidance() | of_shortcuts() | of_backgrounds() | of_objects() | of_few_labels()
+    return of_guidance() | of_shortcuts() | of_backgrounds() | of_poolings_and_relations()

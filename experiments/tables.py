@@ -198,10 +198,10 @@ def of_wrong_masks(found: dict[str, list]) -> dict[str, str]:
     return {"wrong_mask": markdown("the one mask | mAP | Dice of the union", rows)}
 
 
-def tables(runs: dict, costs: dict[str, list[float]]) -> dict[str, str]:
-    """All tables, by name."""
-    files = (ROOT / "results/wrong_mask.json", ROOT / "results/curves.json")
-    wrong, curves = (json.loads(file.read_text()) for file in files)
+def tables(runs: dict) -> dict[str, str]:
+    """All tables, by name, of runs and of the measured costs in results/."""
+    files = (ROOT / f"results/{name}.json" for name in ("benchmark", "wrong_mask", "curves"))
+    costs, wrong, curves = (json.loads(file.read_text()) for file in files)
     seed_0 = {name: run for name, run in runs.items() if run["seed"] == 0}
     made = {name: compared(runs, *table) for name, table in layout().items()}
     made["failures"] = compared(seed_0, *layout()["failures"])
@@ -221,10 +221,9 @@ def main() -> None:
     parser.add_argument("runs", nargs="?", type=Path, help="folder of runs to collect into results/runs.json")
     parser.add_argument("--only", nargs="+", metavar="TABLE", default=[], help="print these; change nothing")
     args = parser.parse_args()
-    costs = json.loads((ROOT / "results/benchmark.json").read_text())
     known = json.loads((ROOT / "results/runs.json").read_text())
     runs = collect(args.runs or ROOT / "runs") if args.runs or args.only else None
-    made = tables(runs if args.only else known | (runs or {}), costs)
+    made = tables(runs if args.only else known | (runs or {}))
     if not set(args.only) <= set(made):
         parser.error(f"--only: choose from {', '.join(made)}")
     if args.only:

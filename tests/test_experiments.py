@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = json.loads((ROOT / "results/runs.json").read_text())
 COSTS = json.loads((ROOT / "results/benchmark.json").read_text())
 GOLDEN = json.loads((ROOT / "tests/golden/settings.json").read_text())
-MADE = tables.tables(RESULTS, COSTS)
+MADE = tables.tables(RESULTS)
 # The encoder of the runs that the few-label runs start from; in a repository without runs it can't be read.
 PRETRAINED = {"backbone": "vit", "img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 4}
 PRETRAINED |= {"registers": 0, "pool": "cls", "pool_heads": 1, "simpool_gamma": 1.25}
