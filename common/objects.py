@@ -65,8 +65,7 @@ def measure_objects(model: nn.Module, splits: dict[str, Data], layer: int) -> di
     def maps_of(network: nn.Module) -> list[Tensor]:  # of validation and test images, (M, heads, N)
         if even:
             return [class_activation(network, data.images) for data in (val, test)]
-        network = getattr(network, "encoder", network)
-        return [attention_of(network, data.images, layer) for data in (val, test)]
+        return [attention_of(getattr(network, "encoder", network), d.images, layer) for d in (val, test)]
 
     grid, maps, random = encoder.grid(test.images), maps_of(model), maps_of(untrained(model))
     y, x = ((2 * torch.arange(n) + 1) / n - 1 for n in grid)  # centres of patches

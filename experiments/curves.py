@@ -66,10 +66,9 @@ def panel(x: list[int], lines: dict[str, list[Callable]], steps: int = 1) -> dic
         return lambda: [loss(step).backward() for step in range(steps)]
 
     flat = [line[i] for i in range(len(x)) for line in lines.values()]
-    found: dict[str, list[float]] = {"time": seconds([trained(loss) for loss in flat])}
-    found["memory"] = [kept_bytes(loss) for loss in flat]
+    times, memory = seconds([trained(loss) for loss in flat]), [kept_bytes(loss) for loss in flat]
     made: dict = {"x": x}
-    for what, values in found.items():
+    for what, values in {"time": times, "memory": memory}.items():
         relative = [round(v / values[0], 3) for v in values]
         made[what] = {name: relative[i :: len(lines)] for i, name in enumerate(lines)}
     return made

@@ -106,10 +106,10 @@ def draw() -> None:
     if (low_data := ROOT / "runs/long_span-1/low_data.png").exists():
         shutil.copy(low_data, ROOT / "results")
     for picture, words in PICTURES.items():
-        measure, *names = words.split()
+        what, *names = words.split()
         folders = [f"runs/{name}" for name in names]
         if all((ROOT / folder / "metrics.json").exists() for folder in folders):
-            python("evaluate.py", *folders, "--only", measure)
+            python("evaluate.py", *folders, "--only", what)
             shutil.copy(ROOT / folders[0] / "compare.png", ROOT / f"results/{picture}.png")
 
 
