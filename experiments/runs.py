@@ -24,10 +24,9 @@ ROOT = Path(__file__).parents[1]
 CLAIMED = {words.split()[0] for claim in claims() for words in claim[3:6] if words}  # experiments
 MAIN = [name for name in RUNS if name.rpartition("-")[0] in CLAIMED and name.endswith(("-0", "-1"))]
 QUICK = ["phantom_span-0", "plain_resnet-0", "blind_resnet_corner-0", "blind_one_resnet_corner-0"]
-# Pairs that are also measured with few labels, side by side.
-PROBED = {"dino_long": "long_span", "plates_dino": "plates_span"}
 # Part of a name: what is measured of the finished run, and a figure that tells whether it was.
 AFTER = {"_grounds-": ("backgrounds", "mixed_rand"), "object_": ("objects", "CorLoc")}
+PROBED = {"dino_long": "long_span", "plates_dino": "plates_span"}  # pairs, also with few labels
 PICTURES = {  # results/NAME.png: what evaluate.py measures, and the runs that stand side by side
     "compare": "attention long_span-1 dino_long-1",
     "isnet": "bias isnet_resnet-0 plain_resnet-0 pixels_only-0",
@@ -79,25 +78,23 @@ def train(names: list[str]) -> None:
     commands = {name: command(name, ROOT / "runs" / name) for name in names}
     for later in (False, True):
         two_at_a_time({n: words for n, words in commands.items() if words and bool(NEEDED[n]) == later})
-    measures = {}
-    for part, (what, figure) in AFTER.items():
-        for name in (name for name in names if part in name):
-            metrics = ROOT / f"runs/{name}/metrics.json"
-            if metrics.exists() and figure not in metrics.read_text():
-                measures[f"{name}.{what}"] = ["evaluate.py", f"runs/{name}", "--only", what]
-    two_at_a_time(measures)
 
 
-def probe(names: list[str], readouts: list[str]) -> None:
-    """Measure features with all labels and with few, of pairs that have not been measured so."""
+def measure(names: list[str], few_labels: bool) -> None:
+    """Measure what finished runs lack: AFTER and, of PROBED with few labels, features side by side."""
     commands = {}
     for name in names:
         experiment, _, seed = name.rpartition("-")
-        metrics = ROOT / "runs" / name / "metrics.json"
-        known = not metrics.exists() or f"{readouts[-1]}_mAUC_1_percent" in metrics.read_text()
-        if experiment in PROBED and not known:
-            pair = [f"runs/{PROBED[experiment]}-{seed}", f"runs/{name}"]
-            commands[f"{name}.probe"] = ["evaluate.py", *pair, "--all", "--only", *readouts]
+        metrics = ROOT / f"runs/{name}/metrics.json"
+        if not metrics.exists():
+            continue
+        known = metrics.read_text()
+        for part, (what, figure) in AFTER.items():
+            if part in name and figure not in known:
+                commands[f"{name}.{what}"] = ["evaluate.py", f"runs/{name}", "--only", what]
+        if few_labels and experiment in PROBED and "finetune_mAUC_1_percent" not in known:
+            pair = [f"runs/{PROBED[experiment]}-{seed}", f"runs/{name}", "--all"]
+            commands[f"{name}.probe"] = ["evaluate.py", *pair, "--only", "linear", "heads", "finetune"]
     two_at_a_time(commands)
 
 
@@ -132,6 +129,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     try:
         train(names)
+        measure(names, few_labels=not (args.only or args.quick))
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from here")
     if args.only:
@@ -139,7 +137,6 @@ def main(argv: list[str] | None = None) -> None:
     tables = ["-m", "experiments.tables", "runs"]
     if args.quick:
         sys.exit(python(*tables, "--only", "claims", "localisation", "blind"))
-    probe(names, ["linear", "heads", "finetune"])
     if args.all:
         python("-m", "experiments.benchmark", "--json", "results/benchmark.json")
         python("-m", "experiments.curves")
