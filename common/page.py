@@ -112,10 +112,18 @@ def _run(name: str, seen: Looks) -> dict:
         maps[title.replace("\n", ", ")] = _base64(m.numpy().astype("<f4"))
     relevance = f"relevance for (red) and against (blue) {seen.relevance_for}, over its mean size:"
     colours = matplotlib.colormaps["bwr" if signed else "magma"](range(256), bytes=True)[:, :3]
-    run = {"name": name, "grid": list(m.shape[1:]), "maps": maps, "colours": _base64(colours)}
-    run |= {"unit": relevance if signed else "attention / uniform:", "least": -SCALE if signed else 0}
-    run |= {"most": SCALE, "said": [", ".join(words) for words in seen.said], "score": seen.score}
-    return run | {"scores": [None if math.isnan(score) else score for score in seen.scores]}
+    return {
+        "name": name,
+        "grid": list(m.shape[1:]),
+        "maps": maps,
+        "colours": _base64(colours),
+        "unit": relevance if signed else "attention / uniform:",
+        "least": -SCALE if signed else 0,
+        "most": SCALE,
+        "said": [", ".join(words) for words in seen.said],
+        "score": seen.score,
+        "scores": [None if math.isnan(score) else score for score in seen.scores],
+    }
 
 
 def _about(shown: Data, i: int) -> str:
