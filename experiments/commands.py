@@ -105,6 +105,8 @@ def against_backgrounds() -> dict[str, str]:
             label = f"{LABELS} {backbone} --marker 1 --marker-kind {kind}"
             runs |= {f"{way}_{backbone}_{kind}": f"{label} {flags}" for way, flags in ways.items()}
             runs[f"blind_one_{backbone}_{kind}"] = f"{label} {BLIND} --masks prior"
+            runs[f"marked_{kind}"] = f"--marker 1 --marker-kind {kind}"  # whose attention becomes masks
+            runs[f"blind_attention_{backbone}_{kind}"] = f"{label} {BLIND} --masks runs/marked_{kind}-{{seed}}"
         for way, flags in ({"plain": ""} | BASELINES | ways).items():
             label = f"{LABELS} {backbone} --marker 1 --marker-kind hospitals"
             runs[f"{way}_{backbone}_hospitals"] = f"{label} {flags}".strip()

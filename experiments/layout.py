@@ -55,8 +55,9 @@ FEW_MASKS = {  # of digits and leaves
     "blind_all": "all masks: default",
 }
 BLIND = {  # ways against backgrounds
-    "blind": "**ISNet, swapping: default**", "blind_one": "**the same, one mask, registered**",
-    "published": "ISNet as published",
+    "blind": "**ISNet, swapping: default**", "published": "ISNet as published",
+    "blind_one": "**the same, one mask, registered**",
+    "blind_attention": "**the same, one mask, SPAN's attention**",
 }  # fmt: skip
 NONE, ROW, WHOLE = "no attention exposed", "one row exposed", "attention written out"  # of curves.py
 PATCHES = "patches (of 8 px)"
