@@ -94,12 +94,21 @@ def golden(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
     return numbers, {k.removeprefix("weight."): v for k, v in numbers.items() if k.startswith("weight.")}
 
 
+def save(path: Path, picture: Image.Image | np.ndarray, **options) -> Path:
+    """Write a picture, and the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(path, **options)
+    return path
+
+
+def noise(*size: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(256, size=size, dtype=np.uint8)
+
+
 def image_folder(path: Path, *rows: str, size: tuple[int, int] = (16, 16)) -> Path:
     """A user's folder of noisy images (H, W), with these rows of labels.csv, the first one its header."""
-    (path / "images").mkdir(parents=True)
     for i, row in enumerate(rows[1:]):
-        pixels = np.random.default_rng(i).integers(255, size=size, dtype=np.uint8)
-        Image.fromarray(pixels).save(path / "images" / row.split(",")[0])
+        save(path / "images" / row.split(",")[0], noise(*size, seed=i))
     (path / "labels.csv").write_text("\n".join(rows))
     return path
 
@@ -113,6 +122,11 @@ class Evil:
 
 def metrics_of(run: Path) -> dict[str, float]:
     return json.loads((run / "metrics.json").read_text())
+
+
+def epochs_of(run: Path) -> list[dict[str, float]]:
+    """The rows that a run logged."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").open()]
 
 
 def trained(out: Path, words: str = "", tiny: list[str] = TINY) -> dict[str, float]:

@@ -1,6 +1,5 @@
 """A run survives kills, Ctrl-C, full disks and damage, and goes on to the weights of an unbroken one."""
 
-import json
 import os
 import random
 import resource
@@ -12,7 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import SMALL, TINY, Evil, image_folder, metrics_of, same_weights
+from conftest import SMALL, TINY, Evil, epochs_of, image_folder, metrics_of, same_weights
 
 import evaluate
 import train
@@ -41,9 +40,9 @@ def forked(argv: list[str]) -> int:
 
 
 def same_rows(*runs: Path) -> bool:
-    """Whether the runs logged the same, but for their speed."""
-    logs = [[json.loads(line) | {"images_per_s": 0} for line in (r / "metrics.jsonl").open()] for r in runs]
-    return all(log == logs[0] for log in logs)
+    """Whether two runs logged the same, but for their speed."""
+    first, second = ([row | {"images_per_s": 0} for row in epochs_of(run)] for run in runs)
+    return first == second
 
 
 @pytest.mark.slow
@@ -52,8 +51,7 @@ def test_a_run_killed_or_stopped_20_times_ends_at_the_weights_of_an_unbroken_one
     chance, killed, real = random.Random(0), tmp_path / "killed", os.fsync
     argv = [*TINY, *MOVING, "--epochs", "24", "--depth", "3"]
     os.waitpid(forked([*argv, "--out", str(tmp_path / "whole")]), 0)
-    last_row = json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[-1])
-    epoch, last = 32 / last_row["images_per_s"], killed / "last.pt"  # seconds
+    epoch, last = 32 / epochs_of(tmp_path / "whole")[-1]["images_per_s"], killed / "last.pt"  # seconds
     written, within, stops = [], [], 0
 
     def half(file):
@@ -169,7 +167,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_usable_and_ends_in_one_line(tmp_
     assert line.startswith(f"train.py: [Errno 27] File too large: '{out}/last.pt'")
     assert line.endswith("continue with --resume")
     assert len(load_run(out).checkpoint["history"]) == 1 and not list(out.glob("*.part"))
-    assert len((out / "metrics.jsonl").read_text().splitlines()) == 2  # no checkpoint is ahead of its rows
+    assert len(epochs_of(out)) == 2  # no checkpoint is ahead of its rows
 
 
 def test_a_run_that_is_stopped_says_what_is_kept_and_how_to_go_on(tmp_path, monkeypatch, capsys):

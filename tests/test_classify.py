@@ -104,12 +104,10 @@ def test_of_findings_one_logit_is_explained_the_label_s_if_one_is_present():
 COSINE = {0: 3.0, 1: 0.6 + 2.4 * (2 + 2**0.5) / 4, 2: 1.8, 4: 0.6}
 
 
-@pytest.mark.parametrize(
-    "words, findings, weights", [("", 3, {0: 1 / 3}), ("--isnet 3 --isnet-end 0.2", 1, COSINE)]
-)
-def test_the_weight_of_isnet_is_shared_by_all_findings_and_falls_as_half_a_cosine(words, findings, weights):
+@pytest.mark.parametrize("end, findings, weights", [("1", 9, {0: 1 / 3}), ("0.2", 1, COSINE)])
+def test_the_weight_of_isnet_is_shared_by_all_findings_and_falls_as_half_a_cosine(end, findings, weights):
     """One logit is explained, while the classification loss is the mean of all findings' losses."""
-    _, losses = losses_of(f"{RESNET} {words}", LABELS.expand(-1, findings))
+    _, losses = losses_of(f"{RESNET} --isnet 3 --isnet-end {end}", LABELS.expand(-1, findings))
     for step, weight in weights.items():
         loss, logged = losses(torch.arange(4), seeded(), step, 4)
         isnet = logged["background"] + logged["foreground"]

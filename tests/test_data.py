@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import noise, save
 from PIL import Image
 
 from common import data, datasets
@@ -13,23 +14,9 @@ from common.data import SPLITS, DataError, rows_at, select
 from common.folder import SUFFIXES, load_folder, read_masks
 from common.splits import load
 
-RNG = np.random.default_rng(0)
-
-
-def grey(size: int = 16) -> Image.Image:
-    return Image.fromarray(RNG.integers(0, 256, (size, size), dtype=np.uint8))
-
-
+GREY = noise(16, 16)
 LEFT = np.indices((16, 16))[1] < 8
 HALF = Image.fromarray(255 * LEFT.astype(np.uint8))
-
-
-def save(path: Path, picture: Image.Image | np.ndarray | None = None, **options) -> Path:
-    """Write a picture, or a small one of noise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture = RNG.integers(256, size=(16, 12), dtype=np.uint8) if picture is None else picture
-    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(path, **options)
-    return path
 
 
 def add_masks(folder: Path, *names: str):
@@ -45,15 +32,8 @@ def table(folder: Path, text: str | bytes):
 def folder(tmp_path):
     """Six grey images a.png to f.png."""
     for name in "abcdef":
-        save(tmp_path / "images" / f"{name}.png", grey())
+        save(tmp_path / "images" / f"{name}.png", noise(16, 16, seed=ord(name)))
     return tmp_path
-
-
-def test_of_large_images_it_is_noted_that_they_are_made_small(folder):
-    for name in "abcdef":
-        save(folder / "images" / f"{name}.png", grey().resize((300, 240)))
-    _, _, notes = load_folder(str(folder), 64)
-    assert notes == ["images of 240 px become 64 px; --img-size 224 --patch-size 16 keeps more of them"]
 
 
 def everything(folder, img_size: int = 16, **options):
@@ -84,6 +64,10 @@ def test_a_folder_becomes_three_splits_of_uint8_images(folder):
     save(folder / "images" / "z.png", Image.new("RGB", (12, 12), "red"))
     coloured = load_folder(folder, 12)[0]["train"]  # one colour image gives all of them three channels
     assert torch.equal(coloured.images[0], splits["train"].images[0].expand(3, -1, -1))
+    for name in "abcdez":  # most of them
+        save(folder / "images" / f"{name}.png", noise(240, 300))
+    note = "images of 240 px become 64 px; --img-size 224 --patch-size 16 keeps more of them"
+    assert load_folder(folder, 64)[2] == [note]
 
 
 def test_the_names_alone_decide_on_the_split_and_one_or_two_images_all_train(tmp_path):
@@ -98,7 +82,7 @@ def test_the_names_alone_decide_on_the_split_and_one_or_two_images_all_train(tmp
 
 def test_class_folders_give_one_hot_labels(tmp_path):
     for name in ("bad/1.png", "good/1.png", "good/2.png"):
-        save(tmp_path / name, grey())
+        save(tmp_path / name, GREY)
     found, reference, _ = everything(tmp_path)
     labels = {name: data.labels[0].tolist() for name, data in found.items()}
     assert labels == {"bad/1.png": [1, 0], "good/1.png": [0, 1], "good/2.png": [0, 1]} and reference is None
@@ -108,7 +92,7 @@ def test_class_folders_give_one_hot_labels(tmp_path):
 def test_names_with_odd_characters_load_and_all_that_is_said_of_them_can_be_printed_on_a_line(folder):
     odd = ["line\nbreak.png", "caf\udce9.png", 'ä 你, "x".png']
     for name in odd:
-        save(folder / "images" / name, grey())
+        save(folder / "images" / name, GREY)
         (folder / "masks" / f"h\udce9art\n{name[0]}").mkdir(parents=True)
         (folder / "masks" / f"h\udce9art\n{name[0]}" / f"not {name}").touch()
     found, _, notes = everything(folder)
@@ -126,7 +110,7 @@ def test_a_folder_without_images_is_refused(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "notes.txt").write_text("no image")
     assert "one folder of images per class" in refusal(tmp_path)
-    save(tmp_path / "flat" / "a.png", grey())
+    save(tmp_path / "flat" / "a.png", GREY)
     assert "1 images lie beside each other; move them to" in refusal(tmp_path / "flat")
     (tmp_path / "images" / "a.png").write_bytes(b"")
     assert "none of 1 images can be read" in refusal(tmp_path) and "a.png" in refusal(tmp_path)
@@ -135,7 +119,7 @@ def test_a_folder_without_images_is_refused(tmp_path):
 def test_suffixes_of_any_case_are_read_and_hidden_files_are_not(tmp_path):
     names = "a.PNG b.jpg c.JPEG d.bmp e.tif f.tiff g.gif h.webp i.pgm".split()
     for name in [*names, ".hidden.png"]:
-        save(tmp_path / "images" / name, grey())
+        save(tmp_path / "images" / name, GREY)
     found, _, notes = everything(tmp_path)
     assert list(found) == names and notes == []
 
@@ -196,7 +180,7 @@ def encoded(pixels: np.ndarray, suffix: str = ".png") -> bytes:
     return file.getvalue()
 
 
-NOISE = RNG.integers(0, 256, (99, 99), dtype=np.uint8)
+NOISE = noise(99, 99)
 DAMAGED = {f"half{suffix}": (encoded(NOISE, suffix)[:2000], "cannot be read") for suffix in SUFFIXES} | {
     "empty.png": (b"", "cannot identify"),
     "script.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "cannot identify"),
@@ -242,14 +226,14 @@ MASKS = {  # pictures, and the mask that they mean
 def test_masks_of_every_kind_are_understood(folder, kind):
     picture, expected = MASKS[kind]
     path = save(folder / "masks" / "heart" / "a.tif", picture)
-    save(folder / "images" / "a.png", grey(Image.open(path).width))
+    save(folder / "images" / "a.png", noise(*[Image.open(path).width] * 2))
     found, reference, _ = everything(folder)
     assert reference == "a.png" and found["a.png"].has_masks[0]
     assert torch.equal(found["a.png"].masks[0, 0], torch.from_numpy(expected))
 
 
 def test_an_image_has_masks_if_it_has_one_of_every_region_by_its_own_name(folder):
-    save(folder / "images" / "a.jpg", grey())
+    save(folder / "images" / "a.jpg", GREY)
     add_masks(folder, "heart/a.png", "heart/b.tif", "lung/b.png")
     found, reference, notes = everything(folder)
     assert reference == "b.png" and found["a.png"].regions == ["heart", "lung"] and notes == []
@@ -277,7 +261,7 @@ def test_a_mask_must_be_readable_and_have_the_size_of_its_image_after_exif_rotat
 
 @pytest.mark.parametrize("link", ["heart", "heart/a.png"])
 def test_a_mask_that_is_a_link_out_of_its_folder_is_refused_by_name(folder, link):
-    save(folder / "elsewhere" / "a.png", grey())
+    save(folder / "elsewhere" / "a.png", GREY)
     (folder / "masks" / link).parent.mkdir(parents=True, exist_ok=True)
     (folder / "masks" / link).symlink_to(folder / "elsewhere" / Path(link).relative_to("heart"))
     assert "masks/heart/a.png is a link that leads out of" in refusal(folder)
@@ -329,7 +313,7 @@ def test_a_class_that_no_training_image_has_is_noted(folder):
     table(folder, "file,label,split\na.png,cat,train\nb.png,dog,train\nc.png,catt,test\n")
     assert "no training image has `catt`" in everything(folder)[2]
     for i in range(7):  # and of many, some are named
-        save(folder / "images" / f"{i}.png", grey())
+        save(folder / "images" / f"{i}.png", GREY)
     rows = [f"{i}.png,only {i},test" for i in range(7)]
     table(folder, "\n".join(["file,label,split", "a.png,cat,train", *rows]))
     assert [note for note in everything(folder)[2] if "only 4` and 2 more" in note and "only 5" not in note]
@@ -369,16 +353,13 @@ def test_a_faulty_table_is_refused_with_its_line(folder, text, line, words):
     assert f"labels.csv, line {line}: " in message and words in message
 
 
-@pytest.fixture
-def few(monkeypatch):
-    monkeypatch.setattr("common.splits.DRAWN_SIZES", {"val": 60, "test": 60})
-
-
 def marked(*, n: int = 2, **options):
-    return load("phantom", 64, seed=1, train_images=n, **options)[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("common.splits.DRAWN_SIZES", {"val": 60, "test": 60})
+        return load("phantom", 64, seed=1, train_images=n, **options)[0]
 
 
-def test_the_marker_agrees_as_often_as_asked_and_is_removed_and_flipped_in_test_images(few):
+def test_the_marker_agrees_as_often_as_asked_and_is_removed_and_flipped_in_test_images():
     bare = marked(n=60)
     for agreement in (1.0, 0.8):
         splits = marked(n=60, marker=agreement)
@@ -394,7 +375,7 @@ def test_the_marker_agrees_as_often_as_asked_and_is_removed_and_flipped_in_test_
         assert torch.equal(new[:, 54:].any(dim=1), ~present["test"]) and not new[:, :54].any()
 
 
-def test_a_single_finding_becomes_two_classes_and_its_marker_agrees_with_it(few):
+def test_a_single_finding_becomes_two_classes_and_its_marker_agrees_with_it():
     one, every = marked(findings=["nodule"], marker=1.0)["val"], marked()["val"]
     assert one.findings == ["no nodule", "nodule"] and (one.labels.sum(dim=1) == 1).all()
     assert torch.equal(one.labels[:, 1], every.labels[:, 2])
@@ -417,7 +398,7 @@ def test_images_lie_on_a_gpu_unless_they_take_half_of_its_memory_and_batches_whe
     assert data.to_device(images, "cuda:0") is images
 
 
-MASK = np.zeros((16, 12), dtype=np.uint8)
+SMALL, MASK = noise(16, 12), np.zeros((16, 12), dtype=np.uint8)
 MASK[2:9, 3:8] = 255
 BLACK_BELOW = np.repeat([[255], [0]], 512, axis=0).astype(np.uint8).repeat(1024, axis=1)
 
@@ -437,7 +418,7 @@ def source(tmp_path):
 def test_montgomery_and_shenzhen(source):
     for i in range(12):
         name = f"MCUCXR_{i:04d}_{i % 2}.png"
-        save(source / "CXR_png" / name)
+        save(source / "CXR_png" / name, SMALL)
         for side in ("left", "right"):
             save(source / "ManualMask" / f"{side}Mask" / name, MASK)
         if i:
@@ -467,7 +448,7 @@ def test_nih_14_has_its_own_test_images_and_validates_on_other_patients_than_it_
     for i in range(60):
         name, found = f"{i // 2:08d}_{i % 2:03d}.png", ["Mass|Effusion", "No Finding", "Nodule"][i % 3]
         rows.append(f"{name},{found}")
-        save(source / "images_001" / "images" / name)
+        save(source / "images_001" / "images" / name, SMALL)
     (source / "Data_Entry_2017.csv").write_text("\n".join(rows))
     (source / "test_list.txt").write_text("00000005_000.png\n00000005_001.png\n")
     splits, labels = made("nih14", source)
@@ -481,7 +462,7 @@ def test_nih_14_has_its_own_test_images_and_validates_on_other_patients_than_it_
 def test_covid_qu_ex_has_three_splits_and_lungs(source):
     for split in ("Train", "Val", "Test"):
         for kind in ("COVID-19", "Normal"):
-            save(source / split / kind / "images" / "a.png")
+            save(source / split / kind / "images" / "a.png", SMALL)
             save(source / split / kind / "lung masks" / "a.png", MASK)
     splits, _ = made("covid_qu_ex", source)
     assert [len(data.names) for data in splits.values()] == [2, 2, 2]
@@ -491,7 +472,7 @@ def test_covid_qu_ex_has_three_splits_and_lungs(source):
 def test_mvtec_s_good_parts_have_empty_masks_and_some_defects_are_for_validation(source):
     for i in range(9):
         for name in ("train/good", "test/crack", "test/good"):
-            save(source / name / f"00{i}.png")
+            save(source / name / f"00{i}.png", SMALL)
         save(source / "ground_truth" / "crack" / f"00{i}_mask.png", MASK)
     splits, labels = made("mvtec", source)
     assert sorted(splits["train"].names) == [f"train_good_00{i}.png" for i in range(9)] and len(labels) == 27
@@ -504,7 +485,7 @@ def test_pets_take_the_border_of_the_animal_for_animal(source):
     trimap = np.full((16, 12), 2, dtype=np.uint8)
     trimap[:8], trimap[8] = 1, 3
     for name, table in (("great_pyrenees_1", "trainval"), ("Abyssinian_2", "test")):
-        save(source / "images" / f"{name}.jpg")
+        save(source / "images" / f"{name}.jpg", SMALL)
         save(source / "annotations" / "trimaps" / f"{name}.png", trimap)
         (source / "annotations" / f"{table}.txt").write_text(f"{name} 1 2 1\n")
     splits, _ = made("pets", source)

@@ -1,12 +1,12 @@
 """README.md and docs/: the snippets run, and the flags, files and commands in them exist."""
 
-import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import epochs_of
 
 import evaluate
 import train
@@ -150,8 +150,7 @@ def test_each_line_that_an_exercise_breaks_occurs_once_in_its_file_and_its_test_
 
 
 def test_the_readme_explains_what_an_epoch_prints(span_run):
-    epoch = json.loads((span_run / "metrics.jsonl").read_text().splitlines()[0])
-    for name in epoch.keys() - {"epoch", "images_per_s"}:
+    for name in epochs_of(span_run)[0].keys() - {"epoch", "images_per_s"}:
         assert f"`{name}`" in DOCS[ROOT / "README.md"], name
 
 

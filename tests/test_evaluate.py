@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, TINY, image_folder, metrics_of, trained
+from conftest import SMALL, TINY, image_folder, metrics_of, noise, save, trained
 from PIL import Image
 
 import evaluate
@@ -66,10 +66,8 @@ def test_runs_of_which_one_cannot_be_measured_are_shown_on_the_same_images(tmp_p
     """Masks for a training and a test image: enough for a guided run, none to choose another's heads on."""
     splits = [f"{i}.png,{'train' if i < 4 else 'val' if i < 6 else 'test'}" for i in range(12)]
     data = image_folder(tmp_path / "data", "file,split", *splits)
-    masks = data / "masks" / "heart"
-    masks.mkdir(parents=True)
     for i in (0, 9):
-        Image.fromarray(np.eye(16, dtype=np.uint8) * 255).save(masks / f"{i}.png")
+        save(data / "masks" / "heart" / f"{i}.png", np.eye(16, dtype=np.uint8) * 255)
     words = f"--epochs 1 --img-size 16 --patch-size 4 --keep-going --data {data}"
     trained(tmp_path / "span", words, TINY[2:])
     trained(tmp_path / "dino", f"{words} --prior none", TINY[2:])
@@ -159,10 +157,9 @@ def test_exported_masks_come_back_as_they_went(span_run, tmp_path, capsys, refus
     assert "holds something already; name a new folder" in line
 
 
-def test_regions_that_are_no_file_names_and_unguided_runs_make_no_masks(
-    span_run, dino_run, tmp_path, refused
-):
-    checkpoint, out = torch.load(span_run / "last.pt"), ("--export-masks", str(tmp_path / "masks"))
+def test_regions_that_are_no_file_names_and_unguided_runs_make_no_masks(two_runs, tmp_path, refused):
+    (span, dino), out = two_runs, ("--export-masks", str(tmp_path / "masks"))
+    checkpoint = torch.load(f"{span}/last.pt")
     for name in ("../heart", "..", ""):
         torch.save(checkpoint | {"masses": {name: 0.5}}, tmp_path / "last.pt")
         assert "can't be file names" in refused(evaluate.main, str(tmp_path), *out)
@@ -174,16 +171,14 @@ def test_regions_that_are_no_file_names_and_unguided_runs_make_no_masks(
         assert "last.pt is damaged" in refused(evaluate.main, str(tmp_path), *out)
     assert not (tmp_path / "masks").exists()
     line = "makes no masks: no single prior guided its heads"
-    assert line in refused(evaluate.main, str(dino_run), *out)
-    isnet = *SMALL, "--isnet", "1", "--masks", str(dino_run), "--out", str(tmp_path / "run")
+    assert line in refused(evaluate.main, dino, *out)
+    isnet = *SMALL, "--isnet", "1", "--masks", dino, "--out", str(tmp_path / "run")
     assert line in refused(train.main, *isnet)
 
 
 @pytest.fixture
 def wide(tmp_path) -> Path:
-    pixels = np.random.default_rng(0).integers(256, size=(90, 200, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "wide.jpg")
-    return tmp_path / "wide.jpg"
+    return save(tmp_path / "wide.jpg", noise(90, 200, 3))
 
 
 @pytest.fixture
@@ -262,8 +257,7 @@ def test_a_picture_of_another_s_name_or_an_unreadable_one_stops_none(tmp_path, m
     torch.save(ViT(16, 8, 3, 32, 1, 2).state_dict(), tmp_path / "vit.pth")
     monkeypatch.chdir(tmp_path)
     for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        Image.new("L", (16, 16)).save(tmp_path / folder / "1.png")
+        save(tmp_path / folder / "1.png", noise(16, 16))
     pictures = "--num-heads", "2", "--image"
     evaluate.main(["vit.pth", *pictures, "a/1.png", "b/1.png"])
     paths = [args[0] for args, _ in drawn]

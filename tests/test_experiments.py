@@ -161,10 +161,8 @@ def test_another_remedy_against_collapse_stands_in_place_of_ours_and_is_recorded
 
 
 def test_a_run_is_started_resumed_or_skipped_by_what_its_folder_holds(tmp_path):
-    for name, script in (
-        ("constant_weight-0", "train.py"),
-        ("always_long-0", "-m experiments.remedies always"),
-    ):
+    scripts = {"constant_weight-0": "train.py", "always_long-0": "-m experiments.remedies always"}
+    for name, script in scripts.items():
         assert runs.command(name, tmp_path)[: len(script.split())] == script.split()
     words, flags = ["train.py", "--out", "runs/span-0"], runs.RUNS["span-0"].split()
     assert runs.command("span-0", tmp_path) == [*words, "--overwrite", *flags]

@@ -6,6 +6,7 @@ import signal
 
 import numpy as np
 import pytest
+from conftest import noise, save
 from PIL import Image
 
 import train
@@ -42,7 +43,7 @@ def damaged(content, chance):
 
 def pictures():
     """One image in each of the formats and depths that are read: (suffix, bytes)."""
-    grey = np.random.default_rng(0).integers(256, size=(12, 12), dtype=np.uint8)
+    grey = noise(12, 12)
     made = {"L": Image.fromarray(grey), "RGB": Image.fromarray(np.stack([grey] * 3, axis=2))}
     made |= {"P": made["RGB"].convert("P"), "RGBA": made["RGB"].convert("RGBA"), "1": made["L"].convert("1")}
     made |= {"CMYK": made["RGB"].convert("CMYK"), "I;16": Image.fromarray(grey.astype(np.uint16) * 257)}
@@ -76,9 +77,8 @@ def test_damaged_images_are_skipped_or_read_but_never_break_the_loading(n, tmp_p
 @few_or_many(50, 1000)
 def test_damaged_tables_are_refused_with_their_line_or_understood(n, tmp_path):
     chance, refused = random.Random(0), 0
-    (tmp_path / "images").mkdir()
     for name in "abc":
-        Image.new("L", (8, 8), 90).save(tmp_path / "images" / f"{name}.png")
+        save(tmp_path / "images" / f"{name}.png", Image.new("L", (8, 8), 90))
     for _ in range(n):
         (tmp_path / "labels.csv").write_bytes(damaged(ROWS.encode(), chance))
         try:

@@ -6,20 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL, image_folder, trained
-from PIL import Image
+from conftest import SMALL, image_folder, save, trained
 
 import train
 from common.checkpoint import load_run
 from common.data import Data
-from common.foreground import (
-    are_made,
-    check_foreground,
-    foreground,
-    mask_dice,
-    masks_compared,
-    registered_masks,
-)
+from common.foreground import are_made, check_foreground, foreground
+from common.foreground import mask_dice, masks_compared, registered_masks
 from common.regions import make_priors, masks_held, mass_held, prior_maps, priors_over
 from common.splits import load
 from common.symbols import draw_digit
@@ -149,10 +142,9 @@ def plain_folder(path):
 
 
 def mask_file(path, size=(20, 30), value=255):
-    path.parent.mkdir(parents=True, exist_ok=True)
     mask = np.zeros(size, np.uint8)
     mask[5:15, 5:20] = value
-    Image.fromarray(mask).save(path)
+    save(path, mask)
 
 
 def test_masks_of_another_tool_serve_data_that_has_none_and_it_is_said_for_how_many(tmp_path, capsys):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import SMALL, TINY, metrics_of, same_weights, seeded, trained
+from conftest import SMALL, TINY, epochs_of, metrics_of, same_weights, save, seeded, trained
 from PIL import Image
 from torch.multiprocessing import start_processes
 
@@ -44,9 +44,9 @@ def test_a_run_leaves_its_settings_its_metrics_its_weights_and_its_pictures(span
         values = [metrics[f"{what}_AP_{region.replace(' ', '_')}"] for region in REGIONS]
         assert metrics[f"{what}_mAP"] == pytest.approx(np.mean(values)) and 0 < min(values) <= 1
     assert metrics["aligned_prior_mAP"] > metrics["prior_mAP"] + 0.1  # registration is worth something
-    rows = [json.loads(line) for line in (span_run / "metrics.jsonl").read_text().splitlines()]
-    assert [row["epoch"] for row in rows] == [1, 2]
-    assert {"loss", "span_loss", "teacher_entropy", "kl", "prototypes"} <= set(rows[0])
+    first, second = epochs_of(span_run)
+    assert {"loss", "span_loss", "teacher_entropy", "kl", "prototypes"} <= set(first)
+    assert [first["epoch"], second["epoch"]] == [1, 2]
     config = json.loads((span_run / "config.json").read_text())
     assert config["embed_dim"] == 24 and config["command"].startswith("python train.py --train-images 32")
     assert list(load_run(span_run).masses) == REGIONS
@@ -98,12 +98,10 @@ def test_an_existing_run_is_neither_overwritten_nor_resumed_unless_asked_to(span
 def folder_of_phantoms(path: Path, masked: int) -> Path:
     """A user's folder: 24 images, the first `masked` of them with masks."""
     images, masks, _ = phantom(24, seed=3)
-    for folder in ("images", *(f"masks/{region}" for region in REGIONS)):
-        (path / folder).mkdir(parents=True)
     for i in range(24):
-        Image.fromarray(images[i, 0].numpy()).save(path / "images" / f"{i:02d}.png")
+        save(path / "images" / f"{i:02d}.png", images[i, 0].numpy())
         for r, region in enumerate(REGIONS[: 3 if i < masked else 0]):
-            Image.fromarray(masks[i, r].numpy()).save(path / "masks" / region / f"{i:02d}.png")
+            save(path / "masks" / region / f"{i:02d}.png", masks[i, r].numpy())
     return path
 
 
@@ -123,7 +121,7 @@ def test_a_small_folder_is_passed_over_more_often_if_no_epochs_are_typed(tmp_pat
     monkeypatch.setitem(LENGTHS, "pretrain", (2, 5))
     data = folder_of_phantoms(tmp_path / "mine", masked=24)
     trained(tmp_path / "run", f"--prior none --data {data}", TINY[:-2])
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
+    assert len(epochs_of(tmp_path / "run")) == 3
 
 
 def test_what_a_folder_lacks_is_said_in_one_line(tmp_path, refused):
@@ -142,7 +140,7 @@ def test_what_a_folder_lacks_is_said_in_one_line(tmp_path, refused):
         (data / "labels.csv").write_text("\n".join(rows))
         assert line in refused(train.main, *flags, *where)
     data = folder_of_phantoms(tmp_path / "empty", masked=24)
-    Image.fromarray(np.zeros((64, 64), np.uint8)).save(data / "masks" / "heart" / "07.png")
+    save(data / "masks" / "heart" / "07.png", np.zeros((64, 64), np.uint8))
     where = "--data", str(data), "--sample", "07.png", "--out", str(tmp_path / "run")
     assert "the masks of 07.png are empty for heart" in refused(train.main, *TINY, *where)
     assert not (tmp_path / "run").exists()
@@ -157,9 +155,9 @@ def test_a_collapse_stops_a_run_but_a_guided_one_goes_on_by_span_alone(tmp_path,
     trained(tmp_path / "kept", f"{words} --prior none --epochs 1 --keep-going")
     trained(tmp_path / "on", f"{words} --align none")
     assert capsys.readouterr().out.count("SPAN goes on alone") == 1
-    history = [json.loads(line) for line in (tmp_path / "on" / "metrics.jsonl").open()]
-    assert "span_loss" in history[-1] and history[-1]["span_loss"] < 0.5 * history[0]["span_loss"]
-    assert history[-1]["loss"] == pytest.approx(3 * history[-1]["span_loss"], rel=1e-4)  # its weight is 3
+    first, *_, last = epochs_of(tmp_path / "on")
+    assert last["span_loss"] < 0.5 * first["span_loss"]
+    assert last["loss"] == pytest.approx(3 * last["span_loss"], rel=1e-4)  # its weight is 3
     assert "DINO has collapsed" in refused(train.main, *argv, "--align", "none", "--strict", status=1)
     assert load_run(tmp_path / "stopped").masses and load_run(tmp_path / "on").masses  # for --masks RUN
 
@@ -191,10 +189,11 @@ def test_an_absurd_learning_rate_ends_in_one_line_that_says_what_to_lower(words,
 ALLOCATOR = "[enforce fail at alloc_cpu.cpp:119] . DefaultCPUAllocator: can't allocate memory ..."
 
 
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA ..."), MemoryError(), RuntimeError(ALLOCATOR)
+
+
 @pytest.mark.parametrize("where", ["train_step", "load_data"])
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA ..."), MemoryError(), RuntimeError(ALLOCATOR)]
-)
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
 def test_too_little_memory_ends_in_one_line_with_a_remedy(where, error, tmp_path, refused, monkeypatch):
     monkeypatch.setattr(train, where, Mock(side_effect=error))
     line = refused(train.main, *TINY, "--align", "none", "--out", str(tmp_path / "run"), status=1)
@@ -216,12 +215,10 @@ def test_a_compiled_step_learns_the_same_and_what_cannot_be_compiled_is_said(tmp
     assert "--compile can't be used here" in line and line.endswith("leave it out")
 
 
-@pytest.mark.parametrize(
-    "words", ["--train-images 1 --koleo 0 --max-entropy 1", "--train-images 3 --batch-size 1000000000"]
-)
+@pytest.mark.parametrize("words", ["1 --koleo 0 --max-entropy 1", "3 --batch-size 1000000000"])
 def test_a_single_image_and_a_batch_larger_than_the_data_are_trained_on(words, tmp_path):
-    trained(tmp_path / "run", f"{words} --align none")
-    row, last = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open())
+    trained(tmp_path / "run", f"--align none --train-images {words}")
+    row, last = epochs_of(tmp_path / "run")
     assert math.isfinite(row["loss"]) and row["loss"] != last["loss"]  # a step an epoch
 
 

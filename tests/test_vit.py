@@ -35,15 +35,12 @@ def test_features_and_attention_equal_those_of_the_published_vit():
 
 @pytest.mark.parametrize("layer", [0, 1, -1, -3])
 def test_the_returned_row_is_the_cls_row_of_the_full_map_in_every_block(layer):
-    vit = small()
-    maps = vit.attention_maps(IMAGES)
-    torch.testing.assert_close(vit(IMAGES, layer=layer).attention, maps[:, layer, :, 0, 1:])
-    torch.testing.assert_close(maps.sum(dim=-1), torch.ones(2, 3, 3, 17))
-    vit = small(registers=2)  # whose places come after that of CLS
-    assert torch.equal(vit.embed(IMAGES)[:, 1:3], vit.reg_token.expand(2, -1, -1))
-    torch.testing.assert_close(
-        vit(IMAGES, layer=layer).attention, vit.attention_maps(IMAGES)[:, layer, :, 0, 3:]
-    )
+    for registers in (0, 2):
+        vit = small(registers=registers)
+        maps = vit.attention_maps(IMAGES)
+        torch.testing.assert_close(maps.sum(dim=-1), torch.ones(2, 3, 3, 17 + registers))
+        torch.testing.assert_close(vit(IMAGES, layer=layer).attention, maps[:, layer, :, 0, 1 + registers :])
+    assert torch.equal(vit.embed(IMAGES)[:, 1:3], vit.reg_token.expand(2, -1, -1))  # after CLS
 
 
 def test_returning_attention_changes_neither_features_nor_their_gradient_and_has_one_of_its_own():

@@ -1,14 +1,11 @@
 """Published weights become our ViT with the same features, whatever their release calls them."""
 
 import argparse
-import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import Evil
-from PIL import Image
+from conftest import Evil, metrics_of, noise, save
 
 import evaluate
 import train
@@ -124,16 +121,14 @@ def test_exported_weights_have_the_published_names_and_come_back_the_same(regist
 
 def test_published_weights_are_measured_trained_on_and_exported_again(tmp_path, capsys, refused, monkeypatch):
     for value, name in enumerate(("cats", "dogs"), start=1):
-        (tmp_path / "data" / name).mkdir(parents=True)
         for i in range(12):
-            pixels = np.random.default_rng(i).integers(256, size=(40, 40, 3), dtype=np.uint8) // value
-            Image.fromarray(pixels).save(tmp_path / "data" / name / f"{i}.png")
+            save(tmp_path / "data" / name / f"{i}.png", noise(40, 40, 3, seed=i) // value)
     torch.save({"teacher": published_names(embed_dim=64, num_heads=1)}, tmp_path / "vit.pth")
     monkeypatch.chdir(tmp_path)
     evaluate.main("vit.pth --data data --img-size 32 --num-heads 1 --only attention knn".split())
     said, out = capsys.readouterr().out, Path("vit.pth-data")
     assert "64 wide, 1 deep, patches of 16 px, 1 heads, positions of 224 px resized" in said
-    assert "knn_accuracy" in json.loads((out / "metrics.json").read_text()) and (out / "compare.png").exists()
+    assert "knn_accuracy" in metrics_of(out) and (out / "compare.png").exists()
     argv = "--init vit.pth --num-heads 1 --task classify --data data --img-size 32 --epochs 1 --out run"
     train.main(argv.split())
     evaluate.main("run --export out.pth".split())
