@@ -62,13 +62,12 @@ def test_grad_cam_weighs_the_last_block_s_input_by_its_mean_gradient(kind):
 def test_gain_adds_the_map_s_distance_from_the_mask_and_the_label_s_probability_without_the_map(monkeypatch):
     model, (x, m, y) = classifier(), batch()
     mask = F.adaptive_avg_pool2d(m, (4, 4))
-    for A, most in ((mask, 1.0), (1 - mask, 11.0)):
+    for A in (mask, 1 - mask):
         monkeypatch.setattr(baselines, "grad_cam", lambda *args, A=A: (None, A))
         T = torch.sigmoid(10 * (F.interpolate(A, size=(16, 16), mode="bilinear") - 0.5))
         left = (model(x * (1 - T)).softmax(dim=1) * y).sum(dim=1)
         penalty = baselines.gain(model, x, m, y, True)[1]
         torch.testing.assert_close(penalty, left + 10 * (A - mask).square().mean(dim=(1, 2, 3)))
-        assert (penalty <= most).all()
 
 
 @pytest.mark.parametrize("kind", ["resnet", "vit"])

@@ -142,14 +142,6 @@ def test_a_run_goes_on_though_its_data_moved_but_not_with_edited_settings(tmp_pa
     train.main(list(resume))  # it remembers where the data lie now
 
 
-@pytest.mark.parametrize("words", ["--prior none", "--prior statistics", "--data parts", "--masks prior"])
-def test_a_resumed_run_keeps_the_data_priors_and_masks_that_it_was_trained_on(words, span_run, refused):
-    line = refused(train.main, "--out", str(span_run), "--resume", *words.split())
-    assert f"was started with {words.split()[0]} " in line and f", not {words.split()[1]}" in line
-    line = refused(train.main, "--out", str(span_run), "--resume", "--config", str(span_run))
-    assert "leave out either" in line
-
-
 def test_a_full_disk_leaves_the_last_checkpoint_usable_and_ends_in_one_line(tmp_path, monkeypatch, capfd):
     """No file may become larger than a limit that is set after the first checkpoint, which is larger."""
     out, real = tmp_path / "run", train.save

@@ -170,13 +170,8 @@ def test_the_reference_image_has_every_region_and_each_split_its_own_images(monk
     assert not torch.equal(train.images[:9], splits["test"].images)
 
 
-@pytest.fixture
-def few(monkeypatch):
-    """2 validation and 3 test images per class."""
-    monkeypatch.setattr(symbols, "HELD_OUT", {"val": 2, "test": 3})
-
-
-def test_symbols_are_drawn_from_their_seed_into_a_folder_that_loads(few, tmp_path):
+def test_symbols_are_drawn_from_their_seed_into_a_folder_that_loads(monkeypatch, tmp_path):
+    monkeypatch.setattr(symbols, "HELD_OUT", {"val": 2, "test": 3})  # of each class
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         symbols.main([str(tmp_path / name), "--train", "2", "--size", "24", "--seed", str(seed)])
     a, b, c = ((tmp_path / name / "images" / "train_disc_0001.png").read_bytes() for name in "abc")
@@ -195,7 +190,8 @@ def test_a_folder_that_is_not_empty_and_sizes_out_of_range_are_refused(flags, tm
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_digits_have_a_marker_that_turns_in_test_images_and_masks_for_as_many_as_asked(few, tmp_path):
+def test_digits_have_a_marker_that_turns_in_test_images_and_as_many_masks_as_asked(monkeypatch, tmp_path):
+    monkeypatch.setattr(symbols, "HELD_OUT", {"val": 2, "test": 3})
     symbols.main([str(tmp_path / "d"), *"--set digits --train 1 --marker --masks 3".split()])
     splits, reference, _ = load(str(tmp_path / "d"), 64)
     for split, agrees in (("train", True), ("val", True), ("test", False)):

@@ -76,8 +76,11 @@ def test_an_existing_run_is_neither_overwritten_nor_resumed_unless_asked_to(span
     line = refused(train.main, *TINY, "--out", str(span_run))
     assert "holds a run: --resume continues it, --overwrite starts again" in line
     resume = "--out", str(span_run), "--resume"
-    line = refused(train.main, *resume, "--epochs", "15")
-    assert "was started with --epochs 2, not 15: leave out --epochs" in line
+    for words in ("epochs 15", "prior none", "prior statistics", "data parts", "masks prior"):
+        flag, value = words.split()
+        line = refused(train.main, *resume, f"--{flag}", value)
+        assert f"was started with --{flag} " in line and f", not {value}: leave out --{flag}" in line
+    assert "leave out either" in refused(train.main, *resume, "--config", str(span_run))
     assert "drop --resume" in refused(train.main, "--out", str(tmp_path / "new"), "--resume")
     for name, content in [("dead", (span_run / "config.json").read_text()), ("other", '{"model": "vit"}')]:
         (tmp_path / name).mkdir()
@@ -347,7 +350,7 @@ def test_two_processes_stop_together_and_resume_to_the_weights_of_a_run_that_nev
     assert whole[0][2] == resumed[0][2] and [len(batches) for batches, *_ in resumed] == [5, 5]
 
 
-def test_a_process_opens_no_gpu_but_its_own(monkeypatch):
+def test_a_process_opens_no_gpu_but_its_own_and_says_if_it_cannot_though_it_may_be_alone(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", sys.stdout)
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
@@ -359,11 +362,6 @@ def test_a_process_opens_no_gpu_but_its_own(monkeypatch):
     check(*parse(["--device", "cuda"]))
     assert set(opened) == {"cpu"} and join("cuda", 4) == "cuda:1"
     assert [name for name in opened if name != "cpu"] == ["cuda:1", "cuda:1", "nccl"]
-
-
-def test_a_process_whose_device_cannot_be_used_says_so_though_it_may_be_alone(monkeypatch, capsys):
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
     monkeypatch.setattr("common.processes.check_device", Mock(side_effect=ValueError("no second GPU")))
     with pytest.raises(SystemExit, match="1"):
         join("cuda", 4)
