@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import evaluate
 import train
 from common import runs
 from common.checkpoint import load_run
 from common.runs import images_to_show
+from common.symbols import draw_digit
 
 torch.set_num_threads(1)  # a forked process must have one, and for small tensors it is faster
 TINY = "--train-images 32 --embed-dim 24 --depth 1 --num-heads 3 --batch-size 8 --epochs 2".split()
@@ -87,6 +89,24 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def slope_error(loss: Callable[[], torch.Tensor], weights: list[nn.Parameter]) -> float:
+    """How far a gradient is from finite differences along a random direction through all weights."""
+    gradient = torch.autograd.grad(loss(), weights)
+    # As long in each weight as its gradient is short, so that no weight hides another's part.
+    directions = [torch.randn_like(p) / (g.norm() + 1e-4) for p, g in zip(weights, gradient)]
+    originals = [p.detach().clone() for p in weights]
+
+    def moved(step: float) -> float:
+        for p, original, d in zip(weights, originals, directions):
+            p.data.copy_(original + step * d)
+        return loss().item()
+
+    slope = sum((g * d).sum() for g, d in zip(gradient, directions)).item()
+    steps = (1e-7, 1e-8, 1e-9)  # the loss may have kinks; one of the steps meets none
+    errors = [abs(slope - (moved(step) - moved(-step)) / (2 * step)) for step in steps]
+    return min(errors) / max(1, abs(slope))
+
+
 def golden(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Published numbers, and those of them that are a model's weights."""
     arrays = np.load(Path(__file__).parent / "golden" / name)
@@ -111,6 +131,12 @@ def image_folder(path: Path, *rows: str, size: tuple[int, int] = (16, 16)) -> Pa
         save(path / "images" / row.split(",")[0], noise(*size, seed=i))
     (path / "labels.csv").write_text("\n".join(rows))
     return path
+
+
+def digits(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images (n, 1, 64, 64) of digits anywhere on noise, and the masks (n, 1, 64, 64) of their squares."""
+    drawn = [draw_digit(i % 10, 64, np.random.default_rng(i)) for i in range(n)]
+    return tuple(torch.from_numpy(np.stack(part))[:, None].float() for part in zip(*drawn))
 
 
 class Evil:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL, image_folder, save, trained
+from conftest import SMALL, digits, image_folder, save, trained
 
 import train
 from common.checkpoint import load_run
@@ -15,7 +15,6 @@ from common.foreground import are_made, check_foreground, foreground
 from common.foreground import mask_dice, masks_compared, registered_masks
 from common.regions import make_priors, masks_held, mass_held, prior_maps, priors_over
 from common.splits import load
-from common.symbols import draw_digit
 
 pytestmark = pytest.mark.usefixtures("few_test_images")
 
@@ -123,9 +122,8 @@ def test_a_class_whose_images_would_all_be_left_out_is_named():
 
 
 def test_an_image_without_masks_gets_those_of_the_reference_that_is_found_best_in_it():
-    drawn = [draw_digit(d, 64, np.random.default_rng(d)) for d in range(4)]
-    images, masks = (torch.from_numpy(np.stack(part))[:, None] for part in zip(*drawn))
-    images = (255 * images.clamp(0, 1)).to(torch.uint8)
+    images, masks = digits(4)
+    images, masks = (255 * images.clamp(0, 1)).to(torch.uint8), masks.bool()
     images[0] = torch.randint(80, (1, 64, 64), generator=torch.Generator().manual_seed(0))  # noise alone
     known, names = torch.tensor([True, True, False, False]), list("abcd")
     data = Data(images, masks, known, None, names, ["object"], [])

@@ -325,22 +325,18 @@ def by_two_processes(folder: Path, name: str, words: str, stop_at: int | None = 
     return [torch.load(folder / f"{name}-{rank}.pt") for rank in range(2)]
 
 
-def test_each_process_trains_the_same_weights_on_its_share_of_every_batch(tmp_path):
+def test_two_processes_share_every_batch_stop_together_and_resume_to_the_weights_of_an_unbroken_run(tmp_path):
     """10 images in batches of 4, by two forks: 2 steps an epoch, and never an image twice in it."""
-    (one, _, *same), (two, _, *other) = by_two_processes(tmp_path, "run", "--epochs 2")
-    assert [len(index) for index, _ in one] == [len(index) for index, _ in two] == [2, 2, 2, 2]
-    for epoch in range(2):
-        steps = slice(2 * epoch, 2 * epoch + 2)
-        assert len(set(torch.cat([index for index, _ in one[steps] + two[steps]]).tolist())) == 8
-    noise = torch.cat([noise for _, noise in one + two])  # by the loop's generator, and by torch's
-    assert len(set(noise[:, 0].tolist())) == 16 and len(set(noise[:, 1].tolist())) == 8  # its own in each
-    assert same == other and same[1] == "by 0"  # though each was started with other weights
-
-
-def test_two_processes_stop_together_and_resume_to_the_weights_of_a_run_that_never_stopped(tmp_path):
     for name in ("whole", "stopped"):
         (tmp_path / name).mkdir()
-    whole = by_two_processes(tmp_path / "whole", "run", "--epochs 4")
+    whole = (one, _, *same), (two, _, *other) = by_two_processes(tmp_path / "whole", "run", "--epochs 4")
+    assert [len(index) for index, _ in one] == [len(index) for index, _ in two] == [2] * 8
+    for epoch in range(4):
+        steps = slice(2 * epoch, 2 * epoch + 2)
+        assert len(set(torch.cat([index for index, _ in one[steps] + two[steps]]).tolist())) == 8
+    drawn = torch.cat([noise for _, noise in one + two])  # by the loop's generator, and by torch's
+    assert len(set(drawn[:, 0].tolist())) == 32 and len(set(drawn[:, 1].tolist())) == 16  # its own in each
+    assert same == other and same[1] == "by 0"  # though each was started with other weights
     start_run(parse(["--batch-size", "4", "--out", str(tmp_path / "stopped")])[0], SPEC, [])
     stopped = by_two_processes(tmp_path / "stopped", "first", "--epochs 4", stop_at=3)  # within an epoch
     assert [len(batches) for batches, *_ in stopped] == [3, 3]
