@@ -39,12 +39,6 @@ def forked(argv: list[str]) -> int:
     return process
 
 
-def same_rows(*runs: Path) -> bool:
-    """Whether two runs logged the same, but for their speed."""
-    first, second = ([row | {"images_per_s": 0} for row in epochs_of(run)] for run in runs)
-    return first == second
-
-
 @pytest.mark.slow
 def test_a_run_killed_or_stopped_20_times_ends_at_the_weights_of_an_unbroken_one(tmp_path, monkeypatch):
     """By Ctrl-C or SIGKILL at any moment, or with half a file on the disk, as when the power fails."""
@@ -83,7 +77,9 @@ def test_a_run_killed_or_stopped_20_times_ends_at_the_weights_of_an_unbroken_one
             within.append(load_run(killed).checkpoint["begun"] is not None)
         stops += status != 0
     assert stops == 20 and any(within)
-    assert same_weights(tmp_path / "whole", killed) and same_rows(tmp_path / "whole", killed)
+    runs = tmp_path / "whole", killed
+    first, second = ([row | {"images_per_s": 0} for row in epochs_of(run)] for run in runs)
+    assert same_weights(*runs) and first == second
 
 
 def stopped_after_an_epoch(monkeypatch, argv: list[str]) -> None:

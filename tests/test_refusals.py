@@ -15,7 +15,7 @@ from common.config import parse
 from common.phantom import stamp
 from common.registration import align
 from common.splits import load
-from common.weights import exported
+from common.weights import exported, fit
 from crops import random_crops
 from isnet_lrp import background_loss, foreground_loss
 from lrp import relevance
@@ -33,6 +33,7 @@ def stamped(size: int, kind: str, masks: torch.Tensor | None = None):
     return stamp(torch.zeros(2, 1, size, size, dtype=torch.uint8), torch.ones(2) > 0, kind, masks)
 
 
+COLOUR = ViT(224, 16, 3, 192, 1).state_dict()
 PUBLISHED = "CLS, or SimPool with 1 head, gamma 1.25, no registers"
 
 
@@ -76,6 +77,9 @@ REFUSED = [
     ("images of 16 px are too small for a marker", lambda: stamped(16, "corner")),
     ("marker tint lies outside the regions: give masks", lambda: stamped(64, "tint")),
     ("has no place for a marker", lambda: stamped(64, "anywhere", torch.ones(2, 1, 64, 64) > 0)),
+    (r"3 training image\(s\) for 4 processes: take fewer", lambda: check_step(parse([])[0], 3, 4)),
+    (r"is \[1, 1, 192\] in the file, \[1, 1, 96\] in the model", lambda: fit(COLOUR, ViT(32, 16, 3, 96))),
+    ("is missing in the file", lambda: fit(COLOUR, ViT(32, 16, 3, 192, 2))),
     ("a marker can be drawn only on phantoms", lambda: load("parts", 64, train_images=2, marker=1.0)),
 ]  # fmt: skip
 
@@ -136,11 +140,6 @@ SETTINGS = {
     "--task classify --baseline swap --baseline-weight 2": "without --baseline multitask or ",
     "--backbone resnet --prior none --registers 2": "does nothing without --backbone vit",
 }
-
-
-def test_a_process_without_an_image_is_refused():
-    with pytest.raises(ValueError, match=r"3 training image\(s\) for 4 processes: take fewer"):
-        check_step(parse([])[0], images=3, processes=4)
 
 
 @pytest.mark.parametrize("words", SETTINGS)

@@ -162,12 +162,3 @@ def test_a_file_that_is_no_such_vit_is_refused_in_one_line(damage, line, tmp_pat
     torch.save(damage(published_names()), "w.pth")
     assert line in refused(train.main, *"--init w.pth --prior none --out run".split())
     assert [path.name for path in tmp_path.iterdir()] == ["w.pth"]  # nor did it run any code
-
-
-def test_weights_of_other_sizes_are_refused_with_both_sizes(tmp_path):
-    torch.save(published_names(), tmp_path / "w.pth")
-    weights, _ = read_weights(tmp_path / "w.pth")
-    with pytest.raises(ValueError, match=r"\[192, 3, 16, 16\] in the file, \[96, 3, 16, 16\] in the model"):
-        fit(weights, ViT(32, 16, 3, 96, 1, 3))
-    with pytest.raises(ValueError, match="is missing in the file"):
-        fit(weights, ViT(32, 16, 3, 192, 2, 3))
