@@ -232,16 +232,12 @@ READS = {"ground": (100, 100, 50, 100, 100), "object": (100, 100, 100, 50, 50)}
 def test_exchanged_backgrounds_tell_what_a_model_reads(reads):
     data = striped(400)
 
-    class Reader(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.ones(()))
-
+    class Reader(nn.Linear):
         def forward(self, images):
             x = images[:, 0, 0, 0] if reads == "ground" else images[:, 0, 4:8, 4:8].mean(dim=(1, 2)) > 1
-            return torch.stack([-x.float(), x.float()], dim=1) * self.weight
+            return torch.stack([-x.float(), x.float()], dim=1)
 
-    table = measure_backgrounds(Reader(), {"test": data, "val": data}, True)
+    table = measure_backgrounds(Reader(1, 1), {"test": data, "val": data}, True)
     assert [100 * row["AUC"] for row in table.values()] == pytest.approx(READS[reads], abs=6)
 
 
