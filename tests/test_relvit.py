@@ -13,12 +13,6 @@ from relvit import patch_boxes, patch_views, relation_targets, shuffled
 from vit import ViT
 
 
-def places(height: int, width: int) -> torch.Tensor:
-    """An image of two channels, every pixel of which holds its place in [0, 1]."""
-    rows, columns = torch.linspace(0, 1, height), torch.linspace(0, 1, width)
-    return torch.stack(torch.meshgrid(rows, columns, indexing="ij"))
-
-
 @pytest.mark.parametrize("task", TASKS)
 def test_targets_are_the_published_ones_ordered_and_shuffled(task):
     numbers, _ = golden("relvit_targets.npz")
@@ -85,7 +79,8 @@ def test_each_patch_changes_its_colours_on_its_own_and_stays_in_range():
 
 @pytest.mark.parametrize("mega", [False, True])
 def test_a_shuffled_view_says_where_each_patch_was_cut(mega):
-    images = places(32, 48).expand(6, 2, 32, 48)
+    places = torch.meshgrid(torch.linspace(0, 1, 32), torch.linspace(0, 1, 48), indexing="ij")
+    images = torch.stack(places).expand(6, 2, 32, 48)  # every pixel holds its place in [0, 1]
     views, boxes, order = patch_views(images, (2, 3), 8, seeded(), mega=mega, shuffle=True)
     assert views.shape == (6, 2, 16, 24) and (order != torch.arange(6)).any()
     assert torch.equal(order.sort(dim=1).values, torch.arange(6).expand(6, 6))
