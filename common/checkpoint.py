@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 from common.classify import is_multiclass
 from common.config import KEYWORDS, PER_CALL, PLACES, Config, as_config, as_json, read_record
 from common.data import Data
+from common.flags import option
 from common.weights import reason
 
 FORMAT = 9  # of last.pt: what it holds, and what its settings mean
@@ -156,7 +157,10 @@ def load_run(folder: Path) -> Run:
             masses = {name: float(mass) for name, mass in checkpoint["masses"].items()}
             if not all(0 <= mass <= 1 for mass in masses.values()):
                 raise ValueError(f"masses {masses} are not in [0, 1]")
-            checkpoint["model"], checkpoint["history"]
+            for name, weights in checkpoint["model"].items():
+                if not weights.isfinite().all():
+                    raise ValueError(f"{name} is not finite")
+            checkpoint["history"]
             config = as_config(settings | {"out": str(folder)})
             return Run(config, DataSpec(**checkpoint["spec"]), masses, checkpoint)
     except OSError as error:
@@ -177,9 +181,9 @@ def resumed(config: Config, typed: set[str]) -> Run:
         edited = name not in PLACES and record.get(name) != saved[name]  # data may have moved
         if name in typed and asked[name] != saved[name] or edited:
             wanted = asked[name] if name in typed else record.get(name)
-            flag = f"--{name.replace('_', '-')}"
+            flag = option(Config.__dataclass_fields__[name])
             remedy = f"leave out {flag}" if name in typed else "restore its config.json"
-            begun = f"--resume: {config.out} was started with {flag} {saved[name]}, not {wanted}"
+            begun = f"--resume: {config.out} was started with {name} {saved[name]}, not {wanted}"
             raise ValueError(f"{begun}: {remedy}, or train in another --out")
     changed = {name: asked[name] for name in asked if name in PER_CALL or name in moved and name in typed}
     return run._replace(config=as_config(saved | changed))

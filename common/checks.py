@@ -4,14 +4,12 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-from torch import Generator
 
 from common.baselines import PENALTIES
 from common.config import Config
 from common.flags import option
 from common.folder import LAYOUT
 from common.splits import DRAWN
-from crops import random_crops
 
 PRETRAINING = ("ssl", "prior")  # have no effect outside pretraining, except --prior with --masks prior
 
@@ -26,8 +24,7 @@ def check(config: Config, typed: set[str]) -> None:
         if f.name in limits and value is not None:
             low, high = limits[f.name]
             if not low <= value <= high:  # NaN is not within either
-                most = "a billion" if high == 1e9 else f"{high:g}"
-                raise ValueError(f"{option(f)} {value}: it must lie between {low:g} and {most}")
+                raise ValueError(f"{option(f)} {value}: it must lie between {low:g} and {high:,.12g}")
         useful = any(all(met(config, name) for name in need.split("&")) for need in needs or ["task"])
         if f.name in typed and not useful and not config.resume:
             if config.task == "classify":
@@ -36,11 +33,10 @@ def check(config: Config, typed: set[str]) -> None:
             flags = flags.replace("|", " or ").replace("_", "-")
             values = () if isinstance(value, bool) else value if isinstance(value, tuple) else (value,)
             raise ValueError(f"{' '.join(map(str, (option(f), *values)))} does nothing without {flags}")
-    for name in ("global_scale", "local_scale"):
-        try:
-            random_crops(1, getattr(config, name), Generator())
-        except ValueError as error:
-            raise ValueError(f"--{name.replace('_', '-')}: {error}") from None
+    for flag, (low, high) in {"global": config.global_scale, "local": config.local_scale}.items():
+        if not 0 < low <= high <= 1:
+            line = "give two fractions of the area, 0 < a <= b <= 1"
+            raise ValueError(f"--{flag}-scale {low:g} {high:g}: {line}")
     check_pairs(config)
 
 
@@ -73,12 +69,19 @@ def check_step(c: Config, images: int, processes: int) -> None:
     here = min(c.batch_size, images) // processes  # images of a step
     if not here:
         raise ValueError(f"{images} training image(s) for {processes} processes: take fewer processes")
-    pairs, other = "swapped backgrounds" if c.isnet and c.swap or c.baseline == "swap" else "", ""
-    if c.task == "pretrain" and c.ssl == "dino" and (c.koleo or c.max_entropy < 1):
-        pairs, other = "KoLeo and the entropy's ceiling", ", or add --koleo 0 --max-entropy 1"
-    if pairs and here < 2 * c.accumulate:
-        line = f"{pairs} need parts of 2 images or more, not {here} image(s) in {c.accumulate}"
-        raise ValueError(f"{line}: raise --batch-size, lower --accumulate, or take fewer processes{other}")
+    near_collapse = c.task == "pretrain" and c.ssl == "dino" and (c.koleo or c.max_entropy < 1)
+    swaps = c.isnet and c.swap or c.baseline == "swap"
+    if (near_collapse or swaps) and here < 2 * c.accumulate:
+        what = "swapped backgrounds need" if swaps else "what keeps DINO from collapse needs"
+        remedies = {
+            "add images": images < 2 * c.accumulate * processes,
+            "raise --batch-size": c.batch_size < 2 * c.accumulate * processes,
+            "lower --accumulate": c.accumulate > 1,
+            "take fewer processes": processes > 1,
+            "risk a collapse by --koleo 0 --max-entropy 1": near_collapse,
+        }
+        line = f"{what} 2 images or more in each part of a step, not {here} in {c.accumulate} part(s)"
+        raise ValueError(f"{line}: {', or '.join(name for name, helps in remedies.items() if helps)}")
 
 
 def check_pairs(c: Config) -> None:

@@ -93,16 +93,17 @@ class Config:
     momentum: float = flag(0.996, "EMA momentum of the teacher at the start", "--momentum-teacher",
         within=FRACTION, needs=DINO)
     center_momentum: float = flag(0.9, "EMA momentum of the teacher's centre", within=FRACTION, needs=DINO)
-    koleo: float = flag(0.1, "weight of KoLeo near collapse; 0: as published", within=WEIGHT, needs=DINO)
-    max_entropy: float = flag(0.8, "ceiling on the teacher's near collapse, as a fraction of log K, kept by "
-        "a lower temperature; 1: as published", within=(0.01, 1), needs=DINO)
+    koleo: float = flag(0.1, "weight, near collapse, of keeping features apart (KoLeo); 0: as published",
+        within=WEIGHT, needs=DINO)
+    max_entropy: float = flag(0.8, "ceiling, near collapse, on the entropy of the teacher's outputs, as a "
+        "fraction of log K; kept by a lower temperature; 1: as published", within=(0.01, 1), needs=DINO)
     global_scale: tuple[float, float] = flag((0.4, 1.0), "area of the 2 global crops", "--global-crops-scale",
         nargs=2, needs=VIEWS)
     local_crops_number: int = flag(0, "local crops, of half the size", within=(0, 10**9), needs=VIEWS)
     local_scale: tuple[float, float] = flag((0.1, 0.4), "area of the local crops", "--local-crops-scale",
         nargs=2, needs="local_crops_number")
     flip: float = flag(0.0, "probability of a mirrored view", "--hflip", within=FRACTION, needs=VIEWS)
-    shift: float = flag(None, "fraction of a side that images move by, at random and round their edges",
+    shift: float = flag(None, "how far images move at random, wrapping around, in fractions of a side",
         group="classification (ISNet)", within=FRACTION, needs="task=classify")
     isnet: float = flag(0.0, "weight of the ISNet loss", within=WEIGHT)
     preset: str = flag(None, "ISNet's loss as published", choices=PRESETS, needs="task=classify")
@@ -115,7 +116,7 @@ class Config:
         "a side", within=(0, 0.5), needs="isnet")
     isnet_end: float = flag(None, "fraction of --isnet left at the end", within=FRACTION, needs="isnet")
     baseline: str = flag(None, "what to train in place of ISNet; see common/baselines.py", choices=BASELINES)
-    baseline_weight: float = flag(1.0, "of the baseline's penalty", within=WEIGHT, needs=PENALISED)
+    baseline_weight: float = flag(1.0, "weight of the baseline's penalty", within=WEIGHT, needs=PENALISED)
     masks: str = flag("data", "the foreground: data, prior, attention (of --init), a run, a folder",
         needs=f"isnet {PENALISED}|swap")
     explain: str = flag("selective", "the label's logit, a random one, or the least likely class's log-odds",
@@ -138,7 +139,8 @@ class Config:
         within=(0, 0.99), needs="backbone=vit")
     pool: str = flag(None, "patches to one vector: CLS, mean, SimPool", choices=["cls", "gap", "simpool"])
     simpool_gamma: float = flag(None, "exponent of SimPool's mean", within=(0.1, 10), needs="pool=simpool")
-    pool_heads: int = flag(None, "default: --num-heads if guided, else 1", within=COUNT, needs="pool=simpool")
+    pool_heads: int = flag(None, "attention heads of SimPool (default: --num-heads if guided, else 1)",
+        within=COUNT, needs="pool=simpool")
     epochs: int = flag(None, "passes over the images (default: 9, with labels 15, a ViT with labels 40, "
         "small folders more)", group="optimisation", within=COUNT)
     batch_size: int = flag(None, "images a step", within=COUNT)
@@ -148,7 +150,7 @@ class Config:
     compile: bool = flag(False, "pretrain with torch.compile")
     lr: float = flag(None, "highest learning rate (AdamW, cosine)", within=(1e-9, 1e9))
     warmup: float = flag(0.1, "fraction of all steps in which the learning rate rises", within=FRACTION)
-    weight_decay: float = flag(0.04, "of matrices; vectors have none", within=WEIGHT)
+    weight_decay: float = flag(0.04, "weight decay of matrices; vectors have none", within=WEIGHT)
     clip_grad: float = flag(None, "largest norm of the gradient, 0: unlimited", within=WEIGHT)
     # fmt: on
 

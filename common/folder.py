@@ -39,6 +39,12 @@ def load_folder(folder: str | Path, img_size: int, reference: str | None = None)
     folder, notes, paths, findings, labels, split, masks = Path(folder), [], {}, [], {}, {}, {}
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; {LAYOUT}")
+    for path in sorted(folder.glob("[!.]*")):
+        near = get_close_matches(path.name.lower(), PARTS, 1, 0.8)
+        if near == ["images"] and not (folder / "images").exists():  # not a class
+            raise DataError(f"{path}: did you mean images/? {LAYOUT}")
+        if near and (folder / "images").exists() and not (folder / near[0]).exists():
+            notes.append(f"{path} is not used: did you mean {near[0]}?")
     if (folder / "images").is_dir():
         paths = {path.name: path for path in _listed(folder / "images")}
         findings, labels, split = _read_labels(folder / "labels.csv", paths)
@@ -46,9 +52,6 @@ def load_folder(folder: str | Path, img_size: int, reference: str | None = None)
     elif not (folder / "masks").exists() and not (folder / "labels.csv").exists():  # masks are not a class
         paths = {f"{sub.name}/{path.name}": path for sub in _listed(folder, True) for path in _listed(sub)}
         findings, labels = _one_hot({name: printable(path.parent.name) for name, path in paths.items()})
-    for path in folder.iterdir() if (folder / "images").is_dir() else []:
-        if (near := get_close_matches(path.name.lower(), PARTS, 1, 0.8)) and path.name not in PARTS:
-            notes.append(f"{path} is not used: did you mean {near[0]}?")
     if not paths and (beside := _listed(folder)):
         raise DataError(f"{folder}: {len(beside)} images lie beside each other; move them to {folder}/images")
     if not paths:

@@ -94,8 +94,8 @@ def report(
                 else:
                     found.tables.update({"AP in %": table, "Dice in %": overlap})
                     n, masked = len(splits["test"].names), int(splits["test"].has_masks.sum())
-                    of = f"AP and Dice are of the {masked} of {n} test images with all masks"
-                    found.notes.extend([of] if masked < n else [])
+                    if masked < n:
+                        found.notes.append(f"AP and Dice: the {masked} of {n} test images with all masks")
                     found.heads.update(heads)
             else:
                 probed = probe(encoder, splits, what, (1.0,) if classifier else fractions, features)

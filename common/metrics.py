@@ -117,7 +117,10 @@ def max_box_acc(overlaps: Tensor) -> float:
 
 
 def corloc(overlaps: Tensor, chosen_on: Tensor) -> float:
-    """The share in [0, 1] of `box_overlaps` (T, B) >= 0.5 at the threshold that is best on others (T, M)."""
+    """The share of images, in [0, 1], with an IoU of 0.5 or more, of `box_overlaps` (T, B).
+
+    The common threshold is the best on other images' overlaps (T, M).
+    """
     best = (chosen_on >= 0.5).double().mean(dim=1).argmax()
     return float((overlaps[best] >= 0.5).double().mean())
 

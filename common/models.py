@@ -64,8 +64,6 @@ def load_part(folder: Path, run: Run, model: nn.Module, prefix: str | None = Non
         model.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
     except RuntimeError:
         raise ValueError(f"{folder} holds an encoder of other sizes, channels or pooling") from None
-    if damaged := [name for name, v in model.state_dict().items() if not v.isfinite().all()]:
-        raise ValueError(f"{folder}/last.pt is damaged: {damaged[0]} is not finite; train again")
     return model
 
 

@@ -77,7 +77,9 @@ class Looks(NamedTuple):
     scores: list[float]  # (M,), NaN for unknown
 
 
-def page(reports: dict[str, Report], shown: Data, which: str, looks: dict[str, Looks], curves: dict) -> str:
+def page(
+    reports: dict[str, Report], shown: Data, which: str, looks: dict[str, Looks], curves: dict[str, Path]
+) -> str:
     """The page as HTML: tables of runs {name: Report}, what runs {name: Looks} see in images, which are
     described by `which`, and curves {title: PNG file}. Maps finer than FINEST are averaged.
     """

@@ -51,7 +51,7 @@ def align(reference: Tensor, images: Tensor, steps: int = 50) -> Tensor:
 def bend(reference: Tensor, images: Tensor, theta: Tensor, steps: int = 40) -> Tensor:
     """Refine affine maps theta (B, 2, 3) by smooth displacements, equation (2): deformable registration.
 
-    Returns flow (B, 2, KNOTS, KNOTS): displacements in the reference's coordinates [-1, 1], bicubic between.
+    Returns flow (B, 2, KNOTS, KNOTS): displacements in [-1, 1] at knots, bicubic in between.
     """
     source, target = _contrast(reference[None], 1.5), _contrast(images, 1.5)
     affine = F.affine_grid(theta, target.shape, align_corners=False)  # (B, h, w, 2)

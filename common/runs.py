@@ -179,7 +179,7 @@ def related(relvit: RelViT, images: Tensor, config: Config) -> dict[str, float]:
     kinds = {"distances": "error of distances", "angles": "error of angles"}
     names = {task: kinds.get(task, f"accuracy of {task}") for task in found}
     levels = [f"{names[task]} {value:.3f} ({relvit.chance[task]:.3f})" for task, value in found.items()]
-    print(f"on test images, and in brackets of a constant prediction: {', '.join(levels)}")
+    print(f"on test images (in brackets: a constant prediction): {', '.join(levels)}")
     return {f"{task}_test": value for task, value in found.items()}
 
 
@@ -213,8 +213,13 @@ def finish(
     print(f"wrote {config.out}/{picture}, curves.png, metrics.json, last.pt")
 
 
-def looks_of(loaded: dict[str, Loaded], splits: dict, reports: dict) -> tuple[Data, str, dict[str, Looks]]:
-    """Images for the page (the first, and those that each run is worst at), which they are, what runs see."""
+def looks_of(
+    loaded: dict[str, Loaded], splits: dict[str, Data], reports: dict
+) -> tuple[Data, str, dict[str, Looks]]:
+    """Images for the page, words that say which, and what each run sees in them.
+
+    The images are the first test images, and those that each run is worst at.
+    """
     (split, data), scores, looks = worth_showing(splits), {}, {}
     for name, (config, spec, model, *_) in loaded.items():
         multiclass = spec.multiclass if config.task == "classify" else None

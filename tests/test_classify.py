@@ -241,7 +241,12 @@ def test_a_baseline_s_loss_adds_its_weighted_penalty_which_is_zero_without_masks
 
 
 def test_a_step_swaps_the_backgrounds_of_all_images_or_of_a_share(monkeypatch):
-    margins, darker = [], lambda x, m, generator, share, margin: margins.append(margin) or x * (1 - share)
+    margins = []
+
+    def darker(x, m, generator, share, margin):
+        margins.append(margin)
+        return x * (1 - share)
+
     monkeypatch.setattr(train, "swapped", darker)
     flags = "--baseline swap --swap-margin 0.1", "--isnet 1 --swap 0.5", "--isnet 1", ""
     every, half, isnet, plain = (step_of(f)[0] for f in flags)

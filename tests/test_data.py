@@ -282,9 +282,12 @@ def test_the_reference_is_the_first_of_train_with_all_masks_else_moves_there_els
     (folder / "masks" / "lung").mkdir()
     _, reference, (note,) = load_folder(folder, 16)
     assert reference is None and "heart has 3, lung has 0; to complete one, add masks/lung/b.png" in note
-    for name, meant in {"mask": "masks", "label.csv": "labels.csv"}.items():
-        (folder / name).mkdir()
-        assert f"{folder / name} is not used: did you mean {meant}?" in load_folder(folder, 16)[2]
+    (folder / "masks.bak").mkdir()  # beside what it is like: no mistake
+    assert not any("did you mean" in note for note in load_folder(folder, 16)[2])
+    (folder / "masks").rename(folder / "mask")
+    assert f"{folder / 'mask'} is not used: did you mean masks?" in load_folder(folder, 16)[2]
+    (folder / "images").rename(folder / "Image")
+    assert "Image: did you mean images/?" in refusal(folder)
 
 
 def test_the_reference_must_be_readable_and_have_every_mask_and_unused_masks_are_noted(folder):

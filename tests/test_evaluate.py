@@ -169,7 +169,7 @@ def test_regions_that_are_no_file_names_and_unguided_runs_make_no_masks(two_runs
         torch.save(checkpoint | {"masses": {name: 0.5}}, tmp_path / "last.pt")
         assert "can't be file names" in refused(evaluate.main, str(tmp_path), *out)
     bias = "student.norm.bias"
-    weights = checkpoint["model"] | {bias: checkpoint["model"][bias] * torch.nan}
+    weights = checkpoint["model"] | {bias: torch.full_like(checkpoint["model"][bias], torch.inf)}
     for change in ({"masses": {"heart": 7.0}}, {"masses": [1]}, {"history": None}, {"model": weights}):
         damaged = {key: value for key, value in (checkpoint | change).items() if value is not None}
         torch.save(damaged | {"begun": None}, tmp_path / "last.pt")

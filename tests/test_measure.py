@@ -98,7 +98,7 @@ def test_guided_heads_belong_to_their_regions_and_stand_beside_the_prior(lungs):
     assert found.notes == ["no validation image has all masks: AP can't be measured"] and not found.metrics
     some = splits["test"]._replace(has_masks=torch.arange(8) < 3)
     found = measure.report(Encoder(maps, maps[:3]), splits | {"test": some}, ["attention"])
-    assert found.notes == ["AP and Dice are of the 3 of 8 test images with all masks"]
+    assert found.notes == ["AP and Dice: the 3 of 8 test images with all masks"]
     empty = splits["val"]._replace(masks=torch.zeros_like(splits["val"].masks))
     found = measure.report(Encoder(maps), splits | {"val": empty}, ["attention"])
     assert found.notes == ["no validation image shows lung: no head can be chosen for it"]

@@ -1,20 +1,25 @@
 """One labelled image becomes priors and masks for all: of attention, of the registered prior, of a folder."""
 
 import re
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SMALL, digits, image_folder, save, trained
+from torch import nn
 
 import train
+from common import runs
 from common.checkpoint import load_run
+from common.config import parse
 from common.data import Data
 from common.foreground import are_made, check_foreground, foreground
 from common.foreground import mask_dice, masks_compared, registered_masks
 from common.regions import make_priors, masks_held, mass_held, prior_maps, priors_over
 from common.splits import load
+from vit import ViT
 
 pytestmark = pytest.mark.usefixtures("few_test_images")
 
@@ -66,6 +71,16 @@ def test_attention_that_is_the_prior_makes_a_mask_of_nearly_its_area():
     mass = mass_held(attention / attention.sum(), (16, 16), regions)
     found = masks_held(attention / attention.sum(), (16, 16), (32, 32), mass)[0]
     assert 0.94 < found.sum() / regions.sum() < 1.02
+
+
+def test_a_mass_is_that_of_the_reference_image_and_measuring_it_does_not_end_training(monkeypatch):
+    splits, reference, _ = load("phantom", 64, 0, 4)
+    train_split, model = splits["train"], nn.ModuleDict({"encoder": ViT(64, 8, 1, 24, 1, 3)})
+    monkeypatch.setattr(runs, "attention_of", attention := Mock(wraps=runs.attention_of))
+    masses = runs.masses_of(parse(["--ssl", "none"])[0], model, train_split, reference)
+    _, images, _ = attention.call_args.args
+    assert torch.equal(images, train_split.images[[train_split.names.index(reference)]])
+    assert list(masses) == train_split.regions and model.training and model["encoder"].training
 
 
 @pytest.mark.slow
