@@ -77,8 +77,8 @@ def of_isnet() -> list[tuple]:
         for kind, shortcut in KINDS.items():
             experiment = f"isnet_{kind}" if run == "resnet" else f"vit_isnet_{kind}"
             rows.append((5, f"alone, {name}: {shortcut} flipped", 85, f"{experiment} auc_flipped"))
-    rows += on_all_shortcuts(8, "One mask, SPAN's attention, default", "blind_attention")
     rows += on_all_shortcuts(8, "One mask, registered, default", "blind_one")
+    rows += on_all_shortcuts(8, "One mask, SPAN's attention, default", "blind_attention")
     for masks, made in {"prior": "registered", "attention": "attention"}.items():
         for run, name in BACKBONES.items():
             one, who = f"isnet_{masks}_{run}", f"{made}, {name}"

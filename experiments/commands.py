@@ -72,7 +72,7 @@ def of_isnet_alone() -> dict[str, str]:
 
 
 def on_other_data() -> dict[str, str]:
-    """DINO on four kinds of images in three sizes; a shortcut with masks of 1, 10 or all images; poolings."""
+    """DINO on four kinds of images in three sizes; a shortcut, with masks of 1, 10 or all images."""
     runs = {"phantom_span": "", "simpool_span": "--pool simpool"}
     runs["plates_default"] = "--data parts --prior statistics"
     for n, (epochs, before) in {200: (58, 117), 850: (14, 27), 3000: (4, 8)}.items():  # 350 steps each
@@ -91,28 +91,35 @@ def on_other_data() -> dict[str, str]:
         runs[f"{kind}_blind_attention"] = f"{data} --task classify {BLIND} --masks runs/{kind}_span-{{seed}}"
         runs[f"{kind}_blind_ten"] = f"{data} --task classify {BLIND}".replace(f"{kind}{n}", f"{kind}{n}m10")
         runs[f"{kind}_blind_all"] = f"{data} --task classify {BLIND}"
-    label = f"--data data/scenes1000-{{seed}} {LABELS}"  # textured objects, to a plateau
-    runs |= {f"object_vit_{pool}": f"{label} vit --pool {pool}" for pool in ("cls", "gap", "simpool")}
-    return runs | {f"object_resnet_{pool}": f"{label} resnet --pool {pool}" for pool in ("gap", "simpool")}
+    return runs
 
 
 def against_backgrounds() -> dict[str, str]:
     """ISNet by default and as published on four shortcuts; all methods on hospitals, and on grounds."""
-    runs = {}
+    kinds = "corner", "anywhere", "tint", "border"
+    runs = {f"marked_{kind}": f"--marker 1 --marker-kind {kind}" for kind in kinds}
     for backbone in CLASSIFIERS:
         ways = {"blind": BLIND} | ({"published": "--preset published"} if backbone == "resnet" else {})
-        for kind in ("corner", "anywhere", "tint", "border"):
+        for kind in kinds:
             label = f"{LABELS} {backbone} --marker 1 --marker-kind {kind}"
             runs |= {f"{way}_{backbone}_{kind}": f"{label} {flags}" for way, flags in ways.items()}
-            runs[f"blind_one_{backbone}_{kind}"] = f"{label} {BLIND} --masks prior"
-            runs[f"marked_{kind}"] = f"--marker 1 --marker-kind {kind}"  # whose attention becomes masks
-            runs[f"blind_attention_{backbone}_{kind}"] = f"{label} {BLIND} --masks runs/marked_{kind}-{{seed}}"
+            for masks, where in {"one": "prior", "attention": f"runs/marked_{kind}-{{seed}}"}.items():
+                runs[f"blind_{masks}_{backbone}_{kind}"] = f"{label} {BLIND} --masks {where}"
         for way, flags in ({"plain": ""} | BASELINES | ways).items():
             label = f"{LABELS} {backbone} --marker 1 --marker-kind hospitals"
             runs[f"{way}_{backbone}_hospitals"] = f"{label} {flags}".strip()
             label = f"{LABELS} {backbone} --data data/grounds200-{{seed}}"
             runs[f"{way}_{backbone}_grounds"] = f"{label} {flags}".strip()
+    for masks in ("one", "attention"):  # what the margin of made masks costs
+        runs[f"flush_{masks}_resnet_corner"] = f"{runs[f'blind_{masks}_resnet_corner']} --swap-margin 0"
     return runs | {"tight_resnet_grounds": f"{runs['blind_resnet_grounds']} --isnet-margin 0"}
+
+
+def poolings_of_objects() -> dict[str, str]:
+    """Poolings on textured objects of 5 to 25 % of the area that lie anywhere, with labels, to a plateau."""
+    label = f"--data data/scenes1000-{{seed}} {LABELS}"
+    runs = {f"object_vit_{pool}": f"{label} vit --pool {pool}" for pool in ("cls", "gap", "simpool")}
+    return runs | {f"object_resnet_{pool}": f"{label} resnet --pool {pool}" for pool in ("gap", "simpool")}
 
 
 def at_equal_length() -> dict[str, str]:
@@ -138,7 +145,7 @@ def seeded(experiments: dict[str, str], seeds: Iterable[int]) -> dict[str, str]:
     return {f"{name}-{seed}": f"--seed {seed} {flags}".strip() for (name, seed), flags in runs.items()}
 
 
-TODAY = on_other_data() | against_backgrounds() | at_equal_length() | few_labels()
+TODAY = on_other_data() | against_backgrounds() | poolings_of_objects() | at_equal_length() | few_labels()
 GUIDED = {"span": EARLIER, "masks": f"{EARLIER} --prior masks"}
 CHANGED = {name: f"{GUIDED['span']} {flags}" for name, flags in SPAN_CHANGES.items()}
 for backbone, changes in {"resnet": RESNET_CHANGES, "vit": VIT_CHANGES}.items():

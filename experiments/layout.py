@@ -57,7 +57,9 @@ FEW_MASKS = {  # of digits and leaves
 BLIND = {  # ways against backgrounds
     "blind": "**ISNet, swapping: default**", "published": "ISNet as published",
     "blind_one": "**the same, one mask, registered**",
+    "flush_one": "one mask, registered, no margin",
     "blind_attention": "**the same, one mask, SPAN's attention**",
+    "flush_attention": "one mask, SPAN's attention, no margin",
 }  # fmt: skip
 NONE, ROW, WHOLE = "no attention exposed", "one row exposed", "attention written out"  # of curves.py
 PATCHES = "patches (of 8 px)"
@@ -171,23 +173,25 @@ def of_backgrounds() -> Tables:
     }
 
 
-def of_poolings_and_relations() -> Tables:
-    """SimPool's attention beside CLS and the mean; RelViT and DINO beside labels alone, and its relations."""
-    objects, few, scores = [], [], ("AP", "MaxBoxAccV2", "CorLoc")
+def of_objects() -> Tables:
+    """SimPool beside CLS and the mean: does its attention outline the object that decides the label?"""
+    rows, scores = [], ("AP", "MaxBoxAccV2", "CorLoc")
     for title, (run, of) in OBJECTS.items():
         accuracy = "no_accuracy" if of in ("untrained", "middle") else "accuracy_same"
-        objects.append(Row(title, f"object_{run}", [*(f"{of}_{score}" for score in scores), accuracy]))
+        rows.append(Row(title, f"object_{run}", [*(f"{of}_{score}" for score in scores), accuracy]))
+    return {"objects": (f"objects anywhere | {' | '.join(scores)} | accuracy", rows)}
+
+
+def of_few_labels() -> Tables:
+    """RelViT and DINO beside labels alone, and whether RelViT has learned its relations."""
+    rows, figures = [], ["auc_same", "relations_test"]
     for n in (250, 1000):
         for how, title in FEW_LABELS.items():
             alone = "" if how == "scratch" else f"scratch_phantom{n}"
-            figures = ["auc_same", "relations_test"]
-            few.append(Row(f"{n} images: {title}", f"{how}_phantom{n}", figures, alone))
-    return {
-        "objects": (f"objects anywhere | {' | '.join(scores)} | accuracy", objects),
-        "few_findings": ("phantoms | mean AUC of findings | relations right in test images", few),
-    }
+            rows.append(Row(f"{n} images: {title}", f"{how}_phantom{n}", figures, alone))
+    return {"few_findings": ("phantoms | mean AUC of findings | relations right in test images", rows)}
 
 
 def layout() -> Tables:
     """Header and rows of all tables of runs."""
-    return of_guidance() | of_shortcuts() | of_backgrounds() | of_poolings_and_relations()
+    return of_guidance() | of_shortcuts() | of_backgrounds() | of_objects() | of_few_labels()
