@@ -160,7 +160,7 @@ def load_run(folder: Path) -> Run:
             for name, weights in checkpoint["model"].items():
                 if not weights.isfinite().all():
                     raise ValueError(f"{name} is not finite")
-            checkpoint["history"]
+            checkpoint["history"]  # must be there
             config = as_config(settings | {"out": str(folder)})
             return Run(config, DataSpec(**checkpoint["spec"]), masses, checkpoint)
     except OSError as error:

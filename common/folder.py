@@ -26,7 +26,7 @@ from common.pictures import decode, to_tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".pgm")
 LAYOUT = "expected images/ with optional masks/<region>/ and labels.csv, or one folder of images per class"
-PARTS = ["images", "masks", "labels.csv"]
+ENTRIES = ["images", "masks", "labels.csv"]  # of a folder
 LABELS = {"0": 0.0, "1": 1.0, "": math.nan, "0.0": 0.0, "1.0": 1.0}  # pandas writes 1.0 beside blanks
 
 
@@ -40,7 +40,7 @@ def load_folder(folder: str | Path, img_size: int, reference: str | None = None)
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; {LAYOUT}")
     for path in sorted(folder.glob("[!.]*")):
-        near = get_close_matches(path.name.lower(), PARTS, 1, 0.8)
+        near = get_close_matches(path.name.lower(), ENTRIES, 1, 0.8)
         if near == ["images"] and not (folder / "images").exists():  # not a class
             raise DataError(f"{path}: did you mean images/? {LAYOUT}")
         if near and (folder / "images").exists() and not (folder / near[0]).exists():
