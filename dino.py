@@ -121,10 +121,6 @@ def over_processes(mean: Tensor) -> Tensor:
     return total / dist.get_world_size()
 
 
-class Collapse(RuntimeError):
-    """All images get the same output; the message names the kind and the remedy."""
-
-
 class CollapseMonitor(nn.Module):
     """Moving averages over the teacher's outputs: do different images still get different outputs?"""
 
@@ -175,11 +171,6 @@ class CollapseMonitor(nn.Module):
         figures = f"teacher entropy {self.entropy:.2f} of at most {ceiling:.2f}, KL {self.kl:.3f}"
         figures += f", {self.prototypes()} prototypes in use"
         return f"DINO has collapsed, {kind} ({figures}); remedy: {remedy}"
-
-    def check(self) -> None:
-        """Raise `Collapse`, with its diagnosis, if it has happened."""
-        if self.collapsed():
-            raise Collapse(self.diagnosis())
 
 
 class DINO(nn.Module):

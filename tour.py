@@ -66,7 +66,8 @@ for step in range(STEPS):
     dino.update_teacher(0.996)
     if step % 50 == 49:
         print(f"step {step + 1}: DINO {loss:.2f}, SPAN {span:.3f}")
-dino.health.check()  # raises if DINO has collapsed
+if dino.health.collapsed():
+    raise SystemExit(dino.health.diagnosis())
 
 # 4. The guided heads have learned where to look, also in images that they have never seen.
 with torch.no_grad():

@@ -36,13 +36,13 @@ from common.config import Config, epochs_for, parse
 from common.data import Data, normalise, prepared, rows_at, to_device
 from common.foreground import are_made, check_foreground, foreground, keep_masks, kept_masks
 from common.models import build_model, decayed, lrp_rule, make_encoder
-from common.processes import average_gradients, command_to_resume, fail, from_first, join, keep_freed_memory
-from common.processes import rank, remedy_for, share_batch_norms, stop_requests
+from common.processes import Collapse, average_gradients, command_to_resume, fail, from_first, join
+from common.processes import keep_freed_memory, rank, remedy_for, share_batch_norms, stop_requests
 from common.regions import priors_over
 from common.runs import data_of, finish, masses_of
 from common.splits import load
 from crops import multi_crop
-from dino import Collapse, over_processes
+from dino import over_processes
 from isnet_lrp import foreground_loss, isnet_background, published_loss, whole_patches
 from lrp import relevance
 from relvit import cut, patch_views
@@ -55,8 +55,7 @@ from vit import ViT
 def load_data(config: Config) -> tuple[dict[str, Data], str | None]:
     """Images by split and the reference image's name. Raises ValueError."""
     splits, reference, notes = load(**data_of(config), marker=config.marker, marker_kind=config.marker_kind)
-    counts = {split: len(data.names) for split, data in splits.items()}
-    sizes = ", ".join(f"{n} {split}" for split, n in counts.items())
+    sizes = ", ".join(f"{len(data.names)} {split}" for split, data in splits.items())
     print(*(f"note: {note}" for note in notes), f"{config.data}: {sizes} images", sep="\n")
     if not splits["train"].names:
         raise ValueError(f"{config.data}: no training images; look at the column split in labels.csv")
@@ -169,7 +168,8 @@ def classifier_objective(
         if not isnet and config.baseline not in PENALTIES:
             with torch.autocast(x.device.type, torch.bfloat16, enabled=config.amp):
                 logits = model(x)
-            return classification_loss(logits.float(), y, multiclass), {}
+            loss = classification_loss(logits.float(), y, multiclass)
+            return loss, {"classification": loss.detach()} if config.isnet else {}
         masked = m.flatten(1).any(dim=1)  # empty masks have the classification loss alone
         mean = masked / masked.sum().clamp(min=1)  # (B,), the weights of a mean over the others
         if config.baseline:
@@ -210,7 +210,6 @@ def train(
     """Train on images (N, C, S, S) by an objective; returns the history, a row an epoch.
 
     masses_now: what each checkpoint keeps of guided heads, from `masses_of`.
-
     All random numbers come from one generator, whose state is in every checkpoint: a run that was stopped
     ends at the weights of one that never was. Each process of torchrun takes its share of a batch.
     Raises Damaged, Collapse, FloatingPointError before weights are spoiled, KeyboardInterrupt after saving.
@@ -226,6 +225,7 @@ def train(
     batch = min(config.batch_size, len(images)) // processes * processes
     steps = len(images) // batch
     total, terminal = steps * config.epochs, sys.stderr.isatty() and not rank()
+    print(f"{config.epochs} epochs of {steps} step(s)")
     model.train()
     done = (len(history) * steps + (begun[1] if begun else 0)) * batch
     bar = tqdm(total=total * batch, initial=done, unit="img", smoothing=0.05, disable=not terminal)
@@ -257,7 +257,7 @@ def train(
             history.append({"epoch": epoch + 1, **means, "images_per_s": round(speed, 1)})
             if not rank():
                 save(config, spec, model, optimizer, generator, history, masses_now())
-            if not terminal:
+            if not terminal and (config.epochs - 1 - epoch) % max(1, config.epochs // 100) == 0:
                 words = ", ".join(f"{name} {value:.3g}" for name, value in means.items())
                 print(f"epoch {epoch + 1}/{config.epochs}: {words}, {speed:.0f} img/s", flush=True)
     return history
@@ -380,7 +380,7 @@ def main(argv: list[str] | None = None) -> None:
         masses_now = partial(masses_of, config, model, splits["train"], reference)
         history = train(config, spec, model, images, losses, saved, masses_now)
         if not saved or len(saved["history"]) < len(history):
-            print(f"trained in {time.perf_counter() - started:.0f} s")
+            print(f"trained in {time.perf_counter() - started:.0f} s{' since --resume' * bool(saved)}")
         if not rank():
             finish(*run, history)
         if dist.is_initialized():

@@ -20,6 +20,7 @@ import shlex
 import shutil
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import ZipFile
 
 import torch
 from torch import Generator, nn
@@ -149,8 +150,12 @@ def save(
 
 def load_run(folder: Path) -> Run:
     """A run's settings, data spec and checkpoint. Raises ValueError if it is no run or a file is damaged."""
+    path = folder / "last.pt"
     try:
-        checkpoint = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
+        with ZipFile(path) as archive:
+            if changed := archive.testzip():  # by checksums, which torch writes and does not compare
+                raise ValueError(f"{changed} has changed")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         version = checkpoint["format"]
         if version == FORMAT:
             settings = {name: checkpoint["settings"][name] for name in Config.__dataclass_fields__}
@@ -164,10 +169,10 @@ def load_run(folder: Path) -> Run:
             config = as_config(settings | {"out": str(folder)})
             return Run(config, DataSpec(**checkpoint["spec"]), masses, checkpoint)
     except OSError as error:
-        missing = error.filename or folder / "last.pt"  # torch names no file that was cut off
-        raise ValueError(f"{folder} is not a run of train.py: {missing} cannot be read") from None
+        why = error.strerror or reason(error)
+        raise ValueError(f"{folder} is not a run of train.py: {path} can't be read ({why})") from None
     except Exception as error:  # a damaged or foreign file fails in the unpickler in many ways
-        raise Damaged(f"{folder}/last.pt is damaged ({reason(error)})") from None
+        raise Damaged(f"{path} is damaged ({reason(error)}): restore it, or train again") from None
     version = f"another version of train.py (format {version}, here {FORMAT})"
     raise Damaged(f"{folder} was written by {version}: train again")
 

@@ -7,10 +7,11 @@ import torch
 
 from common.baselines import PENALTIES
 from common.config import Config
-from common.flags import option
+from common.flags import option, suggestion
 from common.folder import LAYOUT
 from common.splits import DRAWN
 
+PRIORS, MASKS = ("sample", "masks", "statistics", "none"), ("data", "prior", "attention")
 PRETRAINING = ("ssl", "prior")  # have no effect outside pretraining, except --prior with --masks prior
 
 
@@ -91,19 +92,21 @@ def check_pairs(c: Config) -> None:
     plain = not (c.isnet or c.baseline in PENALTIES or c.relations)
     guided = not classify and c.prior != "none"
     from_run = c.resume or c.init and c.init.is_dir()
-    some_masks = c.masks in ("data", "prior", "attention") or c.resume or Path(c.masks).is_dir()
-    known_prior = c.prior in ("sample", "masks", "statistics", "none") or Path(c.prior).is_file()
+    some_masks = c.masks in MASKS or c.resume or Path(c.masks).is_dir()
+    known_prior = c.prior in PRIORS or Path(c.prior).is_file()
     heads_fit = c.pool != "simpool" or c.embed_dim % c.pool_heads == 0
     # fmt: off
     for wrong, line in [
         (c.mega_patches > most, f"--mega-patches {c.mega_patches}: more than the {most} patches a side"),
-        (c.data not in DRAWN and not Path(c.data).is_dir(), f"--data {c.data} is not a folder; {LAYOUT}"),
+        (c.data not in DRAWN and not Path(c.data).is_dir(), f"--data {c.data} is not a folder; {LAYOUT}"
+         + suggestion(c.data, DRAWN)),
         (not known_prior, f"--prior {c.prior} is not sample, masks, statistics, none, or a .npy file "
-         "that exists"),
+         "that exists" + suggestion(c.prior, PRIORS)),
         (not heads_fit, f"--pool-heads {c.pool_heads} must divide --embed-dim {c.embed_dim}: change either"),
         (c.masks == "prior" and c.prior == "none", "--masks prior needs a prior: leave out --prior none"),
         (c.masks == "attention" and not from_run, "--masks attention needs --init RUN; or say --masks RUN"),
-        (not some_masks, f"--masks {c.masks} is neither data, prior, attention, nor a folder"),
+        (not some_masks, f"--masks {c.masks} is neither data, prior, attention, nor a folder"
+         + suggestion(c.masks, MASKS)),
         (not classify and c.ssl == "none" and not guided, "--ssl none learns from a --prior alone: name one"),
         (c.isnet and not classify, "--isnet needs --task classify"),
         (c.baseline and not classify, "--baseline needs --task classify"),

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import re
+from collections.abc import Iterable
 from dataclasses import Field, field, fields
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,12 @@ def may_be(setting: Field, value: Any) -> bool:
     return all(type(v) in types and (not choices or v in choices) for v in values)
 
 
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """What a misspelt word may have meant, to be put after a message; "" if nothing is near."""
+    near = difflib.get_close_matches(word, [*known], n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that suggests a flag for a misspelt one and reads --patch_size as --patch-size."""
 
@@ -45,8 +52,8 @@ class Parser(argparse.ArgumentParser):
         dashed = [re.sub(r"^--[^=]+", lambda name: name[0].replace("_", "-"), word) for word in argv]
         known, unknown = self.parse_known_args(dashed)
         if unknown:
-            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
-            self.error(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
+            meant = suggestion(unknown[0].split("=")[0], self._option_string_actions)
+            self.error(f"unknown argument {unknown[0]}{meant}")
         return known
 
 

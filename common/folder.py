@@ -17,12 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from common.data import SPLITS, Data, DataError, LoadedData, printable, select
-from common.pictures import decode, to_tensor
+from common.pictures import decode, read_mask, to_tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".pgm")
 LAYOUT = "expected images/ with optional masks/<region>/ and labels.csv, or one folder of images per class"
@@ -69,6 +68,7 @@ def load_folder(folder: str | Path, img_size: int, reference: str | None = None)
     reference = _choose_reference(data, masks, split, reference, notes)
     splits = {s: select(data, torch.tensor([split[name] == s for name in data.names])) for s in SPLITS}
     notes += [f"{folder}: no images in {s}" for s in SPLITS if not splits[s].names]
+    notes += doubtful(findings, (data.labels == 1).sum(dim=0).tolist()) if findings else []
     there = (splits["train"].labels == 1).any(dim=0) if findings else []
     if lacking := [f"`{finding}`" for finding, shown in zip(findings, there) if not shown]:
         more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
@@ -87,6 +87,17 @@ def _one_hot(classes: dict[str, str]) -> tuple[list[str], dict[str, Tensor]]:
     findings = sorted(set(classes.values()))
     labels = dict(zip(findings, torch.eye(len(findings))))
     return findings, {name: labels[c] for name, c in classes.items()}
+
+
+def doubtful(findings: list[str], images: list[int]) -> list[str]:
+    """Notes on findings (K) that may be another one misspelt; images: how many have it (K)."""
+    known, notes = {}, []
+    for finding, n in sorted(zip(findings, images), key=lambda pair: -pair[1]):
+        lower, rare = finding.lower(), 10 * n <= max(images) and len(known) < 100  # of more it takes long
+        near = [lower] if lower in known else get_close_matches(lower, known, 1, 0.8) if rare else []
+        notes += [f"is `{finding}` ({n} images) a misspelt {known[name]}?" for name in near]
+        known.setdefault(lower, f"`{finding}` ({n} images)")
+    return notes[:5]
 
 
 def _find_masks(folder: Path, images: dict[str, Path], notes: list[str]) -> dict[str, dict[str, Path]]:
@@ -114,18 +125,6 @@ def image_size(data: str, name: str) -> tuple[int, int]:
     return decode((images if images.is_dir() else Path(data)) / name).shape[:2]
 
 
-def _read_mask(path: Path, folder: Path, image: str, shape: tuple[int, int] | None, size: int) -> Tensor:
-    """(S, S) bool: pixels from half of the mask's maximum on, so 0/1, 0/255 and soft grey are alike."""
-    if not path.resolve().is_relative_to(folder.resolve()):  # the sender of the folder may be malicious
-        raise DataError(f"{path} is a link that leads out of {folder}; replace it by a copy")
-    pixels = np.atleast_3d(decode(path)).max(axis=2)  # (H, W); not the luminance: blue counts like white
-    if shape is not None and pixels.shape != shape:
-        mine, theirs = (f"{width} x {height} px" for height, width in (pixels.shape, shape))
-        raise DataError(f"{path} is {mine} but its image {image} is {theirs}; resize the mask to that")
-    inside = Image.fromarray(((pixels > 0) & (pixels >= pixels.max() / 2)).astype(np.float32))
-    return torch.from_numpy(np.array(inside.resize((size, size), Image.Resampling.BILINEAR)) >= 0.5)
-
-
 def by_stem(names: list[str]) -> dict[str, int]:
     """{name without suffix: its index}, as masks name images. Raises DataError if two are alike."""
     stems: dict[str, int] = {}
@@ -151,7 +150,7 @@ def read_masks(folder: Path, data: str | None, names: list[str], size: int) -> T
         i = wanted.get(name, wanted.get(name.partition("/")[2]))
         if i is not None and name[0] != "." and path.suffix.lower() in SUFFIXES and path.is_file():
             shape, any_mask = image_size(data, names[i]) if data else None, True
-            masks[i, 0] |= _read_mask(path, folder, names[i], shape, size)
+            masks[i, 0] |= read_mask(path, folder, names[i], shape, size)
     if not any_mask:
         raise DataError(f"{folder} holds no mask of any training image; name them like `{names[0]}`")
     return masks
@@ -167,7 +166,7 @@ def _read_images(paths: dict[str, Path], masks: dict[str, dict], size: int, note
         own = torch.zeros(len(masks), size, size, dtype=torch.bool)
         for mask, files in zip(own, masks.values()):
             if path := files.get(name):
-                mask[:] = _read_mask(path, path.parents[1], str(paths[name]), pixels.shape[:2], size)
+                mask[:] = read_mask(path, path.parents[1], str(paths[name]), pixels.shape[:2], size)
         return to_tensor(pixels, size, size), own, min(pixels.shape[:2])
 
     with ThreadPoolExecutor(8) as threads:
@@ -198,7 +197,8 @@ def _read_labels(path: Path, images: dict) -> tuple[list[str], dict[str, Tensor]
         columns = [column for column in header if column not in ("file", "split", "label")]
         twice = len(set(header)) < len(header) or "label" in header and columns
         if "file" not in header or "" in header or twice:
-            raise ValueError(f"`{','.join(header)}` must be `file` and either `label` or findings, each once")
+            line = "must be `file` and either `label` or findings, each once, with commas between"
+            raise ValueError(f"`{','.join(header)}` {line}")
         for cells in filter(any, reader):
             row = dict(zip(header, map(str.strip, cells)))
             if len(cells) != len(header):

@@ -1,11 +1,11 @@
 """The foreground of a classifier's training images, from one of these sources:
 
-    data        the masks that come with the images; images without get the reference image's, registered
-    prior       the reference image's masks, registered to all images
-    attention   the guided heads of the run --init
-    RUN         the guided heads of another run: a convnet can't start from a ViT
-    DIR         masks of any other tool: DIR/<region>/<image's name>, or DIR/<image's name>, as large as the
-                image, upright if its EXIF turns it; of several regions the union
+data        the masks that come with the images; images without get the reference image's, registered
+prior       the reference image's masks, registered to all images
+attention   the guided heads of the run --init
+RUN         the guided heads of another run: a convnet can't start from a ViT
+DIR         masks of any other tool: DIR/<region>/<image's name>, or DIR/<image's name>, as large as the
+            image, upright if its EXIF turns it; of several regions the union
 """
 
 import math
@@ -72,7 +72,9 @@ def check_foreground(source: str, train: Data, stay: Tensor) -> None:
     if lost or stay.sum() < max(2, len(stay) / 10):
         of_class = f", of none with {', '.join(lost[:5])}" if lost else ""
         raise ValueError(f"{line}{of_class}: add masks, or take those of a run by --masks RUN")
-    print(line + ("" if stay.all() else "; the others are left out of training"))
+    few = stay.sum() < 0.9 * len(stay)
+    left = "" if stay.all() else "; the others are left out of training" + ": add masks" * few
+    print("warning: " * few + line + left)
 
 
 def registered_masks(images: Tensor, prior: tuple, most: int = 1) -> Tensor:
@@ -109,7 +111,8 @@ def masks_of_run(folder: Path, data: str, images: Tensor) -> Tensor:
         counts = f"{run.spec.channels} channels, these images have {images.shape[1]}"
         raise ValueError(f"{folder} learned from {counts}: name a run of such images")
     if (trained_on := run.config.data) != data:
-        print(f"note: {folder} was trained on {trained_on}; look at its masks for {data}: --export-masks")
+        look = f"look at what it sees in images of {data}: python evaluate.py {folder} --image FILE ..."
+        print(f"note: {folder} was trained on {trained_on}; {look}")
     encoder, layer = load_model(folder, run), run.config.span_layer
     masks = (attention_masks(encoder, run.masses, x, layer) for x in images.split(BATCH))
     return torch.cat([m.any(dim=1, keepdim=True) for m in masks])

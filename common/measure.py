@@ -69,11 +69,13 @@ def report(
     if list(measures) not in (MEASURES, QUICK):
         others = "pretrained runs" if classifier else "classifiers"
         found.notes.extend(f"{what} is of {others} only" for what in measures if what not in apply)
+    if "attention" in apply and pools_evenly(encoder):
+        found.notes.append("the pooling is even: no attention; its AP is that of a flat map")
     for what in apply:
         try:
             if what == "bias":
                 table = measure_bias(model, splits, multiclass, rule)
-                found.tables["test images (same: as they are), in %"] = table
+                found.tables["test images (same = unchanged), in %"] = table
                 found.metrics.update(flatten(table, name_of_bias))
             elif what == "backgrounds":
                 table = measure_backgrounds(model, splits, multiclass)
@@ -89,9 +91,7 @@ def report(
                     means = {of: {"": known_mean(row.values())} for of, row in scores.items()}
                     found.metrics.update(flatten(scores, lambda of, region: f"{of}_{score}_{region}"))
                     found.metrics.update(flatten(means, lambda of, _: f"{of}_m{score}"))
-                if pools_evenly(encoder):
-                    found.notes.append("the pooling is even: no attention; its AP is that of a flat map")
-                else:
+                if not pools_evenly(encoder):
                     found.tables.update({"AP in %": table, "Dice in %": overlap})
                     n, masked = len(splits["test"].names), int(splits["test"].has_masks.sum())
                     if masked < n:
@@ -109,9 +109,11 @@ def report(
                     images = len(draw_labelled(splits["train"].labels, f, 0))
                     rows[f"{100 * f:g} % of labels ({images})"] = means[name]
         except CannotMeasure as error:
-            found.notes.append(str(error))
+            if what != "attention" or not pools_evenly(encoder):  # else it is said already
+                found.notes.append(str(error))
     if unknown := [name for name, value in found.metrics.items() if math.isnan(value)]:
-        found.notes.append(f"not defined, too few images of a kind: {', '.join(unknown)}")
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        found.notes.append(f"not defined, too few images of a kind: {', '.join(unknown[:5])}{more}")
     return found
 
 
@@ -233,5 +235,5 @@ def flatten(table: Table, name: Callable[[str, str], str]) -> dict[str, float]:
 
 def name_of_bias(images: str, metric: str) -> str:
     """auc_same, auc_flipped_effusion, accuracy_same ..."""
-    metric, finding = ("auc", metric[3:].lower()) if metric.startswith("AUC") else (metric, "")
+    metric, finding = ("auc", metric[3:]) if metric.startswith("AUC") else (metric, "")
     return f"{metric}_{images}{finding}"

@@ -36,6 +36,22 @@ def decode(path: Path) -> np.ndarray:
         raise DataError(f"{path}: this image cannot be read ({problem}); repair or remove it") from None
 
 
+def read_mask(path: Path, folder: Path, image: str, shape: tuple[int, int] | None, size: int) -> Tensor:
+    """(S, S) bool, S = size: pixels from half of the mask's maximum on, so 0/1, 0/255, soft grey are alike.
+
+    folder: which the file must lie in. image, shape: its image, and that one's height and width, if it must
+    have the same. Raises DataError.
+    """
+    if not path.resolve().is_relative_to(folder.resolve()):  # the sender of the folder may be malicious
+        raise DataError(f"{path} is a link that leads out of {folder}; replace it by a copy")
+    pixels = np.atleast_3d(decode(path)).max(axis=2)  # (H, W); not the luminance: blue counts like white
+    if shape is not None and pixels.shape != shape:
+        mine, theirs = (f"{width} x {height} px" for height, width in (pixels.shape, shape))
+        raise DataError(f"{path} is {mine} but its image {image} is {theirs}; resize the mask to that")
+    inside = Image.fromarray(((pixels > 0) & (pixels >= pixels.max() / 2)).astype(np.float32))
+    return torch.from_numpy(np.array(inside.resize((size, size), Image.Resampling.BILINEAR)) >= 0.5)
+
+
 def to_tensor(pixels: np.ndarray, height: int, width: int) -> Tensor:
     """(H, W) or (H, W, 3) to (1 or 3, height, width) uint8."""
     deep = pixels.dtype != np.uint8

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from common.checks import check_device
-from dino import Collapse, over_processes
+from dino import over_processes
 
 
 def keep_freed_memory() -> None:
@@ -58,6 +58,10 @@ def join(device: str, batch_size: int) -> str:
     if rank():
         sys.stdout = open(os.devnull, "w")
     return device
+
+
+class Collapse(RuntimeError):
+    """DINO gives all images the same output; all processes know, and the message names the remedy."""
 
 
 def fail(script: str, said: Exception | str, status: int) -> NoReturn:

@@ -66,8 +66,8 @@ def load_all(
     for path, config in configs.items():
         here, there = ({"task": c.task, **data_of(c)} for c in (first, config))
         if names := [name for name in here | there if here.get(name) != there.get(name)]:
-            differ = f"{paths[0]} and {path} differ in {', '.join(names)}"
-            raise ValueError(f"{differ}: compare runs on the same images")
+            alike = "of one --task" if "task" in names else "on the same images"
+            raise ValueError(f"{paths[0]} and {path} differ in {', '.join(names)}: compare runs {alike}")
     markers = {(c.marker, c.marker_kind) for c in configs.values() if c.marker is not None}
     if len(markers) > 1:
         both = " and ".join(f"{kind} {share:g}" for share, kind in sorted(markers))
@@ -112,12 +112,14 @@ def worth_showing(splits: dict[str, Data]) -> tuple[str, Data]:
 
 
 def images_to_show(config: Config, splits: dict[str, Data], n: int) -> Data:
-    """n test images for a picture, those with masks; of a classifier, two thirds with the first finding."""
+    """n test images for a picture, those with masks; of two classes or findings two thirds have the first."""
     _, test = worth_showing(splits)
     n = min(n, len(test.names))
-    if config.task == "pretrain" or test.labels is None:
+    labels, pretraining = splits["train"].labels, config.task == "pretrain"
+    if test.labels is not None and is_multiclass(labels) and (pretraining or labels.shape[1] > 2):
+        return select(test, torch.linspace(0, len(test.names) - 1, n).long())  # often sorted by class
+    if pretraining or test.labels is None:
         return select(test, torch.arange(n))
-    labels = splits["train"].labels
     finding = test.labels[:, int(labels.shape[1] == 2 and is_multiclass(labels))].nan_to_num()
     order = torch.argsort(finding, descending=True, stable=True)
     return select(test, torch.cat([order[: n - n // 3], order[len(order) - n // 3 :]]))

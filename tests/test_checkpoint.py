@@ -167,13 +167,16 @@ def test_a_run_that_is_stopped_says_what_is_kept_and_how_to_go_on(tmp_path, monk
     assert command == "python train.py --out 'my run' --resume --keep-going"
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", "truncated", Evil()])
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", "truncated", "changed", Evil()])
 def test_a_damaged_or_evil_checkpoint_is_refused(content, span_run, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     torch.save(content, "last.pt")
     if not isinstance(content, Evil):
         whole = (span_run / "last.pt").read_bytes()
-        Path("last.pt").write_bytes(whole[: len(whole) // 2] if content == "truncated" else content)
+        half = len(whole) // 2
+        changed = whole[:half] + bytes([whole[half] ^ 1]) + whole[half + 1 :]  # one bit of the weights
+        damage = {"truncated": whole[:half], "changed": changed}
+        Path("last.pt").write_bytes(damage.get(content, content))
     line = refused(evaluate.main, str(tmp_path))
     assert "last.pt is damaged" in line and "weights_only" not in line  # torch's advice would run it
     assert not isinstance(content, Evil) or "it holds posix.system, which might run code" in line

@@ -11,7 +11,7 @@ from PIL import Image
 
 from common import data, datasets
 from common.data import SPLITS, DataError, rows_at, select
-from common.folder import SUFFIXES, load_folder, read_masks
+from common.folder import SUFFIXES, doubtful, load_folder, read_masks
 from common.splits import load
 
 GREY = noise(16, 16)
@@ -87,6 +87,15 @@ def test_class_folders_give_one_hot_labels(tmp_path):
     labels = {name: data.labels[0].tolist() for name, data in found.items()}
     assert labels == {"bad/1.png": [1, 0], "good/1.png": [0, 1], "good/2.png": [0, 1]} and reference is None
     assert found["bad/1.png"].findings == ["bad", "good"]
+
+
+def test_a_rare_class_or_one_of_other_case_that_resembles_another_may_be_misspelt():
+    found = doubtful(["cat", "catt", "car", "Dog", "dog"], [40, 1, 2, 30, 30])
+    assert found == [
+        "is `dog` (30 images) a misspelt `Dog` (30 images)?",
+        "is `catt` (1 images) a misspelt `cat` (40 images)?",
+    ]
+    assert doubtful(["cat", "cats"], [20, 30]) == []  # neither is rare
 
 
 def test_names_with_odd_characters_load_and_all_that_is_said_of_them_can_be_printed_on_a_line(folder):

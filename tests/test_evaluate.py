@@ -18,7 +18,7 @@ from common.explain import decisions
 from common.folder import read_masks
 from common.models import load_model
 from common.regions import attention_masks, make_priors
-from common.runs import Loaded
+from common.runs import Loaded, images_to_show
 from common.splits import load
 from common.weights import exported
 from vit import ViT
@@ -123,8 +123,20 @@ def test_without_labelled_test_images_a_classifier_is_trained_but_not_measured(t
     capsys.readouterr()
     evaluate.main([str(tmp_path / "run")])
     said = capsys.readouterr().out
-    assert all(f"{what} can't be measured" in said for what in ("AUC", "AP", "knn", "linear"))
+    assert all(f"{what} can't be measured" in said for what in ("AUC", "knn", "linear"))
+    assert "the pooling is even" in said and "AP can't" not in said  # masks would not help
     assert "compare.png" in said  # a picture there is
+
+
+def test_a_picture_shows_all_classes_though_names_are_sorted_by_class():
+    names = [f"{c}/{i}" for c in "abc" for i in range(5)]
+    none = torch.zeros(15, dtype=torch.bool)
+    data = Data(
+        torch.zeros(15, 1, 8, 8), None, none, torch.eye(3).repeat_interleave(5, 0), names, [], [*"abc"]
+    )
+    for task in ("pretrain", "classify"):
+        config, _ = parse(["--task", task])
+        assert [n[0] for n in images_to_show(config, {"train": data, "test": data}, 6).names] == [*"aabbcc"]
 
 
 def test_what_can_not_be_compared_or_asked_is_refused_at_once(two_runs, tmp_path, refused, monkeypatch):

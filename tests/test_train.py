@@ -28,9 +28,8 @@ from common.config import LENGTHS, parse
 from common.data import Data, prepared
 from common.models import build_encoder, load_model
 from common.phantom import REGIONS, phantom
-from common.processes import fail, from_first, join
+from common.processes import Collapse, fail, from_first, join
 from common.runs import related
-from dino import Collapse
 from relvit import RelViT
 from vit import Features, ViT
 
@@ -125,6 +124,16 @@ def test_a_small_folder_is_passed_over_more_often_if_no_epochs_are_typed(tmp_pat
     data = folder_of_phantoms(tmp_path / "mine", masked=24)
     trained(tmp_path / "run", f"--prior none --data {data}", TINY[:-2])
     assert len(epochs_of(tmp_path / "run")) == 3
+
+
+def test_a_log_of_a_long_run_has_about_a_hundred_lines(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "save", Mock())
+    words, lines = "--ssl none --align none --train-images 2 --batch-size 2 --epochs", {}
+    for epochs in (4, 250):
+        trained(tmp_path / str(epochs), f"{words} {epochs}", TINY[:-2])
+        lines[epochs] = re.findall(r"^epoch (\d+)/", capsys.readouterr().out, re.M)
+    assert lines[4] == ["1", "2", "3", "4"]
+    assert len(lines[250]) == 125 and lines[250][-1] == "250"
 
 
 def test_what_a_folder_lacks_is_said_in_one_line(tmp_path, refused):
