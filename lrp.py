@@ -112,8 +112,7 @@ class LRP(TorchFunctionMode):
         self.detach_biases, self.explaining = detach_biases, False
         self.depends = WeakIdKeyDictionary()  # what depends on the watched input: a set, all values are True
         self.successor = WeakIdKeyDictionary()  # a tensor changed in place: the result, computed out of place
-        self.warned: set[str] = set()
-        self.box: list[Tensor] = []  # the input and its bounds, for rule (9)
+        self.warned, self.box = set(), []  # names; the input and its bounds, for rule (9)
 
     def watch(self, images: Tensor) -> Tensor:
         """Mark the input whose relevance is asked for; returns it, requiring a gradient."""
@@ -264,8 +263,8 @@ class LRP(TorchFunctionMode):
             raise ValueError("LRP: attention dropout must be 0 while relevance is asked for")
         q, k, v = query, key, value  # (..., Q, d), (..., T, d), (..., T, d)
         y = func(q, k, v, attn_mask, 0.0, is_causal, scale=scale, **kw)
-        scores = (q @ k.transpose(-2, -1)) * (q.shape[-1] ** -0.5 if scale is None else scale)  # (..., Q, T)
-        scores = self.half(scores, q, k)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        scores = self.half(q @ k.transpose(-2, -1) * scale, q, k)  # (..., Q, T)
         if is_causal:
             attn_mask = torch.ones_like(scores, dtype=torch.bool).tril()
         if attn_mask is not None:
@@ -275,15 +274,14 @@ class LRP(TorchFunctionMode):
         return _Route.apply(self, y, self.half(z, q if self.active(q) else k, v))
 
 
-SMOOTH = "relu6 elu selu celu gelu silu mish sigmoid logsigmoid tanh softplus softsign hardtanh hardswish "
-SMOOTH += "hardsigmoid clamp clamp_min clamp_max threshold square sqrt exp log pow"
 FAMILIES = {
     "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d": LRP._layer,
     "matmul bmm mm rmatmul": LRP._matmul,
     "addmm baddbmm": LRP._bias_first,
     "mul rmul multiply": LRP._times,
     "div truediv divide true_divide": LRP._over,
-    SMOOTH: LRP._elementwise,
+    "relu6 elu selu celu gelu silu mish sigmoid logsigmoid tanh softplus softsign hardtanh hardswish "
+    "hardsigmoid clamp clamp_min clamp_max threshold square sqrt exp log pow": LRP._elementwise,
     "layer_norm group_norm": LRP._norm,
     "batch_norm": LRP._batch_norm,
     "scaled_dot_product_attention": LRP._attention,
@@ -333,8 +331,7 @@ def relevance(
     """
     if not images.is_floating_point() or not len(images):
         raise ValueError(f"relevance needs float images, not {images.dtype} {tuple(images.shape)}")
-    bounds = [torch.full_like(images, bound, requires_grad=True) for bound in input_rule or ()]
-    outputs: dict[nn.Module, Tensor] = {}
+    bounds, outputs = [torch.full_like(images, v, requires_grad=True) for v in input_rule or ()], {}
     with torch.enable_grad(), LRP(epsilon, gamma, signed, detach_biases) as rules, ExitStack() as hooks:
         for layer in layers:
             hooks.enter_context(layer.register_forward_hook(lambda m, _, y: outputs.update({m: y})))

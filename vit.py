@@ -128,7 +128,6 @@ class ViT(nn.Module):
     (B, N, D), before the last LayerNorm, to (pooled (B, D), attention (B, N) or (B, heads, N)); then there is
     no CLS token. registers: extra tokens without a position, between CLS and patches, which are not returned
     (Darcet et al. 2023, arXiv 2309.16588). drop_path: stochastic depth of the last block, rising from 0.
-
     Raises ValueError if patch_size does not divide img_size, or num_heads does not divide embed_dim.
     """
 
@@ -141,16 +140,14 @@ class ViT(nn.Module):
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}: change one")
         self.patch_size, self.embed_dim, self.num_heads, self.depth = patch_size, embed_dim, num_heads, depth
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        self.native_grid = self._grid(height, width)
+        self.native_grid = self._grid(*((img_size, img_size) if isinstance(img_size, int) else img_size))
         self.pool, self.registers = pool, registers
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         if pool is None:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         if registers:
             self.reg_token = nn.Parameter(torch.randn(1, registers, embed_dim) * 1e-6)
-        tokens = math.prod(self.native_grid) + (pool is None)
-        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(self.native_grid) + (pool is None), embed_dim))
         rates = torch.linspace(0, drop_path, depth).tolist()  # deeper blocks are dropped more often
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, rate) for rate in rates)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
