@@ -188,7 +188,8 @@ def resumed(config: Config, typed: set[str]) -> Run:
             wanted = asked[name] if name in typed else record.get(name)
             flag = option(Config.__dataclass_fields__[name])
             remedy = f"leave out {flag}" if name in typed else "restore its config.json"
-            begun = f"--resume: {config.out} was started with {name} {saved[name]}, not {wanted}"
+            then, now = (("off", "on")[v] if isinstance(v, bool) else v for v in (saved[name], wanted))
+            begun = f"--resume: {config.out} was started with {name} {then}, not {now}"
             raise ValueError(f"{begun}: {remedy}, or train in another --out")
     changed = {name: asked[name] for name in asked if name in PER_CALL or name in moved and name in typed}
     return run._replace(config=as_config(saved | changed))

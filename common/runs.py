@@ -204,7 +204,7 @@ def finish(
     if config.task == "classify":
         warn_if_constant(history[-1], train.labels, spec.multiclass)
         if masks is not None and config.masks != "data" and (compared := masks_compared(masks, train)):
-            metrics["mask_dice"], _ = compared
+            metrics |= zip(("mask_dice", "masks_compared"), compared)
     write_file(config.out / "metrics.json", {k: v for k, v in metrics.items() if math.isfinite(v)})
     shown = images_to_show(config, splits, 6)
     maps = maps_of(run, shown.images, measured.heads, lrp_rule(config))

@@ -88,7 +88,9 @@ def test_attention_masks_train_either_classifier_and_their_quality_is_said(span_
     for backbone in ("resnet", "vit"):
         words = f"--isnet 1 --epochs 1 --backbone {backbone} --masks {span_run}"
         metrics = trained(tmp_path / backbone, words, SMALL)
-        said = float(re.search(r"Dice ([\d.]+) %", capsys.readouterr().out)[1])
+        said, images = re.search(r"Dice ([\d.]+) % .* in (\d+) images", capsys.readouterr().out).groups()
+        said = float(said)
+        assert metrics["masks_compared"] == int(images) > 0
         assert load_run(tmp_path / backbone).config.swap_margin == 0.025  # made masks are kept narrower
         assert metrics["background"] > 0 and 100 * metrics["mask_dice"] == pytest.approx(said, abs=0.06)
     started = "--task classify --isnet 1 --train-images 32 --epochs 1 --masks attention --init"

@@ -79,6 +79,7 @@ def test_an_existing_run_is_neither_overwritten_nor_resumed_unless_asked_to(span
         flag, value = words.split()
         line = refused(train.main, *resume, f"--{flag}", value)
         assert f"was started with {flag} " in line and f", not {value}: leave out --{flag}" in line
+    assert "with amp off, not on: leave out --amp" in refused(train.main, *resume, "--amp")
     assert "leave out either" in refused(train.main, *resume, "--config", str(span_run))
     assert "drop --resume" in refused(train.main, "--out", str(tmp_path / "new"), "--resume")
     for name, content in [("dead", (span_run / "config.json").read_text()), ("other", '{"model": "vit"}')]:
