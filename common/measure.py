@@ -99,15 +99,7 @@ def report(
                     found.heads.update(heads)
             else:
                 probed = probe(encoder, splits, what, (1.0,) if classifier else fractions, features)
-                name = list(probed[max(probed)])[-1]  # accuracy of classes, mAUC of findings
-                found.curves[f"{what} {name}"] = {f: draws[name] for f, draws in probed.items()}
-                rows = found.tables.setdefault("probes, in %", {})[f"{what} {name}"] = {}
-                for f, draws in probed.items():
-                    part = "" if f == 1 else f"_{100 * f:g}_percent"
-                    means = {metric: known_mean(values) for metric, values in draws.items()}
-                    found.metrics.update({f"{what}_{metric}{part}": mean for metric, mean in means.items()})
-                    images = len(draw_labelled(splits["train"].labels, f, 0))
-                    rows[f"{100 * f:g} % of labels ({images})"] = means[name]
+                add_probe(found, what, probed, splits["train"].labels)
         except CannotMeasure as error:
             if what != "attention" or not pools_evenly(encoder):  # else it is said already
                 found.notes.append(str(error))
@@ -115,6 +107,18 @@ def report(
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         found.notes.append(f"not defined, too few images of a kind: {', '.join(unknown[:5])}{more}")
     return found
+
+
+def add_probe(found: Report, what: str, probed: dict[float, dict], labels: Tensor) -> None:
+    """Add what a probe found, {label fraction: {metric: a value a draw}}, of training labels (N, K)."""
+    name = list(probed[max(probed)])[-1]  # accuracy of classes, mAUC of findings
+    found.curves[f"{what} {name}"] = {f: draws[name] for f, draws in probed.items()}
+    rows = found.tables.setdefault("probes, in %", {})[f"{what} {name}"] = {}
+    for f, draws in probed.items():
+        part = "" if f == 1 else f"_{100 * f:g}_percent"
+        means = {metric: known_mean(values) for metric, values in draws.items()}
+        found.metrics.update({f"{what}_{metric}{part}": mean for metric, mean in means.items()})
+        rows[f"{100 * f:g} % of labels ({len(draw_labelled(labels, f, 0))})"] = means[name]
 
 
 def measure_attention(
