@@ -87,6 +87,8 @@ def compare(args: argparse.Namespace) -> None:
         settings = measured_by(run, splits, reference, registered)
         found = reports[name] = report(run.model, splits, args.measures, fractions, **settings)
         run.out.mkdir(parents=True, exist_ok=True)
+        if run.history and len(run.history) < run.config.epochs:
+            found.notes.append(f"it stopped after {len(run.history)} of {run.config.epochs} epochs")
         if run.config.marker is None and "flipped" in splits:
             found.notes.append("its metrics are not kept: only the others were trained with a marker")
         else:  # NaN is no JSON
@@ -129,7 +131,8 @@ def draw_pictures(run: Path, flags: list[str], paths: list[Path], device: str) -
             written = draw_picture(loaded, path, out / name)
             print(f"{path}: {written} file(s) in {out / name}" if written else f"{path}: the pooling is even")
         except DataError as error:
-            failed.append(str(error) if path.exists() else f"--image {path}: no such file")
+            why = "it is a folder, name its files" if path.is_dir() else "no such file"
+            failed.append(str(error) if path.is_file() else f"--image {path}: {why}")
     if failed:
         raise ValueError("; ".join(failed))
 

@@ -225,7 +225,7 @@ def train(
     batch = min(config.batch_size, len(images)) // processes * processes
     steps = len(images) // batch
     total, terminal = steps * config.epochs, sys.stderr.isatty() and not rank()
-    print(f"{config.epochs} epochs of {steps} step(s)")
+    print(f"{config.epochs} epoch(s) of {steps} step(s)")
     model.train()
     done = (len(history) * steps + (begun[1] if begun else 0)) * batch
     bar = tqdm(total=total * batch, initial=done, unit="img", smoothing=0.05, disable=not terminal)

@@ -32,7 +32,7 @@ from common.data import Data
 from common.flags import option
 from common.weights import reason
 
-FORMAT = 9  # of last.pt: what it holds, and what its settings mean
+FORMAT = 10  # of last.pt: what it holds, and what its settings mean
 WRITTEN = "last.pt metrics.jsonl metrics.json attention_mass.json masks.pt report.html".split()
 WRITTEN += [f"{name}.png" for name in "attention heatmaps curves compare compare_curves low_data".split()]
 
@@ -43,7 +43,7 @@ class DataSpec(NamedTuple):
     channels: int
     classes: tuple[str, ...]  # or findings; empty in pretraining
     multiclass: bool  # each image has one of the classes
-    images: str  # how many training images there were, and a hash of their names
+    images: str  # how many training images there were, and a hash of their names and labels
     relevance_range: tuple[float, ...] | None = None  # C1, C2 of ISNet's loss; as published, of inner layers
 
 
@@ -89,6 +89,8 @@ def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
     """Raise ValueError rather than touch a folder that holds something, unless asked to."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a folder")
+    if resume and overwrite:
+        raise ValueError("--resume continues a run, --overwrite starts again: choose one")
     empty = not out.exists() or all(path.suffix == ".part" for path in out.iterdir())  # left by a kill
     record = out / "config.json"
     if not empty and not (record.exists() and b'"command": "python ' in record.read_bytes()):
@@ -114,11 +116,11 @@ def start_run(config: Config, spec: DataSpec, argv: list[str]) -> None:
 
 def data_spec(train: Data, classify: bool, data: str) -> DataSpec:
     """What a run takes from its training images. Raises ValueError if they can't be classified."""
-    mark = hashlib.sha256("\n".join(train.names).encode("utf-8", "surrogateescape")).hexdigest()[:8]
-    images = f"{len(train.names)} images (hash of their names: {mark})"
+    labels, names = train.labels, "\n".join(train.names).encode("utf-8", "surrogateescape")
+    mark = hashlib.sha256(names + (labels.numpy().tobytes() if classify and labels is not None else b""))
+    images = f"{len(train.names)} (hash of names and labels: {mark.hexdigest()[:8]})"
     if not classify:
         return DataSpec(train.images.shape[1], (), False, images)
-    labels = train.labels
     if labels is None or labels.isnan().all():
         raise ValueError(f"--task classify: no training image of {data} has a label; add labels.csv")
     if not ((labels == 1).any(dim=0) & (labels == 0).any(dim=0)).any():
@@ -126,13 +128,17 @@ def data_spec(train: Data, classify: bool, data: str) -> DataSpec:
     return DataSpec(train.images.shape[1], tuple(train.findings), is_multiclass(labels), images)
 
 
-def check_spec(run: Path, then: DataSpec, now: DataSpec, data: str) -> None:
-    """Raise ValueError if a run learned other channels, classes or images than its data have now."""
+def check_spec(run: Path, then: DataSpec, now: DataSpec, data: str, goes_on: bool = True) -> None:
+    """Raise ValueError if a run learned other channels, classes or images than its data have now; print a
+    note of other images if it is only measured, and does not go on."""
     for name, was, there in zip(DataSpec._fields, then[:4], now[:4]):
         if was != there:
             was, there = (", ".join(x) if isinstance(x, tuple) else x for x in (was, there))
             learned = f"{run} learned {name} {was}, but {data} has {there}"
-            raise ValueError(f"{learned}: restore it, or train again")
+            if name == "images" and not goes_on:
+                print(f"note: {learned}")
+                continue
+            raise ValueError(f"{learned}: leave out --data, restore its files, or train again")
 
 
 def save(

@@ -1,6 +1,7 @@
 """Settings that make no sense are refused by one line that names the value, the limit and the remedy."""
 
 from dataclasses import fields
+from glob import glob
 from pathlib import Path
 
 import torch
@@ -39,6 +40,8 @@ def check(config: Config, typed: set[str]) -> None:
             line = "give two fractions of the area, 0 < a <= b <= 1"
             raise ValueError(f"--{flag}-scale {low:g} {high:g}: {line}")
     check_pairs(config)
+    if "train_images" in typed and config.data not in DRAWN:
+        print(f"note: --train-images is for drawn images; of {config.data} all are taken")
 
 
 def met(config: Config, need: str) -> bool:
@@ -106,7 +109,7 @@ def check_pairs(c: Config) -> None:
         (c.masks == "prior" and c.prior == "none", "--masks prior needs a prior: leave out --prior none"),
         (c.masks == "attention" and not from_run, "--masks attention needs --init RUN; or say --masks RUN"),
         (not some_masks, f"--masks {c.masks} is neither data, prior, attention, nor a folder"
-         + suggestion(c.masks, MASKS)),
+         + suggestion(c.masks, [*MASKS, *glob(f"{Path(c.masks).parent}/*")])),
         (not classify and c.ssl == "none" and not guided, "--ssl none learns from a --prior alone: name one"),
         (c.isnet and not classify, "--isnet needs --task classify"),
         (c.baseline and not classify, "--baseline needs --task classify"),

@@ -63,7 +63,7 @@ class Config:
     device: str = flag("auto", "auto (cuda if there is one, else cpu), cpu, cuda, mps")
     data: str = flag("phantom", "phantom (X-rays), parts (plates), or a folder", "--data-path", group="data")
     train_images: int = flag(None, "training images to draw", within=COUNT)
-    img_size: int = flag(64, "pixels a side that images are resized to", within=COUNT)
+    img_size: int = flag(64, "pixels a side that images are resized to", within=(1, 4096))
     findings: tuple[str, ...] = flag(None, "to classify, or all (default: phantom one, else all)", nargs="+",
         needs="task=classify")
     marker: float = flag(None, "probability that a marker agrees with the first finding", within=FRACTION)

@@ -7,10 +7,9 @@
 docs/data.md describes both layouts, masks, labels and splits, and what becomes of an image.
 """
 
-import csv
 import math
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
 from pathlib import Path
@@ -21,12 +20,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.data import SPLITS, Data, DataError, LoadedData, printable, select
+from common.labels import doubtful, one_hot, read_labels
 from common.pictures import decode, read_mask, to_tensor
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".pgm")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".pgm")
 LAYOUT = "expected images/ with optional masks/<region>/ and labels.csv, or one folder of images per class"
 ENTRIES = ["images", "masks", "labels.csv"]  # of a folder
-LABELS = {"0": 0.0, "1": 1.0, "": math.nan, "0.0": 0.0, "1.0": 1.0}  # pandas writes 1.0 beside blanks
 
 
 def load_folder(folder: str | Path, img_size: int, reference: str | None = None) -> LoadedData:
@@ -46,16 +45,23 @@ def load_folder(folder: str | Path, img_size: int, reference: str | None = None)
             notes.append(f"{path} is not used: did you mean {near[0]}?")
     if (folder / "images").is_dir():
         paths = {path.name: path for path in _listed(folder / "images")}
-        findings, labels, split = _read_labels(folder / "labels.csv", paths)
+        findings, labels, split = read_labels(folder / "labels.csv", paths)
         masks = _find_masks(folder / "masks", paths, notes)
     elif not (folder / "masks").exists() and not (folder / "labels.csv").exists():  # masks are not a class
         paths = {f"{sub.name}/{path.name}": path for sub in _listed(folder, True) for path in _listed(sub)}
-        findings, labels = _one_hot({name: printable(path.parent.name) for name, path in paths.items()})
+        findings, labels = one_hot({name: printable(path.parent.name) for name, path in paths.items()})
     if not paths and (beside := _listed(folder)):
         raise DataError(f"{folder}: {len(beside)} images lie beside each other; move them to {folder}/images")
+    elsewhere = _unused(folder, paths)
     if not paths:
-        raise DataError(f"{folder} holds no images ({' '.join(SUFFIXES)}); {LAYOUT}")
+        raise DataError(f"{folder} holds no images ({' '.join(SUFFIXES)}){elsewhere}; {LAYOUT}")
+    notes += [f"images are not used{elsewhere}; {LAYOUT}"] if elsewhere else []
     data = _read_images(paths, masks, img_size, notes)
+    for region, m in zip(data.regions, data.masks.transpose(0, 1) if data.regions else []):  # (N, S, S)
+        if (full := m.float().mean(dim=(1, 2)) > 0.98).any():
+            name = data.names[int(full.int().argmax())]
+            line = f"{int(full.sum())} mask(s) of {region} cover the whole image, such as that of {name}"
+            notes.append(f"{line}: a mask must be black where the region is not")
     if findings:
         unknown = torch.full((len(findings),), math.nan)
         rows = torch.stack([labels.get(name, unknown) for name in data.names])  # (N, K)
@@ -82,22 +88,14 @@ def _listed(folder: Path, folders: bool = False) -> list[Path]:
     return [p for p in paths if (p.is_dir() if folders else p.suffix.lower() in SUFFIXES and p.is_file())]
 
 
-def _one_hot(classes: dict[str, str]) -> tuple[list[str], dict[str, Tensor]]:
-    """The classes (K), sorted, and {image name: label (K,)} of {image name: class}."""
-    findings = sorted(set(classes.values()))
-    labels = dict(zip(findings, torch.eye(len(findings))))
-    return findings, {name: labels[c] for name, c in classes.items()}
-
-
-def doubtful(findings: list[str], images: list[int]) -> list[str]:
-    """Notes on findings (K) that may be another one misspelt; images: how many have it (K)."""
-    known, notes = {}, []
-    for finding, n in sorted(zip(findings, images), key=lambda pair: -pair[1]):
-        lower, rare = finding.lower(), 10 * n <= max(images) and len(known) < 100  # of more it takes long
-        near = [lower] if lower in known else get_close_matches(lower, known, 1, 0.8) if rare else []
-        notes += [f"is `{finding}` ({n} images) a misspelt {known[name]}?" for name in near]
-        known.setdefault(lower, f"`{finding}` ({n} images)")
-    return notes[:5]
+def _unused(folder: Path, used: dict[str, Path]) -> str:
+    """Where images lie that are not used, in words, "" for none; masks and hidden files do not count."""
+    found, left = {*used.values()}, Counter()
+    for path in folder.rglob("*"):
+        parts = path.relative_to(folder).parts
+        if path.suffix.lower() in SUFFIXES and parts[0] != "masks" and path not in found and path.is_file():
+            left[path.parent] += not any(part[0] == "." for part in parts)
+    return "".join(f", {n} in {parent}" for parent, n in sorted(left.items())[:5] if n)
 
 
 def _find_masks(folder: Path, images: dict[str, Path], notes: list[str]) -> dict[str, dict[str, Path]]:
@@ -186,43 +184,6 @@ def _read_images(paths: dict[str, Path], masks: dict[str, dict], size: int, note
     images = torch.stack([image.expand(channels, -1, -1) for image in images])  # (N, C, S, S)
     known = torch.tensor([bool(masks) and all(name in files for files in masks.values()) for name in names])
     return Data(images, torch.stack(own) if masks else None, known, None, names, list(masks), [])
-
-
-def _read_labels(path: Path, images: dict) -> tuple[list[str], dict[str, Tensor], dict[str, str]]:
-    """Findings (K), {image name: label (K,)}, and {image name: split}, empty without a column `split`."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else [b"file"]
-    reader, rows = csv.reader((line.decode("utf-8-sig") for line in lines), strict=True), {}
-    try:
-        header = [cell.strip() for cell in next(filter(any, reader), [])]
-        columns = [column for column in header if column not in ("file", "split", "label")]
-        twice = len(set(header)) < len(header) or "label" in header and columns
-        if "file" not in header or "" in header or twice:
-            line = "must be `file` and either `label` or findings, each once, with commas between"
-            raise ValueError(f"`{','.join(header)}` {line}")
-        for cells in filter(any, reader):
-            row = dict(zip(header, map(str.strip, cells)))
-            if len(cells) != len(header):
-                raise ValueError(f"`{cells[0]}` has {len(cells)} cells, not {len(header)}; check the commas")
-            if row["file"] not in images:
-                raise ValueError(f"no `{row['file']}` in images/; give a name with its suffix")
-            if row["file"] in rows:
-                raise ValueError(f"`{row['file']}` is listed twice; remove one of its rows")
-            if row.get("split", "train") not in SPLITS:
-                raise ValueError(f"split `{row['split']}` is not train, val or test; use one of these")
-            for column in columns:
-                if row[column] not in LABELS:
-                    raise ValueError(f"column `{column}` holds `{row[column]}`; use 0, 1 or blank")
-            rows[row["file"]] = row
-    except UnicodeDecodeError:
-        raise DataError(f"{path}, line {reader.line_num + 1}: not UTF-8; save it as 'CSV UTF-8'") from None
-    except (ValueError, csv.Error) as error:
-        problem = " ".join(str(error).split())  # cells may hold newlines
-        raise DataError(f"{path}, line {max(1, reader.line_num)}: {problem}") from None
-    split = {name: rows[name]["split"] if name in rows else "train" for name in images if "split" in header}
-    if "label" in header:
-        return *_one_hot({name: row["label"] for name, row in rows.items() if row["label"]}), split
-    labels = {name: torch.tensor([LABELS[row[column]] for column in columns]) for name, row in rows.items()}
-    return columns, labels, split
 
 
 def _choose_reference(data: Data, masks: dict, split: dict, name: str | None, notes: list) -> str | None:

@@ -37,7 +37,7 @@ def foreground(source: str, splits: dict[str, Data], data: str, init: Path | Non
         if not own.any():
             counts = ", ".join(f"{s} {int(d.has_masks.sum())} of {len(d.names)}" for s, d in splits.items())
             line = f"images with a mask for every region: {counts}; one of train must have them"
-            raise ValueError(f"{line}: add masks, or change labels.csv")
+            raise ValueError(f"{line}: add masks/<region>/ beside images/, or change labels.csv")
         masks = own[:, None, None, None] & train.masks.any(dim=1, keepdim=True)
         if not own.all():
             counts = f"{int(own.sum())} of {len(own)} training images"
@@ -49,9 +49,10 @@ def foreground(source: str, splits: dict[str, Data], data: str, init: Path | Non
         masks = masks_of_run(folder, data, train.images)
     else:
         masks = read_masks(folder, None if data in DRAWN else data, train.names, train.images.shape[-1])
-    if source != "data" and (compared := masks_compared(masks, train)):
-        dice, n = compared
-        print(f"masks from {source}: Dice {100 * dice:.1f} % with those of the data, in {n} images")
+    if source != "data":
+        dice, n = masks_compared(masks, train, prior[2])
+        found = f"Dice {100 * dice:.1f} % with those of the data, in {n} image(s)"
+        print(f"masks from {source}: {found if n else 'no other image has masks to compare them with'}")
     return masks
 
 
@@ -125,10 +126,14 @@ def mask_dice(masks: Tensor, data: Data) -> float:
     return float((2 * both / size).nanmean())
 
 
-def masks_compared(masks: Tensor, data: Data) -> tuple[float, int] | None:
-    """Mean Dice, as `mask_dice`, over the images of which masks (N, 1, S, S) are not empty, and how many."""
+def masks_compared(masks: Tensor, data: Data, reference: str | None) -> tuple[float, int]:
+    """Mean Dice, as `mask_dice`, over the images of which masks (N, 1, S, S) are not empty, and how many.
+
+    The reference image, from whose own masks they may be made, does not count. NaN if no other has masks.
+    """
     both = masks.flatten(1).any(dim=1) & data.has_masks  # (N,); an empty mask is one that is not known
-    return (mask_dice(masks[both], select(data, both)), int(both.sum())) if both.any() else None
+    both &= torch.tensor([name != reference for name in data.names])
+    return (mask_dice(masks[both], select(data, both)) if both.any() else math.nan), int(both.sum())
 
 
 def keep_masks(run: Path, masks: Tensor) -> None:

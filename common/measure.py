@@ -69,12 +69,19 @@ def report(
     if list(measures) not in (MEASURES, QUICK):
         others = "pretrained runs" if classifier else "classifiers"
         found.notes.extend(f"{what} is of {others} only" for what in measures if what not in apply)
+    test, n = splits["test"], len(splits["test"].names)
     if "attention" in apply and pools_evenly(encoder):
         found.notes.append("the pooling is even: no attention; its AP is that of a flat map")
     for what in apply:
         try:
             if what == "bias":
                 table = measure_bias(model, splits, multiclass, rule)
+                if test.has_masks.any() and (masked := len(shows_one(test).names)) < n:
+                    found.notes.append(f"relevance share: the {masked} of {n} test images with a foreground")
+                if n < 50:
+                    found.notes.append(
+                        f"only {n} test images: one of them is {100 / n:.0f} points of accuracy"
+                    )
                 found.tables["test images (same = unchanged), in %"] = table
                 found.metrics.update(flatten(table, name_of_bias))
             elif what == "backgrounds":
@@ -82,7 +89,7 @@ def report(
                 found.tables["exchanged backgrounds, in %"] = table
                 found.metrics.update(flatten(table, name_of_bias))
             elif what == "objects":
-                if list(measures) != MEASURES or len(splits["test"].regions) == 1:
+                if list(measures) != MEASURES or len(test.regions) == 1:
                     found.tables["objects, in %"] = measure_objects(model, splits, layer)
                     found.metrics.update(flatten(found.tables["objects, in %"], lambda of, x: f"{of}_{x}"))
             elif what == "attention":
@@ -93,10 +100,9 @@ def report(
                     found.metrics.update(flatten(means, lambda of, _: f"{of}_m{score}"))
                 if not pools_evenly(encoder):
                     found.tables.update({"AP in %": table, "Dice in %": overlap})
-                    n, masked = len(splits["test"].names), int(splits["test"].has_masks.sum())
-                    if masked < n:
-                        found.notes.append(f"AP and Dice: the {masked} of {n} test images with all masks")
                     found.heads.update(heads)
+                    if (masked := int(test.has_masks.sum())) < n:
+                        found.notes.append(f"AP and Dice: the {masked} of {n} test images with all masks")
             else:
                 probed = probe(encoder, splits, what, (1.0,) if classifier else fractions, features)
                 add_probe(found, what, probed, splits["train"].labels)
@@ -105,7 +111,8 @@ def report(
                 found.notes.append(str(error))
     if unknown := [name for name, value in found.metrics.items() if math.isnan(value)]:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-        found.notes.append(f"not defined, too few images of a kind: {', '.join(unknown[:5])}{more}")
+        few = "too few test images of a kind, or validation images"
+        found.notes.append(f"not defined, {few}: {', '.join(unknown[:5])}{more}")
     return found
 
 
@@ -163,8 +170,7 @@ def measure_bias(model: nn.Module, splits: dict[str, Data], multiclass: bool, ru
     kinds, table = {"same": splits["test"], **{k: d for k, d in splits.items() if k not in SPLITS}}, {}
     for name, found in classified(model, splits["val"], kinds, multiclass).items():
         table[name], data = found, kinds[name]
-        if data.has_masks.any():
-            masked = select(data, data.has_masks)
+        if data.has_masks.any() and (masked := shows_one(data)).names:
             foreground = masked.masks.any(dim=1, keepdim=True)  # (M, 1, S, S)
             R = relevance_of(model, masked.images, multiclass, rule or {})  # (M, C, S, S)
             table[name]["relevance share"] = float(relevance_share(R, foreground).nanmean())

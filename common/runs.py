@@ -77,7 +77,7 @@ def load_all(
     spec, loaded = data_spec(splits["train"], first.task == "classify", first.data), {}
     for path, config in configs.items():
         if run := runs.get(path):
-            check_spec(path, run.spec._replace(images=spec.images), spec, config.data)
+            check_spec(path, run.spec, spec, config.data, goes_on=False)
             model, history = load_model(path, run).to(device), run.checkpoint["history"]
             loaded[path] = Loaded(config, run.spec, model, history, path, run.masses)
         else:
@@ -203,8 +203,8 @@ def finish(
     metrics |= held_out | measured.metrics
     if config.task == "classify":
         warn_if_constant(history[-1], train.labels, spec.multiclass)
-        if masks is not None and config.masks != "data" and (compared := masks_compared(masks, train)):
-            metrics |= zip(("mask_dice", "masks_compared"), compared)
+        if masks is not None and config.masks != "data":
+            metrics |= zip(("mask_dice", "masks_compared"), masks_compared(masks, train, reference))
     write_file(config.out / "metrics.json", {k: v for k, v in metrics.items() if math.isfinite(v)})
     shown = images_to_show(config, splits, 6)
     maps = maps_of(run, shown.images, measured.heads, lrp_rule(config))

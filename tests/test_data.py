@@ -11,7 +11,8 @@ from PIL import Image
 
 from common import data, datasets
 from common.data import SPLITS, DataError, rows_at, select
-from common.folder import SUFFIXES, doubtful, load_folder, read_masks
+from common.folder import SUFFIXES, load_folder, read_masks
+from common.labels import doubtful
 from common.splits import load
 
 GREY = noise(16, 16)
@@ -90,12 +91,13 @@ def test_class_folders_give_one_hot_labels(tmp_path):
 
 
 def test_a_rare_class_or_one_of_other_case_that_resembles_another_may_be_misspelt():
-    found = doubtful(["cat", "catt", "car", "Dog", "dog"], [40, 1, 2, 30, 30])
+    found = doubtful(["cat", "catt", "bird", "brid", "Dog", "dog"], [40, 8, 31, 1, 30, 29])
     assert found == [
-        "is `dog` (30 images) a misspelt `Dog` (30 images)?",
-        "is `catt` (1 images) a misspelt `cat` (40 images)?",
+        "is `dog` (29 image(s)) a misspelt `Dog` (30)?",
+        "is `catt` (8 image(s)) a misspelt `cat` (40)?",
+        "is `brid` (1 image(s)) a misspelt `bird` (31)?",
     ]
-    assert doubtful(["cat", "cats"], [20, 30]) == []  # neither is rare
+    assert doubtful(["cat", "cats", "cow"], [20, 30, 6]) == []  # neither is rare; a cow is no cat
 
 
 def test_names_with_odd_characters_load_and_all_that_is_said_of_them_can_be_printed_on_a_line(folder):
@@ -124,8 +126,27 @@ def test_a_folder_without_images_is_refused(tmp_path):
     assert "none of 1 images can be read" in refusal(tmp_path) and "a.png" in refusal(tmp_path)
 
 
+def test_images_that_are_not_used_are_named_with_their_folder(folder, tmp_path):
+    for name in ("images/more/g.png", "cat/h.png", "cat/i.png", "images/.cache/j.png", "masks/k/a.png"):
+        save(folder / name, GREY)
+    (line,) = everything(folder)[2][:1]
+    assert f"images are not used, 2 in {folder / 'cat'}, 1 in {folder / 'images' / 'more'}; expected" in line
+    save(tmp_path / "sets" / "train" / "cat" / "a.png", GREY)
+    assert f"1 in {tmp_path / 'sets' / 'train' / 'cat'}; expected" in refusal(tmp_path / "sets")
+
+
+def test_a_mask_of_the_whole_image_is_noted_and_one_of_numbers_is_refused(folder):
+    colours = np.full((16, 16, 3), (30, 30, 120), np.uint8)
+    colours[4:8] = (200, 0, 0)  # its maximum is 200, of which 120 is more than half
+    save(folder / "masks" / "heart" / "b.png", Image.fromarray(colours))
+    (note,) = everything(folder)[2]
+    assert "1 mask(s) of heart cover the whole image, such as that of b.png: a mask must be black" in note
+    save(folder / "masks" / "heart" / "b.png", np.arange(256, dtype=np.uint8).reshape(16, 16) // 64)
+    assert "b.png holds the values 0, 1, 2, 3; give each region its own mask" in refusal(folder)
+
+
 def test_suffixes_of_any_case_are_read_and_hidden_files_are_not(tmp_path):
-    names = "a.PNG b.jpg c.JPEG d.bmp e.tif f.tiff g.gif h.webp i.pgm".split()
+    names = "a.PNG b.jpg c.JPEG c2.jfif d.bmp e.tif f.tiff g.gif h.webp i.pgm".split()
     for name in [*names, ".hidden.png"]:
         save(tmp_path / "images" / name, GREY)
     found, _, notes = everything(tmp_path)

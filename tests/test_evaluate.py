@@ -131,12 +131,21 @@ def test_without_labelled_test_images_a_classifier_is_trained_but_not_measured(t
 def test_a_picture_shows_all_classes_though_names_are_sorted_by_class():
     names = [f"{c}/{i}" for c in "abc" for i in range(5)]
     none = torch.zeros(15, dtype=torch.bool)
-    data = Data(
-        torch.zeros(15, 1, 8, 8), None, none, torch.eye(3).repeat_interleave(5, 0), names, [], [*"abc"]
-    )
+    labels = torch.eye(3).repeat_interleave(5, 0)
+    data = Data(torch.zeros(15, 1, 8, 8), None, none, labels, names, [], [*"abc"])
     for task in ("pretrain", "classify"):
         config, _ = parse(["--task", task])
         assert [n[0] for n in images_to_show(config, {"train": data, "test": data}, 6).names] == [*"aabbcc"]
+
+
+def test_a_run_that_stopped_early_or_learned_from_other_images_is_measured_with_a_note(two_runs, capsys):
+    (span, _), checkpoint = two_runs, torch.load(f"{two_runs[0]}/last.pt")
+    checkpoint["history"], checkpoint["spec"]["images"] = checkpoint["history"][:1], "9 (hash: 1)"
+    torch.save(checkpoint, f"{span}/last.pt")
+    evaluate.main([span, "--only", "knn"])
+    said = capsys.readouterr().out
+    assert "it stopped after 1 of 2 epochs" in said
+    assert f"note: {span} learned images 9 (hash: 1), but phantom has 32 (hash" in said
 
 
 def test_what_can_not_be_compared_or_asked_is_refused_at_once(two_runs, tmp_path, refused, monkeypatch):
@@ -272,3 +281,4 @@ def test_a_picture_of_another_s_name_or_an_unreadable_one_stops_none(tmp_path, m
     line = refused(evaluate.main, "vit.pth", *pictures, "none.png", "a/2.png", "a/1.png")
     assert "--image none.png: no such file; a/2.png: this image cannot be read" in line
     assert len(drawn) == 3
+    assert "--image a: it is a folder, name its files" in refused(evaluate.main, "vit.pth", *pictures, "a")

@@ -1,5 +1,6 @@
 """One labelled image becomes priors and masks for all: of attention, of the registered prior, of a folder."""
 
+import math
 import re
 from unittest.mock import Mock
 
@@ -124,8 +125,10 @@ def test_images_without_masks_get_the_reference_s_by_registration_or_are_left_ou
     assert mask_dice(masks, train_split) > 0.85 < mask_dice(by_prior, train_split)
     train_split.has_masks[:] = True
     exact = train_split.masks.any(dim=1, keepdim=True) & covered[:, None, None, None]
-    assert masks_compared(exact, train_split) == (1.0, 7)  # an empty mask is unknown, not wrong
-    assert masks_compared(masks & False, train_split) is None
+    assert masks_compared(exact, train_split, None) == (1.0, 7)  # an empty mask is unknown, not wrong
+    own = train_split.names[int(covered.nonzero()[0])]  # the reference's says nothing of the others
+    assert masks_compared(exact, train_split, own) == (1.0, 6)
+    assert math.isnan(masks_compared(masks & False, train_split, own)[0])
 
 
 def test_a_class_whose_images_would_all_be_left_out_is_named():

@@ -81,6 +81,7 @@ def test_an_existing_run_is_neither_overwritten_nor_resumed_unless_asked_to(span
         assert f"was started with {flag} " in line and f", not {value}: leave out --{flag}" in line
     assert "with amp off, not on: leave out --amp" in refused(train.main, *resume, "--amp")
     assert "leave out either" in refused(train.main, *resume, "--config", str(span_run))
+    assert "choose one" in refused(train.main, *resume, "--overwrite")
     assert "drop --resume" in refused(train.main, "--out", str(tmp_path / "new"), "--resume")
     for name, content in [("dead", (span_run / "config.json").read_text()), ("other", '{"model": "vit"}')]:
         (tmp_path / name).mkdir()
@@ -424,9 +425,9 @@ def test_a_classifier_may_start_from_a_pretrained_encoder_in_its_sizes(span_run,
     assert "encoder of other sizes" in refused(train.main, *argv, "--embed-dim", "12", "--out", "no")
 
 
-def test_a_run_is_not_resumed_on_other_classes_or_images_than_it_was_trained_on():
-    def spec(names: str, findings: str) -> DataSpec:
-        images, labels = torch.zeros(3, 1, 8, 8).byte(), torch.tensor([[0.0, 1], [1, 1], [1, 0]])
+def test_a_run_is_not_resumed_on_other_classes_images_or_labels_than_it_was_trained_on(capsys):
+    def spec(names: str, findings: str, labels: list | None = None) -> DataSpec:
+        images, labels = torch.zeros(3, 1, 8, 8).byte(), torch.tensor(labels or [[0.0, 1], [1, 1], [1, 0]])
         data = Data(images, None, torch.zeros(3).bool(), labels, list(names), [], findings.split())
         return data_spec(data, True, "mine")
 
@@ -434,8 +435,13 @@ def test_a_run_is_not_resumed_on_other_classes_or_images_than_it_was_trained_on(
     check_spec(Path("run"), before, spec("abc", "cat dog"), "mine")
     with pytest.raises(ValueError, match="run learned classes cat, dog, but mine has dog, cat"):
         check_spec(Path("run"), before, spec("abc", "dog cat"), "mine")
-    with pytest.raises(ValueError, match="run learned images 3 images"):
+    with pytest.raises(ValueError, match="run learned images 3 .hash"):
         check_spec(Path("run"), before, spec("ab\udcff", "cat dog"), "mine")
+    relabelled = spec("abc", "cat dog", [[1.0, 0], [1, 1], [0, 1]])
+    with pytest.raises(ValueError, match="run learned images 3 .hash"):
+        check_spec(Path("run"), before, relabelled, "mine")
+    check_spec(Path("run"), before, relabelled, "mine", goes_on=False)
+    assert capsys.readouterr().out.startswith("note: run learned images 3 (hash of names and labels")
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
