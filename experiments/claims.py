@@ -78,6 +78,8 @@ def of_isnet() -> list[tuple]:
             experiment = f"isnet_{kind}" if run == "resnet" else f"vit_isnet_{kind}"
             rows.append((5, f"alone, {name}: {shortcut} flipped", 85, f"{experiment} auc_flipped"))
     rows += on_all_shortcuts(8, "One mask, registered, default", "blind_one")
+    close = on_all_shortcuts(8, "One mask, registered, --swap-margin 0.0125", "blind_close")
+    rows += [row for row in close if "_resnet_" in row[3]]
     flush = "One mask, registered, --swap-margin 0, ResNet: AUC with an L in a corner flipped"
     rows.append((8, flush, 95, "flush_one_resnet_corner auc_flipped"))
     rows += on_all_shortcuts(8, "One mask, SPAN's attention, default", "blind_attention")

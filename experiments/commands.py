@@ -112,6 +112,8 @@ def against_backgrounds() -> dict[str, str]:
             runs[f"{way}_{backbone}_grounds"] = f"{label} {flags}".strip()
     for masks in ("one", "attention"):  # what the margin of made masks costs
         runs[f"flush_{masks}_resnet_corner"] = f"{runs[f'blind_{masks}_resnet_corner']} --swap-margin 0"
+    for kind in kinds:
+        runs[f"blind_close_resnet_{kind}"] = f"{runs[f'blind_one_resnet_{kind}']} --swap-margin 0.0125"
     return runs | {"tight_resnet_grounds": f"{runs['blind_resnet_grounds']} --isnet-margin 0"}
 
 

@@ -57,6 +57,7 @@ FEW_MASKS = {  # of digits and leaves
 BLIND = {  # ways against backgrounds
     "blind": "**ISNet, swapping: default**", "published": "ISNet as published",
     "blind_one": "**the same, one mask, registered**",
+    "blind_close": "one mask, registered, half the margin",
     "flush_one": "one mask, registered, no margin",
     "blind_attention": "**the same, one mask, SPAN's attention**",
     "flush_attention": "one mask, SPAN's attention, no margin",
