@@ -189,3 +189,10 @@ def export_masks(out: Path, data: str, encoder: nn.Module, masses: dict, splits:
             for region, mask in zip(masses, of_image):
                 write_mask((out / region / name).with_suffix(".png"), mask, size)
     return len(masses) * sum(len(split.names) for split in written)
+
+
+def warn_if_unguided(history: list[dict]) -> None:
+    """Print a warning if SPAN's loss is no lower in the last epoch than in the first."""
+    first, last = (row.get("span_loss", 0.0) for row in (history[0], history[-1]))
+    if last >= first > 0 and len(history) > 1:
+        print(f"warning: SPAN's loss was {first:.3g} in the first epoch, {last:.3g} in the last: lower --lr")

@@ -18,7 +18,7 @@ from common.measure import QUICK, report, scores_in
 from common.models import build_encoder, load_model, lrp_rule, start_from
 from common.page import Looks, print_tables
 from common.plots import curves, draw_maps
-from common.regions import make_priors, mass_held, prior_maps
+from common.regions import make_priors, mass_held, prior_maps, warn_if_unguided
 from common.splits import DRAWN, load
 from dino import DINO
 from relvit import RelViT, patch_views
@@ -196,11 +196,11 @@ def finish(
         held_out = related(relvit, splits["test"].images, config)
     if config.task == "pretrain":
         model, picture = pretrained(model), "attention.png"
+        warn_if_unguided(history)
     run = Loaded(config, spec, model, history, config.out, {})
     measured = report(model, splits, QUICK, **measured_by(run, splits, reference, {}))
     print_tables({"": measured})
-    metrics = {name: value for name, value in history[-1].items() if name != "epoch"}
-    metrics |= held_out | measured.metrics
+    metrics = {k: v for k, v in history[-1].items() if k != "epoch"} | held_out | measured.metrics
     if config.task == "classify":
         warn_if_constant(history[-1], train.labels, spec.multiclass)
         if masks is not None and config.masks != "data":

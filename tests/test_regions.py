@@ -18,7 +18,7 @@ from common.config import parse
 from common.data import Data
 from common.foreground import are_made, check_foreground, foreground
 from common.foreground import mask_dice, masks_compared, registered_masks
-from common.regions import make_priors, masks_held, mass_held, prior_maps, priors_over
+from common.regions import make_priors, masks_held, mass_held, prior_maps, priors_over, warn_if_unguided
 from common.splits import load
 from vit import ViT
 
@@ -82,6 +82,13 @@ def test_a_mass_is_that_of_the_reference_image_and_measuring_it_does_not_end_tra
     _, images, _ = attention.call_args.args
     assert torch.equal(images, train_split.images[[train_split.names.index(reference)]])
     assert list(masses) == train_split.regions and model.training and model["encoder"].training
+
+
+def test_a_loss_of_span_that_did_not_fall_is_a_warning(capsys):
+    for losses in ([1.0, 0.5], [1.0], [0.5, 1.0]):
+        warn_if_unguided([{"loss": 9.0, "span_loss": loss} for loss in losses])
+    warn_if_unguided([{"loss": 9.0}] * 2)  # without SPAN
+    assert capsys.readouterr().out.count("warning: SPAN's loss was 0.5 in the first epoch, 1 in the last") == 1
 
 
 @pytest.mark.slow
