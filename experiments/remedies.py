@@ -4,6 +4,7 @@
 
 `sinkhorn`, `warmed` and `followed` replace the targets of the published loss: add --koleo 0 --max-entropy 1.
 `always` keeps KoLeo and the ceiling on the entropy in every step; `koleo` is the same, for --max-entropy 1.
+`narrow` lets both act in a smaller range of the KL.
 docs/collapse.md has what came of them.
 """
 
@@ -67,8 +68,17 @@ class Always(dino.CollapseMonitor):
         return torch.ones_like(self.kl)
 
 
+class Narrow(dino.CollapseMonitor):
+    """Both additions in full up to twice the floor, as by default, but not at all from three times on."""
+
+    def nearness(self) -> Tensor:
+        """w = 3 - KL / (f log K), from 0 to 1."""
+        return (3 - self.kl / (self.floor * math.log(len(self.usage)))).clamp(0, 1)
+
+
 # What stands in place of which class of dino.py.
-WAYS = {"sinkhorn": Sinkhorn, "warmed": Warmed, "followed": Followed, "always": Always, "koleo": Always}
+WAYS = {"sinkhorn": Sinkhorn, "warmed": Warmed, "followed": Followed}
+WAYS |= {"always": Always, "koleo": Always, "narrow": Narrow}
 
 
 def main(way: str, argv: list[str]) -> None:

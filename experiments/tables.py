@@ -152,7 +152,8 @@ def of_steadiness(runs: dict) -> dict[str, str]:
     """DINO alone, by kind and number of images: how many seeds collapsed, and the lowest KL, in nats."""
     rows = []
     titles = {"published": "published loss", "koleo": "KoLeo in every step"}
-    titles |= {"always": "both in every step", "steady": "**both near collapse, default**"}
+    titles |= {"always": "both in every step", "narrow": "both, from a smaller KL on"}
+    titles |= {"steady": "**both near collapse, default**"}
     titles |= {"sinkhorn": "Sinkhorn-Knopp", "warmed": "warmed up", "followed": "entropy held at half"}
     for loss, title in titles.items():
         for kind in ("phantom", "parts", "symbols", "digits"):
