@@ -1,11 +1,11 @@
 """The foreground of a classifier's training images, from one of these sources:
 
-data        the masks that come with the images; images without get the reference image's, registered
-prior       the reference image's masks, registered to all images
-attention   the guided heads of the run --init
-RUN         the guided heads of another run: a convnet can't start from a ViT
-DIR         masks of any other tool: DIR/<region>/<image's name>, or DIR/<image's name>, as large as the
-            image, upright if its EXIF turns it; of several regions the union
+    data        the masks that come with the images; images without get the reference image's, registered
+    prior       the reference image's masks, registered to all images
+    attention   the guided heads of the run --init
+    RUN         the guided heads of another run: a convnet can't start from a ViT
+    DIR         masks of any other tool: DIR/<region>/<image's name>, or DIR/<image's name>, as large as the
+                image, upright if its EXIF turns it; of several regions the union
 """
 
 import math
