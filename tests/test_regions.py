@@ -96,7 +96,7 @@ def test_attention_masks_train_either_classifier_and_their_quality_is_said(span_
     for backbone in ("resnet", "vit"):
         words = f"--isnet 1 --epochs 1 --backbone {backbone} --masks {span_run}"
         metrics = trained(tmp_path / backbone, words, SMALL)
-        said, images = re.search(r"Dice ([\d.]+) % .* in (\d+) images", capsys.readouterr().out).groups()
+        said, images = re.search(r"Dice ([\d.]+) % .* in (\d+) image", capsys.readouterr().out).groups()
         said = float(said)
         assert metrics["masks_compared"] == int(images) > 0
         assert load_run(tmp_path / backbone).config.swap_margin == 0.025  # made masks are kept narrower
