@@ -43,7 +43,7 @@ class DataSpec(NamedTuple):
     channels: int
     classes: tuple[str, ...]  # or findings; empty in pretraining
     multiclass: bool  # each image has one of the classes
-    images: str  # how many training images there were, and a hash of their names and labels
+    images: str  # how many training images there were, and a hash of their names and, of classifiers, labels
     relevance_range: tuple[float, ...] | None = None  # C1, C2 of ISNet's loss; as published, of inner layers
 
 
@@ -118,7 +118,7 @@ def data_spec(train: Data, classify: bool, data: str) -> DataSpec:
     """What a run takes from its training images. Raises ValueError if they can't be classified."""
     labels, names = train.labels, "\n".join(train.names).encode("utf-8", "surrogateescape")
     mark = hashlib.sha256(names + (labels.numpy().tobytes() if classify and labels is not None else b""))
-    images = f"{len(train.names)} (hash of names and labels: {mark.hexdigest()[:8]})"
+    images = f"{len(train.names)} (hash of names{' and labels' * classify}: {mark.hexdigest()[:8]})"
     if not classify:
         return DataSpec(train.images.shape[1], (), False, images)
     if labels is None or labels.isnan().all():
@@ -136,7 +136,7 @@ def check_spec(run: Path, then: DataSpec, now: DataSpec, data: str, goes_on: boo
             was, there = (", ".join(x) if isinstance(x, tuple) else x for x in (was, there))
             learned = f"{run} learned {name} {was}, but {data} has {there}"
             if name == "images" and not goes_on:
-                print(f"note: {learned}")
+                print(f"note: {learned}; test images may be among those that it learned")
                 continue
             raise ValueError(f"{learned}: leave out --data, restore its files, or train again")
 

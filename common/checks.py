@@ -1,7 +1,8 @@
 """Settings that make no sense are refused by one line that names the value, the limit and the remedy."""
 
+import os
 from dataclasses import fields
-from glob import glob
+from glob import escape, glob
 from pathlib import Path
 
 import torch
@@ -40,7 +41,8 @@ def check(config: Config, typed: set[str]) -> None:
             line = "give two fractions of the area, 0 < a <= b <= 1"
             raise ValueError(f"--{flag}-scale {low:g} {high:g}: {line}")
     check_pairs(config)
-    if "train_images" in typed and config.data not in DRAWN:
+    first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
+    if first and "train_images" in typed and config.data not in DRAWN:
         print(f"note: --train-images is for drawn images; of {config.data} all are taken")
 
 
@@ -95,6 +97,7 @@ def check_pairs(c: Config) -> None:
     plain = not (c.isnet or c.baseline in PENALTIES or c.relations)
     guided = not classify and c.prior != "none"
     from_run = c.resume or c.init and c.init.is_dir()
+    beside = str(Path(c.masks).parent)
     some_masks = c.masks in MASKS or c.resume or Path(c.masks).is_dir()
     known_prior = c.prior in PRIORS or Path(c.prior).is_file()
     heads_fit = c.pool != "simpool" or c.embed_dim % c.pool_heads == 0
@@ -109,7 +112,7 @@ def check_pairs(c: Config) -> None:
         (c.masks == "prior" and c.prior == "none", "--masks prior needs a prior: leave out --prior none"),
         (c.masks == "attention" and not from_run, "--masks attention needs --init RUN; or say --masks RUN"),
         (not some_masks, f"--masks {c.masks} is neither data, prior, attention, nor a folder"
-         + suggestion(c.masks, [*MASKS, *glob(f"{Path(c.masks).parent}/*")])),
+         + ("" if some_masks else suggestion(c.masks, [*MASKS, *glob(f"{escape(beside)}/*/")]))),
         (not classify and c.ssl == "none" and not guided, "--ssl none learns from a --prior alone: name one"),
         (c.isnet and not classify, "--isnet needs --task classify"),
         (c.baseline and not classify, "--baseline needs --task classify"),

@@ -55,10 +55,10 @@ def load_folder(folder: str | Path, img_size: int, reference: str | None = None)
     elsewhere = _unused(folder, paths)
     if not paths:
         raise DataError(f"{folder} holds no images ({' '.join(SUFFIXES)}){elsewhere}; {LAYOUT}")
-    notes += [f"images are not used{elsewhere}; {LAYOUT}"] if elsewhere else []
+    notes += [f"not read as images{elsewhere}; {LAYOUT}"] if elsewhere else []
     data = _read_images(paths, masks, img_size, notes)
     for region, m in zip(data.regions, data.masks.transpose(0, 1) if data.regions else []):  # (N, S, S)
-        if (full := m.float().mean(dim=(1, 2)) > 0.98).any():
+        if (full := torch.stack([mask.float().mean() for mask in m]) > 0.98).any():
             name = data.names[int(full.int().argmax())]
             line = f"{int(full.sum())} mask(s) of {region} cover the whole image, such as that of {name}"
             notes.append(f"{line}: a mask must be black where the region is not")
@@ -74,7 +74,8 @@ def load_folder(folder: str | Path, img_size: int, reference: str | None = None)
     reference = _choose_reference(data, masks, split, reference, notes)
     splits = {s: select(data, torch.tensor([split[name] == s for name in data.names])) for s in SPLITS}
     notes += [f"{folder}: no images in {s}" for s in SPLITS if not splits[s].names]
-    notes += doubtful(findings, (data.labels == 1).sum(dim=0).tolist()) if findings else []
+    if findings and (rows.isnan() | (rows.nansum(dim=1, keepdim=True) == 1)).all():  # classes
+        notes += doubtful(findings, (rows == 1).sum(dim=0).tolist())
     there = (splits["train"].labels == 1).any(dim=0) if findings else []
     if lacking := [f"`{finding}`" for finding, shown in zip(findings, there) if not shown]:
         more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
@@ -95,7 +96,8 @@ def _unused(folder: Path, used: dict[str, Path]) -> str:
         parts = path.relative_to(folder).parts
         if path.suffix.lower() in SUFFIXES and parts[0] != "masks" and path not in found and path.is_file():
             left[path.parent] += not any(part[0] == "." for part in parts)
-    return "".join(f", {n} in {parent}" for parent, n in sorted(left.items())[:5] if n)
+    words = [f", {n} in {parent}" for parent, n in sorted(left.items()) if n]
+    return "".join(words[:5]) + f", and in {len(words) - 5} more folders" * (len(words) > 5)
 
 
 def _find_masks(folder: Path, images: dict[str, Path], notes: list[str]) -> dict[str, dict[str, Path]]:

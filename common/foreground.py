@@ -52,7 +52,7 @@ def foreground(source: str, splits: dict[str, Data], data: str, init: Path | Non
     if source != "data":
         dice, n = masks_compared(masks, train, prior[2])
         found = f"Dice {100 * dice:.1f} % with those of the data, in {n} image(s)"
-        print(f"masks from {source}: {found if n else 'no other image has masks to compare them with'}")
+        print(f"masks from {source}: {found if n else 'no other image has both, to compare them'}")
     return masks
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -21,14 +22,15 @@ def one_hot(classes: dict[str, str]) -> tuple[list[str], dict[str, Tensor]]:
 
 
 def doubtful(findings: list[str], images: list[int]) -> list[str]:
-    """Notes on findings (K) that may be another one misspelt; images: how many have it (K)."""
+    """Notes on classes (K) that may be another one misspelt; images: how many each has (K)."""
     known, notes = {}, []
     for finding, n in sorted(zip(findings, images), key=lambda pair: -pair[1]):
-        lower, rare = finding.lower(), 5 * n <= max(images) and len(known) < 100  # of more it takes long
-        alike = 0.66 if n <= 3 else 0.8
-        near = [lower] if lower in known else get_close_matches(lower, known, 1, alike) if rare else []
-        notes += [f"is `{finding}` ({n} image(s)) a misspelt {known[name]}?" for name in near]
-        known.setdefault(lower, f"`{finding}` ({n})")
+        lower, letters = finding.lower(), re.sub(r"\d", "", finding.lower())
+        often = [name for name, (_, m) in known.items() if 5 * n <= m and letters != re.sub(r"\d", "", name)]
+        near = [lower] if lower in known else get_close_matches(lower, often, 1, 0.66 if n <= 3 else 0.8)
+        for other, m in (known[name] for name in near):
+            notes.append(f"is `{finding}` ({n} image(s)) a misspelt `{other}` ({m})?")
+        known.setdefault(lower, (finding, n))
     return notes[:5]
 
 

@@ -76,11 +76,11 @@ def report(
         try:
             if what == "bias":
                 table = measure_bias(model, splits, multiclass, rule)
-                if test.has_masks.any() and (masked := len(shows_one(test).names)) < n:
+                if test.has_masks.any() and 0 < (masked := len(shows_one(test).names)) < n:
                     found.notes.append(f"relevance share: the {masked} of {n} test images with a foreground")
                 if n < 50:
                     found.notes.append(
-                        f"only {n} test images: one of them is {100 / n:.0f} points of accuracy"
+                        f"only {n} test images: one of them is up to {100 / n:.0f} points of accuracy"
                     )
                 found.tables["test images (same = unchanged), in %"] = table
                 found.metrics.update(flatten(table, name_of_bias))

@@ -48,11 +48,9 @@ def read_mask(path: Path, folder: Path, image: str, shape: tuple[int, int] | Non
     if shape is not None and pixels.shape != shape:
         mine, theirs = (f"{width} x {height} px" for height, width in (pixels.shape, shape))
         raise DataError(f"{path} is {mine} but its image {image} is {theirs}; resize the mask to that")
-    values = np.unique(pixels)
-    if 2 < len(values) <= values[-1] + 1 < 32:  # numbers of regions
-        raise DataError(
-            f"{path} holds the values {', '.join(map(str, values))}; give each region its own mask"
-        )
+    if 2 < pixels.max() < 32 and len(values := np.unique(pixels)) > 2:  # numbers of regions
+        values = ", ".join(map(str, values))
+        raise DataError(f"{path} holds the values {values}; give each region its own mask, 0 and 255")
     inside = Image.fromarray(((pixels > 0) & (pixels >= pixels.max() / 2)).astype(np.float32))
     return torch.from_numpy(np.array(inside.resize((size, size), Image.Resampling.BILINEAR)) >= 0.5)
 

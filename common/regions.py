@@ -192,7 +192,8 @@ def export_masks(out: Path, data: str, encoder: nn.Module, masses: dict, splits:
 
 
 def warn_if_unguided(history: list[dict]) -> None:
-    """Print a warning if SPAN's loss is no lower in the last epoch than in the first."""
+    """Print a warning if SPAN's loss is higher in the last epoch than in the first."""
     first, last = (row.get("span_loss", 0.0) for row in (history[0], history[-1]))
-    if last >= first > 0 and len(history) > 1:
-        print(f"warning: SPAN's loss was {first:.3g} in the first epoch, {last:.3g} in the last: lower --lr")
+    if last > 1.05 * first > 0:
+        rose = f"SPAN's loss was {first:.3g} in the first epoch, {last:.3g} in the last"
+        print(f"warning: {rose}: try another --lr, or more --epochs")

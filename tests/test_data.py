@@ -1,6 +1,7 @@
 """Data folders of every kind and the public datasets: what becomes of them, or how they are refused."""
 
 import io
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,7 @@ def test_a_rare_class_or_one_of_other_case_that_resembles_another_may_be_misspel
         "is `brid` (1 image(s)) a misspelt `bird` (31)?",
     ]
     assert doubtful(["cat", "cats", "cow"], [20, 30, 6]) == []  # neither is rare; a cow is no cat
+    assert doubtful(["grade 1", "grade 2", "grade 3"], [90, 10, 1]) == []
 
 
 def test_names_with_odd_characters_load_and_all_that_is_said_of_them_can_be_printed_on_a_line(folder):
@@ -130,7 +132,7 @@ def test_images_that_are_not_used_are_named_with_their_folder(folder, tmp_path):
     for name in ("images/more/g.png", "cat/h.png", "cat/i.png", "images/.cache/j.png", "masks/k/a.png"):
         save(folder / name, GREY)
     (line,) = everything(folder)[2][:1]
-    assert f"images are not used, 2 in {folder / 'cat'}, 1 in {folder / 'images' / 'more'}; expected" in line
+    assert f"not read as images, 2 in {folder / 'cat'}, 1 in {folder / 'images' / 'more'}; expected" in line
     save(tmp_path / "sets" / "train" / "cat" / "a.png", GREY)
     assert f"1 in {tmp_path / 'sets' / 'train' / 'cat'}; expected" in refusal(tmp_path / "sets")
 
@@ -143,6 +145,10 @@ def test_a_mask_of_the_whole_image_is_noted_and_one_of_numbers_is_refused(folder
     assert "1 mask(s) of heart cover the whole image, such as that of b.png: a mask must be black" in note
     save(folder / "masks" / "heart" / "b.png", np.arange(256, dtype=np.uint8).reshape(16, 16) // 64)
     assert "b.png holds the values 0, 1, 2, 3; give each region its own mask" in refusal(folder)
+    for values in ([0, 120, 255], [0, 1, 2]):  # soft edges; 0 and 1, saved as a JPEG
+        save(folder / "masks" / "heart" / "b.png", np.tile(np.uint8(values + values[:1]), (16, 4)))
+        with warnings.catch_warnings(action="error"):
+            assert everything(folder)[2] == []
 
 
 def test_suffixes_of_any_case_are_read_and_hidden_files_are_not(tmp_path):
