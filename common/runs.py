@@ -112,7 +112,7 @@ def worth_showing(splits: dict[str, Data]) -> tuple[str, Data]:
 
 
 def images_to_show(config: Config, splits: dict[str, Data], n: int) -> Data:
-    """n test images with masks for a picture: of all classes, or two thirds of the first finding, or the first."""
+    """n test images for a picture, with masks: of all classes, or two thirds of the first finding, or any."""
     _, test = worth_showing(splits)
     n = min(n, len(test.names))
     labels, pretraining = splits["train"].labels, config.task == "pretrain"

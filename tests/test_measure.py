@@ -126,6 +126,11 @@ def test_a_classifier_is_measured_on_every_kind_of_test_image_by_validation_thre
     assert found["auc_same"] == found["auc_same_lump"] == found["auc_same_big_heart"] == 1
     assert found["auc_half_lump"] == 1 and found["auc_half_big_heart"] == 0 and found["auc_half"] == 0.5
     assert found["accuracy_same"] == 1 and found["accuracy_flipped"] == found["auc_flipped"] == 0
+    masks = torch.zeros(len(test.names), 1, *test.images.shape[2:], dtype=torch.bool)
+    masks[:3, :, :1] = True
+    shown = test._replace(masks=masks, has_masks=torch.arange(len(test.names)) < 3, regions=["lung"])
+    notes = measure.report(Encoder(), splits | {"test": shown}, ["bias"], multiclass=False).notes
+    assert notes[0] == "relevance share: the 3 of 4 test images with a foreground"
     # for other thresholds, test images are all negative: 2 of 7 known labels are right
     found = measure.report(Encoder(), splits | {"val": val}, ["bias"], multiclass=False).metrics
     assert found["accuracy_same"] == pytest.approx(2 / 7) and found["auc_same"] == 1

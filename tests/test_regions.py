@@ -182,7 +182,7 @@ def test_masks_of_another_tool_serve_data_that_has_none_and_it_is_said_for_how_m
     mask_file(tmp_path / "masks" / ".hidden" / "d.png")
     words = f"--isnet 1 --batch-size 2 --img-size 16 --data {data} --masks {tmp_path}/masks"
     assert "mask_dice" not in trained(tmp_path / "run", words, SMALL)
-    line = f"--masks {tmp_path / 'masks'}: the foreground of 3 of 4 training images is known; the others are"
+    line = f"warning: --masks {tmp_path / 'masks'}: the foreground of 3 of 4 training images is known;"
     assert line in capsys.readouterr().out
 
 
