@@ -54,7 +54,8 @@ def load_folder(folder: str | Path, img_size: int, reference: str | None = None)
         raise DataError(f"{folder}: {len(beside)} images lie beside each other; move them to {folder}/images")
     elsewhere = _unused(folder, paths)
     if not paths:
-        raise DataError(f"{folder} holds no images ({' '.join(SUFFIXES)}){elsewhere}; {LAYOUT}")
+        where = f" where they belong, but{elsewhere[1:]}" if elsewhere else f" ({' '.join(SUFFIXES)})"
+        raise DataError(f"{folder} holds no images{where}; {LAYOUT}")
     notes += [f"not read as images{elsewhere}; {LAYOUT}"] if elsewhere else []
     data = _read_images(paths, masks, img_size, notes)
     for region, m in zip(data.regions, data.masks.transpose(0, 1) if data.regions else []):  # (N, S, S)
