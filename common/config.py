@@ -132,7 +132,7 @@ class Config:
     init: Path = flag(None, "a run, or a file of published ViT weights, to start from in its sizes")
     patch_size: int = flag(8, "pixels a side of a patch", within=COUNT)
     embed_dim: int = flag(None, "width; of the ResNet, in its last stage", within=COUNT)
-    depth: int = flag(None, "blocks of the ViT", within=COUNT)
+    depth: int = flag(None, "blocks of the ViT", within=COUNT, needs="backbone=vit")
     num_heads: int = flag(None, "attention heads; each prior takes one", within=COUNT)
     registers: int = flag(0, "register tokens of the ViT", within=(0, 1000), needs="backbone=vit")
     drop_path: float = flag(0.0, "stochastic depth of the last block", "--drop-path-rate",

@@ -21,7 +21,7 @@ from common.symbols import draw_digit
 
 torch.set_num_threads(1)  # a forked process must have one, and for small tensors it is faster
 TINY = "--train-images 32 --embed-dim 24 --depth 1 --num-heads 3 --batch-size 8 --epochs 2".split()
-SMALL = "--task classify --train-images 32 --embed-dim 16 --depth 1 --num-heads 2".split()
+SMALL = "--task classify --train-images 32 --embed-dim 16 --num-heads 2".split()
 SMALL += "--batch-size 8 --epochs 2".split()
 
 

@@ -90,10 +90,10 @@ def test_damaged_tables_are_refused_with_their_line_or_understood(n, tmp_path):
     assert n / 10 < refused < n
 
 
-@pytest.fixture(scope="module", params=["--task classify --isnet 1", "--prior none"])
+@pytest.fixture(scope="module", params=["--task classify --isnet 1", "--prior none --depth 1"])
 def run(request, few_test_images, tmp_path_factory):
     out = tmp_path_factory.mktemp("fuzz") / "run"
-    argv = "--train-images 8 --embed-dim 8 --depth 1 --num-heads 2 --epochs 1 --batch-size 8 --out"
+    argv = "--train-images 8 --embed-dim 8 --num-heads 2 --epochs 1 --batch-size 8 --out"
     train.main([*request.param.split(), *argv.split(), str(out)])
     return out
 

@@ -140,6 +140,7 @@ SETTINGS = {
     "--task classify --baseline gated --masks prior": "without --isnet or --baseline multitask or ",
     "--task classify --baseline swap --baseline-weight 2": "without --baseline multitask or ",
     "--backbone resnet --prior none --registers 2": "does nothing without --backbone vit",
+    "--task classify --depth 6": "--depth 6 does nothing without --backbone vit",
 }
 
 
