@@ -81,7 +81,7 @@ def follow(priors: Tensor, theta: Tensor, grid: tuple[int, int]) -> tuple[Tensor
     H, W = priors.shape[-2:]
     per_patch = -(-H // h), -(-W // w)  # samples along a patch, rounded up, so that no pixel is skipped
     size = [len(theta), priors.shape[1], h * per_patch[0], w * per_patch[1]]
-    points = F.affine_grid(theta, size, align_corners=False)
+    points = F.affine_grid(theta.to(priors), size, align_corners=False)
     seen = F.grid_sample(priors, points, padding_mode="zeros", align_corners=False)  # (B, R, h * k, w * k)
     seen = F.avg_pool2d(seen, per_patch).flatten(2)  # (B, R, N)
     area = torch.linalg.det(theta[:, :, :2]).abs()[:, None]  # of the view, as a fraction of the image
@@ -100,8 +100,9 @@ def span_loss(attention: Tensor, prior: Tensor, share: Tensor, kind: str = "kl")
     (B, heads, N), R = attention.shape, prior.shape[1]
     if R > heads:
         raise ValueError(f"{R} priors but {heads} attention heads: use at least {R} heads or fewer priors")
-    if prior.shape != (B, R, N):
-        raise ValueError(f"prior {tuple(prior.shape)}, attention {tuple(attention.shape)}: B or N differ")
+    if prior.shape != (B, R, N) or share.shape != (B, R):
+        given = f"prior {tuple(prior.shape)}, share {tuple(share.shape)}, attention {tuple(attention.shape)}"
+        raise ValueError(f"{given}: B, R or N differ")
     halves = (torch.float16, torch.bfloat16)
     attention, prior, share = (t.float() if t.dtype in halves else t for t in (attention, prior, share))
     A = attention[:, :R]

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-
 def random_crops(
     n: int, scale: tuple[float, float], generator: Generator, ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: float = 0.0,
@@ -69,7 +68,7 @@ def distort(images: Tensor, generator: Generator, blur: float = 0.5, solarise: f
     brightness, contrast, saturation = 1 + most * jitter * (2 * strength[:3] - 1)
     hue = jitter * 0.2 * torch.pi * (2 * strength[3] - 1)  # radians
     if C == 3:
-        matrix = colour_matrix(saturation * (chance[1] >= 0.2), hue).to(images.device)  # (B, 3, 3)
+        matrix = colour_matrix(saturation * (chance[1] >= 0.2), hue).to(images)  # (B, 3, 3)
         images = (matrix @ images.flatten(2)).view_as(images)
     both = torch.stack([brightness * contrast, brightness * (1 - contrast)])
     gain, lift = both.view(2, B, 1, 1, 1).to(images)

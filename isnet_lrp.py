@@ -74,6 +74,8 @@ def background_loss(
     foreground's as zeros; below 1 the n-th largest has weight decay^n. per_channel: pools and takes (3) for
     each channel, then averages. An image with an empty mask has loss 0, with one warning. Raises ValueError.
     """
+    if not (0 < decay <= 1 and E > 0):
+        raise ValueError(f"background_loss: decay {decay} must be in (0, 1], E {E} above 0")
     H, inside = _checked(heatmap, mask)  # (B, C, P), (B, 1, P)
     H = H if per_channel else H.sum(dim=1, keepdim=True)  # (B, 1, P)
     size = inside.sum(dim=2)
@@ -116,9 +118,9 @@ def isnet_background(
     loss = background_loss(heatmap, mask, decay, E)
     for R in layers:
         R = _as_map(R, grid)
-        covers = F.adaptive_max_pool2d(mask, R.shape[2:])
+        covers = F.adaptive_max_pool2d(mask.float(), R.shape[2:])
         loss = loss + background_loss(R, covers, decay, E) / len(layers)
-    covers = F.adaptive_max_pool2d(mask, grid).flatten(2)  # (B, 1, N)
+    covers = F.adaptive_max_pool2d(mask.float(), grid).flatten(2)  # (B, 1, N)
     for A in attention:
         loss = loss + attention_loss(A[:, :, A.shape[2] - h * w :], covers) / len(attention)
     return loss
@@ -136,7 +138,7 @@ def published_loss(
     losses = []
     for R, (c1, c2) in zip(heatmaps, ranges, strict=True):
         R = _as_map(R, grid)
-        m = F.adaptive_max_pool2d(mask, R.shape[2:])
+        m = F.adaptive_max_pool2d(mask.float(), R.shape[2:])
         loss = background_loss(R, m, decay, E, per_channel=True) + foreground_loss(R, m, c1, c2, hybrid=True)
         losses.append(loss.mean())
     weights = layer_decay ** torch.arange(len(losses), device=mask.device)
@@ -157,14 +159,19 @@ def attention_loss(attention: Tensor, foreground: Tensor) -> Tensor:
 
 
 def log_odds(logits: Tensor, classes: Tensor) -> Tensor:
-    """The log-odds (B,) of classes (B,) from logits (B, K): z_c - log sum_{k != c} exp z_k."""
+    """The log-odds (B,) of classes (B,) from logits (B, K): z_c - log sum_{k != c} exp z_k.
+
+    Raises ValueError for a single logit, which is a log-odds itself.
+    """
+    if logits.shape[1] < 2:
+        raise ValueError("one logit is a log-odds itself: explain logits[:, 0]")
     chosen = F.one_hot(classes, logits.shape[1]).bool()
     return (logits * chosen).sum(dim=1) - logits.masked_fill(chosen, -torch.inf).logsumexp(dim=1)
 
 
 def whole_patches(masks: Tensor, patch_size: int) -> Tensor:
     """Masks (B, 1, H, W), 0 or 1, grown to whole patches: the foreground for a ViT."""
-    touched = F.max_pool2d(masks, patch_size)
+    touched = F.max_pool2d(masks.float(), patch_size)
     return touched.repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)
 
 

@@ -20,9 +20,10 @@ relevance explodes. (4), the generalised gamma rule, equals (3) for x, z >= 0, f
 sign of z and keeps z / z' in [0, 1] for any signs. Operations without a rule keep their gradient, exact if
 they are piecewise linear: KEEPS_GRADIENT lists them, and any other gets one warning.
 
-`LRP` is a `TorchFunctionMode`: it sees conv2d, gelu, matmul ... as any model calls them, in place or not, but
-no custom `autograd.Function`. The rules act only in `explain`: outputs and ordinary gradients are exact, so
-one forward serves prediction and relevance. Relevance can be differentiated again (`isnet_lrp.py`).
+`LRP` is a `TorchFunctionMode`: it sees conv2d, gelu, matmul ... as any model calls them, in place or not (but
+do not change a view in place and then read what it is a view of), but no custom `autograd.Function` and no
+activation checkpoints. The rules act only in `explain`: outputs and ordinary gradients are exact, so one
+forward serves prediction and relevance. Relevance can be differentiated again (`isnet_lrp.py`).
 """
 
 import types
@@ -61,13 +62,13 @@ class _Route(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rules: "LRP", y: Tensor, z: Tensor, top: Tensor | None = None, epsilon: float = 0.0):
-        ctx.rules, ctx.epsilon = rules, epsilon
+        ctx.explaining, ctx.epsilon = rules.explaining, epsilon  # not the rules, which hold tensors
         ctx.save_for_backward(*(() if top is None else (top, z)))
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        if not ctx.rules.explaining:
+        if not ctx.explaining:
             return None, g, None, None, None
         if ctx.saved_tensors:
             top, z = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in ctx.saved_tensors)
@@ -109,7 +110,7 @@ class LRP(TorchFunctionMode):
         if not (epsilon >= 0 and gamma >= 0):
             raise ValueError(f"LRP: epsilon {epsilon} and gamma {gamma} must not be negative")
         self.epsilon, self.gamma, self.signed = epsilon, gamma, signed
-        self.detach_biases, self.explaining = detach_biases, False
+        self.detach_biases, self.explaining = detach_biases, []  # not empty in `explain`
         self.depends = WeakIdKeyDictionary()  # what depends on the watched input: a set, all values are True
         self.successor = WeakIdKeyDictionary()  # a tensor changed in place: the result, computed out of place
         self.warned, self.box = set(), []  # names; the input and its bounds, for rule (9)
@@ -122,17 +123,12 @@ class LRP(TorchFunctionMode):
 
     def explain(self, score: Tensor, inputs: list[Tensor], create_graph: bool = False) -> tuple[Tensor, ...]:
         """The changed gradients of the scores' sum with respect to inputs."""
-        self.explaining = True
+        self.explaining.append(True)
         try:
             score = self.current(score).sum()
             return torch.autograd.grad(score, inputs, create_graph=create_graph, materialize_grads=True)
         finally:
-            self.explaining = False
-
-    def __exit__(self, *error) -> None:
-        super().__exit__(*error)
-        self.depends.clear()
-        self.successor.clear()
+            self.explaining.clear()
 
     def active(self, t) -> bool:
         """Whether t is a tensor that depends on the input."""
@@ -168,6 +164,8 @@ class LRP(TorchFunctionMode):
         elif kwargs.get("inplace"):
             kwargs, changed = {**kwargs, "inplace": False}, self.current(args[0])
         args, kwargs = tree_map(self.current, (args, kwargs))
+        if name == "setitem" and type(args[0].grad_fn).__name__ == "_RouteBackward":  # a view
+            changed, args = args[0], (args[0].clone(), *args[1:])
         y = RULES[name](self, func, *args, **kwargs) if name in RULES else func(*args, **kwargs)
         written = (args[0], args[0]._base) if name == "setitem" else ()  # a slice and its whole
         new = [t for t in tree_leaves((y, written)) if isinstance(t, Tensor) and t.requires_grad]
@@ -176,7 +174,7 @@ class LRP(TorchFunctionMode):
             warnings.warn(f"LRP: no rule for '{name}'. {NO_RULE}", stacklevel=3)
         self.depends.update((t, True) for t in new)
         if changed is not None and y is not changed:  # dropout returns its input in evaluation
-            self.depends[changed], self.successor[changed] = True, y
+            self.depends[changed], self.successor[changed] = True, args[0] if name == "setitem" else y
         return y
 
     def linear(self, op: Callable, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
@@ -219,9 +217,6 @@ class LRP(TorchFunctionMode):
     def _bias_first(self, func, b, x, w, **kwargs) -> Tensor:
         return self.linear(lambda x, w, b: func(b, x, w, **kwargs), x, w, b)
 
-    def _times(self, func, a, b, *args, **kwargs):
-        return self.half(func(a, b, *args, **kwargs), a, b)
-
     def _over(self, func, a, b, *args, **kwargs):
         """Quotients: a divisor that depends on the input is a constant, like the deviation in (6)."""
         return func(a, self.constant(b) if self.active(b) else b, *args, **kwargs)
@@ -255,15 +250,13 @@ class LRP(TorchFunctionMode):
         shift = (0 if bias is None else bias) - mean * scale
         return _Route.apply(self, y, torch.addcmul(shift.view(shape), input, scale.view(shape)))
 
-    def _attention(
-        self, func, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **kw
-    ):
+    def _attention(self, func, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **kw):
         """Softmax attention: two products, (8), and a softmax, which keeps its gradient."""
         if dropout_p:
             raise ValueError("LRP: attention dropout must be 0 while relevance is asked for")
         q, k, v = query, key, value  # (..., Q, d), (..., T, d), (..., T, d)
-        y = func(q, k, v, attn_mask, 0.0, is_causal, scale=scale, **kw)
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        y = func(q, k, v, attn_mask, 0.0, is_causal, **kw)
+        scale = q.shape[-1] ** -0.5 if kw.get("scale") is None else kw["scale"]
         scores = self.half(q @ k.transpose(-2, -1) * scale, q, k)  # (..., Q, T)
         if is_causal:
             attn_mask = torch.ones_like(scores, dtype=torch.bool).tril()
@@ -278,7 +271,7 @@ FAMILIES = {
     "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d": LRP._layer,
     "matmul bmm mm rmatmul": LRP._matmul,
     "addmm baddbmm": LRP._bias_first,
-    "mul rmul multiply": LRP._times,
+    "mul rmul multiply": lambda self, func, a, b, *args, **kw: self.half(func(a, b, *args, **kw), a, b),
     "div truediv divide true_divide": LRP._over,
     "relu6 elu selu celu gelu silu mish sigmoid logsigmoid tanh softplus softsign hardtanh hardswish "
     "hardsigmoid clamp clamp_min clamp_max threshold square sqrt exp log pow": LRP._elementwise,
@@ -331,16 +324,22 @@ def relevance(
     """
     if not images.is_floating_point() or not len(images):
         raise ValueError(f"relevance needs float images, not {images.dtype} {tuple(images.shape)}")
-    bounds, outputs = [torch.full_like(images, v, requires_grad=True) for v in input_rule or ()], {}
+    bounds, calls = [torch.full_like(images, v, requires_grad=True) for v in input_rule or ()], []
     with torch.enable_grad(), LRP(epsilon, gamma, signed, detach_biases) as rules, ExitStack() as hooks:
         for layer in layers:
-            hooks.enter_context(layer.register_forward_hook(lambda m, _, y: outputs.update({m: y})))
+            keep = lambda m, _, y: calls.append((m, rules.current(tree_leaves(y)[0])))  # noqa: E731
+            hooks.enter_context(layer.register_forward_hook(keep))
         inputs = [rules.watch(images), *bounds]
         rules.box = inputs if bounds else []
         output = rules.current(model(inputs[0]))
         if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(images):
             raise ValueError(f"relevance needs output (B, K), not {getattr(output, 'shape', type(output))}")
-        inner = [rules.current(y[0] if isinstance(y, tuple) else y) for y in (outputs[m] for m in layers)]
+        if not rules.active(output):
+            reason = "traced or scripted models and custom autograd.Functions hide their operations"
+            raise ValueError(f"relevance can't follow the output back to the images: {reason}")
+        if sorted(id(m) for m, _ in calls) != sorted(map(id, layers)):
+            raise ValueError(f"each of the {len(layers)} layers must be called once: {len(calls)} call(s)")
+        inner = [dict(calls)[m] for m in layers]
         gradients = rules.explain(_score(output, target), inputs + inner, create_graph)
     products = [x * g for x, g in zip(inputs + inner, gradients)]  # equation (1)
     heatmap = sum(products[: len(inputs)])
@@ -351,14 +350,15 @@ def _score(output: Tensor, target: Tensor | Callable) -> Tensor:
     """The quantity (B,) to explain."""
     if callable(target):
         score = target(output)
-    elif target.is_floating_point():
-        if target.shape != output.shape:
-            raise ValueError(f"weights {tuple(target.shape)}, output {tuple(output.shape)}; labels: .long()")
+    elif target.is_floating_point() and target.shape == output.shape:
         score = (output * target).sum(dim=1)
+    elif target.is_floating_point() or target.shape != output.shape[:1]:
+        given = f"target {target.dtype} {tuple(target.shape)}, output {tuple(output.shape)}"
+        raise ValueError(f"{given}: give labels (B,) as integers, or weights (B, K) as floats")
     elif target.min() < 0 or target.max() >= output.shape[1]:
         raise ValueError(f"target {target.tolist()} out of range: the model has {output.shape[1]} outputs")
     else:
-        score = output.gather(1, target[:, None])[:, 0]
+        score = output.gather(1, target.long()[:, None])[:, 0]
     if score.shape != (len(output),):
         raise ValueError(f"a target must give one score an image, ({len(output)},), not {tuple(score.shape)}")
     return score

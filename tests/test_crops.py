@@ -42,6 +42,8 @@ def test_multi_crop_blurs_the_first_global_view_always_and_solarises_the_second_
 def test_colours_stay_in_range_and_differ_between_images_but_not_with_the_rest_of_the_batch(channels):
     images = torch.rand(1, channels, 8, 8).repeat(50, 1, 1, 1)
     changed = distort(images, seeded(), blur=0.5, solarise=0.3)
+    in_double = distort(images.double(), seeded(), blur=0.5, solarise=0.3)
+    torch.testing.assert_close(in_double.float(), changed, rtol=0, atol=1e-4)
     assert 0 <= changed.min() and changed.max() <= 1 and len(changed.flatten(1).unique(dim=0)) > 35
     assert distort(images, seeded(), blur=0.0, solarise=1.0).max() < 0.5 + 1e-6  # what is bright is inverted
     other = torch.cat([images[:1], torch.rand(49, channels, 8, 8)])

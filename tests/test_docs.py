@@ -96,7 +96,7 @@ def test_the_isnet_snippet_trains_any_classifier():
     mask[:, :, 4:12, 4:12] = 1
     model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 5), torch.nn.ReLU(True), torch.nn.Flatten())
     model.append(torch.nn.Linear(4 * 28 * 28, 2))
-    run("isnet_lrp", model=model, images=torch.rand(3, 1, 32, 32), mask=mask)["loss"].backward()
+    run("isnet_lrp", model=model, plain=model, images=torch.rand(3, 1, 32, 32), mask=mask)["loss"].backward()
     assert model[0].weight.grad.any()
 
 

@@ -52,6 +52,8 @@ def test_inner_layers_and_attention_count_as_background_where_they_cover_no_fore
     parts += [attention_loss(A[:, :, -16:], covers.flatten(2)) for A in attention]
     found = isnet_background(HEATMAPS, [maps, tokens], attention, MASK, GRID, 0.9, 0.1)
     torch.testing.assert_close(found, background_loss(HEATMAPS, MASK, 0.9, 0.1) + sum(parts) / 2)
+    by_bool = isnet_background(HEATMAPS, [maps, tokens], attention, MASK.bool(), GRID, 0.9, 0.1)
+    assert torch.equal(by_bool, found) and torch.equal(whole_patches(MASK.bool(), 2), whole_patches(MASK, 2))
 
 
 def test_as_published_each_layer_has_both_losses_and_the_worst_layer_counts_most():
@@ -65,6 +67,7 @@ def test_as_published_each_layer_has_both_losses_and_the_worst_layer_counts_most
     first, second, third = sorted(losses, reverse=True)
     found = published_loss([HEATMAPS, maps, tokens], MASK, GRID, ranges)
     torch.testing.assert_close(found, (first + 0.8 * second + 0.64 * third) / 2.44)
+    assert torch.equal(published_loss([HEATMAPS, maps, tokens], MASK.bool(), GRID, ranges), found)
 
 
 def test_patches_log_odds_and_the_range_of_relevance():

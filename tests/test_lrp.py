@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -89,9 +90,18 @@ class Mixed(nn.Module):
 
 
 def transformer() -> nn.Module:
-    """Six tokens of 16 dimensions: attention, layer norm, GELU."""
+    """Six tokens of 16 dimensions: attention, layer norm, GELU, twice."""
     layer = nn.TransformerEncoderLayer(16, 2, 16, 0.0, "gelu", batch_first=True, norm_first=True)
-    return nn.Sequential(nn.Conv2d(3, 6, 2, 2), nn.Flatten(2), layer, nn.Flatten(), nn.Linear(96, 3))
+    blocks = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    return nn.Sequential(nn.Conv2d(3, 6, 2, 2), nn.Flatten(2), blocks, nn.Flatten(), nn.Linear(96, 3))
+
+
+def written_out(attention: nn.MultiheadAttention, x: torch.Tensor, *_, **__) -> tuple:
+    """Self-attention, operation by operation."""
+    qkv = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
+    q, k, v = qkv.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    A = (q @ k.mT / q.shape[-1] ** 0.5).softmax(dim=-1)
+    return attention.out_proj((A @ v).transpose(1, 2).flatten(2)), None
 
 
 MODELS = {"cnn": cnn, "mixed": Mixed, "transformer": transformer}
@@ -121,6 +131,14 @@ def test_in_training_the_batch_s_statistics_are_constants():
     for i, n in ((1, 4 * 64), (5, 4 * 16)):
         twin[i].running_mean, twin[i].running_var = model[i].running_mean, model[i].running_var * (n - 1) / n
     torch.testing.assert_close(found, relevance(twin, images, TARGET, 1e-9, 3.0, signed=True)[0])
+
+
+def test_layers_after_an_attention_module_keep_their_rules():
+    model, images = transformer().double(), doubles(4, 3, 8, 8)
+    expected, _ = relevance(model, images, TARGET, gamma=0.5)
+    for block in model[2].layers:
+        block.self_attn.forward = partial(written_out, block.self_attn)
+    torch.testing.assert_close(relevance(model, images, TARGET, gamma=0.5)[0], expected)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -160,9 +178,24 @@ def test_no_term_of_the_isnet_loss_is_lost_in_double_backward(name, gamma, signe
     assert slope_error(loss, weights) < 1e-4
 
 
+def test_an_inner_layer_has_the_relevance_of_its_own_output_though_it_is_changed_in_place_later():
+    branch, head, x = nn.Linear(6, 6).double(), nn.Linear(6, 3).double(), doubles(4, 6)
+    by_hand = relevance(lambda x: head(F.gelu(branch(x) + x)), x, TARGET, layers=[branch])[0]
+    in_place = relevance(lambda x: head(F.gelu(branch(x).add_(x))), x, TARGET, layers=[branch])[0]
+    for R, expected in zip(in_place, by_hand):
+        torch.testing.assert_close(R, expected)
+
+
 def write(change, x: torch.Tensor) -> torch.Tensor:
     change(canvas := torch.zeros_like(x))
     return F.gelu(canvas)
+
+
+def write_into_a_layer(x: torch.Tensor) -> torch.Tensor:
+    y = F.linear(x, w)
+    y[y < 0] = 0
+    y[:, :2] += y[:, 1:]
+    return F.gelu(y)
 
 
 w, one = doubles(3, 6), torch.ones(4, 1, 2).double()
@@ -182,10 +215,12 @@ CONSERVED = {
     "maxima": lambda x: torch.stack([x.amax(1), x.max(1)[0], x.sort(1)[0][:, 3], x.median(1)[0]], 1),
     "pooling": lambda x: F.max_pool1d(F.avg_pool1d(F.interpolate(x[:, None], size=12), 2), 2)[:, 0],
     "rectifiers": lambda x: F.leaky_relu(x) + x.abs() + torch.where(x > 0, x, 0) + F.relu(-x),
+    "normalize": lambda x: F.gelu(F.normalize(F.linear(x, w))),
     "norm": lambda x: x.norm(dim=1, keepdim=True).expand(-1, 3),
     "in place": lambda x: write(lambda c: (c.add_(x), c.mul_(2), F.relu_(c), c.masked_fill_(x > 1, 0)), x),
     "dropout": lambda x: F.dropout(F.silu(x), 0.5, training=False, inplace=True),
     "setitem": lambda x: write(lambda c: c.__setitem__((slice(None), slice(4)), x[:, :4]), x),
+    "setitem of a layer": write_into_a_layer,
     "copy_": lambda x: write(lambda c: c[:, :4].copy_(x[:, :4]), x),
 }
 
@@ -248,7 +283,7 @@ def test_the_context_leaves_nothing_behind_after_an_exception_and_nests():
         watched = rules.watch(images)
         model(watched)
         raise ZeroDivisionError
-    assert not rules.depends and not rules.successor and not images.requires_grad
+    assert not images.requires_grad
     with LRP(gamma=3.0) as outer:
         torch.testing.assert_close(relevance(model, outer.watch(images), TARGET)[0], expected)
 

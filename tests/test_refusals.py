@@ -17,7 +17,7 @@ from common.registration import align
 from common.splits import load
 from common.weights import exported, fit
 from crops import random_crops
-from isnet_lrp import background_loss, foreground_loss
+from isnet_lrp import background_loss, foreground_loss, log_odds
 from lrp import relevance
 from relvit import TASKS, RelViT
 from resnet import ResNet
@@ -43,7 +43,8 @@ def written(registers: int, pool: nn.Module):
 
 REFUSED = [
     ("2 priors but 1 attention heads", lambda: span_loss(torch.ones(1, 1, 4), TWO, TWO[:, :, 0])),
-    ("B or N differ", lambda: span_loss(torch.ones(1, 2, 9), TWO, TWO[:, :, 0])),
+    ("B, R or N differ", lambda: span_loss(torch.ones(1, 2, 9), TWO, TWO[:, :, 0])),
+    (r"share \(1, 1\).*differ", lambda: span_loss(TWO, TWO, TWO[:, :1, 0])),
     ("unknown SPAN loss 'l1': choose kl, mse or dice", lambda: span_loss(TWO, TWO, TWO[:, :, 0], "l1")),
     ("prior 1 .* is empty", lambda: priors_from_masks(torch.tensor([[[1.0]], [[0.0]]]))),
     ("give at least 2", lambda: priors_from_statistics(torch.ones(1, 1, 8, 8))),
@@ -63,13 +64,18 @@ REFUSED = [
     ("embed_dim 8 is too small for 9 relations", lambda: RelViT(FLAT, 8, (2, 2), TASKS)),
     ("out of range: the model has 9 outputs", lambda: relevance(FLAT, IMAGES, TARGET + 7)),
     (r"output \(B, K\)", lambda: relevance(nn.Identity(), IMAGES, TARGET)),
-    (r"labels: \.long\(\)", lambda: relevance(FLAT, IMAGES, TARGET.float())),
+    (r"give labels \(B,\) as integers", lambda: relevance(FLAT, IMAGES, TARGET.float())),
+    (r"give labels \(B,\) as integers", lambda: relevance(FLAT, IMAGES, TARGET[:, None])),
+    ("follow the output back to the images", lambda: relevance(lambda x: FLAT(x.detach()), IMAGES, TARGET)),
+    ("1 layers must be called once: 0", lambda: relevance(FLAT, IMAGES, TARGET, layers=[nn.ReLU()])),
     ("one score an image", lambda: relevance(FLAT, IMAGES, lambda output: output)),
     ("dropout must be 0", lambda: relevance(lambda x: attend(x, x, x, None, 0.5), IMAGES, TARGET)),
     ("float images", lambda: relevance(FLAT, IMAGES.to(torch.uint8), TARGET)),
     ("epsilon -1 .* must not be negative", lambda: relevance(FLAT, IMAGES, TARGET, -1)),
     ("gamma -1 must not be negative", lambda: relevance(FLAT, IMAGES, TARGET, 0, -1)),
     (r"mask \(2, 1, 4, 4\) does not fit heatmap", lambda: background_loss(MASK, MASK[:, :, ::2, ::2])),
+    *[("decay .* must be in", lambda x=x: background_loss(MASK, MASK, *x)) for x in ((0, 1), (1, 0))],
+    ("explain logits", lambda: log_odds(torch.zeros(2, 1), torch.tensor([0, 0]))),
     ("only 0 .* and 1", lambda: background_loss(MASK, MASK / 2)),
     ("0 < c1 < c2", lambda: foreground_loss(MASK, MASK, 2.0, 1.0)),
     (r"image is \(1, 2, 4\), images \(1, 8, 8\): resize", lambda: align(TWO[0][None], MASK)),
