@@ -42,12 +42,14 @@ def blurred(masks: Tensor, blur: float) -> Tensor:
 
 
 def priors_from_statistics(images: Tensor, clusters: int = 2, blur: float = 0.025, steps: int = 20) -> Tensor:
-    """Priors (2 + clusters, H, W) from unlabelled images (M, C, H, W) of one scene, largest value 1.
+    """Priors (2 + clusters, H, W) from unlabelled images (M, C, H, W) >= 0 of one scene, largest value 1.
 
     In this order: the mean image, the standard deviation over images, and k-means clusters of pixels by mean,
-    deviation and place, from the darkest to the brightest. Raises ValueError for fewer than 2 images, or if
-    nothing varies.
+    deviation and place, from the darkest to the brightest. Raises ValueError for fewer than 2 images, for
+    normalised ones, or if nothing varies.
     """
+    if images.min() < 0:
+        raise ValueError(f"images of {images.min():.3g} give negative priors: do not normalise them")
     if len(images) < 2:
         raise ValueError(f"{len(images)} image has no statistics to take priors from: give at least 2")
     H, W = images.shape[-2:]

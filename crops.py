@@ -12,12 +12,14 @@ product. Colour is a matrix too: saturation, hue and grey are one 3x3 matrix per
 Recipe and strengths are those of DINO (Caron et al. 2021, arXiv 2104.14294, from BYOL): jitter, grey, blur,
 solarise. Where we differ: all random numbers come from one CPU generator, so a seed gives the same views on
 every device; a crop wider than the image is cut to its width instead of drawn again; blur is given for 224 px
-and scaled to the view.
+and scaled to the view; there are no local crops and no flips unless asked for; sampling is bilinear without
+antialiasing, so shrink much larger images first, and a crop at the border fades to 0 there.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
+
 
 def random_crops(
     n: int, scale: tuple[float, float], generator: Generator, ratio: tuple[float, float] = (3 / 4, 4 / 3),
@@ -50,7 +52,7 @@ def crop(images: Tensor, theta: Tensor, size: int | tuple[int, int]) -> Tensor:
     # The points of F.affine_grid, whose product of (h w, 3) and (3, 2) would take longer than the sampling.
     grid = torch.empty(len(theta), 2, h, w, device=theta.device, dtype=images.dtype)
     for i in range(2):
-        a, b, c = theta[:, i, :, None, None].unbind(1)  # (B, 1, 1) each
+        a, b, c = theta.detach()[:, i, :, None, None].unbind(1)  # (B, 1, 1) each
         torch.add(a * x + c, b * y[:, None], out=grid[:, i])
     return F.grid_sample(images, grid.permute(0, 2, 3, 1), padding_mode="zeros", align_corners=False)
 
@@ -101,9 +103,9 @@ def multi_crop(
     views = torch.cat([distort(first, generator, 1.0, 0.0), distort(second, generator, 0.1, 0.2)])
     if not V:
         return [views], [theta]
-    near = random_crops(V * B, local_scale, generator, flip=flip).to(images.device)
-    local = distort(crop(images.repeat(V, 1, 1, 1), near, local_size), generator, 0.5, 0.0)
-    return [views, local], [theta, near]
+    local_theta = random_crops(V * B, local_scale, generator, flip=flip).to(images.device)
+    local = distort(crop(images.repeat(V, 1, 1, 1), local_theta, local_size), generator, 0.5, 0.0)
+    return [views, local], [theta, local_theta]
 
 
 def colour_matrix(saturation: Tensor, hue: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ lags behind adds the same to the scores of all images, of which a low tau_t woul
 did), the KL of P_t from the mean P_t (how much an output says about its image; 0 when collapsed; f log K is
 the least allowed), and the number of prototypes in use. `DINOHead` has the published parameter names. Where
 we differ, for short runs: no warm-up of the teacher's temperature, no frozen last layer, constant weight
-decay, and we measure the student; the teacher lags behind.
+decay, the gradient's norm is limited as a whole, and we measure the student; the teacher lags behind.
 """
 
 import copy
@@ -143,7 +143,7 @@ class CollapseMonitor(nn.Module):
         entropy, mean, wins = map(over_processes, (entropy, mean, wins))
         kl = torch.special.entr(mean).sum() - entropy  # mean over images of KL(P_t || mean P_t)
         for average, new in ((self.entropy, entropy), (self.kl, kl), (self.usage, wins)):
-            average.lerp_(new, 1 - self.momentum)
+            average.lerp_(new.to(average), 1 - self.momentum)
         below = self.kl < self.floor * math.log(pt.shape[1])
         self.steps_below.copy_(torch.where(below, self.steps_below + 1, 0))
 
@@ -193,9 +193,7 @@ class DINO(nn.Module):
         self.loss = DINOLoss(out_dim, center_momentum=center_momentum)
         self.health = CollapseMonitor(out_dim)
 
-    def forward(
-        self, views: list[Tensor], teacher_temp: float = 0.04, layer: int = -1
-    ) -> tuple[Tensor, list]:
+    def forward(self, views: list[Tensor], teacher_temp: float = 0.04, layer: int = -1) -> tuple:
         """The loss of one step, a scalar, and the student's Features of each entry of views, without patches.
 
         views: one entry per resolution, [globals (2 B, C, H, W), locals (V B, C, h, w)] or globals alone, as
@@ -211,7 +209,8 @@ class DINO(nn.Module):
             if self.training and self.max_entropy < 1:
                 self.loss.move_center(teacher, w)
             teacher_temp = self.loss.temperature(teacher, teacher_temp, self.max_entropy, w)
-            self.health.update(self.loss.teacher_probabilities(teacher, teacher_temp))
+            if self.training:
+                self.health.update(self.loss.teacher_probabilities(teacher, teacher_temp))
             loss = self.loss(student, teacher, teacher_temp)
             if self.koleo:  # over each global view, whose features are of different images
                 apart = [koleo_loss(view.float()) for view in features[0].pooled.chunk(2)]

@@ -71,8 +71,9 @@ def background_loss(
     """L_bg, (2) and (3): the background's relevance relative to the foreground's, (B,).
 
     heatmap (B, C, H, W), signed; mask (B, 1, H, W), 1 in the foreground. decay: 1 averages all pixels, the
-    foreground's as zeros; below 1 the n-th largest has weight decay^n. per_channel: pools and takes (3) for
-    each channel, then averages. An image with an empty mask has loss 0, with one warning. Raises ValueError.
+    foreground's as zeros; below 1 the n-th largest, from n = 0, has weight decay^n. per_channel: pools and
+    takes (3) for each channel, then averages. An image with an empty mask has loss 0, with one warning.
+    Raises ValueError.
     """
     if not (0 < decay <= 1 and E > 0):
         raise ValueError(f"background_loss: decay {decay} must be in (0, 1], E {E} above 0")
@@ -108,7 +109,7 @@ def isnet_background(
     heatmap: Tensor, layers: list[Tensor], attention: list[Tensor], mask: Tensor, grid: tuple[int, int],
     decay: float = 1.0, E: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    """L_bg(R) + mean_l L_bg(R_l) + mean_a L_att(A_a) of (1): (B,).
+    """L_bg(R) + mean_l L_bg(R_l) + mean_a L_att(A_a) of (1): (B,). L_att is the batch's, the same for all.
 
     heatmap (B, C, H, W) and mask (B, 1, H, W) as in `background_loss`. layers: relevance of inner layers,
     maps (B, D, h, w) or tokens (B, T, D); attention: maps (B, heads, T). The last h * w tokens lie on the

@@ -7,7 +7,7 @@ at an operation's output, so one backward pass computes all relevance:
     linear, convolution    z = w x + b         g <- g z / (z + eps sign z)                           (2)
     the same with gamma    z' = w' x + b'      g <- g z / (z' + eps sign z'), back through z'        (3)
                            w' = w + gamma max(w, 0), b' likewise
-    or, if signed          z' = z + gamma (z + sign(z) |w| |x|) / 2, the rest as in (3)              (4)
+    or, if signed          z' = z + gamma (z + sign(z) (|w| |x| + |b|)) / 2, the rest as in (3)      (4)
     elementwise            y = f(x)            g <- g f(x) / x instead of g f'(x)                    (5)
     layer and group norm   the deviation is a constant; subtracting the mean stays linear            (6)
     batch norm             mean and deviation are constants; not folded into the layer before it     (7)
@@ -16,14 +16,13 @@ at an operation's output, so one backward pass computes all relevance:
 
 (2) epsilon, (3) gamma and (9) z^B rule: Montavon et al. 2019. (5), (6), (8): AttnLRP, Achtibat et al. 2024,
 arXiv 2402.05602. (3) is made for x, z >= 0, as around a ReLU; elsewhere z' can be 0 where z is not, and
-relevance explodes. (4), the generalised gamma rule, equals (3) for x, z >= 0, favours contributions with the
-sign of z and keeps z / z' in [0, 1] for any signs. Operations without a rule keep their gradient, exact if
-they are piecewise linear: KEEPS_GRADIENT lists them, and any other gets one warning.
+relevance explodes. (4), the generalised gamma rule, equals (3) there, favours contributions with the sign of
+z and keeps z / z' in [0, 1] for any signs. Operations without a rule keep their gradient, exact if they are
+piecewise linear (KEEPS_GRADIENT): any other gets one warning.
 
-`LRP` is a `TorchFunctionMode`: it sees conv2d, gelu, matmul ... as any model calls them, in place or not (but
-do not change a view in place and then read what it is a view of), but no custom `autograd.Function` and no
-activation checkpoints. The rules act only in `explain`: outputs and ordinary gradients are exact, so one
-forward serves prediction and relevance. Relevance can be differentiated again (`isnet_lrp.py`).
+`LRP` is a `TorchFunctionMode`: it sees conv2d, gelu, matmul ... as any model calls them, in place or not, but
+no custom `autograd.Function`. The rules act only in `explain`: outputs and ordinary gradients are exact, so
+one forward serves prediction and relevance. Relevance can be differentiated again (`isnet_lrp.py`).
 """
 
 import types
@@ -100,7 +99,7 @@ class LRP(TorchFunctionMode):
 
     epsilon: the stabiliser of (2). gamma: 0 for the epsilon rule; more favours contributions of one sign, by
     (3) or, if signed, by (4). detach_biases: a second derivative takes biases in (2) and (9) as constants,
-    as in ISNet. Use `watch(images)`, the model, `explain(score, inputs)`. Raises ValueError.
+    as in ISNet. Call `watch(images)`, the model, and `explain(score, inputs)`. Raises ValueError.
     """
 
     def __init__(
@@ -113,7 +112,8 @@ class LRP(TorchFunctionMode):
         self.detach_biases, self.explaining = detach_biases, []  # not empty in `explain`
         self.depends = WeakIdKeyDictionary()  # what depends on the watched input: a set, all values are True
         self.successor = WeakIdKeyDictionary()  # a tensor changed in place: the result, computed out of place
-        self.warned, self.box = set(), []  # names; the input and its bounds, for rule (9)
+        self.stale = WeakIdKeyDictionary()  # what shares memory with such a tensor: a set
+        self.warned, self.box, self.boxed = set(), [], False  # names; for (9) input and bounds, if it acted
 
     def watch(self, images: Tensor) -> Tensor:
         """Mark the input whose relevance is asked for; returns it, requiring a gradient."""
@@ -164,8 +164,12 @@ class LRP(TorchFunctionMode):
         elif kwargs.get("inplace"):
             kwargs, changed = {**kwargs, "inplace": False}, self.current(args[0])
         args, kwargs = tree_map(self.current, (args, kwargs))
-        if name == "setitem" and type(args[0].grad_fn).__name__ == "_RouteBackward":  # a view
-            changed, args = args[0], (args[0].clone(), *args[1:])
+        if name == "setitem":  # y[0] += 1 writes back what it changed
+            self.stale.pop(args[0], None)
+            if type(args[0].grad_fn).__name__ == "_RouteBackward":  # a view, which can't be written into
+                changed, args = args[0], (args[0].clone(), *args[1:])
+        elif any(t in self.stale for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
+            raise ValueError(f"LRP: '{name}' reads what was changed in place through a view: copy it first")
         y = RULES[name](self, func, *args, **kwargs) if name in RULES else func(*args, **kwargs)
         written = (args[0], args[0]._base) if name == "setitem" else ()  # a slice and its whole
         new = [t for t in tree_leaves((y, written)) if isinstance(t, Tensor) and t.requires_grad]
@@ -174,6 +178,9 @@ class LRP(TorchFunctionMode):
             warnings.warn(f"LRP: no rule for '{name}'. {NO_RULE}", stacklevel=3)
         self.depends.update((t, True) for t in new)
         if changed is not None and y is not changed:  # dropout returns its input in evaluation
+            memory = lambda t: t.untyped_storage().data_ptr()  # noqa: E731
+            shares = [t for t in self.depends if t is not changed and memory(t) == memory(changed)]
+            self.stale.update((t, True) for t in shares)
             self.depends[changed], self.successor[changed] = True, args[0] if name == "setitem" else y
         return y
 
@@ -187,11 +194,11 @@ class LRP(TorchFunctionMode):
             b = b.detach()
             z = ruled = op(x, w, b)
         if self.box and x is self.box[0]:
-            _, low, high = self.box
+            (_, low, high), self.boxed = self.box, True
             positive, negative = part(lambda v: v.clamp(min=0)), part(lambda v: v.clamp(max=0))
             return _Route.apply(self, y, z - op(low, *positive) - op(high, *negative), z, 1e-9)
         if self.gamma and self.signed:
-            sized = op(x.abs(), *part(torch.abs))  # |w| |x|
+            sized = op(x.abs(), *part(torch.abs))  # |w| |x| + |b|
             ruled = (1 + self.gamma / 2) * z + (self.gamma / 2 * _sign(z)) * sized
         elif self.gamma:
             ruled = op(x, *part(lambda v: v + self.gamma * v.clamp(min=0)))
@@ -214,8 +221,11 @@ class LRP(TorchFunctionMode):
             return self.linear(lambda x, w, _: func(x, w, *args, **kwargs), a, b)
         return self.linear(lambda x, w, _: func(w, x, *args, **kwargs), b, a)
 
-    def _bias_first(self, func, b, x, w, **kwargs) -> Tensor:
-        return self.linear(lambda x, w, b: func(b, x, w, **kwargs), x, w, b)
+    def _einsum(self, func, equation, *operands) -> Tensor:
+        x = tree_leaves(operands)
+        if len(x) > 2:
+            raise ValueError(f"LRP: einsum of {len(x)} tensors: write it as products of two")
+        return self._matmul(lambda *x: func(equation, *x), *x) if len(x) == 2 else func(equation, *x)
 
     def _over(self, func, a, b, *args, **kwargs):
         """Quotients: a divisor that depends on the input is a constant, like the deviation in (6)."""
@@ -270,7 +280,8 @@ class LRP(TorchFunctionMode):
 FAMILIES = {
     "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d": LRP._layer,
     "matmul bmm mm rmatmul": LRP._matmul,
-    "addmm baddbmm": LRP._bias_first,
+    "addmm baddbmm": lambda self, f, b, x, w, **k: self.linear(lambda x, w, b: f(b, x, w, **k), x, w, b),
+    "einsum": LRP._einsum,
     "mul rmul multiply": lambda self, func, a, b, *args, **kw: self.half(func(a, b, *args, **kw), a, b),
     "div truediv divide true_divide": LRP._over,
     "relu6 elu selu celu gelu silu mish sigmoid logsigmoid tanh softplus softsign hardtanh hardswish "
@@ -334,6 +345,8 @@ def relevance(
         output = rules.current(model(inputs[0]))
         if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(images):
             raise ValueError(f"relevance needs output (B, K), not {getattr(output, 'shape', type(output))}")
+        if bounds and not rules.boxed:
+            raise ValueError("input_rule: the first operation must be a linear layer or a convolution")
         if not rules.active(output):
             reason = "traced or scripted models and custom autograd.Functions hide their operations"
             raise ValueError(f"relevance can't follow the output back to the images: {reason}")

@@ -23,7 +23,7 @@ whole batch at once. Priors over an image are cut with the same boxes.
 Where we differ from the published code: its scripts use relations and positions only; its joint training
 classifies images whose patches are in order and unchanged (`compare` without `order`); it splits columns of
 mega-patches as it splits rows, and only between patches; its grids are square; it also changes hue and
-saturation.
+saturation, and first crops and mirrors whole images.
 """
 
 import math
@@ -113,7 +113,7 @@ def cut(images: Tensor, boxes: Tensor, grid: tuple[int, int], patch_size: int) -
     y, x = points[:, :, :, None, 0], points[:, :, None, :, 1]
     points = torch.stack(torch.broadcast_tensors(x, y), dim=-1)  # (B, N, p, p, 2)
     points = points.unflatten(1, grid).transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (B, h p, w p, 2)
-    points = F.grid_sample(images, 2 * points - 1, padding_mode="border", align_corners=False)
+    points = F.grid_sample(images, (2 * points - 1).to(images), padding_mode="border", align_corners=False)
     return F.avg_pool2d(points, finer)
 
 
@@ -214,7 +214,7 @@ class RelViT(nn.Module):
             else:
                 error = F.cross_entropy(scores, target)
                 as_high = scores.detach() >= scores.detach().gather(1, target[:, None])
-                metrics[task] = (as_high.sum(dim=1) == 1).float().mean()  # as with argmax, but far faster
+                metrics[task] = (as_high.sum(dim=1) == 1).float().mean()  # as argmax, but a tie is a miss
             loss = loss + error
         return loss, metrics
 

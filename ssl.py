@@ -5,7 +5,8 @@ needs it: `import torch` imports `asyncio`, which reads `ssl.SSLWantReadError` a
 the standard library's ssl from the interpreter's folder and leaves *that* module in `sys.modules["ssl"]`,
 which is what an import statement returns. It adds one thing, a module `__getattr__` (PEP 562): a name that
 ssl lacks is looked up in `dino.py` or `relvit.py`, on first use. So asyncio, https, pip and tqdm still work,
-and importing ssl does not import torch. The lesson: don't name a file like a standard module.
+and importing ssl does not import torch. Where Python's ssl was imported before this folder was on the path,
+as in a notebook, import from `dino` and `relvit`. The lesson: don't name a file like a standard module.
 """
 
 import importlib

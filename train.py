@@ -42,11 +42,10 @@ from common.regions import priors_over
 from common.runs import data_of, finish, masses_of
 from common.splits import load
 from crops import multi_crop
-from dino import over_processes
+from dino import DINO, over_processes
 from isnet_lrp import foreground_loss, isnet_background, published_loss, whole_patches
 from lrp import relevance
-from relvit import cut, patch_views
-from ssl import DINO, RelViT  # the doorway ssl.py in this folder, which leaves Python's own ssl as it was
+from relvit import RelViT, cut, patch_views
 from vit import ViT
 
 # Set-up
@@ -210,7 +209,7 @@ def train(
     """Train on images (N, C, S, S) by an objective; returns the history, a row an epoch.
 
     masses_now: what each checkpoint keeps of guided heads, from `masses_of`.
-    All random numbers come from one generator, whose state is in every checkpoint: a run that was stopped
+    Order and views come from one generator; its state and PyTorch's own are in checkpoints: a stopped run
     ends at the weights of one that never was. Each process of torchrun takes its share of a batch.
     Raises Damaged, Collapse, FloatingPointError before weights are spoiled, KeyboardInterrupt after saving.
     """

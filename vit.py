@@ -74,7 +74,7 @@ class Attention(nn.Module):
             mixed = F.scaled_dot_product_attention(q, k, v)
         else:  # on CPUs its derivative takes several times as long in bfloat16
             with torch.autocast(x.device.type, enabled=False):
-                mixed = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+                mixed = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
         mixed = mixed.transpose(1, 2).flatten(2)  # (B, T, D)
         return self.proj(mixed), self.weights(q[:, :, :1], k)[:, :, 0] if row else None
 
@@ -111,8 +111,8 @@ class Block(nn.Module):
         """Drop each image's branch (B, T, D) with probability drop_path, and scale up those that are kept."""
         if not self.training or self.drop_path == 0:
             return branch
-        kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
-        return branch * kept / (1 - self.drop_path)
+        kept = torch.rand(len(branch), 1, 1) >= self.drop_path  # of the CPU's generator, on any device
+        return branch * kept.to(branch.device) / (1 - self.drop_path)
 
     def forward(self, x: Tensor, row: bool = False, first: bool = False) -> tuple[Tensor, Tensor | None]:
         mixed, attention = self.attn(self.norm1(x), row, first)

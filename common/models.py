@@ -11,10 +11,10 @@ from common.classify import Classifier
 from common.config import Config
 from common.data import normalise
 from common.weights import fit, read_weights, sizes
-from relvit import TASKS
+from dino import DINO
+from relvit import TASKS, RelViT
 from resnet import ResNet
 from simpool import GAP, SimPool
-from ssl import DINO, RelViT
 from vit import ViT
 
 

@@ -122,9 +122,10 @@ def test_near_collapse_koleo_is_added_the_centre_follows_and_the_temperature_fal
     spread = (teacher - w * mean).var(dim=-1, correction=0).mean()
     highest = (spread / (0.4 * max(w, 1e-9) * math.log(16))) ** 0.5
     assert float(temperature) == pytest.approx(min(0.4, highest))
-    center = with_ceiling.loss.center.clone()
+    center, health = with_ceiling.loss.center.clone(), copy.deepcopy(with_ceiling.health.state_dict())
     with_ceiling.eval()(views, 0.4)
     assert torch.equal(with_ceiling.loss.center, center)
+    assert all(torch.equal(value, health[key]) for key, value in with_ceiling.health.state_dict().items())
 
 
 # Collapse

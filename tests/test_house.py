@@ -78,6 +78,7 @@ SNIPPETS = {  # what each prints
     "import pip._internal.cli.main, ssl; print(ssl.SSLError.__name__)": "SSLError",
     "import asyncio, urllib.request; from ssl import DINO, DINOHead, DINOLoss, RelViT, SSLContext;"
     " import dino; print(DINO is dino.DINO, RelViT.__module__)": "True relvit",
+    "import sys; here = sys.path.pop(0); import ssl; sys.path[:0] = [here]; import train; print(1)": "1",
     "import ssl\ntry: ssl.no\nexcept AttributeError as e: print(e)": "module 'ssl' has no attribute 'no'",
 }
 

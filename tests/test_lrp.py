@@ -237,10 +237,26 @@ def test_detached_biases_are_constants_in_the_denominators_and_nowhere_else(box)
     assert all(map(torch.equal, *found))
 
 
-def test_the_z_box_rule_asks_nothing_of_a_model_whose_first_layer_sees_a_product():
+def test_the_z_box_rule_is_for_each_first_layer_and_never_left_out_in_silence():
+    layer, x, box = nn.Linear(6, 3).double(), doubles(4, 6), {"input_rule": (-3, 3)}
+    R, _ = relevance(layer, x, TARGET, **box)
+    torch.testing.assert_close(relevance(lambda x: layer(x) + layer(x), x, TARGET, **box)[0], 2 * R)
+    with pytest.raises(ValueError, match="input_rule: .* a linear layer or a convolution"):
+        relevance(lambda x: layer(x * 2), x, TARGET, **box)
+
+
+VIEWS = {
+    "a part": lambda y: (y[:, :2].relu_(), y)[1],
+    "a shape": lambda y: (y.flatten().mul_(2), y)[1],
+    "the whole of a part": lambda y: (y[:, :3], y.relu_())[0],
+}
+
+
+@pytest.mark.parametrize("change", VIEWS)
+def test_what_was_changed_in_place_through_a_view_is_refused_rather_than_read_as_it_was(change):
     layer, x = nn.Linear(6, 3).double(), doubles(4, 6)
-    R, _ = relevance(lambda x: layer(x * 2), x, TARGET[:4], 0.0, input_rule=(-3, 3))
-    torch.testing.assert_close(R, relevance(lambda x: layer(x * 2), x, TARGET[:4], 0.0)[0])
+    with pytest.raises(ValueError, match="changed in place through a view"):
+        relevance(lambda x: F.gelu(VIEWS[change](layer(x))), x, TARGET)
 
 
 @pytest.mark.parametrize("name", CONSERVED)
@@ -265,6 +281,9 @@ ATTENTION = {
     "bool": lambda x: F.scaled_dot_product_attention(x, x, x, MASK),
     "float": lambda x: F.scaled_dot_product_attention(x, x, x, INFINITE),
     "causal": lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True),
+    "einsum": lambda x: torch.einsum(
+        "bij,bjd->bid", (torch.einsum("bid,bjd->bij", [x / 2, x]) + INFINITE).softmax(-1), x
+    ),
     "baddbmm": lambda x: torch.baddbmm(INFINITE, x * 4**-0.5, x.mT).softmax(-1) @ x,
 }
 

@@ -42,6 +42,7 @@ def test_targets_of_a_grid_that_is_not_square_and_what_a_constant_reaches():
 def test_whole_boxes_cut_an_image_into_itself_and_an_order_moves_its_patches():
     images, boxes = torch.rand(2, 3, 8, 12, generator=seeded()), patch_boxes(2, 2, 3, seeded(), shrink=1.0)
     torch.testing.assert_close(cut(images, boxes, (2, 3), 4), images)
+    torch.testing.assert_close(cut(images.double(), boxes, (2, 3), 4).float(), images)
     moved = cut(images, boxes[:, [5, 1, 2, 3, 4, 0]], (2, 3), 4)
     torch.testing.assert_close(moved[:, :, :4, :4], images[:, :, 4:, 8:])
     torch.testing.assert_close(moved[:, :, :4, 4:8], images[:, :, :4, 4:8])

@@ -93,6 +93,7 @@ def test_in_bfloat16_a_cpu_still_mixes_the_values_in_float32_and_its_gradients_s
         gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, vit.parameters())]))
     assert set(seen) == {torch.float32}
     assert F.cosine_similarity(*gradients, dim=0) > 0.99
+    assert vit.bfloat16()(IMAGES.bfloat16()).pooled.dtype == torch.bfloat16  # also without autocast
 
 
 def test_other_image_sizes_get_resized_positions():
