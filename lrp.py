@@ -97,9 +97,9 @@ def _sign(z: Tensor) -> Tensor:
 class LRP(TorchFunctionMode):
     """Within this context, every operation on what depends on the watched input follows its relevance rule.
 
-    epsilon: the stabiliser of (2). gamma: 0 for the epsilon rule; more favours contributions of one sign, by
-    (3) or, if signed, by (4). detach_biases: a second derivative takes biases in (2) and (9) as constants,
-    as in ISNet. Call `watch(images)`, the model, and `explain(score, inputs)`. Raises ValueError.
+    epsilon: the stabiliser of (2), in units of z. gamma: 0 for the epsilon rule; more favours contributions
+    of one sign, by (3) or, if signed, (4). detach_biases: a second derivative takes biases in (2) and (9) as
+    constants, as in ISNet. Call `watch(images)`, the model, `explain(score, inputs)`. Raises ValueError.
     """
 
     def __init__(
@@ -291,7 +291,7 @@ FAMILIES = {
     "scaled_dot_product_attention": LRP._attention,
 }
 RULES = {name: rule for names, rule in FAMILIES.items() for name in names.split()}
-NO_RULE = "Operations without a rule keep their gradient, which is exact if they are piecewise linear."
+NO_RULE = "Its gradient stays: exact if it is piecewise linear, or else relevance is lost or counted twice."
 KEEPS_GRADIENT = set(
     # Views, copies, choices of elements ("get" stands for properties such as x.T)
     "get getitem setitem reshape reshape_as view view_as flatten unflatten ravel transpose permute movedim t "

@@ -269,7 +269,7 @@ def test_operations_conserve_relevance_however_they_are_called(name):
 
 def test_an_operation_without_a_rule_is_named_once_and_keeps_its_gradient():
     x = doubles(4, 6).requires_grad_()
-    with pytest.warns(UserWarning, match="no rule for 'sin'.* if they are piecewise linear") as caught:
+    with pytest.warns(UserWarning, match="no rule for 'sin'.* if it is piecewise linear") as caught:
         R, _ = relevance(lambda x: x.sin().sin(), x, TARGET)
     torch.testing.assert_close(R, x * torch.autograd.grad(logit(x.sin().sin()).sum(), x)[0])
     assert len(caught) == 1
