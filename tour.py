@@ -131,14 +131,15 @@ for name, model in {"plain": plain, "blind": blind}.items():
 # 7. One picture: test image, three heads, relevance of both classifiers.
 figure, axes = plt.subplots(4, 6, figsize=(9, 6.4), layout="constrained")
 for i, row in enumerate(axes):
-    shown = [tests[i, 0], *test_gaze[i].unflatten(1, GRID), *(R[i, 0].detach() for R in heat.values())]
-    for k, (axis, picture) in enumerate(zip(row, shown)):
-        top = float(picture.abs().max()) if k > 3 else 0.15
-        low, high = {0: (0, 255)}.get(k, (-top if k > 3 else 0, top))
-        colours = "gray" if k == 0 else "magma" if k < 4 else "RdBu_r"
+    shown = [(tests[i, 0], "gray", 0, 255)]
+    shown += [(A, "magma", 0, 0.15) for A in test_gaze[i].unflatten(1, GRID)]
+    for R in heat.values():
+        top = float(R[i, 0].abs().max())
+        shown.append((R[i, 0].detach(), "RdBu_r", -top, top))
+    for axis, (picture, colours, low, high) in zip(row, shown):
         axis.imshow(picture.numpy(), cmap=colours, vmin=low, vmax=high)
         axis.axis("off")
-        titles = ["test image", *REGIONS, "relevance, plain", "relevance, blind"]
-        axis.set_title(titles[k] if i == 0 else "", fontsize=9)
+for axis, title in zip(axes[0], ["test image", *REGIONS, "relevance, plain", "relevance, blind"]):
+    axis.set_title(title, fontsize=9)
 figure.savefig("tour.png", dpi=100)
 print("drew tour.png")
