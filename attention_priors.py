@@ -48,10 +48,10 @@ def priors_from_statistics(images: Tensor, clusters: int = 2, blur: float = 0.02
     deviation and place, from the darkest to the brightest. Raises ValueError for fewer than 2 images, for
     normalised ones, or if nothing varies.
     """
-    if images.min() < 0:
-        raise ValueError(f"images of {images.min():.3g} give negative priors: do not normalise them")
     if len(images) < 2:
         raise ValueError(f"{len(images)} image has no statistics to take priors from: give at least 2")
+    if images.min() < 0:
+        raise ValueError(f"images of {images.min():.3g} give negative priors: do not normalise them")
     H, W = images.shape[-2:]
     images = images.float().mean(dim=1)  # (M, H, W)
     mean, deviation = images.mean(dim=0), images.std(dim=0)  # (H, W)

@@ -112,7 +112,7 @@ class LRP(TorchFunctionMode):
         self.detach_biases, self.explaining = detach_biases, []  # not empty in `explain`
         self.depends = WeakIdKeyDictionary()  # what depends on the watched input: a set, all values are True
         self.successor = WeakIdKeyDictionary()  # a tensor changed in place: the result, computed out of place
-        self.stale = WeakIdKeyDictionary()  # what shares memory with such a tensor: a set
+        self.stale = WeakIdKeyDictionary()  # what shares memory with such a tensor: results not written back
         self.warned, self.box, self.boxed = set(), [], False  # names; for (9) input and bounds, if it acted
 
     def watch(self, images: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ class LRP(TorchFunctionMode):
 
     def active(self, t) -> bool:
         """Whether t is a tensor that depends on the input."""
-        return isinstance(t, Tensor) and t in self.depends
+        return isinstance(t, Tensor) and (t in self.depends or t.requires_grad and t._base in self.depends)
 
     def current(self, t):
         """What stands for t now: itself, or the result of in-place operations on it."""
@@ -164,12 +164,14 @@ class LRP(TorchFunctionMode):
         elif kwargs.get("inplace"):
             kwargs, changed = {**kwargs, "inplace": False}, self.current(args[0])
         args, kwargs = tree_map(self.current, (args, kwargs))
-        if name == "setitem":  # y[0] += 1 writes back what it changed
-            self.stale.pop(args[0], None)
-            if type(args[0].grad_fn).__name__ == "_RouteBackward":  # a view, which can't be written into
-                changed, args = args[0], (args[0].clone(), *args[1:])
-        elif any(t in self.stale for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
+        if name == "setitem" and all(v is args[-1] for v in self.stale.get(args[0], ())):
+            self.stale.pop(args[0], None)  # y[0] += 1 writes back what it changed
+        if any(t in self.stale for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
             raise ValueError(f"LRP: '{name}' reads what was changed in place through a view: copy it first")
+        if name == "setitem" and args[0] in self.depends:
+            base = args[0]._base
+            if args[0].is_leaf or base is not None and base not in self.depends:  # can't be written into
+                changed, args = args[0], (args[0].clone(), *args[1:])
         y = RULES[name](self, func, *args, **kwargs) if name in RULES else func(*args, **kwargs)
         written = (args[0], args[0]._base) if name == "setitem" else ()  # a slice and its whole
         new = [t for t in tree_leaves((y, written)) if isinstance(t, Tensor) and t.requires_grad]
@@ -177,10 +179,13 @@ class LRP(TorchFunctionMode):
             self.warned.add(name)
             warnings.warn(f"LRP: no rule for '{name}'. {NO_RULE}", stacklevel=3)
         self.depends.update((t, True) for t in new)
-        if changed is not None and y is not changed:  # dropout returns its input in evaluation
+        if changed is not None and not self.active(changed):  # a constant, changed with all that shares it
+            y = changed.copy_(y)
+            self.depends.update((t, True) for t in (changed, changed._base) if t is not None)
+        elif changed is not None and y is not changed:  # dropout returns its input in evaluation
             memory = lambda t: t.untyped_storage().data_ptr()  # noqa: E731
-            shares = [t for t in self.depends if t is not changed and memory(t) == memory(changed)]
-            self.stale.update((t, True) for t in shares)
+            shares = [t for t in self.depends if memory(t) == memory(changed) and t is not y]
+            self.stale.update((t, (*self.stale.get(t, ()), y)) for t in shares)
             self.depends[changed], self.successor[changed] = True, args[0] if name == "setitem" else y
         return y
 

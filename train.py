@@ -210,7 +210,7 @@ def train(
 
     masses_now: what each checkpoint keeps of guided heads, from `masses_of`.
     Order and views come from one generator; its state and PyTorch's own are in checkpoints: a stopped run
-    ends at the weights of one that never was. Each process of torchrun takes its share of a batch.
+    ends at the weights of one that never stopped. Each process of torchrun takes its share of a batch.
     Raises Damaged, Collapse, FloatingPointError before weights are spoiled, KeyboardInterrupt after saving.
     """
     generator = Generator().manual_seed(config.seed)

@@ -19,7 +19,7 @@ def test_crops_have_the_requested_area_stay_inside_and_are_mirrored_as_often_as_
 def test_a_crop_of_whole_pixels_is_a_slice_and_a_negative_width_a_mirror_image():
     image = torch.rand(2, 3, 8, 8)
     corner = torch.tensor([[[0.5, 0, 0.5], [0, 0.5, -0.5]]]).repeat(2, 1, 1)  # upper right quarter
-    torch.testing.assert_close(crop(image, corner, 4), image[:, :, :4, 4:])
+    torch.testing.assert_close(crop(image, corner.requires_grad_(), 4), image[:, :, :4, 4:])
     mirror = torch.tensor([[[-1.0, 0, 0], [0, 1, 0]]])
     torch.testing.assert_close(crop(image[:1, :, :4], mirror, (4, 8)), image[:1, :, :4].flip(3))
 

@@ -69,6 +69,7 @@ REFUSED = [
     (r"give labels \(B,\) as integers", lambda: relevance(FLAT, IMAGES, TARGET[:, None])),
     ("follow the output back to the images", lambda: relevance(lambda x: FLAT(x.detach()), IMAGES, TARGET)),
     ("1 layers must be called once: 0", lambda: relevance(FLAT, IMAGES, TARGET, layers=[nn.ReLU()])),
+    ("called once: 2", lambda: relevance(lambda x: FLAT(x) + FLAT(x), IMAGES, TARGET, layers=[FLAT])),
     ("one score an image", lambda: relevance(FLAT, IMAGES, lambda output: output)),
     ("dropout must be 0", lambda: relevance(lambda x: attend(x, x, x, None, 0.5), IMAGES, TARGET)),
     ("float images", lambda: relevance(FLAT, IMAGES.to(torch.uint8), TARGET)),
