@@ -16,7 +16,7 @@ lags behind adds the same to the scores of all images, of which a low tau_t woul
 
     L_KoLeo = -mean_i log min_(j != i) |z_i - z_j|,  |z| = 1,  weighted by w                             (5)
     tau_t   = min(tau_t, s / sqrt(2 w (1 - e) log K)),  so that mean h(P_t) / log K <~ 1 - w (1 - e)     (6)
-    w       = 2 - KL / (2 f log K), from 0 to 1: with a large KL both would harm the features            (7)
+    w       = 3 - KL / (f log K), from 0 to 1: with a large KL both would harm the features              (7)
     c       <- c + w (mean_i g_t(x_i) - c)  in each step before (1) and (6), if e < 1                    (8)
 
 `CollapseMonitor` follows the entropy h(P_t) (in a collapse near log K if centring won, low if sharpening
@@ -148,8 +148,8 @@ class CollapseMonitor(nn.Module):
         self.steps_below.copy_(torch.where(below, self.steps_below + 1, 0))
 
     def nearness(self) -> Tensor:
-        """w, equation (7), a scalar: 1 where the KL is twice the floor or less, 0 from four times on."""
-        return (2 - self.kl / (2 * self.floor * math.log(len(self.usage)))).clamp(0, 1)
+        """w, equation (7), a scalar: 1 where the KL is twice the floor or less, 0 from three times on."""
+        return (3 - self.kl / (self.floor * math.log(len(self.usage)))).clamp(0, 1)
 
     def collapsed(self) -> bool:
         """Whether the KL has been below the floor for `patience` steps."""

@@ -17,7 +17,7 @@ LOSSES = {"steady": "", "published": "--koleo 0 --max-entropy 1"}  # DINO's
 EARLIER = f"{BEFORE} --epochs 15 {LOSSES['published']}"
 REMEDIES = {  # of experiments/remedies.py
     "always": "", "koleo": "--max-entropy 1", "sinkhorn": LOSSES["published"],
-    "warmed": f"{LOSSES['published']} --teacher-temp 0.07", "followed": LOSSES["published"], "narrow": "",
+    "warmed": f"{LOSSES['published']} --teacher-temp 0.07", "followed": LOSSES["published"], "wide": "",
 }  # fmt: skip
 SPAN_CHANGES = {  # one thing changed at a time, at seed 0
     "affine_alignment": "--align affine", "no_alignment": "--align none", "no_following": "--no-follow",
@@ -80,7 +80,7 @@ def on_other_data() -> dict[str, str]:
         folders = {kind: f"--data data/{kind}{n // 10}-{{seed}}" for kind in ("symbols", "digits")}
         for kind, data in (drawn | folders).items():
             for way, flags in (LOSSES | REMEDIES).items():
-                today = way in ("steady", "narrow")
+                today = way in ("steady", "wide")
                 steps = f"--epochs {epochs}" if today else f"--epochs {before} {BEFORE}"
                 runs[f"{way}_{kind}_{n}"] = f"{data} --prior none --keep-going {steps} {flags}".strip()
     for kind, n in {"digits": 85, "leaves": 400}.items():  # leaves: no default was chosen on them
@@ -137,7 +137,7 @@ def at_equal_length() -> dict[str, str]:
         "after_dino": f"--init runs/long_dino-{{seed}} --epochs 15 {BEFORE}",
         "dino_long": f"{LOSSES['published']} --prior none {long}",
         "always_long": f"--prior none {long}",
-        "narrow_long": f"--prior none {long}",
+        "wide_long": f"--prior none {long}",
         "plates_dino": f"{PLATES} --prior none --epochs 60",  # settings that suit DINO alone
         "plates_span": f"{PLATES} --prior statistics --epochs 60",
     }

@@ -4,7 +4,7 @@
 
 `sinkhorn`, `warmed` and `followed` replace the targets of the published loss: add --koleo 0 --max-entropy 1.
 `always` keeps KoLeo and the ceiling on the entropy in every step; `koleo` is the same, for --max-entropy 1.
-`narrow` lets both act in a smaller range of the KL.
+`wide` lets both act in a larger range of the KL.
 docs/collapse.md has what came of them.
 """
 
@@ -68,17 +68,17 @@ class Always(dino.CollapseMonitor):
         return torch.ones_like(self.kl)
 
 
-class Narrow(dino.CollapseMonitor):
-    """Both additions in full up to twice the floor, as by default, but not at all from three times on."""
+class Wide(dino.CollapseMonitor):
+    """Both additions in full up to twice the floor, as by default, but not at all from four times on."""
 
     def nearness(self) -> Tensor:
-        """w = 3 - KL / (f log K), from 0 to 1."""
-        return (3 - self.kl / (self.floor * math.log(len(self.usage)))).clamp(0, 1)
+        """w = 2 - KL / (2 f log K), from 0 to 1."""
+        return (2 - self.kl / (2 * self.floor * math.log(len(self.usage)))).clamp(0, 1)
 
 
 # What stands in place of which class of dino.py.
 WAYS = {"sinkhorn": Sinkhorn, "warmed": Warmed, "followed": Followed}
-WAYS |= {"always": Always, "koleo": Always, "narrow": Narrow}
+WAYS |= {"always": Always, "koleo": Always, "wide": Wide}
 
 
 def main(way: str, argv: list[str]) -> None:

@@ -152,7 +152,7 @@ def of_steadiness(runs: dict) -> dict[str, str]:
     """DINO alone, by kind and number of images: how many seeds collapsed, and the lowest KL, in nats."""
     rows = []
     titles = {"published": "published loss", "koleo": "KoLeo in every step"}
-    titles |= {"always": "both in every step", "narrow": "both, up to a smaller KL"}
+    titles |= {"always": "both in every step", "wide": "both, up to a larger KL"}
     titles |= {"steady": "**both near collapse, default**"}
     titles |= {"sinkhorn": "Sinkhorn-Knopp", "warmed": "warmed up", "followed": "entropy held at half"}
     for loss, title in titles.items():
