@@ -134,8 +134,9 @@ for i, row in enumerate(axes):
     shown = [(tests[i, 0], "gray", 0, 255)]
     shown += [(A, "magma", 0, 0.15) for A in test_gaze[i].unflatten(1, GRID)]
     for R in heat.values():
-        top = float(R[i, 0].abs().max())
-        shown.append((R[i, 0].detach(), "RdBu_r", -top, top))
+        picture = R[i, 0].detach()
+        top = float(picture.abs().max())
+        shown.append((picture, "RdBu_r", -top, top))
     for axis, (picture, colours, low, high) in zip(row, shown):
         axis.imshow(picture.numpy(), cmap=colours, vmin=low, vmax=high)
         axis.axis("off")
