@@ -333,10 +333,10 @@ def relevance(
 
     target: labels (B,), whose logits are explained; weights (B, K) of a sum of logits; or a function of the
     output to scores (B,). epsilon, gamma, signed, detach_biases: see `LRP`. input_rule: the range (low, high)
-    of the pixels, for rule (9) in the first layer. create_graph: to train through the heatmap. layers:
+    of the pixels, for rule (9) in layers that get them. create_graph: to train through the heatmap. layers:
     modules, each called once; then a list takes the heatmap's place: it and the relevance of each module's
     output, in this order. Without biases, softmax and gates an image's relevance sums to its score. Raises
-    ValueError for images that are not floats, an output or a target of another shape, labels out of range.
+    ValueError for other shapes and types, labels out of range, and for what it can't follow in the model.
     """
     if not images.is_floating_point() or not len(images):
         raise ValueError(f"relevance needs float images, not {images.dtype} {tuple(images.shape)}")
