@@ -33,6 +33,7 @@ from contextlib import ExitStack
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
@@ -63,7 +64,7 @@ class _Route(torch.autograd.Function):
     def forward(ctx, rules: "LRP", y: Tensor, z: Tensor, top: Tensor | None = None, epsilon: float = 0.0):
         ctx.explaining, ctx.epsilon = rules.explaining, epsilon  # not the rules, which hold tensors
         ctx.save_for_backward(*(() if top is None else (top, z)))
-        return y.view_as(y)
+        return y.detach()  # no view of y: PyTorch refuses to change those in place
 
     @staticmethod
     def backward(ctx, g: Tensor):
@@ -73,21 +74,6 @@ class _Route(torch.autograd.Function):
             top, z = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in ctx.saved_tensors)
             g = _Share.apply(g, top, z, ctx.epsilon).to(g.dtype)
         return None, None, g, None, None
-
-
-class _Variance(torch.autograd.Function):
-    """The variance (C,) of x (B, C, ...) around its mean (C,). It keeps only x for the backward pass."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, mean: Tensor) -> Tensor:
-        ctx.save_for_backward(x, mean)
-        ctx.dims, ctx.shape = [0, *range(2, x.dim())], (-1,) + (1,) * (x.dim() - 2)
-        return (x - mean.view(ctx.shape)).square().mean(ctx.dims)
-
-    @staticmethod
-    def backward(ctx, g: Tensor):
-        x, mean = ctx.saved_tensors
-        return (x - mean.view(ctx.shape)) * (g * (2 * x.shape[1] / x.numel())).view(ctx.shape), None
 
 
 def _sign(z: Tensor) -> Tensor:
@@ -111,8 +97,7 @@ class LRP(TorchFunctionMode):
         self.epsilon, self.gamma, self.signed = epsilon, gamma, signed
         self.detach_biases, self.explaining = detach_biases, []  # not empty in `explain`
         self.depends = WeakIdKeyDictionary()  # what depends on the watched input: a set, all values are True
-        self.successor = WeakIdKeyDictionary()  # a tensor changed in place: the result, computed out of place
-        self.stale = WeakIdKeyDictionary()  # what shares memory with such a tensor: results not written back
+        self.kept = WeakIdKeyDictionary()  # what must keep its values until the backward pass: a set, too
         self.warned, self.box, self.boxed = set(), [], False  # names; for (9) input and bounds, if it acted
 
     def watch(self, images: Tensor) -> Tensor:
@@ -125,7 +110,7 @@ class LRP(TorchFunctionMode):
         """The changed gradients of the scores' sum with respect to inputs."""
         self.explaining.append(True)
         try:
-            score = self.current(score).sum()
+            score = score.sum()
             return torch.autograd.grad(score, inputs, create_graph=create_graph, materialize_grads=True)
         finally:
             self.explaining.clear()
@@ -134,10 +119,16 @@ class LRP(TorchFunctionMode):
         """Whether t is a tensor that depends on the input."""
         return isinstance(t, Tensor) and (t in self.depends or t.requires_grad and t._base in self.depends)
 
-    def current(self, t):
-        """What stands for t now: itself, or the result of in-place operations on it."""
-        while isinstance(t, Tensor) and t in self.successor:
-            t = self.successor[t]
+    def route(self, *args) -> Tensor:
+        """`_Route`, whose saved tensors keep their values."""
+        with saved_tensors_hooks(lambda t: self.keep(t.detach()), lambda t: t):
+            y = _Route.apply(self, *args)
+        self.depends[y] = True
+        return y
+
+    def keep(self, t: Tensor) -> Tensor:
+        """Mark t, which gets memory of its own when an operation is about to change it; returns it."""
+        self.kept[t] = True
         return t
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -152,41 +143,26 @@ class LRP(TorchFunctionMode):
             return self.operate(func, name, args, kwargs)
 
     def operate(self, func, name: str, args, kwargs):
-        """Apply one operation with its rule, out of place; note what depends on the input."""
-        changed = None
-        if name in IN_PLACE or func.__name__ == name + "_":
-            name = IN_PLACE.get(name, name)
-            twin = getattr(torch.Tensor, name, None) or getattr(F, name, None)
-            if callable(twin):
-                func, changed = twin, self.current(args[0])
-            else:  # copy_ and others have no twin
-                name = "setitem"
-        elif kwargs.get("inplace"):
-            kwargs, changed = {**kwargs, "inplace": False}, self.current(args[0])
-        args, kwargs = tree_map(self.current, (args, kwargs))
-        if name == "setitem" and all(v is args[-1] for v in self.stale.get(args[0], ())):
-            self.stale.pop(args[0], None)  # y[0] += 1 writes back what it changed
-        if any(t in self.stale for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
-            raise ValueError(f"LRP: '{name}' reads what was changed in place through a view: copy it first")
-        if name == "setitem" and args[0] in self.depends:
-            base = args[0]._base
-            if args[0].is_leaf or base is not None and base not in self.depends:  # can't be written into
-                changed, args = args[0], (args[0].clone(), *args[1:])
-        y = RULES[name](self, func, *args, **kwargs) if name in RULES else func(*args, **kwargs)
-        written = (args[0], args[0]._base) if name == "setitem" else ()  # a slice and its whole
-        new = [t for t in tree_leaves((y, written)) if isinstance(t, Tensor) and t.requires_grad]
+        """Apply one operation with its rule; note what depends on the input."""
+        written, twin, inplace = None, None, kwargs.get("inplace")
+        if inplace or name == "setitem" or name in IN_PLACE or func.__name__ == name + "_":
+            name, written = IN_PLACE.get(name, name), args[0]
+            for t in self.kept:
+                if t.untyped_storage().data_ptr() == written.untyped_storage().data_ptr():
+                    t.data = t.detach().clone()
+            if name in RULES:  # out of place on a copy, since rules may save it; written back
+                twin = func if inplace else getattr(torch.Tensor, name, None) or getattr(F, name)
+                kwargs = {k: v for k, v in kwargs.items() if k != "inplace"}
+                args = (written.clone(), *args[1:])
+                self.depends.update([(args[0], True)] * self.active(written))
+        y = RULES[name](self, twin or func, *args, **kwargs) if name in RULES else func(*args, **kwargs)
+        y = written.copy_(y) if twin else y
+        changed = (y, written, None if written is None else written._base)  # the last: of a slice its whole
+        new = [t for t in tree_leaves(changed) if isinstance(t, Tensor) and t.requires_grad]
         if new and not (name in RULES or name in KEEPS_GRADIENT or name in self.warned):
             self.warned.add(name)
             warnings.warn(f"LRP: no rule for '{name}'. {NO_RULE}", stacklevel=3)
         self.depends.update((t, True) for t in new)
-        if changed is not None and not self.active(changed):  # a constant, changed with all that shares it
-            y = changed.copy_(y)
-            self.depends.update((t, True) for t in (changed, changed._base) if t is not None)
-        elif changed is not None and y is not changed:  # dropout returns its input in evaluation
-            memory = lambda t: t.untyped_storage().data_ptr()  # noqa: E731
-            shares = [t for t in self.depends if memory(t) == memory(changed) and t is not y]
-            self.stale.update((t, (*self.stale.get(t, ()), y)) for t in shares)
-            self.depends[changed], self.successor[changed] = True, args[0] if name == "setitem" else y
         return y
 
     def linear(self, op: Callable, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
@@ -201,21 +177,21 @@ class LRP(TorchFunctionMode):
         if self.box and x is self.box[0]:
             (_, low, high), self.boxed = self.box, True
             positive, negative = part(lambda v: v.clamp(min=0)), part(lambda v: v.clamp(max=0))
-            return _Route.apply(self, y, z - op(low, *positive) - op(high, *negative), z, 1e-9)
+            return self.route(y, z - op(low, *positive) - op(high, *negative), z, 1e-9)
         if self.gamma and self.signed:
             sized = op(x.abs(), *part(torch.abs))  # |w| |x| + |b|
             ruled = (1 + self.gamma / 2) * z + (self.gamma / 2 * _sign(z)) * sized
         elif self.gamma:
             ruled = op(x, *part(lambda v: v + self.gamma * v.clamp(min=0)))
-        return _Route.apply(self, y, ruled, z, self.epsilon)
+        return self.route(y, ruled, z, self.epsilon)
 
     def constant(self, x: Tensor) -> Tensor:
         """x, without relevance."""
-        return _Route.apply(self, x, x.detach())
+        return self.route(x, x.detach())
 
     def half(self, y: Tensor, *factors) -> Tensor:
         """Rule (8) for the product y of factors; if only one depends on the input, y is linear in it."""
-        return _Route.apply(self, y, y / 2) if all(map(self.active, factors)) else y
+        return self.route(y, y / 2) if all(map(self.active, factors)) else y
 
     # The rules: each takes (func, *args, **kwargs) and returns the operation's exact output.
     def _layer(self, func, input, weight, bias=None, *args, **kwargs) -> Tensor:
@@ -232,14 +208,10 @@ class LRP(TorchFunctionMode):
             raise ValueError(f"LRP: einsum of {len(x)} tensors: write it as products of two")
         return self._matmul(lambda *x: func(equation, *x), *x) if len(x) == 2 else func(equation, *x)
 
-    def _over(self, func, a, b, *args, **kwargs):
-        """Quotients: a divisor that depends on the input is a constant, like the deviation in (6)."""
-        return func(a, self.constant(b) if self.active(b) else b, *args, **kwargs)
-
     def _elementwise(self, func, input, *args, **kwargs) -> Tensor:
         """Rule (5)."""
         y = func(input, *args, **kwargs)
-        return _Route.apply(self, y, input, y, 1e-9) if self.active(input) else y
+        return self.route(y, input, y, 1e-9) if self.active(input) else y
 
     def _norm(self, func, input, groups, weight=None, bias=None, eps=1e-5, *args) -> Tensor:
         """Rule (6). groups: the normalized_shape of a layer norm, or the number of groups of a group norm."""
@@ -252,18 +224,17 @@ class LRP(TorchFunctionMode):
         centred = rows - rows.mean(dim=-1, keepdim=True)
         deviation = (centred.square().mean(dim=-1, keepdim=True) + eps).sqrt()
         z = (centred / self.constant(deviation)).view_as(input)
-        return _Route.apply(self, y, z * (1 if weight is None else weight) + (0 if bias is None else bias))
+        return self.route(y, z * (1 if weight is None else weight) + (0 if bias is None else bias))
 
     def _batch_norm(self, func, input, mean, var, weight=None, bias=None, training=False, eps=1e-5, **kw):
         """Rule (7), with the batch's statistics in training mode and the running ones in evaluation mode."""
         y = func(input, mean, var, weight, bias, training, eps=eps, **kw)
         shape = (-1,) + (1,) * (input.dim() - 2)
         if training:
-            mean = input.mean([0, *range(2, input.dim())])
-            mean, var = self.constant(mean), self.constant(_Variance.apply(input, mean.detach()))
+            var, mean = map(self.constant, torch.var_mean(input, [0, *range(2, input.dim())], correction=0))
         scale = (var + eps).rsqrt() * (1 if weight is None else weight)
         shift = (0 if bias is None else bias) - mean * scale
-        return _Route.apply(self, y, torch.addcmul(shift.view(shape), input, scale.view(shape)))
+        return self.route(y, torch.addcmul(shift.view(shape), input, scale.view(shape)))
 
     def _attention(self, func, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **kw):
         """Softmax attention: two products, (8), and a softmax, which keeps its gradient."""
@@ -279,7 +250,7 @@ class LRP(TorchFunctionMode):
             allowed = attn_mask.dtype == torch.bool
             scores = scores.masked_fill(~attn_mask, -torch.inf) if allowed else scores + attn_mask
         z = scores.softmax(dim=-1) @ v
-        return _Route.apply(self, y, self.half(z, q if self.active(q) else k, v))
+        return self.route(y, self.half(z, q if self.active(q) else k, v))
 
 
 FAMILIES = {
@@ -288,7 +259,10 @@ FAMILIES = {
     "addmm baddbmm": lambda self, f, b, x, w, **k: self.linear(lambda x, w, b: f(b, x, w, **k), x, w, b),
     "einsum": LRP._einsum,
     "mul rmul multiply": lambda self, func, a, b, *args, **kw: self.half(func(a, b, *args, **kw), a, b),
-    "div truediv divide true_divide": LRP._over,
+    # A divisor that depends on the input is a constant, like the deviation in (6)
+    "div truediv divide true_divide": lambda self, func, a, b, *args, **kw: func(
+        a, self.constant(b) if self.active(b) else b, *args, **kw
+    ),
     "relu6 elu selu celu gelu silu mish sigmoid logsigmoid tanh softplus softsign hardtanh hardswish "
     "hardsigmoid clamp clamp_min clamp_max threshold square sqrt exp log pow": LRP._elementwise,
     "layer_norm group_norm": LRP._norm,
@@ -304,7 +278,7 @@ KEEPS_GRADIENT = set(
     "bfloat16 cuda requires_grad unbind split split_with_sizes tensor_split chunk narrow select unfold fold "
     "diagonal tril triu flip roll tile repeat repeat_interleave stack cat concat hstack vstack pad where "
     "index_select index_copy index_add index_put gather scatter scatter_add masked_select masked_fill "
-    "pixel_shuffle pixel_unshuffle channel_shuffle interpolate nan_to_num "
+    "copy fill zero pixel_shuffle pixel_unshuffle channel_shuffle interpolate nan_to_num "
     # Sums, means and other piecewise linear functions; pooling is added below
     "add radd sub rsub subtract neg positive sum mean cumsum diff relu leaky_relu prelu rrelu abs sign round "
     "max min amax amin maximum minimum cummax cummin sort topk median dropout dropout1d dropout2d dropout3d "
@@ -314,7 +288,7 @@ KEEPS_GRADIENT = set(
 )
 POOLS = "avg_pool adaptive_avg_pool max_pool adaptive_max_pool".split()
 KEEPS_GRADIENT |= {f"{pool}{n}d{end}" for pool in POOLS for n in "123" for end in ("", "_with_indices")}
-IN_PLACE = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div"}
+IN_PLACE = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "ipow": "pow"}
 COMPOSITE = {"multi_head_attention_forward", "normalize"}  # Python functions of operations that have rules
 
 
@@ -341,13 +315,20 @@ def relevance(
     if not images.is_floating_point() or not len(images):
         raise ValueError(f"relevance needs float images, not {images.dtype} {tuple(images.shape)}")
     bounds, calls = [torch.full_like(images, v, requires_grad=True) for v in input_rule or ()], []
+
+    def note(module: nn.Module, _, output):
+        """Note a layer's output y and keep its values; hand the model y in a tensor that it may change."""
+        y = tree_leaves(output)[0]
+        calls.append((module, y, rules.keep(rules.route(y, y))))
+        return tree_map(lambda t: rules.route(y, y) if t is y else t, output)
+
     with torch.enable_grad(), LRP(epsilon, gamma, signed, detach_biases) as rules, ExitStack() as hooks:
         for layer in layers:
-            keep = lambda m, _, y: calls.append((m, rules.current(tree_leaves(y)[0])))  # noqa: E731
-            hooks.enter_context(layer.register_forward_hook(keep))
+            hooks.enter_context(layer.register_forward_hook(note))
         inputs = [rules.watch(images), *bounds]
-        rules.box = inputs if bounds else []
-        output = rules.current(model(inputs[0]))
+        seen = inputs[0].clone()  # a model may change its input in place
+        rules.box = [seen, *bounds] if bounds else []
+        output = model(seen)
         if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(images):
             raise ValueError(f"relevance needs output (B, K), not {getattr(output, 'shape', type(output))}")
         if bounds and not rules.boxed:
@@ -355,28 +336,29 @@ def relevance(
         if not rules.active(output):
             reason = "traced or scripted models and custom autograd.Functions hide their operations"
             raise ValueError(f"relevance can't follow the output back to the images: {reason}")
-        if sorted(id(m) for m, _ in calls) != sorted(map(id, layers)):
+        if sorted(id(m) for m, *_ in calls) != sorted(map(id, layers)):
             raise ValueError(f"each of the {len(layers)} layers must be called once: {len(calls)} call(s)")
-        inner = [dict(calls)[m] for m in layers]
-        gradients = rules.explain(_score(output, target), inputs + inner, create_graph)
-    products = [x * g for x, g in zip(inputs + inner, gradients)]  # equation (1)
+        inner = sorted(calls, key=lambda call: [*layers].index(call[0]))
+        gradients = rules.explain(_score(output, target), inputs + [y for _, y, _ in inner], create_graph)
+    values = inputs + [kept for _, _, kept in inner]
+    products = [x * g for x, g in zip(values, gradients)]  # equation (1)
     heatmap = sum(products[: len(inputs)])
     return ([heatmap, *products[len(inputs) :]] if layers else heatmap), output
 
 
 def _score(output: Tensor, target: Tensor | Callable) -> Tensor:
     """The quantity (B,) to explain."""
+    labels = not callable(target) and not target.is_floating_point() and target.shape == output.shape[:1]
     if callable(target):
         score = target(output)
     elif target.is_floating_point() and target.shape == output.shape:
         score = (output * target).sum(dim=1)
-    elif target.is_floating_point() or target.shape != output.shape[:1]:
-        given = f"target {target.dtype} {tuple(target.shape)}, output {tuple(output.shape)}"
-        raise ValueError(f"{given}: give labels (B,) as integers, or weights (B, K) as floats")
-    elif target.min() < 0 or target.max() >= output.shape[1]:
-        raise ValueError(f"target {target.tolist()} out of range: the model has {output.shape[1]} outputs")
-    else:
+    elif labels and 0 <= target.min() <= target.max() < output.shape[1]:
         score = output.gather(1, target.long()[:, None])[:, 0]
+    else:
+        given = target.tolist() if labels else f"{target.dtype} {tuple(target.shape)}"
+        remedy = "give labels (B,) from 0 to K - 1 as integers, or weights (B, K) as floats"
+        raise ValueError(f"target {given}, output {tuple(output.shape)}: {remedy}")
     if score.shape != (len(output),):
         raise ValueError(f"a target must give one score an image, ({len(output)},), not {tuple(score.shape)}")
     return score
