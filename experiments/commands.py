@@ -120,9 +120,10 @@ def against_backgrounds() -> dict[str, str]:
 
 def poolings_of_objects() -> dict[str, str]:
     """Poolings on textured objects of 5 to 25 % of the area that lie anywhere, with labels, to a plateau."""
-    label = f"--data data/scenes1000-{{seed}} {LABELS}"
-    runs = {f"object_vit_{pool}": f"{label} vit --pool {pool}" for pool in ("cls", "gap", "simpool")}
-    return runs | {f"object_resnet_{pool}": f"{label} resnet --pool {pool}" for pool in ("gap", "simpool")}
+    vit = f"--data data/scenes6000-{{seed}} {LABELS} vit --lr 1e-3 --epochs 20"  # 82.8 % correct on seed 10
+    resnet = f"--data data/scenes1000-{{seed}} {LABELS} resnet"
+    runs = {f"object_vit_{pool}": f"{vit} --pool {pool}" for pool in ("cls", "gap", "simpool")}
+    return runs | {f"object_resnet_{pool}": f"{resnet} --pool {pool}" for pool in ("gap", "simpool")}
 
 
 def at_equal_length() -> dict[str, str]:
