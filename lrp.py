@@ -15,10 +15,10 @@ at an operation's output, so one backward pass computes all relevance:
     input layer            z' = z - max(w, 0) low - min(w, 0) high for pixels in [low, high]         (9)
 
 (2) epsilon, (3) gamma and (9) z^B rule: Montavon et al. 2019. (5), (6), (8): AttnLRP, Achtibat et al. 2024,
-arXiv 2402.05602. (3) is made for x, z >= 0, as around a ReLU; elsewhere z' can be 0 where z is not, and
-relevance explodes. (4), the generalised gamma rule, equals (3) there, favours contributions with the sign of
-z and keeps z / z' in [0, 1] for any signs. Operations without a rule keep their gradient, exact if they are
-piecewise linear (KEEPS_GRADIENT): any other gets one warning.
+arXiv 2402.05602. As in (6), a divisor is a constant. (3) is made for x, z >= 0, as around a ReLU; elsewhere
+z' can be 0 where z is not, and relevance explodes. (4), the generalised gamma rule, equals (3) there, favours
+contributions with the sign of z and keeps z / z' in [0, 1] for any signs. Operations without a rule keep
+their gradient, exact if they are piecewise linear (KEEPS_GRADIENT): any other gets one warning.
 
 `LRP` is a `TorchFunctionMode`: it sees conv2d, gelu, matmul ... as any model calls them, in place or not, but
 no custom `autograd.Function`. The rules act only in `explain`: outputs and ordinary gradients are exact, so
@@ -33,7 +33,7 @@ from contextlib import ExitStack
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
@@ -62,8 +62,8 @@ class _Route(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rules: "LRP", y: Tensor, z: Tensor, top: Tensor | None = None, epsilon: float = 0.0):
-        ctx.explaining, ctx.epsilon = rules.explaining, epsilon  # not the rules, which hold tensors
-        ctx.save_for_backward(*(() if top is None else (top, z)))
+        ctx.explaining, ctx.epsilon = rules.explaining, epsilon
+        ctx.save_for_backward(*(() if top is None else (z,) if top is z else (top, z)))
         return y.detach()  # no view of y: PyTorch refuses to change those in place
 
     @staticmethod
@@ -71,8 +71,8 @@ class _Route(torch.autograd.Function):
         if not ctx.explaining:
             return None, g, None, None, None
         if ctx.saved_tensors:
-            top, z = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in ctx.saved_tensors)
-            g = _Share.apply(g, top, z, ctx.epsilon).to(g.dtype)
+            saved = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in ctx.saved_tensors]
+            g = _Share.apply(g, saved[0], saved[-1], ctx.epsilon).to(g.dtype)
         return None, None, g, None, None
 
 
@@ -97,8 +97,10 @@ class LRP(TorchFunctionMode):
         self.epsilon, self.gamma, self.signed = epsilon, gamma, signed
         self.detach_biases, self.explaining = detach_biases, []  # not empty in `explain`
         self.depends = WeakIdKeyDictionary()  # what depends on the watched input: a set, all values are True
-        self.kept = WeakIdKeyDictionary()  # what must keep its values until the backward pass: a set, too
-        self.warned, self.box, self.boxed = set(), [], False  # names; for (9) input and bounds, if it acted
+        self.kept = (
+            WeakIdKeyDictionary()
+        )  # what must keep its values: its version, None once its memory is its own
+        self.warned, self.box, self.boxed = set(), [], False  # names; input and bounds for (9), if it acted
 
     def watch(self, images: Tensor) -> Tensor:
         """Mark the input whose relevance is asked for; returns it, requiring a gradient."""
@@ -107,62 +109,58 @@ class LRP(TorchFunctionMode):
         return images
 
     def explain(self, score: Tensor, inputs: list[Tensor], create_graph: bool = False) -> tuple[Tensor, ...]:
-        """The changed gradients of the scores' sum with respect to inputs."""
+        """The changed gradients of the scores' sum with respect to inputs; None where it has none."""
         self.explaining.append(True)
         try:
-            score = score.sum()
-            return torch.autograd.grad(score, inputs, create_graph=create_graph, materialize_grads=True)
+            return torch.autograd.grad(score.sum(), inputs, create_graph=create_graph, allow_unused=True)
         finally:
             self.explaining.clear()
 
     def active(self, t) -> bool:
-        """Whether t is a tensor that depends on the input."""
-        return isinstance(t, Tensor) and (t in self.depends or t.requires_grad and t._base in self.depends)
+        """Whether t is a tensor that depends on the input and has a gradient."""
+        return isinstance(t, Tensor) and t.requires_grad and (t in self.depends or t._base in self.depends)
 
     def route(self, *args) -> Tensor:
         """`_Route`, whose saved tensors keep their values."""
-        with saved_tensors_hooks(lambda t: self.keep(t.detach()), lambda t: t):
-            y = _Route.apply(self, *args)
-        self.depends[y] = True
-        return y
+        with saved_tensors_hooks(lambda t: self.keep(t.detach()), self.read):
+            return _Route.apply(self, *args)
 
     def keep(self, t: Tensor) -> Tensor:
         """Mark t, which gets memory of its own when an operation is about to change it; returns it."""
-        self.kept[t] = True
+        self.kept[t] = t._version
+        return t
+
+    def read(self, t: Tensor) -> Tensor:
+        """What was kept. Raises ValueError if a function that this context does not see has changed it."""
+        if self.kept[t] not in (None, t._version):
+            raise ValueError("LRP: out=, a scripted function or the like has changed a tensor in place")
         return t
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        kwargs, name, changed = kwargs or {}, func.__name__.strip("_"), None
+        if name == "setitem" or func.__name__ == name + "_" or kwargs.get("inplace"):
+            changed = (*args, *kwargs.values())[0]
+            for t in self.kept:  # what is kept in memory that is about to change gets memory of its own
+                if t.untyped_storage().data_ptr() == changed.untyped_storage().data_ptr():
+                    t.data, self.kept[t] = t.detach().clone(), None
         if self.explaining or not any(map(self.active, tree_leaves((args, kwargs)))):
             return func(*args, **kwargs)
-        name = func.__name__.strip("_")
         if name in COMPOSITE:
             with self:
                 return _reenter(func)(*args, **kwargs)
+        if changed is not None and name in RULES:  # a rule may save its input: change a copy, write it back
+            twin = getattr(torch.Tensor, name, None) or getattr(F, name)
+            twin = func if kwargs.pop("inplace", False) else twin
+            with self:
+                return changed.copy_(twin(changed.clone(), *args[1:], **kwargs))
         with torch._C.DisableTorchFunction():  # hides what is done here from a context around this one
-            return self.operate(func, name, args, kwargs)
-
-    def operate(self, func, name: str, args, kwargs):
-        """Apply one operation with its rule; note what depends on the input."""
-        written, twin, inplace = None, None, kwargs.get("inplace")
-        if inplace or name == "setitem" or name in IN_PLACE or func.__name__ == name + "_":
-            name, written = IN_PLACE.get(name, name), args[0]
-            for t in self.kept:
-                if t.untyped_storage().data_ptr() == written.untyped_storage().data_ptr():
-                    t.data = t.detach().clone()
-            if name in RULES:  # out of place on a copy, since rules may save it; written back
-                twin = func if inplace else getattr(torch.Tensor, name, None) or getattr(F, name)
-                kwargs = {k: v for k, v in kwargs.items() if k != "inplace"}
-                args = (written.clone(), *args[1:])
-                self.depends.update([(args[0], True)] * self.active(written))
-        y = RULES[name](self, twin or func, *args, **kwargs) if name in RULES else func(*args, **kwargs)
-        y = written.copy_(y) if twin else y
-        changed = (y, written, None if written is None else written._base)  # the last: of a slice its whole
-        new = [t for t in tree_leaves(changed) if isinstance(t, Tensor) and t.requires_grad]
-        if new and not (name in RULES or name in KEEPS_GRADIENT or name in self.warned):
-            self.warned.add(name)
-            warnings.warn(f"LRP: no rule for '{name}'. {NO_RULE}", stacklevel=3)
-        self.depends.update((t, True) for t in new)
+            y = RULES[name](self, func, *args, **kwargs) if name in RULES else func(*args, **kwargs)
+            written = (y, changed, getattr(changed, "_base", None))  # a slice is written, and its whole
+            new = [t for t in tree_leaves(written) if isinstance(t, Tensor) and t.requires_grad]
+            if new and not (name in RULES or name in KEEPS_GRADIENT or name in self.warned):
+                self.warned.add(name)
+                warnings.warn(f"LRP: no rule for '{name}'. {NO_RULE}", stacklevel=2)
+            self.depends.update((t, True) for t in new)
         return y
 
     def linear(self, op: Callable, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
@@ -174,7 +172,7 @@ class LRP(TorchFunctionMode):
         if self.detach_biases and b is not None:
             b = b.detach()
             z = ruled = op(x, w, b)
-        if self.box and x is self.box[0]:
+        if self.box[1:] and x is self.box[0] and not x._version:  # not changed in place
             (_, low, high), self.boxed = self.box, True
             positive, negative = part(lambda v: v.clamp(min=0)), part(lambda v: v.clamp(max=0))
             return self.route(y, z - op(low, *positive) - op(high, *negative), z, 1e-9)
@@ -231,7 +229,8 @@ class LRP(TorchFunctionMode):
         y = func(input, mean, var, weight, bias, training, eps=eps, **kw)
         shape = (-1,) + (1,) * (input.dim() - 2)
         if training:
-            var, mean = map(self.constant, torch.var_mean(input, [0, *range(2, input.dim())], correction=0))
+            dims = [0, *range(2, input.dim())]
+            mean, var = self.constant(input.mean(dims)), self.constant(input.var(dims, correction=0))
         scale = (var + eps).rsqrt() * (1 if weight is None else weight)
         shift = (0 if bias is None else bias) - mean * scale
         return self.route(y, torch.addcmul(shift.view(shape), input, scale.view(shape)))
@@ -259,10 +258,7 @@ FAMILIES = {
     "addmm baddbmm": lambda self, f, b, x, w, **k: self.linear(lambda x, w, b: f(b, x, w, **k), x, w, b),
     "einsum": LRP._einsum,
     "mul rmul multiply": lambda self, func, a, b, *args, **kw: self.half(func(a, b, *args, **kw), a, b),
-    # A divisor that depends on the input is a constant, like the deviation in (6)
-    "div truediv divide true_divide": lambda self, func, a, b, *args, **kw: func(
-        a, self.constant(b) if self.active(b) else b, *args, **kw
-    ),
+    "div truediv divide true_divide": lambda s, f, a, b, **k: f(a, s.constant(b) if s.active(b) else b, **k),
     "relu6 elu selu celu gelu silu mish sigmoid logsigmoid tanh softplus softsign hardtanh hardswish "
     "hardsigmoid clamp clamp_min clamp_max threshold square sqrt exp log pow": LRP._elementwise,
     "layer_norm group_norm": LRP._norm,
@@ -288,7 +284,6 @@ KEEPS_GRADIENT = set(
 )
 POOLS = "avg_pool adaptive_avg_pool max_pool adaptive_max_pool".split()
 KEEPS_GRADIENT |= {f"{pool}{n}d{end}" for pool in POOLS for n in "123" for end in ("", "_with_indices")}
-IN_PLACE = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "ipow": "pow"}
 COMPOSITE = {"multi_head_attention_forward", "normalize"}  # Python functions of operations that have rules
 
 
@@ -317,18 +312,23 @@ def relevance(
     bounds, calls = [torch.full_like(images, v, requires_grad=True) for v in input_rule or ()], []
 
     def note(module: nn.Module, _, output):
-        """Note a layer's output y and keep its values; hand the model y in a tensor that it may change."""
-        y = tree_leaves(output)[0]
-        calls.append((module, y, rules.keep(rules.route(y, y))))
-        return tree_map(lambda t: rules.route(y, y) if t is y else t, output)
+        """Note where the gradient of a layer's first output y arrives, and its values, which may change."""
+        y = given = tree_leaves(output)[0]
+        if not isinstance(y, Tensor) or not y.requires_grad:
+            raise ValueError(f"layers: {type(module).__name__} gives no tensor with a gradient")
+        if y._is_view():  # of which a change in place would move the gradient
+            y = rules.route(given, given)
+            rules.depends.update([(y, True)] if rules.active(given) else [])
+        calls.append((module, get_gradient_edge(given), rules.keep(rules.route(given, given))))
+        return output if y is given else tree_map(lambda t: y if t is given else t, output)
 
     with torch.enable_grad(), LRP(epsilon, gamma, signed, detach_biases) as rules, ExitStack() as hooks:
         for layer in layers:
             hooks.enter_context(layer.register_forward_hook(note))
         inputs = [rules.watch(images), *bounds]
-        seen = inputs[0].clone()  # a model may change its input in place
-        rules.box = [seen, *bounds] if bounds else []
-        output = model(seen)
+        rules.box = [inputs[0].clone(), *bounds]  # a model may change its input in place
+        hooks.callback(rules.box.clear)  # the graph holds the rules, which must not hold the graph
+        output = model(rules.box[0])
         if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(images):
             raise ValueError(f"relevance needs output (B, K), not {getattr(output, 'shape', type(output))}")
         if bounds and not rules.boxed:
@@ -338,10 +338,10 @@ def relevance(
             raise ValueError(f"relevance can't follow the output back to the images: {reason}")
         if sorted(id(m) for m, *_ in calls) != sorted(map(id, layers)):
             raise ValueError(f"each of the {len(layers)} layers must be called once: {len(calls)} call(s)")
-        inner = sorted(calls, key=lambda call: [*layers].index(call[0]))
-        gradients = rules.explain(_score(output, target), inputs + [y for _, y, _ in inner], create_graph)
-    values = inputs + [kept for _, _, kept in inner]
-    products = [x * g for x, g in zip(values, gradients)]  # equation (1)
+        found = {module: (edge, rules.read(kept)) for module, edge, kept in reversed(calls)}
+        edges, values = ([found[layer][i] for layer in layers] for i in (0, 1))
+        gradients = rules.explain(_score(output, target), inputs + edges, create_graph)
+    products = [x * (0 if g is None else g) for x, g in zip(inputs + values, gradients)]  # equation (1)
     heatmap = sum(products[: len(inputs)])
     return ([heatmap, *products[len(inputs) :]] if layers else heatmap), output
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import golden, slope_error
 from torch import nn
+from torch.overrides import _get_current_function_mode
 
 from isnet_lrp import background_loss, foreground_loss
 from lrp import LRP, relevance
@@ -282,6 +283,70 @@ def test_a_model_may_change_the_images_in_place():
     layer, images = nn.Linear(6, 3).double(), doubles(4, 6)
     expected = relevance(lambda x: layer(x - 1), images, TARGET)[0]
     torch.testing.assert_close(relevance(lambda x: layer(x.sub_(1)), images, TARGET)[0], expected)
+    with pytest.raises(ValueError, match="input_rule"):  # is for pixels as they are
+        relevance(lambda x: layer(x.sub_(1)), images, TARGET, input_rule=(-3, 3))
+
+
+ones, linear, silu = torch.ones(4, 5, 6).double(), nn.Linear(6, 6), nn.SiLU(inplace=True)
+parts = nn.Sequential(nn.Linear(6, 6), nn.Unflatten(2, (2, 3)))
+LAYERS = {  # a module, a model that changes its output in place, and the same model written out
+    "attention": (
+        nn.MultiheadAttention(6, 2, batch_first=True),
+        lambda m, x: m(x, x, x)[0].add_(x),
+        lambda m, x: m(x, x, x)[0] + x,
+    ),
+    "view": (parts, lambda m, x: m(x).mul_(2).flatten(2), lambda m, x: (2 * m(x)).flatten(2)),
+    "same tensor": (nn.Identity(), lambda m, x: (m(y := 2 * x).mul_(2), y)[1], lambda m, x: 2 * m(2 * x)),
+    "ignored": (silu, lambda m, x: (m(y := 2 * x), y.mul_(3))[1], lambda m, x: 3 * m(2 * x)),
+    "detached": (
+        linear,
+        lambda m, x: ((y := m(x)).detach().mul_(0.5), y)[1],
+        lambda m, x: (y := m(x)) - y.detach() / 2,
+    ),
+    "view used twice": (
+        nn.Dropout().eval(),
+        lambda m, x: ((y := (2 * x).mT) + m(y)).mT,
+        lambda m, x: ((y := (2 * x).mT.contiguous()) + m(y)).mT,
+    ),
+    "constant": (linear, lambda m, x: x * m(ones).mul_(2), lambda m, x: x * (2 * m(ones))),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_s_relevance_is_that_of_its_output_before_changes_in_place_and_changes_no_other(name):
+    (module, *models), x, w, found = LAYERS[name], doubles(4, 5, 6), doubles(6, 3), []
+    for f in models:
+        model = lambda x, f=f: F.gelu(f(module.double(), x) @ w).mean(1)  # noqa: E731
+        found.append(relevance(model, x, TARGET, layers=[module, module])[0])
+        torch.testing.assert_close(found[-1][0], relevance(model, x, TARGET)[0])
+    for in_place, written_out in zip(*found):
+        torch.testing.assert_close(in_place, written_out)
+
+
+def test_layers_come_in_the_order_asked_for_and_may_return_a_list_that_grows():
+    first, second, x = nn.Linear(6, 6).double(), nn.Linear(6, 3).double(), doubles(4, 6)
+    model = nn.Sequential(first, nn.GELU(), second)
+    (_, *found), _ = relevance(model, x, TARGET, layers=[second, first, second])
+    assert torch.equal(found[0], found[2]) and found[1].shape == (4, 6)
+    grow = nn.Module()
+    grow.forward = lambda maps: maps.append(F.gelu(maps[-1])) or maps
+    model = lambda x: second(sum((maps := [x], grow(maps).append(2 * x))[0]))  # noqa: E731
+    torch.testing.assert_close(relevance(model, x, TARGET, layers=[grow])[1], model(x))
+
+
+def test_a_change_in_place_that_the_context_does_not_see_is_refused():
+    layer, x = nn.Linear(6, 3).double(), doubles(4, 6)
+    for change in (lambda y: torch._foreach_mul_([y], 0.5), lambda y: torch.mul(y, 0.5, out=y)):
+        with pytest.raises(ValueError, match="has changed a tensor in place"):
+            model = lambda x: (y := layer(x), change(y.detach()), F.gelu(y))[2]  # noqa: B023, E731
+            relevance(model, x, TARGET, layers=[layer])
+
+
+def test_gates_without_gradients_are_constants():
+    layer, x = nn.Linear(6, 6).double(), doubles(4, 6)
+    expected, _ = relevance(lambda x: x * torch.sigmoid(layer(x)).detach(), x, TARGET)
+    for gate in (torch.no_grad()(lambda x: layer(x).sigmoid()), lambda x: layer(x).sigmoid().detach_()):
+        torch.testing.assert_close(relevance(lambda x, gate=gate: x * gate(x), x, TARGET)[0], expected)
 
 
 @pytest.mark.parametrize("name", CONSERVED)
@@ -347,15 +412,18 @@ def test_nothing_of_a_step_outlives_it(backward):
     model, traces = cnn(), []
     model[2] = nn.SiLU(inplace=True)
     for layer in (model[0], model[1], model[4]):
-        layer.register_forward_hook(lambda module, inputs, output: traces.append(weakref.ref(output)))
+        layer.register_forward_hook(
+            lambda m, x, y: traces.extend(map(weakref.ref, (y, _get_current_function_mode())))
+        )
     gc.disable()
     try:
-        R, output = relevance(model, torch.rand(4, 3, 8, 8), TARGET, gamma=0.5, create_graph=True)
+        images, changing = torch.rand(4, 3, 8, 8), lambda x: model(F.silu(x, inplace=True))
+        R, output = relevance(changing, images, TARGET, gamma=0.5, create_graph=True)
         if backward:
             (R.square().sum() + output.sum()).backward()
         traces += [weakref.ref(R), weakref.ref(output)]
         del R, output
-        assert [trace() for trace in traces] == [None] * 5
+        assert [trace() for trace in traces] == [None] * 8
     finally:
         gc.enable()
 

@@ -25,7 +25,7 @@ from simpool import GAP, SimPool
 from vit import ViT
 
 TWO, MASK = torch.ones(1, 2, 4), torch.ones(2, 1, 8, 8)
-FLAT, IMAGES, TARGET = nn.Flatten(), torch.rand(4, 1, 3, 3), torch.tensor([0, 1, 2, 0])
+FLAT, RELU, IMAGES, TARGET = nn.Flatten(), nn.ReLU(), torch.rand(4, 1, 3, 3), torch.tensor([0, 1, 2, 0])
 pytestmark = pytest.mark.usefixtures("few_test_images")
 
 
@@ -68,6 +68,7 @@ REFUSED = [
     (r"target torch.*\), output .*: give labels \(B,\)", lambda: relevance(FLAT, IMAGES, TARGET.float())),
     (r"target torch.*\), output .*: give labels \(B,\)", lambda: relevance(FLAT, IMAGES, TARGET[:, None])),
     ("follow the output back to the images", lambda: relevance(lambda x: FLAT(x.detach()), IMAGES, TARGET)),
+    ("layers: ReLU", lambda: relevance(lambda x: FLAT(x) + RELU(IMAGES[0]), IMAGES, TARGET, layers=[RELU])),
     ("1 layers must be called once: 0", lambda: relevance(FLAT, IMAGES, TARGET, layers=[nn.ReLU()])),
     ("called once: 2", lambda: relevance(lambda x: FLAT(x) + FLAT(x), IMAGES, TARGET, layers=[FLAT])),
     ("one score an image", lambda: relevance(FLAT, IMAGES, lambda output: output)),
