@@ -1,6 +1,6 @@
 """The evidence: trains the runs of commands.py, measures them, fills the tables.
 
-    python -m experiments.runs           2 seeds of what the claims need, then all tables (11 hours)
+    python -m experiments.runs           2 seeds of what the claims need, then all tables (12 hours)
     python -m experiments.runs --all     all runs and seeds, and the costs
     python -m experiments.runs --quick   4 runs; prints their tables (12 minutes)
 
