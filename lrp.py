@@ -97,9 +97,7 @@ class LRP(TorchFunctionMode):
         self.epsilon, self.gamma, self.signed = epsilon, gamma, signed
         self.detach_biases, self.explaining = detach_biases, []  # not empty in `explain`
         self.depends = WeakIdKeyDictionary()  # what depends on the watched input: a set, all values are True
-        self.kept = (
-            WeakIdKeyDictionary()
-        )  # what must keep its values: its version, None once its memory is its own
+        self.kept = WeakIdKeyDictionary()  # what must keep its values: its version; None with own memory
         self.warned, self.box, self.boxed = set(), [], False  # names; input and bounds for (9), if it acted
 
     def watch(self, images: Tensor) -> Tensor:
@@ -133,7 +131,8 @@ class LRP(TorchFunctionMode):
     def read(self, t: Tensor) -> Tensor:
         """What was kept. Raises ValueError if a function that this context does not see has changed it."""
         if self.kept[t] not in (None, t._version):
-            raise ValueError("LRP: out=, a scripted function or the like has changed a tensor in place")
+            unseen = "out=, a scripted function or the like has changed a tensor in place"
+            raise ValueError(f"LRP: {unseen}: let it change a copy")
         return t
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -149,8 +148,7 @@ class LRP(TorchFunctionMode):
             with self:
                 return _reenter(func)(*args, **kwargs)
         if changed is not None and name in RULES:  # a rule may save its input: change a copy, write it back
-            twin = getattr(torch.Tensor, name, None) or getattr(F, name)
-            twin = func if kwargs.pop("inplace", False) else twin
+            twin = func if kwargs.pop("inplace", False) else getattr(Tensor, name, None) or getattr(F, name)
             with self:
                 return changed.copy_(twin(changed.clone(), *args[1:], **kwargs))
         with torch._C.DisableTorchFunction():  # hides what is done here from a context around this one
