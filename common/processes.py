@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from threading import Event
 from typing import Any, NoReturn
 
@@ -54,6 +55,7 @@ def join(device: str, batch_size: int) -> str:
         check_device(device)
     except ValueError as error:
         fail("train.py", error, 1)  # the others would wait for it
+    import_module("torch.distributed.nn")  # imported later, its default arguments keep the group's threads
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     if rank():
         sys.stdout = open(os.devnull, "w")

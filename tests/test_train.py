@@ -307,6 +307,26 @@ def test_two_processes_train_as_one_does(backbone, tmp_path):
     assert all((one["model"][name] - two["model"][name]).abs().max() < 1e-3 for name in one["model"])
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the names of threads are read from /proc")
+def test_no_thread_outlives_the_group_of_processes():
+    """One that ends a message while Python shuts down aborts a training that is done (exit status -6)."""
+    code = """
+import os, torch, torch.distributed as dist
+from common.processes import join
+join("cpu", 4)
+dist.all_reduce(torch.ones(3))
+torch.optim.AdamW([torch.ones(1, requires_grad=True)])
+dist.destroy_process_group()
+print([open(f"/proc/self/task/{name}/comm").read() for name in os.listdir("/proc/self/task")])
+"""
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    threads = subprocess.check_output(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | alone, text=True
+    )
+    assert "python" in threads and "gloo" not in threads
+
+
 def by_two_processes(folder: Path, name: str, words: str, stop_at: int | None = None) -> list:
     """Two forks fit a line to 10 numbers, one may be stopped: [(indices, noise)], last words, weights."""
     config, _ = parse([*words.split(), "--batch-size", "4", "--out", str(folder)])
