@@ -92,8 +92,8 @@ def compare(args: argparse.Namespace) -> None:
         if run.config.marker is None and "flipped" in splits:
             found.notes.append("its metrics are not kept: only the others were trained with a marker")
         else:  # NaN is no JSON
-            finite = {k: v for k, v in found.metrics.items() if math.isfinite(v)}
-            write_file(run.out / "metrics.json", before[name] | finite)
+            finite = {k: v for k, v in (before[name] | found.metrics).items() if math.isfinite(v)}
+            write_file(run.out / "metrics.json", finite)
         seen = maps_of(run, shown.images, found.heads, rule)
         maps |= {f"{name}\n{title}": m for title, m in seen.items()}
     print_tables(reports)

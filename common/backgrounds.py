@@ -3,12 +3,13 @@
 As in ImageNet-9 (Xiao et al. 2020, arXiv 2006.09994), for all images with masks:
 
     mixed same      the background is that of another image of the same class
-    mixed rand      it is that of any image
-    no foreground   black where the foreground was: its outline stays
+    mixed rand      it is that of any other image
+    no foreground   black where the foreground was
     only background background where the foreground was
 
 From mixed same to mixed rand, the accuracy falls by what the background alone tells. Where we differ: a hole
-is filled with the same image's pixels from a half or a quarter of its size away, where these are background.
+is filled with the same image's pixels from a half or a quarter of its size away, where these are background
+(published: its bounding box, by tiles). So the outline of what was there stays, faint, in every background.
 """
 
 import torch
@@ -26,12 +27,19 @@ def without_foreground(x: Tensor, m: Tensor) -> Tensor:
     return torch.where(left > 0, ground, filled)  # its mean, where a mask is too large for that
 
 
-def exchanged(x: Tensor, m: Tensor, y: Tensor, generator: Generator) -> dict[str, Tensor]:
-    """The four kinds of images (M, C, H, W), with masks (M, 1, H, W), 0 or 1, and labels (M, K)."""
-    empty, order = without_foreground(x, m), torch.randperm(len(x), generator=generator)
-    same = torch.arange(len(x))
-    for label in y.nan_to_num(-1).unique(dim=0):
-        rows = (y.nan_to_num(-1) == label).all(dim=1).nonzero()[:, 0]
-        same[rows] = rows[torch.randperm(len(rows), generator=generator)].roll(1)
-    kinds = {"mixed same": x * m + empty[same] * (1 - m), "mixed rand": x * m + empty[order] * (1 - m)}
-    return kinds | {"no foreground": x * (1 - m), "only background": empty}
+def others(rows: Tensor, generator: Generator) -> Tensor:
+    """For each of rows (n,), another one of them; itself if it is alone."""
+    ring, other = torch.randperm(len(rows), generator=generator), torch.empty_like(rows)
+    other[ring] = rows[ring.roll(1)]
+    return other
+
+
+def exchanged(x: Tensor, m: Tensor, label: Tensor, generator: Generator) -> dict[str, Tensor]:
+    """The four kinds of images (M, C, H, W), with masks (M, 1, H, W), 0 or 1, and numbers of labels (M,)."""
+    empty, same = without_foreground(x, m), torch.arange(len(x))
+    order = others(same, generator)
+    for k in label.unique():
+        rows = (label == k).nonzero()[:, 0]
+        same[rows] = others(rows, generator)
+    made = {"mixed same": x * m + empty[same] * (1 - m), "mixed rand": x * m + empty[order] * (1 - m)}
+    return made | {"no foreground": x * (1 - m), "only background": empty}

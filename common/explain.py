@@ -1,9 +1,12 @@
 """What models say about images (M, C, S, S) uint8, in evaluation mode: attention, scores, relevance."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
-from common.data import batches
+from common.data import Data, batches
+from common.metrics import localisation_ap
 from isnet_lrp import log_odds
 from lrp import relevance
 from resnet import ResNet
@@ -66,3 +69,21 @@ def decisions(model: nn.Module, images: Tensor, multiclass: bool, classes: list[
         ranked = sorted(zip(classes, chances), key=lambda pair: (pair[0] != explained, -pair[1]))
         said.append([f"{name} {100 * chance:.0f} %" for name, chance in ranked[:4]])
     return said
+
+
+def scores_in(
+    model: nn.Module, data: Data, heads: dict[str, int], multiclass: bool | None, layer: int
+) -> tuple[str, list[float]]:
+    """What the score of an image is, and the scores (M,), NaN if unknown; heads: {region: number}."""
+    if multiclass is not None and data.labels is not None:
+        p, y = scores_of(model, data.images, multiclass).sigmoid(), data.labels  # (M, K)
+        if multiclass:
+            return "probability of the true class", (p * y).sum(dim=1).tolist()
+        true = torch.where(y == 1, p, 1 - p).masked_fill(y.isnan(), torch.nan).nanmean(dim=1)
+        return "probability of what is true, mean of the findings", true.tolist()
+    if multiclass is None and set(data.regions) == set(heads) and data.has_masks.any():
+        attention = attention_of(model, data.images, layer)[:, list(heads.values())]
+        regions = [data.regions.index(region) for region in heads]
+        ap = localisation_ap(attention, data.masks[:, regions], model.grid(data.images))  # (M, R, R)
+        return "mean AP", ap.diagonal(dim1=1, dim2=2).nanmean(dim=1).tolist()
+    return "", [math.nan] * len(data.names)

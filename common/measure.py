@@ -32,6 +32,7 @@ from common.probe import PROBES, draw_labelled, probe
 
 MEASURES = ["attention", "objects", "bias", "backgrounds", *PROBES]
 NOT_OF = {True: ["finetune"], False: ["bias", "backgrounds"]}  # classifiers, pretrained encoders
+OF_FOREGROUND = {"attention": "AP and Dice", "objects": "objects", "bias": "relevance share"}
 QUICK = ["attention", "bias", "knn", "linear"]  # seconds a run
 Table = dict[str, dict[str, float]]  # {column: {row: value}}
 Maps = dict[str, tuple[Tensor, tuple[int, int]]]  # {name: (maps (M, R, N), their grid (h, w))}
@@ -69,15 +70,13 @@ def report(
     if list(measures) not in (MEASURES, QUICK):
         others = "pretrained runs" if classifier else "classifiers"
         found.notes.extend(f"{what} is of {others} only" for what in measures if what not in apply)
-    test, n = splits["test"], len(splits["test"].names)
+    test, n, masked = splits["test"], len(splits["test"].names), len(shows_one(splits["test"]).names)
     if "attention" in apply and pools_evenly(encoder):
         found.notes.append("the pooling is even: no attention; its AP is that of a flat map")
     for what in apply:
         try:
             if what == "bias":
                 table = measure_bias(model, splits, multiclass, rule)
-                if test.has_masks.any() and 0 < (masked := len(shows_one(test).names)) < n:
-                    found.notes.append(f"relevance share: the {masked} of {n} test images with a foreground")
                 if n < 50:
                     found.notes.append(
                         f"only {n} test images: one of them is up to {100 / n:.0f} points of accuracy"
@@ -85,9 +84,12 @@ def report(
                 found.tables["test images (same = unchanged), in %"] = table
                 found.metrics.update(flatten(table, name_of_bias))
             elif what == "backgrounds":
-                table = measure_backgrounds(model, splits, multiclass)
+                table, m = measure_backgrounds(model, splits, multiclass)
                 found.tables["exchanged backgrounds, in %"] = table
                 found.metrics.update(flatten(table, name_of_bias))
+                if m < n:
+                    those = "with a foreground and a label that another has"
+                    found.notes.append(f"backgrounds: the {m} of {n} test images {those}")
             elif what == "objects":
                 if list(measures) != MEASURES or len(test.regions) == 1:
                     found.tables["objects, in %"] = measure_objects(model, splits, layer)
@@ -101,11 +103,13 @@ def report(
                 if not pools_evenly(encoder):
                     found.tables.update({"AP in %": table, "Dice in %": overlap})
                     found.heads.update(heads)
-                    if (masked := int(test.has_masks.sum())) < n:
-                        found.notes.append(f"AP and Dice: the {masked} of {n} test images with all masks")
             else:
                 probed = probe(encoder, splits, what, (1.0,) if classifier else fractions, features)
                 add_probe(found, what, probed, splits["train"].labels)
+            if 0 < masked < n and what in OF_FOREGROUND:
+                found.notes.append(
+                    f"{OF_FOREGROUND[what]}: the {masked} of {n} test images with a foreground"
+                )
         except CannotMeasure as error:
             if what != "attention" or not pools_evenly(encoder):  # else it is said already
                 found.notes.append(str(error))
@@ -155,8 +159,10 @@ def measure_attention(
         ap = localisation_ap(m, test.masks, size).diagonal(dim1=1, dim2=2).nanmean(dim=0)  # (R,)
         table[name] = dict(zip(test.regions, ap.tolist()))
     if chosen_on is not None:
-        best = dice(chosen_on[:, heads], val.masks, grid).nanmean(dim=1).nan_to_num(-1).argmax(dim=0)  # (R,)
+        of_val = dice(chosen_on[:, heads], val.masks, grid).nanmean(dim=1)  # (T, R)
+        best = of_val.nan_to_num(-1).argmax(dim=0)  # (R,)
         reached = dice(attention, test.masks, grid).nanmean(dim=1).gather(0, best[None])[0]  # (R,)
+        reached[of_val[0].isnan()] = torch.nan  # no validation image shows the region: no threshold is best
         overlap["attention"] = dict(zip(test.regions, reached.tolist()))
     return table, overlap, dict(zip(test.regions, heads.tolist()))
 
@@ -181,15 +187,25 @@ def measure_bias(model: nn.Module, splits: dict[str, Data], multiclass: bool, ru
     return table
 
 
-def measure_backgrounds(model: nn.Module, splits: dict[str, Data], multiclass: bool) -> Table:
-    """AUC and accuracy on exchanged backgrounds, see `backgrounds.py`. Raises CannotMeasure without masks."""
+def measure_backgrounds(model: nn.Module, splits: dict[str, Data], multiclass: bool) -> tuple[Table, int]:
+    """AUC and accuracy on exchanged backgrounds, see `backgrounds.py`, and of how many images.
+
+    Those are left out whose label no other has. Raises CannotMeasure without masks or labels.
+    """
     test = shows_one(splits["test"])
     if not test.names or not test.has_masks.all():
         raise CannotMeasure("no test image has masks that show something: backgrounds can't be exchanged")
+    labels = torch.zeros(len(test.names), 1) if test.labels is None else test.labels.nan_to_num(-1)
+    label, n = labels.unique(dim=0, return_inverse=True, return_counts=True)[1:]
+    if not (n > 1).any():
+        raise CannotMeasure(
+            "no two test images with masks have the same label: backgrounds can't be exchanged"
+        )
+    test, label = select(test, n[label] > 1), label[n[label] > 1]
     m = test.masks.any(dim=1, keepdim=True).float()
-    made = exchanged(test.images.float(), m, test.labels, Generator().manual_seed(0))
+    made = exchanged(test.images.float(), m, label, Generator().manual_seed(0))
     kinds = {name: test._replace(images=images.to(torch.uint8)) for name, images in made.items()}
-    return classified(model, splits["val"], {"original": test} | kinds, multiclass)
+    return classified(model, splits["val"], {"original": test} | kinds, multiclass), len(test.names)
 
 
 def classified(model: nn.Module, val: Data, kinds: dict[str, Data], multiclass: bool) -> Table:
@@ -211,30 +227,13 @@ def classified(model: nn.Module, val: Data, kinds: dict[str, Data], multiclass: 
         scores, labels = scores_of(model, data.images, multiclass), data.labels
         each = {f"AUC {finding}": auc(scores[:, k], labels[:, k]) for k, finding in findings.items()}
         if multiclass and len(findings) > 1:
-            right = (scores.argmax(dim=1) == labels.argmax(dim=1))[~labels.isnan().any(dim=1)]
+            one = labels.sum(dim=1) == 1  # known, and of one class
+            right = (scores.argmax(dim=1) == labels.argmax(dim=1))[one]
         else:
             columns = [(scores[:, k] > t, labels[:, k]) for k, t in thresholds.items()]
             right = torch.cat([torch.zeros(0), *((said == y)[~y.isnan()] for said, y in columns)])
         table[name] = {"AUC": known_mean(each.values()), **each, "accuracy": float(right.double().mean())}
     return table
-
-
-def scores_in(
-    model: nn.Module, data: Data, heads: dict[str, int], multiclass: bool | None, layer: int
-) -> tuple[str, list[float]]:
-    """What the score of an image is, and the scores (M,), NaN if unknown; heads: {region: number}."""
-    if multiclass is not None and data.labels is not None:
-        p, y = scores_of(model, data.images, multiclass).sigmoid(), data.labels  # (M, K)
-        if multiclass:
-            return "probability of the true class", (p * y).sum(dim=1).tolist()
-        true = torch.where(y == 1, p, 1 - p).masked_fill(y.isnan(), torch.nan).nanmean(dim=1)
-        return "probability of what is true, mean of the findings", true.tolist()
-    if multiclass is None and set(data.regions) == set(heads) and data.has_masks.any():
-        attention = attention_of(model, data.images, layer)[:, list(heads.values())]
-        regions = [data.regions.index(region) for region in heads]
-        ap = localisation_ap(attention, data.masks[:, regions], model.grid(data.images))  # (M, R, R)
-        return "mean AP", ap.diagonal(dim1=1, dim2=2).nanmean(dim=1).tolist()
-    return "", [math.nan] * len(data.names)
 
 
 def flatten(table: Table, name: Callable[[str, str], str]) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Metrics on tensors, in float64 where it matters, exact with ties."""
 
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -99,10 +100,12 @@ def overlap(a: Tensor, b: Tensor) -> Tensor:
 def box_overlaps(maps: Tensor, masks: Tensor, thresholds: int = 20) -> Tensor:
     """How well boxes around what lies above t / thresholds of a map's largest value fit: (2, thresholds, B).
 
-    maps (B, H, W), non-negative; masks (B, H, W) bool, one object in each; t = 0, 1, ... The IoU with the
-    object's box of the best component's box, and of the largest component's.
+    maps (B, H, W), non-negative; masks (B, H, W) bool, one object in each, whose parts need not touch; t =
+    0, 1, ... The IoU with the object's box of the best component's box, and of the largest component's.
     """
-    true = boxes(masks)[:, :1]  # (B, 1, 4)
+    parts = boxes(masks)  # (B, K, 4), missing ones 0
+    first = parts[..., :2].masked_fill(parts[..., 2:] == 0, math.inf).amin(dim=1)
+    true = torch.cat([first, parts[..., 2:].amax(dim=1)], dim=1)[:, None]  # (B, 1, 4)
     top = maps.amax(dim=(1, 2), keepdim=True)
     found = (overlap(boxes(maps >= top * max(t / thresholds, 1e-6)), true) for t in range(thresholds))
     return torch.stack([torch.stack([of.amax(dim=1), of[:, 0]]) for of in found], dim=1)

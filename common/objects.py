@@ -2,9 +2,9 @@
 
 A pooling by attention shows the mean over its heads, and the head with the best AP on validation masks, which
 a user without masks does not have. An even pooling shows the class activation map of the likeliest class
-(Zhou et al. 2016, arXiv 1512.04150), the patches' own logits; of a single finding it is always that one. Two
-controls show what needs no learning: a Gaussian in the middle of each image, and the same network with random
-weights. MaxBoxAccV2 takes its threshold from test images, by definition; CorLoc's is from validation images.
+(Zhou et al. 2016, arXiv 1512.04150): the patches' logits, whose mean is the image's. Two controls show what
+needs no learning: a Gaussian in the middle of each image, and the same network with random weights.
+MaxBoxAccV2 takes its threshold from test images, by definition; CorLoc's is from validation images.
 """
 
 import copy
@@ -15,30 +15,46 @@ from torch import Tensor, nn
 from common.data import Data, batches, select
 from common.explain import attention_of, pools_evenly
 from common.metrics import CannotMeasure, at_pixels, box_overlaps, corloc, localisation_ap, max_box_acc
+from vit import ViT
 
 
 def class_activation(model: nn.Module, images: Tensor) -> Tensor:
     """Class activation maps (M, 1, N) of a classifier with an even pooling, of the likeliest class."""
     model.eval()
-    maps = []
+    encoder, maps, pooled = model.encoder, [], []
+    hook = isinstance(encoder, ViT) and encoder.pool.register_forward_pre_hook(
+        lambda _, x: pooled.append(x[0])
+    )
     for x in batches(images, model):
-        features = model.encoder(x)
-        likeliest, logits = model.head(features.pooled).argmax(dim=1), model.head(features.patches)
+        features = encoder(x)
+        patches = features.patches  # (B, N, D)
+        if (
+            hook
+        ):  # its LayerNorm divides the mean of the patches by that mean's deviation, not each by its own
+            raw, norm = pooled.pop(), encoder.norm
+            variance = raw.mean(dim=1, keepdim=True).var(dim=2, correction=0, keepdim=True)  # (B, 1, 1)
+            centred = raw - raw.mean(dim=2, keepdim=True)
+            patches = centred / (variance + norm.eps).sqrt() * norm.weight + norm.bias
+        likeliest, logits = model.head(features.pooled).argmax(dim=1), model.head(patches)
         maps.append(logits[torch.arange(len(x)), :, likeliest].cpu())  # (B, N) of (B, N, K)
+    if hook:
+        hook.remove()
     return torch.cat(maps)[:, None]
 
 
 def untrained(model: nn.Module) -> nn.Module:
-    """A copy with new random weights."""
+    """A copy with new random weights, as its layers and a ViT draw them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         copied = copy.deepcopy(model)
         for module in copied.modules():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
-            else:  # embeddings, which lie in no layer of their own
-                for weight in module.parameters(recurse=False):
-                    nn.init.trunc_normal_(weight, std=0.02)
+        for module in copied.modules():
+            if isinstance(module, ViT):
+                module.init_weights()
+                if module.registers:
+                    nn.init.normal_(module.reg_token, std=1e-6)
     return copied
 
 

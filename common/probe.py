@@ -86,8 +86,8 @@ def score(scores: Tensor, labels: Tensor, multiclass: bool) -> dict[str, float]:
     """{"mAUC"} and, of classes, {"accuracy"} of scores (M, K) with labels (M, K); NaN scores don't count."""
     found = {"mAUC": known_mean(auc(scores[:, k], labels[:, k]) for k in range(labels.shape[1]))}
     if multiclass:
-        known = ~labels.isnan().any(dim=1)
-        found["accuracy"] = float((scores.argmax(dim=1) == labels.argmax(dim=1))[known].double().mean())
+        one = labels.sum(dim=1) == 1  # known, and of one class
+        found["accuracy"] = float((scores.argmax(dim=1) == labels.argmax(dim=1))[one].double().mean())
     return found
 
 
@@ -134,14 +134,16 @@ def finetuned_scores(
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
     falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1e-3, steps)
     model.train()
-    for _ in tqdm(range(steps), "steps", leave=False, disable=None):
-        batch = index[torch.randperm(len(index), generator=generator)[:size]]
-        logits, labels = model(prepared(train.images[batch].to(device))), train.labels[batch].to(device)
-        loss = classification_loss(logits, labels, is_multiclass(train.labels))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        falling.step()
+    with torch.random.fork_rng(devices=[]):  # stochastic depth draws from PyTorch's own generator
+        torch.manual_seed(seed)
+        for _ in tqdm(range(steps), "steps", leave=False, disable=None):
+            batch = index[torch.randperm(len(index), generator=generator)[:size]]
+            logits, labels = model(prepared(train.images[batch].to(device))), train.labels[batch].to(device)
+            loss = classification_loss(logits, labels, is_multiclass(train.labels))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            falling.step()
     return scores_of(model, splits["test"].images, multiclass=False).masked_fill(unknown, torch.nan)
 
 

@@ -12,9 +12,9 @@ from common.checkpoint import DataSpec, check_spec, data_spec, load_run, write_f
 from common.classify import is_multiclass, warn_if_constant
 from common.config import Config, parse
 from common.data import BATCH, Data, normalise, select
-from common.explain import attention_of, decisions, explained_class, has_attention, relevance_of
+from common.explain import attention_of, decisions, explained_class, has_attention, relevance_of, scores_in
 from common.foreground import masks_compared
-from common.measure import QUICK, report, scores_in
+from common.measure import QUICK, report
 from common.models import build_encoder, load_model, lrp_rule, start_from
 from common.page import Looks, print_tables
 from common.plots import curves, draw_maps
@@ -82,7 +82,8 @@ def load_all(
             loaded[path] = Loaded(config, run.spec, model, history, path, run.masses)
         else:
             start_from(path, model := build_encoder(config, spec.channels))
-            out = path.with_name(f"{path.name}-{Path(config.data).name}")  # the metrics of one data set
+            measured_on = f"{Path(config.data).name}-{config.img_size}"  # their metrics are kept together
+            out = path.with_name(f"{path.name}-{measured_on}")
             loaded[path] = Loaded(config, spec, model.to(device), [], out, {})
     return loaded, splits, reference
 

@@ -111,6 +111,7 @@ def of_relations_and_poolings() -> list[tuple]:
     accuracy, above_cam = "accuracy_same", "AP on objects, above a class activation map"
     rows += [
         (7, "SimPool, labels, ViT: AP on objects, above CLS's heads", 0, f"{vit}_simpool {ap}", f"{vit}_cls"),
+        (7, "ViT, four heads each: the same", 0, f"{vit}_heads {ap}", f"{vit}_cls"),
         (7, f"ViT: {above_cam}", 0, f"{vit}_simpool {ap}", f"{vit}_gap {cam}"),
         (7, "ViT: accuracy, to CLS", -1, f"{vit}_simpool {accuracy}", f"{vit}_cls"),
         (7, f"SimPool, labels, ResNet: {above_cam}", 0, f"{resnet}_simpool {ap}", f"{resnet}_gap {cam}"),

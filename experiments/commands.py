@@ -123,7 +123,8 @@ def poolings_of_objects() -> dict[str, str]:
     vit = f"--data data/scenes6000-{{seed}} {LABELS} vit --lr 1e-3 --epochs 20"  # 82.8 % correct on seed 10
     resnet = f"--data data/scenes1000-{{seed}} {LABELS} resnet"
     runs = {f"object_vit_{pool}": f"{vit} --pool {pool}" for pool in ("cls", "gap", "simpool")}
-    return runs | {f"object_resnet_{pool}": f"{resnet} --pool {pool}" for pool in ("gap", "simpool")}
+    runs |= {f"object_resnet_{pool}": f"{resnet} --pool {pool}" for pool in ("gap", "simpool")}
+    return runs | {"object_vit_heads": f"{vit} --pool simpool --pool-heads 4"}  # as many heads as CLS has
 
 
 def at_equal_length() -> dict[str, str]:

@@ -20,6 +20,7 @@ OBJECTS = {  # title: experiment, and the map that is measured
     "ViT, CLS: best head, chosen by masks": ("vit_cls", "best_head"),
     "ViT, mean: class activation map": ("vit_gap", "class_activation"),
     "**ViT, SimPool**": ("vit_simpool", "mean_of_heads"),
+    "ViT, SimPool with four heads: their mean": ("vit_heads", "mean_of_heads"),
     "ResNet, mean: class activation map": ("resnet_gap", "class_activation"),
     "**ResNet, SimPool**": ("resnet_simpool", "mean_of_heads"),
     "untrained ViT, SimPool": ("vit_simpool", "untrained"),

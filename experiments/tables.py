@@ -109,7 +109,8 @@ def compared(runs: dict, header: str, rows: list[Row]) -> str:
         cells = [spread(list(values.values())) for values in measured]
         for i, figure in enumerate(row.figures):
             gap = gaps(measured[i], points(runs, row.reference, figure))
-            cells[i] += f" ({spread(gap, '+')})" if gap else ""
+            fewer = f", {len(gap)} seed{'s' * (len(gap) > 1)}" if len(gap) < len(measured[i]) else ""
+            cells[i] += f" ({spread(gap, '+')}{fewer})" if gap else ""
         if any(measured):
             seeds = [len(values) for values in measured if values]
             few, most = min(seeds), max(seeds)
@@ -129,7 +130,9 @@ def measured(runs: dict, claim: Claim) -> list[str]:
         end, sign = points(runs, claim.end, figure), ""
         seeds = sorted(values.keys() & start.keys() & end.keys())
         results = [100 * (values[s] - start[s]) / (end[s] - start[s]) for s in seeds]
-    held = f"{sum(x >= claim.bar for x in results)} of {len(results)}" if results else "not measured"
+    held = (
+        f"{sum(round(x, 6) >= claim.bar for x in results)} of {len(results)}" if results else "not measured"
+    )
     row = [str(claim.number), claim.text, claim.paper, f"{claim.bar:g}"]
     return [*row, spread(results, sign), interval(results, sign), held]
 

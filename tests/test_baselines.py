@@ -13,6 +13,7 @@ from common.classify import Classifier
 from common.data import SPLITS, Data
 from common.hospitals import HOSPITALS, mixed, taken_at
 from common.measure import measure_backgrounds, measure_bias
+from common.metrics import CannotMeasure
 from common.phantom import phantom
 from common.splits import load
 from resnet import ResNet
@@ -217,7 +218,7 @@ def striped(n: int) -> Data:
 def test_a_hole_is_filled_with_the_image_s_background_or_black_as_its_kind_says():
     data = striped(40)
     x, m = data.images.float(), data.masks.float()
-    kinds = exchanged(x, m, data.labels, torch.Generator())
+    kinds = exchanged(x, m, data.labels[:, 0], torch.Generator())
     assert torch.equal(kinds["only background"], x[:, :, :1, :1].expand_as(x))
     assert not (kinds["no foreground"] * m).any()
     large = torch.zeros_like(m)
@@ -237,8 +238,25 @@ def test_exchanged_backgrounds_tell_what_a_model_reads(reads):
             x = images[:, 0, 0, 0] if reads == "ground" else images[:, 0, 4:8, 4:8].mean(dim=(1, 2)) > 1
             return torch.stack([-x.float(), x.float()], dim=1)
 
-    table = measure_backgrounds(Reader(1, 1), {"test": data, "val": data}, True)
+    table, _ = measure_backgrounds(Reader(1, 1), {"test": data, "val": data}, True)
     assert [100 * row["AUC"] for row in table.values()] == pytest.approx(READS[reads], abs=6)
+
+
+def test_no_image_keeps_its_own_background_and_one_whose_label_no_other_has_is_left_out():
+    n = 5
+    x, m = torch.arange(n).view(n, 1, 1, 1).expand(n, 1, 4, 4).float(), torch.zeros(n, 1, 4, 4)
+    for seed in range(20):
+        kinds = exchanged(x, m, torch.tensor([0, 1, 0, 1, 0]), torch.Generator().manual_seed(seed))
+        same, rand = (kinds[kind][:, 0, 0, 0].long() for kind in ("mixed same", "mixed rand"))
+        assert sorted(same.tolist()) == sorted(rand.tolist()) == list(range(n))
+        assert not (same == torch.arange(n)).any() and not (rand == torch.arange(n)).any()
+        assert torch.equal(same % 2, torch.arange(n) % 2)
+    data = striped(5)
+    data.labels[4] = torch.nan
+    model = nn.Sequential(nn.Flatten(), nn.Linear(256, 2))
+    assert measure_backgrounds(model, {"test": data, "val": data}, True)[1] == 4
+    with pytest.raises(CannotMeasure, match="no two test images with masks have the same label"):
+        measure_backgrounds(model, {"test": striped(2), "val": data}, True)
 
 
 def test_of_a_pipeline_the_segmenter_s_dice_is_measured_on_each_kind_of_test_images():

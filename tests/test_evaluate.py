@@ -83,7 +83,7 @@ def test_weights_beside_runs_take_their_data_and_keep_earlier_metrics(two_runs, 
     argv = [two_runs[0], str(tmp_path / "vit.pth"), "--num-heads", "2"]
     for measure in ("attention", "knn"):
         evaluate.main([*argv, "--only", measure])
-    assert {"attention_mAP", "knn_mAUC"} <= set(metrics_of(tmp_path / "vit.pth-phantom"))
+    assert {"attention_mAP", "knn_mAUC"} <= set(metrics_of(tmp_path / "vit.pth-phantom-64"))
     assert "differ in img_size: compare runs on the same" in refused(evaluate.main, *argv, "--img-size", "32")
 
 

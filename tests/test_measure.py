@@ -8,13 +8,15 @@ from conftest import seeded
 from torch import nn
 from torch.nn.functional import avg_pool2d
 
-from common import measure
+from common import explain, measure
 from common.classify import Classifier
 from common.data import Data, prepared, select
+from common.explain import scores_in
 from common.metrics import CannotMeasure, auc, average_precision, best_threshold, box_overlaps, boxes, corloc
 from common.metrics import dice, localisation_ap, max_box_acc, overlap, relevance_share
 from common.objects import class_activation, measure_objects, outlined, untrained
 from common.phantom import phantom
+from common.probe import score
 from resnet import ResNet
 from simpool import GAP
 from vit import ViT
@@ -40,7 +42,8 @@ class Encoder(nn.Module):
 
 @pytest.fixture(autouse=True)
 def attention(monkeypatch):
-    monkeypatch.setattr(measure, "attention_of", lambda encoder, images, layer: encoder.maps.pop(0))
+    for module in (measure, explain):
+        monkeypatch.setattr(module, "attention_of", lambda encoder, images, layer: encoder.maps.pop(0))
 
 
 @pytest.fixture
@@ -82,6 +85,9 @@ def test_the_dice_threshold_is_chosen_on_validation_images(lungs):
     flat = exact + 1.0  # above half of the largest value: the whole image
     other, own = (measure.report(Encoder(v, flat), splits, ["attention"]).metrics for v in (exact, flat))
     assert other["attention_mDice"] < own["attention_mDice"] - 0.2
+    empty = splits | {"val": splits["val"]._replace(masks=torch.zeros(8, 1, 64, 64, dtype=torch.bool))}
+    found = measure.report(Encoder(exact, exact), empty, ["attention"], guided=True)
+    assert math.isnan(found.metrics["attention_mDice"]) and "not defined" in found.notes[-1]
 
 
 def test_guided_heads_belong_to_their_regions_and_stand_beside_the_prior(lungs):
@@ -98,7 +104,7 @@ def test_guided_heads_belong_to_their_regions_and_stand_beside_the_prior(lungs):
     assert found.notes == ["no validation image has all masks: AP can't be measured"] and not found.metrics
     some = splits["test"]._replace(has_masks=torch.arange(8) < 3)
     found = measure.report(Encoder(maps, maps[:3]), splits | {"test": some}, ["attention"])
-    assert found.notes == ["AP and Dice: the 3 of 8 test images with all masks"]
+    assert found.notes == ["AP and Dice: the 3 of 8 test images with a foreground"]
     empty = splits["val"]._replace(masks=torch.zeros_like(splits["val"].masks))
     found = measure.report(Encoder(maps), splits | {"val": empty}, ["attention"])
     assert found.notes == ["no validation image shows lung: no head can be chosen for it"]
@@ -130,7 +136,7 @@ def test_a_classifier_is_measured_on_every_kind_of_test_image_by_validation_thre
     masks[:3, :, :1] = True
     shown = test._replace(masks=masks, has_masks=torch.arange(len(test.names)) < 3, regions=["lung"])
     notes = measure.report(Encoder(), splits | {"test": shown}, ["bias"], multiclass=False).notes
-    assert notes[0] == "relevance share: the 3 of 4 test images with a foreground"
+    assert notes[1] == "relevance share: the 3 of 4 test images with a foreground"
     # for other thresholds, test images are all negative: 2 of 7 known labels are right
     found = measure.report(Encoder(), splits | {"val": val}, ["bias"], multiclass=False).metrics
     assert found["accuracy_same"] == pytest.approx(2 / 7) and found["auc_same"] == 1
@@ -146,6 +152,13 @@ def test_two_classes_are_measured_by_the_second_and_three_by_the_likeliest():
         assert found.metrics["accuracy_same"] == found.metrics["auc_same_big_heart"] == 1
 
 
+def test_accuracy_is_that_of_images_of_one_class_though_test_images_show_none_or_two():
+    test = labelled([0.0, 1, 0], [0.0, 0, 0], [1.0, 1, 0], pixels=[[0.0, 9, 0], [0.0, 9, 0], [0.0, 0, 9]])
+    splits = {"train": test, "val": test, "test": test}
+    assert measure.report(Encoder(), splits, ["bias"], multiclass=True).metrics["accuracy_same"] == 1
+    assert score(test.images[:, 0, 0].float(), test.labels, True)["accuracy"] == 1
+
+
 def test_what_does_not_apply_is_said_only_if_it_was_asked_for(lungs):
     splits, exact = lungs
     assert measure.report(Encoder(), splits, ["bias"]).notes == ["bias is of classifiers only"]
@@ -157,13 +170,13 @@ def test_what_does_not_apply_is_said_only_if_it_was_asked_for(lungs):
 
 def test_the_score_of_an_image_is_the_probability_of_its_true_class_or_the_mean_ap(lungs):
     data = labelled([1.0, 0, 0], [0.0, 1, 0], [NAN] * 3, pixels=[[5.0, 0, 0]] * 3)
-    _, scores = measure.scores_in(Encoder(), data, {}, True, -1)
+    _, scores = scores_in(Encoder(), data, {}, True, -1)
     right, wrong = (torch.tensor([5.0, 0, 0]) / 255 / 0.25).softmax(dim=0)[:2].tolist()
     assert scores[:2] == pytest.approx([right, wrong]) and math.isnan(scores[2])
     splits, exact = lungs
-    what, scores = measure.scores_in(Encoder(exact), splits["test"], {"lung": 0}, None, -1)
+    what, scores = scores_in(Encoder(exact), splits["test"], {"lung": 0}, None, -1)
     assert what == "mean AP" and min(scores) > 0.9
-    assert measure.scores_in(Encoder(), splits["test"], {}, None, -1)[0] == ""
+    assert scores_in(Encoder(), splits["test"], {}, None, -1)[0] == ""
 
 
 GRID = (4, 4)
@@ -199,14 +212,17 @@ def test_corloc_takes_its_threshold_from_validation_images():
     assert outlined(maps, maps, large, small, GRID)["CorLoc"] == 0  # a low one is best there
 
 
-def test_a_class_activation_map_shows_the_logits_of_patches_for_the_images_likeliest_class():
-    for encoder in (ViT(16, 4, 1, 12, 1, 2, pool=GAP()), ResNet(1, 4)):
-        model, images = Classifier(encoder, 3).eval(), squares().images
-        with torch.no_grad():
-            logits, patches = model(prepared(images)), model.head(encoder(prepared(images)).patches)
-            maps = class_activation(model, images)[:, 0]
-        torch.testing.assert_close(maps, patches[torch.arange(len(images)), :, logits.argmax(dim=1)])
-    torch.testing.assert_close(patches.mean(dim=1), logits)  # in a ResNet their mean is the image's logit
+@pytest.mark.parametrize(
+    "encoder", [ViT(16, 4, 1, 12, 1, 2, pool=GAP()), ResNet(1, 16)], ids=["vit", "resnet"]
+)
+@torch.no_grad()
+def test_the_mean_of_a_class_activation_map_is_the_logit_of_the_likeliest_class(encoder):
+    model, images = Classifier(encoder, 3).eval(), squares().images
+    for weight in model.parameters():
+        weight.copy_(torch.randn(weight.shape, generator=seeded()) / 4)
+    maps = class_activation(model, images)[:, 0]  # (M, N)
+    assert (maps.std(dim=1) > 1e-4).all()
+    torch.testing.assert_close(maps.mean(dim=1), model(prepared(images)).amax(dim=1), rtol=1e-4, atol=1e-4)
 
 
 def test_the_head_that_is_best_on_validation_images_and_two_controls_stand_beside_the_mean(monkeypatch):
@@ -232,9 +248,11 @@ def test_the_untrained_control_shares_no_weight_and_leaves_the_model_alone():
     with torch.no_grad():
         for weight in model.parameters():
             weight.fill_(3)
-    control = untrained(model)
+    control, new = untrained(model), ViT(16, 4, 1, 12, 1, 2, registers=1)
     assert all((weight == 3).all() for weight in model.parameters())
-    assert not any((weight == 3).any() for weight in control.parameters())
+    for name, weight in new.state_dict().items():  # drawn as those of a new one
+        drawn = control.encoder.state_dict()[name]
+        assert not (drawn == 3).any() and float(drawn.std()) == pytest.approx(float(weight.std()), rel=0.5)
 
 
 def test_images_without_an_object_do_not_count():
@@ -340,6 +358,15 @@ def test_boxes_are_those_of_pixels_that_touch(density):
     spiral = torch.zeros(1, 7, 7, dtype=torch.bool)
     spiral[0, 0], spiral[0, :, 6], spiral[0, 6], spiral[0, 2:, 0], spiral[0, 2, :5] = (True,) * 5
     assert boxes(spiral).tolist() == [[[0, 0, 7, 7]]] and not boxes(spiral & False).any()
+
+
+def test_the_object_behind_a_pole_has_one_box():
+    mask = torch.zeros(1, 8, 8, dtype=torch.bool)
+    mask[0, 1:6, 1:4] = mask[0, 1:6, 5:7] = True
+    exact = torch.zeros(1, 8, 8)
+    exact[0, 1:6, 1:7] = 1
+    for object_, map_ in (mask, exact), (mask.flip(2), exact.flip(2)):  # the larger part is left, or right
+        assert (box_overlaps(map_, object_) == 1).all()
 
 
 def test_the_best_component_counts_for_box_accuracy_and_the_largest_for_corloc():

@@ -111,6 +111,7 @@ def test_a_probe_finds_what_is_there_and_only_chance_with_shuffled_labels(how):
 def test_fine_tuning_trains_a_copy_and_depends_on_no_seed_but_its_own(monkeypatch):
     monkeypatch.setattr(probe, "STEPS", 10)
     splits, model, before = bright_or_dark(20), encoder(), encoder().state_dict()
+    model.blocks[0].drop_path = 0.5
     x = {split: probe.features_of(model, data.images) for split, data in splits.items()}
     a, b, c = (probe.finetuned_scores(model, splits, x, torch.arange(20), seed) for seed in (0, 0, 1))
     assert torch.equal(a, b) and not torch.equal(a, c)

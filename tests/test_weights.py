@@ -126,7 +126,7 @@ def test_published_weights_are_measured_trained_on_and_exported_again(tmp_path, 
     torch.save({"teacher": published_names(embed_dim=64, num_heads=1)}, tmp_path / "vit.pth")
     monkeypatch.chdir(tmp_path)
     evaluate.main("vit.pth --data data --img-size 32 --num-heads 1 --only attention knn".split())
-    said, out = capsys.readouterr().out, Path("vit.pth-data")
+    said, out = capsys.readouterr().out, Path("vit.pth-data-32")
     assert "64 wide, 1 deep, patches of 16 px, 1 heads, positions of 224 px resized" in said
     assert "knn_accuracy" in metrics_of(out) and (out / "compare.png").exists()
     argv = "--init vit.pth --num-heads 1 --task classify --data data --img-size 32 --epochs 1 --out run"
