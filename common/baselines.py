@@ -14,15 +14,19 @@ The loss, of images x, masks m (1 in the foreground) and labels y, is L = L_clas
     swap        no penalty: the background is that of another image of the batch, its foreground filled
 
 Where we differ, for brevity: one gate, at the end, with a softmax (published: several, normalised by minimum
-and sum); A is taken at the last block's input, and divided by its maximum; a segmenter has a logit per patch.
+and sum); A is divided by its maximum, and in a ViT taken at the last block's input; the absence of a single
+finding is mined like a class; a segmenter has a logit per patch, not per pixel, and the classifier behind it
+is trained with the given masks.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from common.backgrounds import without_foreground
+from vit import ViT
 
 
 class AttentionGate(nn.Module):
@@ -92,30 +96,57 @@ def log_probabilities(logits: Tensor, multiclass: bool) -> Tensor:
     return torch.stack([F.logsigmoid(logits), F.logsigmoid(-logits)], dim=-1)
 
 
-def grad_cam(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (B, K) and the labels' Grad-CAM, A of (2), (B, 1, h, w) in [0, 1], with a gradient.
+class ImagesApart(TorchFunctionMode):
+    """BatchNorms take the batch's mean and deviation as constants, and leave the running ones as they are.
 
-    It is taken at the input of the encoder's last block: of its output, a ViT uses only the CLS token.
+    A gradient at one image then holds nothing of the others, and a penalty can't be met by statistics that
+    are gone in use; images that only the penalty sees do not count among those of the data.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return (self.normalise if function is F.batch_norm else function)(*args, **kwargs or {})
+
+    @staticmethod
+    def normalise(
+        input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+    ):  # fmt: skip
+        """As `F.batch_norm`."""
+        if training:
+            channels = [d for d in range(input.dim()) if d != 1]
+            running_var, running_mean = torch.var_mean(input.detach(), channels, correction=0)
+        return F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
+
+
+def grad_cam(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The labels' Grad-CAM, A of (2), (B, 1, h, w) in [0, 1], with a gradient.
+
+    It is taken at the last block's output; at its input in a ViT, which uses only the output's CLS token.
     """
     seen: list[Tensor] = []
-    hook = model.encoder.blocks[-1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    last, vit = model.encoder.blocks[-1], isinstance(model.encoder, ViT)
+    if vit:
+        hook = last.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    else:
+        hook = last.register_forward_hook(lambda module, inputs, output: seen.append(output))
     with sdpa_kernel(SDPBackend.MATH):  # the faster kernels cannot be differentiated twice
-        logits = model(x)
+        score = (model(x) * y.nan_to_num()).sum()
     hook.remove()
-    maps, score = seen[0], (logits * y.nan_to_num()).sum()
+    (maps,) = seen
     (gradient,) = torch.autograd.grad(score, maps, create_graph=True)
-    if maps.dim() == 3:  # tokens (B, T, D); the N patches come last
+    if vit:  # tokens (B, T, D); the N patches come last
         h, w = model.encoder.grid(x)
         maps, gradient = (t[:, -h * w :].transpose(1, 2).unflatten(2, (h, w)) for t in (maps, gradient))
     A = F.relu((gradient.mean(dim=(2, 3), keepdim=True) * maps).sum(dim=1, keepdim=True))
-    return logits, A / A.amax(dim=(2, 3), keepdim=True).clamp_min(1e-6)
+    return A / A.amax(dim=(2, 3), keepdim=True).clamp_min(1e-6)
 
 
 def gain(model: nn.Module, x: Tensor, m: Tensor, y: Tensor, multiclass: bool) -> tuple[Tensor, Tensor]:
     """Grad-CAM fits the mask, equation (2), and what it leaves out does not predict the label."""
-    logits, A = grad_cam(model, x, y)
-    T = torch.sigmoid(10 * (F.interpolate(A, size=x.shape[2:], mode="bilinear") - 0.5))
-    p = log_probabilities(model(x - T * x), multiclass)[..., 0].exp()  # (B, K)
+    logits = model(x)
+    with ImagesApart():
+        A = grad_cam(model, x, y)
+        T = torch.sigmoid(10 * (F.interpolate(A, size=x.shape[2:], mode="bilinear") - 0.5))
+        p = log_probabilities(model(x - T * x), multiclass)[..., 0].exp()  # (B, K)
     mining = (p * y.nan_to_num()).sum(dim=1)
     fit = (A - F.adaptive_avg_pool2d(m, A.shape[2:])).square().mean(dim=(1, 2, 3))
     return logits, mining + 10 * fit
@@ -123,29 +154,30 @@ def gain(model: nn.Module, x: Tensor, m: Tensor, y: Tensor, multiclass: bool) ->
 
 def rrr(model: nn.Module, x: Tensor, m: Tensor, y: Tensor, multiclass: bool) -> tuple[Tensor, Tensor]:
     """The gradient at the input vanishes outside the mask, equation (3)."""
-    x = x.detach().requires_grad_()
-    with sdpa_kernel(SDPBackend.MATH):
-        logits = model(x)
-    (gradient,) = torch.autograd.grad(log_probabilities(logits, multiclass).sum(), x, create_graph=True)
+    logits, x = model(x), x.detach().requires_grad_()
+    with ImagesApart(), sdpa_kernel(SDPBackend.MATH):
+        total = log_probabilities(model(x), multiclass).sum()
+    (gradient,) = torch.autograd.grad(total, x, create_graph=True)
     return logits, ((1 - m) * gradient).square().sum(dim=(1, 2, 3))
 
 
 def swapped(x: Tensor, m: Tensor, generator: Generator, share: float = 1.0, margin: int = 0) -> Tensor:
-    """Images (B, C, H, W), a share of them with the background of another one; unchanged without a mask.
+    """Images (B, C, H, W), a share of them with the background of another one; all of it where m is empty.
 
     No image keeps its own background, unless the batch has one image. The other image's foreground is filled
     with background, so that no second heart appears. margin: pixels by which the kept foreground is narrower
-    than m, so that no background shows where a mask is a little too wide.
+    than m, so that no background shows where a mask is a little too wide; what is too thin for that stays.
     """
     order = torch.randperm(len(x), generator=generator).to(x.device)
     other = torch.empty_like(x)
     other[order] = without_foreground(x, m)[order.roll(1)]
-    chosen = m.flatten(1).any(dim=1)
+    chosen = torch.ones(len(x), dtype=torch.bool)
     if share < 1:
-        chosen = chosen & (torch.rand(len(x), generator=generator) < share).to(x.device)
+        chosen = torch.rand(len(x), generator=generator) < share
     core = 1 - F.max_pool2d(1 - m, 2 * margin + 1, 1, margin)
-    core = torch.where(core.flatten(1).any(dim=1)[:, None, None, None], core, m)  # not of a thin mask
-    return torch.where(chosen[:, None, None, None], x * core + other * (1 - core), x)
+    near = F.max_pool2d(core, 4 * margin + 1, 1, 2 * margin)
+    core = torch.maximum(core, m * (1 - near))  # a thin part
+    return torch.where(chosen.to(x.device)[:, None, None, None], x * core + other * (1 - core), x)
 
 
 # From model, images, masks, labels (B, K) and whether they are multiclass to logits (B, K) and penalty (B,).

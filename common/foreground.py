@@ -1,11 +1,11 @@
 """The foreground of a classifier's training images, from one of these sources:
 
-    data        the masks that come with the images; images without get the reference image's, registered
-    prior       the reference image's masks, registered to all images
-    attention   the guided heads of the run --init
-    RUN         the guided heads of another run: a convnet can't start from a ViT
-    DIR         masks of any other tool: DIR/<region>/<image's name>, or DIR/<image's name>, as large as the
-                image, upright if its EXIF turns it; of several regions the union
+data        the masks that come with the images; images without get the reference image's, registered
+prior       the reference image's masks, registered to all images
+attention   the guided heads of the run --init
+RUN         the guided heads of another run: a convnet can't start from a ViT
+DIR         masks of any other tool: DIR/<region>/<image's name>, or DIR/<image's name>, as large as the
+            image, upright if its EXIF turns it; of several regions the union
 """
 
 import math
@@ -63,19 +63,29 @@ def are_made(source: str, has_masks: Tensor) -> bool:
     return source in ("prior", "attention") or (Path(source) / "config.json").is_file()
 
 
-def check_foreground(source: str, train: Data, stay: Tensor) -> None:
-    """Print how many training images stay (N,) since their foreground is known. Raises ValueError if fewer
-    than a tenth do, or none of a class: a classifier would learn nothing of it.
+def check_foreground(source: str, train: Data, masks: Tensor, stay: Tensor) -> None:
+    """Print how many training images stay (N,) since their foreground, masks (N, 1, S, S), is known.
+
+    Raises ValueError if fewer than a tenth do, or none of a class: a classifier would learn nothing of it;
+    and if the masks cover nearly everything: nothing would be kept from it.
     """
     line = f"--masks {source}: the foreground of {int(stay.sum())} of {len(stay)} training images is known"
-    there, kept = ((labels == 1).any(dim=0) for labels in (train.labels, train.labels[stay]))
+    there, kept = ((labels == 1).sum(dim=0) for labels in (train.labels, train.labels[stay]))  # (K,)
     lost = [name for name, before, now in zip(train.findings, there, kept) if before and not now]
     if lost or stay.sum() < max(2, len(stay) / 10):
         of_class = f", of none with {', '.join(lost[:5])}" if lost else ""
         raise ValueError(f"{line}{of_class}: add masks, or take those of a run by --masks RUN")
+    covers = f"It covers {100 * (area := float(masks[stay].float().mean())):.0f} % of an image"
+    if area > 0.95:
+        raise ValueError(f"{line}. {covers}, no background is left: look at the masks, or at what made them")
     few = stay.sum() < 0.9 * len(stay)
     left = "" if stay.all() else "; the others are left out of training" + ": add masks" * few
-    print("warning: " * few + line + left)
+    print(f"{'warning: ' * few}{line}{left}. {covers}")
+    shares = {name: int(now) / int(n) for name, n, now in zip(train.findings, there, kept) if n}
+    least, most = min(shares, key=shares.get, default=""), max(shares, key=shares.get, default="")
+    if shares and 2 * shares[least] < shares[most]:
+        both = " and ".join(f"{100 * shares[name]:.0f} % of {name}" for name in (least, most))
+        print(f"warning: {both} stay, so the classes are learned in other proportions")
 
 
 def registered_masks(images: Tensor, prior: tuple, most: int = 1) -> Tensor:

@@ -45,7 +45,7 @@ TESTS = {  # file: {numbers: the test that checks them}
     "common/regions.py": {"7": "test_the_fewest_pixels_that_hold_the_mass_are_kept"},
     "common/baselines.py": {
         "1": "test_an_attention_gate_pools_as_its_formula_says",
-        "2": "test_grad_cam_weighs_the_last_block_s_input_by_its_mean_gradient",
+        "2": "test_grad_cam_weighs_the_last_block_s_maps_by_their_mean_gradient",
         "3": "test_rrr_punishes_the_gradient_at_the_input_outside_the_mask",
     },
 }

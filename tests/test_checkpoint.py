@@ -98,6 +98,7 @@ def stopped_after_an_epoch(monkeypatch, argv: list[str]) -> None:
 def test_an_isnet_run_resumes_with_the_masks_that_it_kept(span_run, tmp_path, monkeypatch, refused):
     shutil.copytree(span_run, tmp_path / "span")
     argv = [*SMALL, "--isnet", "1", "--masks", str(tmp_path / "span"), "--out"]
+    monkeypatch.setattr(train, "check_foreground", Mock())  # masks of so short a run leave no background
     train.main([*argv, str(tmp_path / "whole")])
     stopped_after_an_epoch(monkeypatch, [*argv, str(tmp_path / "stopped")])
     shutil.rmtree(tmp_path / "span")

