@@ -77,7 +77,8 @@ def foreground_masks(
         prior = config.prior, train, reference, config.prior_blur, config.align, config.device
         masks = from_first(foreground(config.masks, splits, config.data, config.init, prior))
     stay = masks.flatten(1).any(dim=1) | train.has_masks & (config.masks == "data")  # (N,)
-    check_foreground(config.masks, train, masks, stay)
+    if not config.resume:
+        check_foreground(config.masks, train, masks, stay)
     if not masks.any():
         raise ValueError(f"--masks {config.masks}: all masks are empty; draw the foreground in at least one")
     return masks, stay

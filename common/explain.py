@@ -78,7 +78,8 @@ def scores_in(
     if multiclass is not None and data.labels is not None:
         p, y = scores_of(model, data.images, multiclass).sigmoid(), data.labels  # (M, K)
         if multiclass:
-            return "probability of the true class", (p * y).sum(dim=1).tolist()
+            true = (p * y).sum(dim=1).masked_fill(y.sum(dim=1) != 1, torch.nan)  # of none, or of two
+            return "probability of the true class", true.tolist()
         true = torch.where(y == 1, p, 1 - p).masked_fill(y.isnan(), torch.nan).nanmean(dim=1)
         return "probability of what is true, mean of the findings", true.tolist()
     if multiclass is None and set(data.regions) == set(heads) and data.has_masks.any():

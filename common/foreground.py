@@ -75,9 +75,10 @@ def check_foreground(source: str, train: Data, masks: Tensor, stay: Tensor) -> N
     if lost or stay.sum() < max(2, len(stay) / 10):
         of_class = f", of none with {', '.join(lost[:5])}" if lost else ""
         raise ValueError(f"{line}{of_class}: add masks, or take those of a run by --masks RUN")
-    covers = f"It covers {100 * (area := float(masks[stay].float().mean())):.0f} % of an image"
-    if area > 0.95:
-        raise ValueError(f"{line}. {covers}, no background is left: look at the masks, or at what made them")
+    area = int(masks.count_nonzero()) / (int(stay.sum()) * masks[0].numel())
+    covers = f"It covers {100 * area:.0f} % of an image"
+    if area > 0.97:
+        raise ValueError(f"{line}. {covers}: almost nothing is background. Look at what made the masks")
     few = stay.sum() < 0.9 * len(stay)
     left = "" if stay.all() else "; the others are left out of training" + ": add masks" * few
     print(f"{'warning: ' * few}{line}{left}. {covers}")

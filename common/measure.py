@@ -32,7 +32,10 @@ from common.probe import PROBES, draw_labelled, probe
 
 MEASURES = ["attention", "objects", "bias", "backgrounds", *PROBES]
 NOT_OF = {True: ["finetune"], False: ["bias", "backgrounds"]}  # classifiers, pretrained encoders
-OF_FOREGROUND = {"attention": "AP and Dice", "objects": "objects", "bias": "relevance share"}
+OF_FOREGROUND = {  # tables, and what in them is of images with a foreground
+    "AP in %": "AP and Dice", "objects, in %": "objects", "exchanged backgrounds, in %": "backgrounds",
+    "test images (same = unchanged), in %": "relevance share",
+}  # fmt: skip
 QUICK = ["attention", "bias", "knn", "linear"]  # seconds a run
 Table = dict[str, dict[str, float]]  # {column: {row: value}}
 Maps = dict[str, tuple[Tensor, tuple[int, int]]]  # {name: (maps (M, R, N), their grid (h, w))}
@@ -87,9 +90,8 @@ def report(
                 table, m = measure_backgrounds(model, splits, multiclass)
                 found.tables["exchanged backgrounds, in %"] = table
                 found.metrics.update(flatten(table, name_of_bias))
-                if m < n:
-                    those = "with a foreground and a label that another has"
-                    found.notes.append(f"backgrounds: the {m} of {n} test images {those}")
+                if m < masked:
+                    found.notes.append(f"mixed same: the {m} of {masked} images whose labels another one has")
             elif what == "objects":
                 if list(measures) != MEASURES or len(test.regions) == 1:
                     found.tables["objects, in %"] = measure_objects(model, splits, layer)
@@ -106,13 +108,12 @@ def report(
             else:
                 probed = probe(encoder, splits, what, (1.0,) if classifier else fractions, features)
                 add_probe(found, what, probed, splits["train"].labels)
-            if 0 < masked < n and what in OF_FOREGROUND:
-                found.notes.append(
-                    f"{OF_FOREGROUND[what]}: the {masked} of {n} test images with a foreground"
-                )
         except CannotMeasure as error:
             if what != "attention" or not pools_evenly(encoder):  # else it is said already
                 found.notes.append(str(error))
+    for title, what in OF_FOREGROUND.items():
+        if title in found.tables and 0 < masked < n:
+            found.notes.append(f"{what}: the {masked} of {n} test images with a foreground")
     if unknown := [name for name, value in found.metrics.items() if math.isnan(value)]:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         few = "too few test images of a kind, or validation images"
@@ -188,24 +189,23 @@ def measure_bias(model: nn.Module, splits: dict[str, Data], multiclass: bool, ru
 
 
 def measure_backgrounds(model: nn.Module, splits: dict[str, Data], multiclass: bool) -> tuple[Table, int]:
-    """AUC and accuracy on exchanged backgrounds, see `backgrounds.py`, and of how many images.
+    """AUC and accuracy on exchanged backgrounds, see `backgrounds.py`, and how many are "mixed same".
 
-    Those are left out whose label no other has. Raises CannotMeasure without masks or labels.
+    Those are whose labels, known in part at least, another has. Raises CannotMeasure without masks or labels.
     """
     test = shows_one(splits["test"])
     if not test.names or not test.has_masks.all():
         raise CannotMeasure("no test image has masks that show something: backgrounds can't be exchanged")
-    labels = torch.zeros(len(test.names), 1) if test.labels is None else test.labels.nan_to_num(-1)
-    label, n = labels.unique(dim=0, return_inverse=True, return_counts=True)[1:]
-    if not (n > 1).any():
-        raise CannotMeasure(
-            "no two test images with masks have the same label: backgrounds can't be exchanged"
-        )
-    test, label = select(test, n[label] > 1), label[n[label] > 1]
+    labels = test.images.new_zeros(len(test.names), 1).float() if test.labels is None else test.labels
+    label, n = labels.nan_to_num(-1).unique(dim=0, return_inverse=True, return_counts=True)[1:]
+    paired = (n[label] > 1) & ~labels.isnan().all(dim=1)
+    if not paired.any():
+        raise CannotMeasure("no two test images with masks have equal labels: backgrounds can't be exchanged")
     m = test.masks.any(dim=1, keepdim=True).float()
     made = exchanged(test.images.float(), m, label, Generator().manual_seed(0))
     kinds = {name: test._replace(images=images.to(torch.uint8)) for name, images in made.items()}
-    return classified(model, splits["val"], {"original": test} | kinds, multiclass), len(test.names)
+    kinds["mixed same"] = select(kinds["mixed same"], paired)
+    return classified(model, splits["val"], {"original": test} | kinds, multiclass), int(paired.sum())
 
 
 def classified(model: nn.Module, val: Data, kinds: dict[str, Data], multiclass: bool) -> Table:

@@ -4,7 +4,8 @@ A pooling by attention shows the mean over its heads, and the head with the best
 a user without masks does not have. An even pooling shows the class activation map of the likeliest class
 (Zhou et al. 2016, arXiv 1512.04150): the patches' logits, whose mean is the image's. Two controls show what
 needs no learning: a Gaussian in the middle of each image, and the same network with random weights.
-MaxBoxAccV2 takes its threshold from test images, by definition; CorLoc's is from validation images.
+MaxBoxAccV2 takes its threshold from test images, by definition; CorLoc's is from validation images. The
+object's box is around all parts of its mask, a stray pixel included.
 """
 
 import copy

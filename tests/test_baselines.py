@@ -12,7 +12,7 @@ from common.backgrounds import exchanged, without_foreground
 from common.classify import Classifier
 from common.data import SPLITS, Data
 from common.hospitals import HOSPITALS, mixed, taken_at
-from common.measure import measure_backgrounds, measure_bias
+from common.measure import measure_backgrounds, measure_bias, report
 from common.metrics import CannotMeasure
 from common.phantom import phantom
 from common.splits import load
@@ -145,6 +145,10 @@ def test_with_a_margin_an_image_keeps_no_pixel_near_the_border_of_its_mask():
     m[0, :, :6, :6], m[0, :, 9:11] = 1, 1  # a thin part beside another
     kept = (baselines.swapped(x, m, torch.Generator(), margin=2) == x)[0, 0]
     assert kept[:4, :4].all() and kept[9:11].all() and kept.sum() == 16 + 24
+    y, x = torch.meshgrid(torch.arange(40.0), torch.arange(40.0), indexing="ij")
+    rhomb = torch.stack([(x - 20).abs() + (y - 20).abs() < 15] * 2)[:, None].float()
+    core = 1 - baselines.grown(1 - rhomb, 2)  # a tip is no thin part
+    assert torch.equal(baselines.swapped(rhomb, rhomb, torch.Generator(), 1, 2), core)
 
 
 def test_in_use_the_pipeline_s_classifier_sees_nothing_outside_the_segmenter_s_mask():
@@ -279,8 +283,10 @@ def test_no_image_keeps_its_own_background_and_one_whose_label_no_other_has_is_l
     data = striped(5)
     data.labels[4] = torch.nan
     model = nn.Sequential(nn.Flatten(), nn.Linear(256, 2))
-    assert measure_backgrounds(model, {"test": data, "val": data}, True)[1] == 4
-    with pytest.raises(CannotMeasure, match="no two test images with masks have the same label"):
+    model.encoder = None
+    found = report(model, {"test": data, "val": data}, ["backgrounds"], multiclass=True)
+    assert "mixed same: the 4 of 5 images whose labels another one has" in found.notes
+    with pytest.raises(CannotMeasure, match="no two test images with masks have equal labels"):
         measure_backgrounds(model, {"test": striped(2), "val": data}, True)
 
 

@@ -159,7 +159,7 @@ def test_masks_that_leave_no_background_stop_the_run_and_classes_that_lose_uneve
     data = load("phantom", 64, 0, 40)[0]["train"]
     data = data._replace(labels=torch.eye(2)[torch.arange(40) % 2], findings=["well", "ill"])
     masks, all_ = torch.ones(40, 1, 64, 64, dtype=torch.bool), torch.ones(40, dtype=torch.bool)
-    with pytest.raises(ValueError, match="It covers 100 % of an image, no background is left"):
+    with pytest.raises(ValueError, match="It covers 100 % of an image: almost nothing is background"):
         check_foreground("RUN", data, masks, all_)
     masks[:, :, :32] = False
     check_foreground("RUN", data, masks, all_)
