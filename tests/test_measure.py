@@ -88,6 +88,7 @@ def test_the_dice_threshold_is_chosen_on_validation_images(lungs):
     empty = splits | {"val": splits["val"]._replace(masks=torch.zeros(8, 1, 64, 64, dtype=torch.bool))}
     found = measure.report(Encoder(exact, exact), empty, ["attention"], guided=True)
     assert math.isnan(found.metrics["attention_mDice"]) and "not defined" in found.notes[-1]
+    assert not any("test images with a foreground" in note for note in found.notes)
 
 
 def test_guided_heads_belong_to_their_regions_and_stand_beside_the_prior(lungs):
@@ -221,6 +222,7 @@ def test_the_mean_of_a_class_activation_map_is_the_logit_of_the_likeliest_class(
     for weight in model.parameters():
         weight.copy_(torch.randn(weight.shape, generator=seeded()) / 4)
     maps = class_activation(model, images)[:, 0]  # (M, N)
+    assert not any(module._forward_pre_hooks for module in model.modules())
     assert (maps.std(dim=1) > 1e-4).all()
     torch.testing.assert_close(maps.mean(dim=1), model(prepared(images)).amax(dim=1), rtol=1e-4, atol=1e-4)
 
