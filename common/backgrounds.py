@@ -2,7 +2,7 @@
 
 As in ImageNet-9 (Xiao et al. 2020, arXiv 2006.09994), for all images with masks:
 
-    mixed same      the background is that of another image of the same class
+    mixed same      the background is that of another image with the same labels, where there is one
     mixed rand      it is that of any other image
     no foreground   black where the foreground was
     only background background where the foreground was

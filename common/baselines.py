@@ -171,8 +171,8 @@ def swapped(x: Tensor, m: Tensor, generator: Generator, share: float = 1.0, marg
 
     No image keeps its own background, unless the batch has one image. The other image's foreground is filled
     with background, so that no second heart appears. margin: pixels by which the kept foreground is narrower
-    than m, so that no background shows where a mask is a little too wide; parts too thin for that stay, where
-    they are twice as far from the rest.
+    than m, so that no background shows where a mask is a little too wide. Parts too thin for that stay where
+    they lie more than two margins from what is kept.
     """
     order = torch.randperm(len(x), generator=generator).to(x.device)
     other = torch.empty_like(x)

@@ -196,7 +196,7 @@ def measure_backgrounds(model: nn.Module, splits: dict[str, Data], multiclass: b
     test = shows_one(splits["test"])
     if not test.names or not test.has_masks.all():
         raise CannotMeasure("no test image has masks that show something: backgrounds can't be exchanged")
-    labels = test.images.new_zeros(len(test.names), 1).float() if test.labels is None else test.labels
+    labels = torch.zeros(len(test.names), 1) if test.labels is None else test.labels
     label, n = labels.nan_to_num(-1).unique(dim=0, return_inverse=True, return_counts=True)[1:]
     paired = (n[label] > 1) & ~labels.isnan().all(dim=1)
     if not paired.any():

@@ -82,8 +82,7 @@ def load_all(
             loaded[path] = Loaded(config, run.spec, model, history, path, run.masses)
         else:
             start_from(path, model := build_encoder(config, spec.channels))
-            measured_on = f"{Path(config.data).name}-{config.img_size}"  # their metrics are kept together
-            out = path.with_name(f"{path.name}-{measured_on}")
+            out = path.with_name(f"{path.name}-{Path(config.data).name}-{config.img_size}")
             loaded[path] = Loaded(config, spec, model.to(device), [], out, {})
     return loaded, splits, reference
 
