@@ -70,10 +70,12 @@ def check_foreground(source: str, train: Data, masks: Tensor, stay: Tensor) -> N
     and if the masks cover nearly everything: nothing would be kept from it.
     """
     line = f"--masks {source}: the foreground of {int(stay.sum())} of {len(stay)} training images is known"
-    there, kept = ((labels == 1).sum(dim=0) for labels in (train.labels, train.labels[stay]))  # (K,)
-    lost = [name for name, before, now in zip(train.findings, there, kept) if before and not now]
+    found, names = train.labels == 1, [*train.findings, "no finding"]
+    found = torch.cat([found, ~found.any(dim=1, keepdim=True)], dim=1)  # (N, K + 1)
+    there, kept = found.sum(dim=0), found[stay].sum(dim=0)
+    lost = [name for name, before, now in zip(names, there, kept) if before and not now]
     if lost or stay.sum() < max(2, len(stay) / 10):
-        of_class = f", of none with {', '.join(lost[:5])}" if lost else ""
+        of_class = f", of none labelled {', '.join(lost[:5])}" if lost else ""
         raise ValueError(f"{line}{of_class}: add masks, or take those of a run by --masks RUN")
     area = int(masks.count_nonzero()) / (int(stay.sum()) * masks[0].numel())
     covers = f"It covers {100 * area:.0f} % of an image"
@@ -82,7 +84,7 @@ def check_foreground(source: str, train: Data, masks: Tensor, stay: Tensor) -> N
     few = stay.sum() < 0.9 * len(stay)
     left = "" if stay.all() else "; the others are left out of training" + ": add masks" * few
     print(f"{'warning: ' * few}{line}{left}. {covers}")
-    shares = {name: int(now) / int(n) for name, n, now in zip(train.findings, there, kept) if n}
+    shares = {name: int(now) / int(n) for name, n, now in zip(names, there, kept) if n}
     least, most = min(shares, key=shares.get, default=""), max(shares, key=shares.get, default="")
     if shares and 2 * shares[least] < shares[most]:
         both = " and ".join(f"{100 * shares[name]:.0f} % of {name}" for name in (least, most))

@@ -147,7 +147,7 @@ def test_images_without_masks_get_the_reference_s_by_registration_or_are_left_ou
 def test_a_class_whose_images_would_all_be_left_out_is_named():
     few = load("phantom", 64, 0, 4)[0]["train"]
     few = few._replace(labels=torch.eye(2)[[0, 0, 0, 1]], findings=["well", "ill"])
-    with pytest.raises(ValueError, match="3 of 4 training images is known, of none with ill: add masks"):
+    with pytest.raises(ValueError, match="3 of 4 training images is known, of none labelled ill: add masks"):
         check_foreground("prior", few, few.masks[:, :1], torch.tensor([True, True, True, False]))
     many = load("phantom", 64, 0, 40)[0]["train"]
     with pytest.raises(ValueError, match="3 of 40 training images is known"):
@@ -166,6 +166,9 @@ def test_masks_that_leave_no_background_stop_the_run_and_classes_that_lose_uneve
     assert capsys.readouterr().out.endswith("is known. It covers 50 % of an image\n")
     check_foreground("prior", data, masks, (torch.arange(40) % 2 == 0) | (torch.arange(40) < 10))
     assert "warning: 25 % of ill and 100 % of well stay" in capsys.readouterr().out
+    one = data._replace(labels=data.labels[:, 1:], findings=["ill"])  # a finding that is present or not
+    check_foreground("prior", one, masks, (torch.arange(40) % 2 == 0) | (torch.arange(40) < 10))
+    assert "warning: 25 % of ill and 100 % of no finding stay" in capsys.readouterr().out
 
 
 def test_an_image_without_masks_gets_those_of_the_reference_that_is_found_best_in_it():
