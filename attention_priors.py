@@ -1,7 +1,7 @@
 """SPAN: attention heads guided by spatial priors (Miao et al. 2022, arXiv 2209.03745).
 
 Often it is known where things are in an image: lungs and heart in a chest X-ray, the parts of a product under
-a fixed camera. SPAN guides single attention heads of a ViT by priors, one each; other heads stay free, and
+a fixed camera. SPAN guides some attention heads of a ViT, each by one prior. The other heads stay free, and
 self-supervised training goes on as before. Priors come from one labelled reference image, or from statistics
 of unlabelled images. There is no public code; the equation numbers are ours (theta: a view, see `crops.py`):
 
@@ -10,9 +10,9 @@ of unlabelled images. There is no public code; the equation numbers are ours (th
     A_r   = the CLS row of head r over the patches, normalised to sum 1                        (3) `span_loss`
     L     = sum_vr s_vr KL(P_vr || A_vr) / sum_vr s_vr,  over all views v of a batch           (4) `span_loss`
 
-(1) The same theta samples image and prior, so a prior follows its crop. (2) A view that sees a tenth of a
-lung counts a tenth. Ours, not the paper's: the KL divergence (or another, by `kind`) and the weights (2). As
-published, all images have the same priors; `common/registration.py` warps them to each image. `guidance`
+(1) The same theta samples image and prior, so a prior follows its crop. (2) A view that shows a tenth of a
+lung has a tenth of the weight. The weights (2) and the KL divergence (or another `kind` of loss) are ours. In
+the paper all images share their priors; here `common/registration.py` warps them to each image. `guidance`
 takes (4) over all resolutions of a batch, and multiplies s by the registration's confidence. Always report
 the prior's own score beside the attention's: attention that only repeats its prior has learned nothing.
 """
@@ -25,7 +25,7 @@ from torch import Tensor
 def priors_from_masks(masks: Tensor, blur: float = 0.025) -> Tensor:
     """Priors (R, H, W) from the masks (R, H, W) of one reference image: blurred, largest value 1.
 
-    blur: Gaussian sigma as a fraction of the width, the uncertainty of borders in other images. Raises
+    blur: Gaussian sigma as a fraction of the width, because borders differ in other images. Raises
     ValueError if a mask is empty.
     """
     empty = (masks.flatten(1).sum(dim=1) <= 0).nonzero()[:, 0].tolist()
@@ -49,9 +49,9 @@ def priors_from_statistics(images: Tensor, clusters: int = 2, blur: float = 0.02
     normalised ones, or if nothing varies.
     """
     if len(images) < 2:
-        raise ValueError(f"{len(images)} image has no statistics to take priors from: give at least 2")
+        raise ValueError(f"{len(images)} image(s) are too few for statistics: give at least 2")
     if images.min() < 0:
-        raise ValueError(f"images of {images.min():.3g} give negative priors: do not normalise them")
+        raise ValueError(f"pixels of {images.min():.3g} give negative priors: do not normalise images")
     H, W = images.shape[-2:]
     images = images.float().mean(dim=1)  # (M, H, W)
     mean, deviation = images.mean(dim=0), images.std(dim=0)  # (H, W)
@@ -127,9 +127,9 @@ def guidance(
     """The SPAN loss over all views of a batch, equation (4), a scalar.
 
     One entry per resolution, as from `crops.multi_crop`: attentions (V B, heads, N), thetas (V B, 2, 3) and
-    grids (h, w), N = h w. priors (B, R, H, W) lie over the whole images; with thetas None they do not follow
-    the crops. Each resolution is weighted by the share of the priors that its views see, and each image by
-    confidence (B,), in [0, 1].
+    grids (h, w), N = h w. priors (B, R, H, W) lie over the whole images; if thetas is None, they do not
+    follow the crops. Each resolution is weighted by the share of the priors that its views see, and each
+    image by confidence (B,), in [0, 1].
     """
     losses, shares = [], []
     for i, attention in enumerate(attentions):

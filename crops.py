@@ -6,14 +6,14 @@ A view of an image is a map theta (2, 3) from the view's coordinates to the imag
     [x_image, y_image]^T = theta [x_view, y_view, 1]^T,    theta = [[+-w, 0, cx], [0, h, cy]]
 
 w and h are the crop's fractions of width and height, (cx, cy) is its centre, and a negative w is a flip. The
-same theta samples the image, its masks and its priors, so they stay aligned. A map after a map is a matrix
+same theta samples the image, its masks and its priors, so they stay aligned. Two maps in turn are one matrix
 product. Colour is a matrix too: saturation, hue and grey are one 3x3 matrix per image.
 
 Recipe and strengths are those of DINO (Caron et al. 2021, arXiv 2104.14294, from BYOL): jitter, grey, blur,
 solarise. Where we differ: all random numbers come from one CPU generator, so a seed gives the same views on
-every device; a crop wider than the image is cut to its width instead of drawn again; blur is given for 224 px
-and scaled to the view; there are no local crops and no flips unless asked for; sampling is bilinear without
-antialiasing, so shrink much larger images first, and a crop at the border fades to 0 there.
+every device; a crop larger than the image is clipped to it instead of drawn again; blur is given for 224 px
+and scaled to the view; there are no local crops and no flips by default; sampling is bilinear without
+antialiasing, so downscale much larger images first; a crop at the image's border fades to 0 there.
 """
 
 import torch
@@ -49,7 +49,7 @@ def crop(images: Tensor, theta: Tensor, size: int | tuple[int, int]) -> Tensor:
     """
     h, w = (size, size) if isinstance(size, int) else size
     x, y = ((torch.arange(n, device=theta.device) * 2 + 1) / n - 1 for n in (w, h))
-    # The points of F.affine_grid, whose product of (h w, 3) and (3, 2) would take longer than the sampling.
+    # The same points as F.affine_grid, whose matrix product would take longer than the sampling.
     grid = torch.empty(len(theta), 2, h, w, device=theta.device, dtype=images.dtype)
     for i in range(2):
         a, b, c = theta.detach()[:, i, :, None, None].unbind(1)  # (B, 1, 1) each

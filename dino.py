@@ -8,22 +8,22 @@ teacher's distribution over K prototypes; the teacher's weights are a moving ave
     c       <- m c + (1 - m) mean_i g_t(x_i)                                                             (4)
     theta_t <- lambda theta_t + (1 - lambda) theta_s
 
-Centring (c) and sharpening (small tau_t) balance each other. Without balance all images get the same output:
-collapse, which the loss does not show. Small data provoke it. Two additions, off in DINO as published,
-work against it. KoLeo (arXiv 1806.03198, used by DINOv2) keeps the features z of a batch apart, and tau_t
-falls where scores deviate too little, by s: P_t has an entropy of about log K - (s / tau_t)^2 / 2. A c that
-lags behind adds the same to the scores of all images, of which a low tau_t would make one prototype, so (8).
+Centring (c) and sharpening (small tau_t) balance each other. Without this balance DINO collapses: all images
+get the same output, which the loss does not show. Two additions, off by default, work against it on small
+data. KoLeo (arXiv 1806.03198, used by DINOv2) keeps the features z of a batch apart. A ceiling on the entropy
+of P_t, about log K - (s / tau_t)^2 / 2, lowers tau_t if the scores' standard deviation s is small. A slow c
+would then leave an offset in all images' scores that makes one prototype win, so (8) moves c faster.
 
     L_KoLeo = -mean_i log min_(j != i) |z_i - z_j|,  |z| = 1,  weighted by w                             (5)
     tau_t   = min(tau_t, s / sqrt(2 w (1 - e) log K)),  so that mean h(P_t) / log K <~ 1 - w (1 - e)     (6)
-    w       = 3 - KL / (f log K), from 0 to 1: with a large KL both would harm the features              (7)
+    w       = 3 - KL / (f log K), clamped to [0, 1]: at a large KL both additions harm the features      (7)
     c       <- c + w (mean_i g_t(x_i) - c)  in each step before (1) and (6), if e < 1                    (8)
 
-`CollapseMonitor` follows the entropy h(P_t) (in a collapse near log K if centring won, low if sharpening
-did), the KL of P_t from the mean P_t (how much an output says about its image; 0 when collapsed; f log K is
-the least allowed), and the number of prototypes in use. `DINOHead` has the published parameter names. Where
-we differ, for short runs: no warm-up of the teacher's temperature, no frozen last layer, constant weight
-decay, the gradient's norm is limited as a whole, and we measure the student; the teacher lags behind.
+`CollapseMonitor` tracks the entropy h(P_t) (in a collapse: near log K if centring won, low if sharpening
+won), the KL of P_t from the mean P_t (how much an output says about its image: 0 in a collapse, at least f
+log K in a healthy run), and the number of prototypes in use. `DINOHead` has the published parameter names.
+Where we differ, for short runs: no warm-up of the teacher's temperature, no frozen last layer, constant
+weight decay, gradients are clipped as a whole, and we measure the student, as the teacher lags behind.
 """
 
 import copy
@@ -85,12 +85,12 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def move_center(self, teacher: Tensor, by: float | Tensor) -> None:
-        """c moves by a fraction of the way to the mean of scores (2, B, K): 1 - m in (4), w in (8)."""
+        """Move c toward the mean of scores (2, B, K) by a fraction: 1 - m in (4), w in (8)."""
         self.center.lerp_(over_processes(teacher.mean(dim=(0, 1))[None].to(self.center)), by)
 
     @torch.no_grad()
     def temperature(self, teacher: Tensor, highest: float, max_entropy: float, w: Tensor) -> Tensor | float:
-        """tau_t, equation (6), for scores (..., K); max_entropy: e, and 1 for the highest temperature."""
+        """tau_t, equation (6), for scores (..., K); max_entropy: e; 1 gives the highest temperature."""
         if max_entropy >= 1:
             return highest
         variance = over_processes((teacher - self.center).var(dim=-1, correction=0).mean())
@@ -113,7 +113,7 @@ def koleo_loss(features: Tensor) -> Tensor:
 
 
 def over_processes(mean: Tensor) -> Tensor:
-    """The mean over all processes of a distributed training, each with as many images."""
+    """The mean over all processes of a distributed training, each with the same number of images."""
     if not dist.is_initialized():
         return mean
     total = mean.clone()
@@ -125,8 +125,8 @@ class CollapseMonitor(nn.Module):
     """Moving averages over the teacher's outputs: do different images still get different outputs?"""
 
     def __init__(self, out_dim: int, momentum: float = 0.95, floor: float = 0.02, patience: int = 100):
-        """floor: the least KL, as a fraction of log K; patience: how many steps it may be lower, 3 times as
-        many before it has first risen above the floor."""
+        """floor: f, the least KL as a fraction of log K; patience: for how many steps the KL may be lower, or
+        3 times as many before it first rises above the floor."""
         super().__init__()
         self.momentum, self.floor, self.patience = momentum, floor, patience
         self.register_buffer("entropy", torch.tensor(math.log(out_dim)))  # nats
@@ -148,7 +148,7 @@ class CollapseMonitor(nn.Module):
         self.steps_below.copy_(torch.where(below, self.steps_below + 1, 0))
 
     def nearness(self) -> Tensor:
-        """w, equation (7), a scalar: 1 where the KL is twice the floor or less, 0 from three times on."""
+        """w, equation (7), a scalar: 1 if the KL is at most twice the floor, 0 if at least three times."""
         return (3 - self.kl / (self.floor * math.log(len(self.usage)))).clamp(0, 1)
 
     def collapsed(self) -> bool:
@@ -156,14 +156,14 @@ class CollapseMonitor(nn.Module):
         return bool(self.steps_below >= self.patience)
 
     def prototypes(self) -> int:
-        """How many prototypes are the most likely one of at least 0.1 / K of the images."""
+        """How many prototypes are the most likely one for more than 0.1 / K of the images."""
         return int((self.usage > 0.1 / len(self.usage)).sum())
 
     def diagnosis(self) -> str:
         """The kind of collapse, its figures and its remedy, in one line."""
         ceiling = math.log(len(self.usage))
         if self.entropy > 0.5 * ceiling:
-            kind = "uniform: every image gets nearly the same probability of all prototypes"
+            kind = "uniform: every image gets nearly equal probabilities of all prototypes"
             remedy = "a larger weight of KoLeo, a lower learning rate, or larger batches"
         else:
             kind = "one prototype: every image gets the same prototype"
@@ -176,9 +176,9 @@ class CollapseMonitor(nn.Module):
 class DINO(nn.Module):
     """Student, teacher and their heads around an encoder(images, layer=, patches=) -> Features.
 
-    It may ignore both arguments, as a ResNet does. The sizes are for thousands of images; for millions the
-    paper has out_dim 65536, hidden_dim 2048, bottleneck_dim 256. koleo: a weight of (5) beside w;
-    max_entropy: e of (6) and (8).
+    The encoder may ignore both, as a ResNet does. The default sizes suit thousands of images; for millions
+    the paper has out_dim 65536, hidden_dim 2048, bottleneck_dim 256. koleo: a factor of (5), beside w;
+    max_entropy: e in (6) and (8).
     """
 
     def __init__(
@@ -212,14 +212,14 @@ class DINO(nn.Module):
             if self.training:
                 self.health.update(self.loss.teacher_probabilities(teacher, teacher_temp))
             loss = self.loss(student, teacher, teacher_temp)
-            if self.koleo:  # over each global view, whose features are of different images
+            if self.koleo:  # within each global view, so that all features are of different images
                 apart = [koleo_loss(view.float()) for view in features[0].pooled.chunk(2)]
                 loss = loss + w * self.koleo * sum(apart) / 2
             return loss, features
 
     def train(self, mode: bool = True) -> "DINO":
-        """Set the mode, but keep the teacher in evaluation mode: its targets have no noise. Its BatchNorms
-        use its batch: the student's statistics do not fit weights that lag behind."""
+        """Set the mode, but keep the teacher in evaluation mode, so that its targets have no noise. Only its
+        BatchNorms follow: statistics of its own batch fit its weights, unlike the student's."""
         super().train(mode)
         for module in self.teacher.modules():
             module.training = mode and isinstance(module, nn.modules.batchnorm._BatchNorm)
@@ -227,7 +227,7 @@ class DINO(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
-        """theta_t <- momentum theta_t + (1 - momentum) theta_s; buffers are the teacher's own."""
+        """theta_t <- momentum theta_t + (1 - momentum) theta_s; buffers stay the teacher's own."""
         for teacher, student in ((self.teacher, self.student), (self.teacher_head, self.student_head)):
             for t, s in zip(teacher.parameters(), student.parameters()):
                 t.lerp_(s, 1 - momentum)

@@ -5,8 +5,8 @@
     python evaluate.py runs/span --image a.jpg b.png        where it looks in any picture
     python evaluate.py dino_deitsmall16_pretrain.pth --data my_folder --img-size 224
 
-`common/measure.py` says what is measured. Metrics join each run's metrics.json; pictures go to the first
-run's folder, in place of older ones.
+`common/measure.py` says what is measured. Metrics are added to each run's metrics.json. Pictures go to the
+first run's folder and replace older ones.
 """
 
 import argparse
@@ -38,11 +38,11 @@ from common.weights import FIRST, exported, read_weights
 from resnet import ResNet
 from vit import ViT
 
-MASS = 0.6  # of the attention that unguided heads' masks hold, as in DINO's figures
+MASS = 0.6  # share of attention that the masks of unguided heads hold, as in DINO's figures
 
 
 def expected_seconds(runs: list[Loaded], splits: dict[str, Data], measures: list[str], few: bool) -> float:
-    """About how long the measures take: images through each model at the speed of one batch, and fits."""
+    """Estimate how long the measures take, from the time of one batch and typical times of fits."""
     n, test, seconds = len(splits["train"].names), len(splits["test"].names), 0.0
     some = next(data.images[:64] for data in splits.values() if data.names)
     for config, _, model, *_ in runs:
@@ -50,11 +50,11 @@ def expected_seconds(runs: list[Loaded], splits: dict[str, Data], measures: list
         with torch.no_grad():
             model.eval()(x)[0].cpu()
             started = time.perf_counter()
-            model(x)[0].cpu()  # which waits for the GPU
+            model(x)[0].cpu()  # .cpu() waits for the GPU
         an_image = (time.perf_counter() - started) / len(x)
         several = few and config.task == "pretrain"  # fractions of the labels
         steps = max(100, 5 * n // 32) + (2500 if several else 0)  # of 32 images, forward and backward
-        passes = {"attention": 2 * test, "bias": 25 * test, "finetune": 32 * 3 * steps}  # else all images
+        passes = {"attention": 2 * test, "bias": 25 * test, "finetune": 32 * 3 * steps}  # others: all images
         fits = {"attention": 5, "linear": 20 if several else 2, "heads": 90 if several else 15}  # seconds
         fits["objects"] = test / 6  # boxes of 3 or 4 maps an image at 20 thresholds
         for measure in applicable(measures, config.task == "classify"):
@@ -68,7 +68,7 @@ def read_metrics(out: Path) -> dict[str, float]:
     try:
         return dict(json.loads(path.read_text())) if path.exists() else {}
     except (ValueError, TypeError, RecursionError):
-        raise ValueError(f"{path} is damaged: remove it to measure anew") from None
+        raise ValueError(f"{path} is damaged: remove it and measure again") from None
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -81,7 +81,7 @@ def compare(args: argparse.Namespace) -> None:
     seconds = expected_seconds([*runs.values()], splits, args.measures, args.all)
     size = f"{len(splits['test'].names)} test images of {first.config.img_size} px"
     print(f"{first.config.data}: {size}; this takes about {seconds:.0f} s", flush=True)
-    shown, rule = images_to_show(first.config, splits, args.rows), lrp_rule(first.config)  # one for all
+    shown, rule = images_to_show(first.config, splits, args.rows), lrp_rule(first.config)  # the same for all
     reports, maps, registered, fractions = {}, {}, {}, FRACTIONS if args.all else (1.0,)
     for name, run in runs.items():
         settings = measured_by(run, splits, reference, registered)
@@ -90,8 +90,8 @@ def compare(args: argparse.Namespace) -> None:
         if run.history and len(run.history) < run.config.epochs:
             found.notes.append(f"it stopped after {len(run.history)} of {run.config.epochs} epochs")
         if run.config.marker is None and "flipped" in splits:
-            found.notes.append("its metrics are not kept: only the others were trained with a marker")
-        else:  # NaN is no JSON
+            found.notes.append("its metrics are not saved: it was trained without the others' marker")
+        else:  # JSON has no NaN
             finite = {k: v for k, v in (before[name] | found.metrics).items() if math.isfinite(v)}
             write_file(run.out / "metrics.json", finite)
         seen = maps_of(run, shown.images, found.heads, rule)
@@ -129,7 +129,7 @@ def draw_pictures(run: Path, flags: list[str], paths: list[Path], device: str) -
         name = f"{i}_{path.stem}" if alike else path.stem
         try:
             written = draw_picture(loaded, path, out / name)
-            print(f"{path}: {written} file(s) in {out / name}" if written else f"{path}: the pooling is even")
+            print(f"{path}: {written} file(s) in {out / name}" if written else f"{path}: no attention map")
         except DataError as error:
             why = "it is a folder, name its files" if path.is_dir() else "no such file"
             failed.append(str(error) if path.is_file() else f"--image {path}: {why}")
@@ -139,9 +139,9 @@ def draw_pictures(run: Path, flags: list[str], paths: list[Path], device: str) -
 
 @torch.no_grad()
 def draw_picture(run: Loaded, path: Path, out: Path) -> int:
-    """Draw every head's attention, its masks as large as the picture, and a classifier's heatmap into `out`.
+    """Draw the heads' attention, their masks at the picture's size, and a classifier's heatmap into `out`.
 
-    Masks: equation (7), `common/regions.py`. The picture keeps its aspect; its shorter side becomes the run's
+    Masks: equation (7), `common/regions.py`. The picture keeps its shape; its shorter side becomes the run's
     --img-size. Returns how many files were written. Raises DataError.
     """
     config, spec, model, *_ = run
@@ -169,7 +169,7 @@ def draw_picture(run: Loaded, path: Path, out: Path) -> int:
 
 
 def write_weights(run: Path, path: Path) -> None:
-    """Write the ViT of a run for timm and DINO's code. Raises ValueError rather than overwrite something."""
+    """Write the ViT of a run for timm and DINO's code. Raises ValueError rather than overwrite a file."""
     if path.exists():
         raise ValueError(f"--export {path}: it exists already")
     if path.suffix not in (".pth", ".pt") or not path.parent.is_dir():
@@ -180,7 +180,7 @@ def write_weights(run: Path, path: Path) -> None:
     model, c = load_model(run, found), found.config
     encoder = getattr(model, "encoder", model)
     if not isinstance(encoder, ViT) or isinstance(model, Pipeline):
-        raise ValueError(f"--export: {run} is no single ViT; --export writes ViTs only")
+        raise ValueError(f"--export: {run} is not a single ViT; --export writes ViTs only")
     write_file(path, exported(encoder))
     sizes = f"img_size={c.img_size}, patch_size={c.patch_size}, in_chans={found.spec.channels}, "
     sizes += f"embed_dim={c.embed_dim}, depth={c.depth}, num_heads={c.num_heads}"
@@ -189,7 +189,7 @@ def write_weights(run: Path, path: Path) -> None:
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    """The command line, with `flags` of train.py for files of weights. Raises ValueError."""
+    """Parse the command line; `flags` are those of train.py for files of weights. Raises ValueError."""
     intro, examples = __doc__.split("\n\n")[:2]
     about = "python evaluate.py RUN [RUN ...] [flags below]", intro, f"examples:\n{examples}"
     layout = argparse.RawDescriptionHelpFormatter
@@ -200,17 +200,17 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument_group("what is measured and shown").add_argument
     what = f"some of {', '.join(MEASURES)} (default: {', '.join(QUICK)})"
     add("--only", dest="measures", nargs="+", choices=MEASURES, metavar="MEASURE", help=what)
-    add("--all", action="store_true", help="all of them, and with 1 to 25 %% of the labels: minutes a run")
+    add("--all", action="store_true", help="all of them, also with 1 to 25 %% of the labels: minutes per run")
     add("--rows", type=int, help="test images in compare.png (default: 6)")
     add("--html", action="store_true", help="write report.html as well: metrics, and images to browse")
-    add = parser.add_argument_group("instead, of one run").add_argument
+    add = parser.add_argument_group("instead, for one run").add_argument
     add("--image", nargs="+", type=Path, metavar="FILE", help="draw what it sees in pictures of any size")
     add("--export-masks", type=Path, metavar="DIR", help="write its guided heads' masks into a new folder")
     add("--export", type=Path, metavar="FILE", help="write its ViT for timm and DINO's code")
     add = parser.add_argument_group("for files of weights").add_argument
     add("--data", help="what to measure them on, as for train.py (default: phantom, or the runs' data)")
-    add("--img-size", type=int, help="pixels a side (default: theirs, or that of the runs)")
-    add("--num-heads", type=int, help="attention heads, for widths that no release has")
+    add("--img-size", type=int, help="pixels a side (default: that of the weights, or of the runs)")
+    add("--num-heads", type=int, help="attention heads, needed if no release has this width")
     args = parser.parse_args(argv)
     typed = {"--data": args.data, "--img-size": args.img_size, "--num-heads": args.num_heads}
     args.flags = [word for flag, v in typed.items() if v is not None for word in (flag, str(v))]
@@ -254,9 +254,9 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         fail("evaluate.py", error, 2)
     except torch.OutOfMemoryError:
-        fail("evaluate.py", f"{args.device} has not enough memory: add --device cpu", 1)
+        fail("evaluate.py", f"{args.device} does not have enough memory: add --device cpu", 1)
     except KeyboardInterrupt:
-        print("\nstopped; nothing of the run that was being measured is kept")
+        print("\nstopped; the run that was being measured has no results")
         sys.exit(130)
 
 

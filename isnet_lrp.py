@@ -18,17 +18,17 @@ A network can satisfy the loss and keep its shortcut. Each part closes one way t
 
     a small marker is averaged away          rank pooling (decay < 1); a small E, so that traces count
     the foreground's relevance is inflated   L_fg
-    pairs of units cancel                    the gamma rule instead of the epsilon rule, in a ReLU network
+    relevance of two units cancels           the gamma rule instead of the epsilon rule, in a ReLU network
     z' of the gamma rule passes through 0    the signed gamma rule, for residual sums and signed inputs
-    both logits rise together                log-odds are explained, not a logit
-    the absence of the marker is coded       L_bg of inner layers
-    attention is drawn off other tokens      L_att: saturated attention has no relevance
-    a patch embedding covers background      `whole_patches`: it cannot leave out some pixels of a patch
+    another logit reads the marker           log-odds are explained, not one logit
+    units respond to the marker's absence    L_bg of inner layers
+    saturated attention has no relevance     L_att: attention must lie on the foreground
+    a patch contains some background         `whole_patches` counts it as foreground: it is one token
 
 On absence: a unit that its bias activates and the marker silences has no relevance where the marker is.
-Elsewhere its relevance goes to the bias and to no pixel, but it shows in the unit's own layer. None of this
-is proof: LRP hardly sees evidence that silences units, so a frame or a tint around the foreground gets past
-the loss. Backgrounds swapped between images, as in `train.py`, say nothing about the label, if the masks are
+Elsewhere its relevance goes to the bias and to no pixel, but L_bg sees it in the unit's own layer. This is no
+proof: LRP hardly sees evidence that silences units, so a frame or a tint around the foreground gets past the
+loss. Backgrounds swapped between images, as in `train.py`, say nothing about the label if the masks are
 exact. Test on images where the shortcut contradicts the label.
 
 Grow exact masks by a few pixels for this loss: an outline has relevance on both of its sides, and classes
@@ -37,14 +37,14 @@ that differ in outline are learned far worse if one side is penalised.
 Where we differ:
 
     published                                             here
-    (1 - P) L_class + P L_heat, `published_loss`          (1); `train.py --preset published` takes theirs
-    epsilon rule, eps = 0.01; z^B rule at the input       signed gamma rule (`lrp.relevance` does all)
+    (1 - P) L_class + P L_heat, `published_loss`          (1); `train.py --preset published` uses theirs
+    epsilon rule, eps = 0.01; z^B rule at the input       signed gamma rule (`lrp.relevance` has all)
     explains log-odds (Selective), or a random logit      both, or the label's logit
       (Stochastic)
     pools each channel, averages L_bg over channels       sums |R| over channels; per_channel=True: published
     inner layers have their own C1, C2 and L_fg, and      plain mean of L_bg, no L_fg there
       are pooled by rank
-    C2 = min(25 C1, mean + 3 sd)                          no bound; `relevance_range` takes one
+    C2 = min(25 C1, mean + 3 sd)                          no bound by default; `relevance_range` takes one
     biases are detached in LRP's denominators             differentiated; `lrp.relevance` does both
     -                                                     L_att
     Not implemented here:
@@ -52,9 +52,9 @@ Where we differ:
     log-odds are bounded, log(p + 0.01) - log(1.01 - p)   log p - log(1 - p)
     batch norm is folded into the convolution before it   a layer of its own
 
-Compute: a plain training step costs 3 forward passes (forward 1, backward 2). The epsilon rule adds a
-relevance pass, 1, and its derivative, 2: at least 2 x. The gamma rule adds w' x with its derivative: 3 x.
-The signed one goes through both z and |w| |x|: 4 x.
+Compute: a plain training step costs 3 forward passes (forward 1, backward 2). The epsilon rule adds 1 for
+relevance and 2 for its derivative: at least 2 x a plain step. The gamma rule adds w' x and its derivative:
+3 x. The signed gamma rule computes both z and |w| |x|: 4 x.
 """
 
 import math
@@ -70,9 +70,9 @@ def background_loss(
 ) -> Tensor:
     """L_bg, (2) and (3): the background's relevance relative to the foreground's, (B,).
 
-    heatmap (B, C, H, W), signed; mask (B, 1, H, W), 1 in the foreground. decay: 1 averages all pixels, the
-    foreground's as zeros; below 1 the n-th largest, from n = 0, has weight decay^n. per_channel: pools and
-    takes (3) for each channel, then averages. An image with an empty mask has loss 0, with one warning.
+    heatmap (B, C, H, W), signed; mask (B, 1, H, W), 1 in the foreground. decay: 1 averages all pixels, with
+    0 in the foreground; below 1, the n-th largest pixel, from n = 0, has weight decay^n. per_channel: apply
+    (2) and (3) to each channel, then average. An image with an empty mask has loss 0, with one warning.
     Raises ValueError.
     """
     if not (0 < decay <= 1 and E > 0):
@@ -93,8 +93,8 @@ def background_loss(
 def foreground_loss(heatmap: Tensor, mask: Tensor, c1: float, c2: float, hybrid: bool = False) -> Tensor:
     """L_fg, (4): keeps the foreground's relevance F between c1 and c2, (B,).
 
-    Without it, inflating F satisfies the background loss. heatmap (B, C, H, W), mask (B, 1, H, W). hybrid: so
-    that one outlier does not dominate the batch. Raises ValueError.
+    Without it, inflating F satisfies the background loss. heatmap (B, C, H, W), mask (B, 1, H, W). hybrid:
+    linear above x = 1, so that no outlier dominates the batch. Raises ValueError.
     """
     if not 0 < c1 < c2:
         raise ValueError(f"foreground_loss: c1 {c1} and c2 {c2} must be 0 < c1 < c2")
@@ -109,7 +109,7 @@ def isnet_background(
     heatmap: Tensor, layers: list[Tensor], attention: list[Tensor], mask: Tensor, grid: tuple[int, int],
     decay: float = 1.0, E: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    """L_bg(R) + mean_l L_bg(R_l) + mean_a L_att(A_a) of (1): (B,). L_att is the batch's, the same for all.
+    """L_bg(R) + mean_l L_bg(R_l) + mean_a L_att(A_a) of (1): (B,). L_att is a mean over the batch.
 
     heatmap (B, C, H, W) and mask (B, 1, H, W) as in `background_loss`. layers: relevance of inner layers,
     maps (B, D, h, w) or tokens (B, T, D); attention: maps (B, heads, T). The last h * w tokens lie on the
@@ -179,7 +179,7 @@ def whole_patches(masks: Tensor, patch_size: int) -> Tensor:
 def relevance_range(totals: Tensor, most: float = math.inf) -> tuple[float, float]:
     """C1 and C2, (5), from a plain classifier's sums of |R| over images (N,). most: C2 / C1, published 25.
 
-    Raises FloatingPointError if they are no range.
+    Raises FloatingPointError unless 0 < C1 < C2 < infinity.
     """
     mean, sd = totals.mean().item(), totals.std(correction=0).item()
     c1 = max(mean / 5, mean - 3 * sd)
@@ -192,7 +192,7 @@ def relevance_range(totals: Tensor, most: float = math.inf) -> tuple[float, floa
 
 
 def _as_map(R: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Relevance of maps, or of tokens (B, T, D) whose last h * w lie on a grid (h, w): (B, D, h, w)."""
+    """Maps (B, D, h, w) as they are; of tokens (B, T, D), the last h * w as maps (B, D, h, w)."""
     n = grid[0] * grid[1]
     return R[:, R.shape[1] - n :].transpose(1, 2).unflatten(2, grid) if R.dim() == 3 else R
 

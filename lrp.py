@@ -16,13 +16,13 @@ at an operation's output, so one backward pass computes all relevance:
 
 (2) epsilon, (3) gamma and (9) z^B rule: Montavon et al. 2019. (5), (6), (8): AttnLRP, Achtibat et al. 2024,
 arXiv 2402.05602. As in (6), a divisor is a constant. (3) is made for x, z >= 0, as around a ReLU; elsewhere
-z' can be 0 where z is not, and relevance explodes. (4), the generalised gamma rule, equals (3) there, favours
-contributions with the sign of z and keeps z / z' in [0, 1] for any signs. Operations without a rule keep
-their gradient, exact if they are piecewise linear (KEEPS_GRADIENT): any other gets one warning.
+z' can be 0 where z is not, and relevance explodes. (4), the generalised gamma rule, equals (3) for x, z >= 0,
+favours contributions with the sign of z, and keeps z / z' in [0, 1] for any signs. Operations without a rule
+keep their gradient, exact if they are piecewise linear; those not in KEEPS_GRADIENT cause a warning.
 
 `LRP` is a `TorchFunctionMode`: it sees conv2d, gelu, matmul ... as any model calls them, in place or not, but
-no custom `autograd.Function`. The rules act only in `explain`: outputs and ordinary gradients are exact, so
-one forward serves prediction and relevance. Relevance can be differentiated again (`isnet_lrp.py`).
+no custom `autograd.Function`. The rules act only in `explain`: outputs and ordinary gradients do not change,
+so one forward serves prediction and relevance. Relevance can be differentiated again (`isnet_lrp.py`).
 """
 
 import types
@@ -40,7 +40,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 
 class _Share(torch.autograd.Function):
-    """g top / (z + eps sign z). A derivative by hand, since every layer needs it twice."""
+    """g top / (z + eps sign z). Its derivative is written by hand, which saves memory in every layer."""
 
     @staticmethod
     def forward(ctx, g: Tensor, top: Tensor, z: Tensor, epsilon: float) -> Tensor:
@@ -58,13 +58,13 @@ class _Share(torch.autograd.Function):
 
 
 class _Route(torch.autograd.Function):
-    """Returns y. Ordinary gradients go to y; while explaining, g top / (z + eps sign z), or g, goes to z."""
+    """Returns y, which gets ordinary gradients; while explaining, z gets g top / (z + eps sign z), or g."""
 
     @staticmethod
     def forward(ctx, rules: "LRP", y: Tensor, z: Tensor, top: Tensor | None = None, epsilon: float = 0.0):
         ctx.explaining, ctx.epsilon = rules.explaining, epsilon
         ctx.save_for_backward(*(() if top is None else (z,) if top is z else (top, z)))
-        return y.detach()  # no view of y: PyTorch refuses to change those in place
+        return y.detach()  # y itself would become a view, which PyTorch refuses to change in place
 
     @staticmethod
     def backward(ctx, g: Tensor):
@@ -81,11 +81,11 @@ def _sign(z: Tensor) -> Tensor:
 
 
 class LRP(TorchFunctionMode):
-    """Within this context, every operation on what depends on the watched input follows its relevance rule.
+    """In this context, each operation on tensors that depend on the watched input follows its relevance rule.
 
-    epsilon: the stabiliser of (2), in units of z. gamma: 0 for the epsilon rule; more favours contributions
-    of one sign, by (3) or, if signed, (4). detach_biases: a second derivative takes biases in (2) and (9) as
-    constants, as in ISNet. Call `watch(images)`, the model, `explain(score, inputs)`. Raises ValueError.
+    epsilon: the stabiliser of (2), in units of z. gamma: 0 for the epsilon rule; larger values favour
+    contributions of one sign, by (3) or, if signed, (4). detach_biases: derivatives of relevance take biases
+    as constants, as in ISNet. Call `watch(images)`, then the model, then `explain(score, inputs)`.
     """
 
     def __init__(
@@ -95,19 +95,19 @@ class LRP(TorchFunctionMode):
         if not (epsilon >= 0 and gamma >= 0):
             raise ValueError(f"LRP: epsilon {epsilon} and gamma {gamma} must not be negative")
         self.epsilon, self.gamma, self.signed = epsilon, gamma, signed
-        self.detach_biases, self.explaining = detach_biases, []  # not empty in `explain`
+        self.detach_biases, self.explaining = detach_biases, []  # the list is empty outside `explain`
         self.depends = WeakIdKeyDictionary()  # what depends on the watched input: a set, all values are True
-        self.kept = WeakIdKeyDictionary()  # what must keep its values: its version; None with own memory
-        self.warned, self.box, self.boxed = set(), [], False  # names; input and bounds for (9), if it acted
+        self.kept = WeakIdKeyDictionary()  # tensors that must keep their values: version, None after a copy
+        self.warned, self.box, self.boxed = set(), [], False  # names; input and bounds for (9); did (9) act
 
     def watch(self, images: Tensor) -> Tensor:
-        """Mark the input whose relevance is asked for; returns it, requiring a gradient."""
+        """Mark the input to explain; returns it, requiring a gradient."""
         images = images if images.requires_grad else images.detach().requires_grad_()
         self.depends[images] = True
         return images
 
     def explain(self, score: Tensor, inputs: list[Tensor], create_graph: bool = False) -> tuple[Tensor, ...]:
-        """The changed gradients of the scores' sum with respect to inputs; None where it has none."""
+        """The changed gradients of the scores' sum with respect to inputs; None for unused ones."""
         self.explaining.append(True)
         try:
             return torch.autograd.grad(score.sum(), inputs, create_graph=create_graph, allow_unused=True)
@@ -119,17 +119,17 @@ class LRP(TorchFunctionMode):
         return isinstance(t, Tensor) and t.requires_grad and (t in self.depends or t._base in self.depends)
 
     def route(self, *args) -> Tensor:
-        """`_Route`, whose saved tensors keep their values."""
+        """Apply `_Route`, and let its saved tensors keep their values."""
         with saved_tensors_hooks(lambda t: self.keep(t.detach()), self.read):
             return _Route.apply(self, *args)
 
     def keep(self, t: Tensor) -> Tensor:
-        """Mark t, which gets memory of its own when an operation is about to change it; returns it."""
+        """Mark t, so that it is copied before an operation changes it in place; returns it."""
         self.kept[t] = t._version
         return t
 
     def read(self, t: Tensor) -> Tensor:
-        """What was kept. Raises ValueError if a function that this context does not see has changed it."""
+        """Return a kept tensor. Raises ValueError if a function hidden from this context has changed it."""
         if self.kept[t] not in (None, t._version):
             unseen = "out=, a scripted function or the like has changed a tensor in place"
             raise ValueError(f"LRP: {unseen}: let it change a copy")
@@ -139,7 +139,7 @@ class LRP(TorchFunctionMode):
         kwargs, name, changed = kwargs or {}, func.__name__.strip("_"), None
         if name == "setitem" or func.__name__ == name + "_" or kwargs.get("inplace"):
             changed = (*args, *kwargs.values())[0]
-            for t in self.kept:  # what is kept in memory that is about to change gets memory of its own
+            for t in self.kept:  # copy kept tensors whose memory is about to change
                 if t.untyped_storage().data_ptr() == changed.untyped_storage().data_ptr():
                     t.data, self.kept[t] = t.detach().clone(), None
         if self.explaining or not any(map(self.active, tree_leaves((args, kwargs)))):
@@ -151,9 +151,9 @@ class LRP(TorchFunctionMode):
             twin = func if kwargs.pop("inplace", False) else getattr(Tensor, name, None) or getattr(F, name)
             with self:
                 return changed.copy_(twin(changed.clone(), *args[1:], **kwargs))
-        with torch._C.DisableTorchFunction():  # hides what is done here from a context around this one
+        with torch._C.DisableTorchFunction():  # an outer context must not see these operations
             y = RULES[name](self, func, *args, **kwargs) if name in RULES else func(*args, **kwargs)
-            written = (y, changed, getattr(changed, "_base", None))  # a slice is written, and its whole
+            written = (y, changed, getattr(changed, "_base", None))  # writing a slice changes its base
             new = [t for t in tree_leaves(written) if isinstance(t, Tensor) and t.requires_grad]
             if new and not (name in RULES or name in KEEPS_GRADIENT or name in self.warned):
                 self.warned.add(name)
@@ -264,7 +264,7 @@ FAMILIES = {
     "scaled_dot_product_attention": LRP._attention,
 }
 RULES = {name: rule for names, rule in FAMILIES.items() for name in names.split()}
-NO_RULE = "Its gradient stays: exact if it is piecewise linear, or else relevance is lost or counted twice."
+NO_RULE = "Its gradient is kept: exact if it is piecewise linear, else relevance is lost or counted twice."
 KEEPS_GRADIENT = set(
     # Views, copies, choices of elements ("get" stands for properties such as x.T)
     "get getitem setitem reshape reshape_as view view_as flatten unflatten ravel transpose permute movedim t "
@@ -276,17 +276,17 @@ KEEPS_GRADIENT = set(
     # Sums, means and other piecewise linear functions; pooling is added below
     "add radd sub rsub subtract neg positive sum mean cumsum diff relu leaky_relu prelu rrelu abs sign round "
     "max min amax amin maximum minimum cummax cummin sort topk median dropout dropout1d dropout2d dropout3d "
-    # Not linear: x * gradient still sums to a norm; softmax keeps its gradient in AttnLRP, and so do losses
+    # Not linear, but x * gradient sums to a norm, and AttnLRP keeps softmax's gradient; losses keep theirs
     "norm vector_norm linalg_norm linalg_vector_norm std softmax log_softmax logsumexp cross_entropy "
     "nll_loss mse_loss l1_loss kl_div binary_cross_entropy_with_logits".split()
 )
 POOLS = "avg_pool adaptive_avg_pool max_pool adaptive_max_pool".split()
 KEEPS_GRADIENT |= {f"{pool}{n}d{end}" for pool in POOLS for n in "123" for end in ("", "_with_indices")}
-COMPOSITE = {"multi_head_attention_forward", "normalize"}  # Python functions of operations that have rules
+COMPOSITE = {"multi_head_attention_forward", "normalize"}  # Python functions made of operations with rules
 
 
 def _reenter(func: types.FunctionType) -> types.FunctionType:
-    """The same Python function, which calls operations through the context but not itself again."""
+    """A copy of a Python function whose operations, but not itself, go through the context."""
     unaware = {k: lambda *args: False for k in func.__globals__ if k.startswith("has_torch_function")}
     return types.FunctionType(func.__code__, func.__globals__ | unaware, func.__name__, func.__defaults__)
 
@@ -301,20 +301,20 @@ def relevance(
     target: labels (B,), whose logits are explained; weights (B, K) of a sum of logits; or a function of the
     output to scores (B,). epsilon, gamma, signed, detach_biases: see `LRP`. input_rule: the range (low, high)
     of the pixels, for rule (9) in layers that get them. create_graph: to train through the heatmap. layers:
-    modules, each called once; then a list takes the heatmap's place: it and the relevance of each module's
-    output, in this order. Without biases, softmax and gates an image's relevance sums to its score. Raises
-    ValueError for other shapes and types, labels out of range, and for what it can't follow in the model.
+    modules that the model calls once; then a list is returned in place of the heatmap: the heatmap, and the
+    relevance of each module's output. Without biases, softmax and gates an image's relevance sums to its
+    score. Raises ValueError for other shapes and types, labels out of range, and what it can't follow.
     """
     if not images.is_floating_point() or not len(images):
         raise ValueError(f"relevance needs float images, not {images.dtype} {tuple(images.shape)}")
     bounds, calls = [torch.full_like(images, v, requires_grad=True) for v in input_rule or ()], []
 
     def note(module: nn.Module, _, output):
-        """Note where the gradient of a layer's first output y arrives, and its values, which may change."""
+        """Record where the gradient of a layer's first output y arrives, and y, which may change later."""
         y = given = tree_leaves(output)[0]
         if not isinstance(y, Tensor) or not y.requires_grad:
             raise ValueError(f"layers: {type(module).__name__} gives no tensor with a gradient")
-        if y._is_view():  # of which a change in place would move the gradient
+        if y._is_view():  # a change in place would move a view's gradient
             y = rules.route(given, given)
             rules.depends.update([(y, True)] if rules.active(given) else [])
         calls.append((module, get_gradient_edge(given), rules.keep(rules.route(given, given))))

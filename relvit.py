@@ -8,22 +8,22 @@ the first three of these targets, and for each patch the last:
     angles      between (x_i + w/2, y_i + h/2) and (x_j + w/2, y_j + h/2)    in [-1, 1]     squared error
     positions   y_i w + x_i                                                  N classes      cross-entropy
 
-Scores of pairs are q_i . k_j / sqrt(d), where q and k are linear maps, one pair of maps per class; those of a
-patch come from a linear layer. Distances and angles are scaled from [0, largest] to [-1, 1]. Targets depend
+Scores of pairs are q_i . k_j / sqrt(d), where q and k are linear maps, one pair of maps per class. Scores of
+patches come from a linear layer. Distances and angles are scaled from [0, largest] to [-1, 1]. Targets depend
 only on the grid, so they are built once and indexed when patches are shuffled.
 
 Without labels (upstream) the encoder gets no position embedding, which would contain the answer; with labels
 (joint) it has one, so the patches are shuffled. Image content that continues across a border would reveal
-neighbours: so each patch is cut a little smaller, at a random place, with its own brightness and contrast.
-Mega-patches are larger cells of random rows and columns, each resized to a patch.
+neighbours, so each patch is cut a little smaller, at a random place, with its own brightness and contrast.
+Mega-patches are larger cells, of rows and columns with random sizes, each resized to a patch.
 
-All of this is a table of `boxes`, one per patch: shuffling permutes it, and `cut` samples the patches of a
-whole batch at once. Priors over an image are cut with the same boxes.
+All of this is done by a table of `boxes`, one per patch: shuffling permutes it, and `cut` samples the patches
+of a whole batch at once. Priors over an image are cut with the same boxes.
 
 Where we differ from the published code: its scripts use relations and positions only; its joint training
-classifies images whose patches are in order and unchanged (`compare` without `order`); it splits columns of
-mega-patches as it splits rows, and only between patches; its grids are square; it also changes hue and
-saturation, and first crops and mirrors whole images.
+classifies images whose patches are in order and unchanged (`compare` without `order`); it divides columns
+into mega-patches at the same random places as rows, always between patches; its grids are square; it also
+changes hue and saturation, and first crops and mirrors whole images.
 """
 
 import math
@@ -81,11 +81,11 @@ def patch_boxes(
     """
 
     def cells(count: int) -> tuple[Tensor, Tensor]:
-        """Where the cells of one direction begin, and their sizes, (n, count) each."""
+        """Starts and sizes of the cells in one direction, (n, count) each."""
         sizes = torch.ones(n, count)
         if mega:
-            drawn = -torch.rand(n, count, generator=generator).clamp(min=1e-6).log()  # exponential variables,
-            sizes = 0.5 + 0.5 * count * drawn / drawn.sum(dim=1, keepdim=True)  # so all divisions are alike
+            drawn = -torch.rand(n, count, generator=generator).clamp(min=1e-6).log()  # exponential variables:
+            sizes = 0.5 + 0.5 * count * drawn / drawn.sum(dim=1, keepdim=True)  # all divisions equally likely
         sizes = sizes / count
         return sizes.cumsum(dim=1) - sizes, sizes
 
@@ -102,7 +102,7 @@ def patch_boxes(
 def cut(images: Tensor, boxes: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
     """Cut boxes (B, N, 4) out of images (B, C, H, W) and arrange them as a grid (h, w) of patches, N = h w.
 
-    Returns (B, C, h * patch_size, w * patch_size); a pixel averages enough points to skip none of the image.
+    Returns (B, C, h * patch_size, w * patch_size); each pixel averages enough points to skip no image pixel.
     """
     H, W = images.shape[-2:]
     height, width = boxes[..., 2:].amax(dim=(0, 1)).tolist()
@@ -168,9 +168,9 @@ class PairScores(nn.Module):
 class RelViT(nn.Module):
     """An encoder, such as `vit.ViT`, and heads that predict from its patches (B, N, D) where they lie.
 
-    grid: (rows, columns) of the views. `chance` holds what a constant prediction reaches. Upstream the caller
-    zeroes the encoder's position embedding, which is not trained then. Raises ValueError for no tasks or an
-    unknown one, a grid of less than 2x2, or an embed_dim of less than one dimension per relation.
+    grid: (rows, columns) of the views. `chance` holds what a constant prediction reaches. Without labels, set
+    the encoder's position embedding to zero: it is not trained. Raises ValueError for no tasks or an unknown
+    one, a grid of less than 2x2, or an embed_dim below 9 with the task relations.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class RelViT(nn.Module):
             self.heads[t] = PairScores(embed_dim, pairs) if pairs else nn.Linear(embed_dim, math.prod(grid))
 
     def forward(self, views: Tensor, order: Tensor | None = None, layer: int = -1) -> tuple:
-        """Upstream, without positions: views (B, C, H, W) to (loss, metrics) of `compare` and Features."""
+        """Without labels and positions: views (B, C, H, W) to (loss, metrics) of `compare` and Features."""
         features = self.encoder(views, layer=layer, positions=False)
         return *self.compare(features.patches, order), features
 

@@ -46,9 +46,9 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A ResNet whose every forward returns `Features`.
+    """A ResNet whose forward returns `Features`.
 
-    embed_dim: width of the last stage; each stage before has half of the next one's. depths: blocks in each
+    embed_dim: width of the last stage; each earlier stage has half the next one's. depths: blocks in each
     stage. pool: None for the mean over positions, or a module that maps patches (B, N, D) to (pooled (B, D),
     attention (B, N) or (B, heads, N)). Raises ValueError if embed_dim cannot be halved that often.
     """
@@ -75,7 +75,7 @@ class ResNet(nn.Module):
         return height, width
 
     def forward(self, images: Tensor, layer: int | None = -1, patches: bool = True) -> Features:
-        """Encode images (B, C, H, W) of any size. `layer` and `patches` are the ViT's, and ignored."""
+        """Encode images (B, C, H, W) of any size. `layer` and `patches` are for the ViT and are ignored."""
         x = F.relu(self.bn1(self.conv1(images)))
         for block in self.blocks:
             x = block(x)

@@ -8,10 +8,10 @@ SimPool replaces both by one step of attention at the end, whose query is the me
     K  = W_K LN(X)                             (14)        u = f^-1(f(V) a),  f(v) = v^gamma        (17)
 
 gamma = (1 - alpha) / 2: 1 is the mean, infinity the maximum; the paper uses 1.25 for ViTs and 2 for convnets.
-There are no value weights, so only the attention can choose; the authors find that it outlines objects.
+SimPool has no value weights, so only attention can select; the authors find that it outlines objects.
 
-The paper's Algorithm 1 writes many poolings (its Table 1) as one loop: a vector u asks the patches for
-attention a = h(q . k) and becomes a mean of their values, weighted by a:
+The paper's Algorithm 1 writes many poolings (its Table 1) as one loop: a vector u attends to the patches with
+weights a = h(q . k) and becomes the mean of their values, weighted by a:
 
                u starts as    q . k                   a                     u becomes                  steps
     ViT's CLS  learned        W_Q LN(u) . W_K LN(X)   softmax, by head      u + W_O (W_V LN(X) a),     depth
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 class SimPool(nn.Module):
     """SimPool, equations (12)-(17): patches to one vector, and the attention that pooled them.
 
-    dim: D. gamma: the exponent in (17); None is the plain mean of LN(X), without (16). num_heads: each head
+    dim: D. gamma: the exponent in (17); None: the weighted mean of LN(X), no (16). num_heads: each head
     attends with its own slice of the dimensions. Parameter names are the published ones. Raises ValueError
     if gamma is outside 0.1 to 10, or num_heads does not divide dim.
     """
@@ -56,7 +56,7 @@ class SimPool(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Patches (B, N, D) or maps (B, D, H, W) to pooled (B, D) and attention (B, N), or (B, heads, N).
 
-        Raises ValueError for another shape.
+        Raises ValueError for other shapes.
         """
         x = x.flatten(2).transpose(1, 2) if x.dim() == 4 else x  # (B, D, H, W) -> (B, N, D)
         D = self.wq.in_features
@@ -74,7 +74,7 @@ class SimPool(nn.Module):
 
 
 def power_mean(a: Tensor, v: Tensor, gamma: float | None) -> Tensor:
-    """(sum_n a_n v_n^gamma)^(1/gamma), equation (17), with gamma None for the plain mean.
+    """(sum_n a_n v_n^gamma)^(1/gamma), equation (17); gamma None: sum_n a_n v_n.
 
     Weights a (..., k, N) and values v (..., N, D) > 0 to means (..., k, D), in the type of v. Means below
     1e-30^(1/gamma) of the largest value are raised to that, so that their gradient stays finite.
@@ -82,7 +82,7 @@ def power_mean(a: Tensor, v: Tensor, gamma: float | None) -> Tensor:
     if gamma is None:
         return a @ v
     wide = torch.promote_types(v.dtype, torch.float32)
-    with torch.autocast(v.device.type, enabled=False):  # it would compute the product in half precision
+    with torch.autocast(v.device.type, enabled=False):  # autocast would multiply in half precision
         largest = v.detach().to(wide).amax(dim=-2, keepdim=True)  # cancels out, so it needs no gradient
         total = a.to(wide) @ (v.to(wide) / largest) ** gamma
         return (largest * total.clamp(min=1e-30) ** (1 / gamma)).to(v.dtype)

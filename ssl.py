@@ -1,12 +1,12 @@
-"""A doorway: `from ssl import DINO` works in this folder, and so does Python's own `ssl`.
+"""Makes `from ssl import DINO` work in this folder, and Python's own `ssl` as well.
 
-A file named ssl.py hides the standard library's module from everything that runs in this folder, and much
+A file named ssl.py hides the standard library's module from all code in this folder, and much of that code
 needs it: `import torch` imports `asyncio`, which reads `ssl.SSLWantReadError` and fails. So this file loads
 the standard library's ssl from the interpreter's folder and leaves *that* module in `sys.modules["ssl"]`,
 which is what an import statement returns. It adds one thing, a module `__getattr__` (PEP 562): a name that
 ssl lacks is looked up in `dino.py` or `relvit.py`, on first use. So asyncio, https, pip and tqdm still work,
-and importing ssl does not import torch. Where Python's ssl was imported before this folder was on the path,
-as in a notebook, import from `dino` and `relvit`. The lesson: don't name a file like a standard module.
+and importing ssl does not import torch. If Python's ssl was imported before this folder was on the path, as
+in a notebook, import from `dino` and `relvit` instead. The lesson: don't name a file after a standard module.
 """
 
 import importlib

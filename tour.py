@@ -3,7 +3,7 @@
     python tour.py        about 3 minutes on 2 CPU cores; draws tour.png
 
 A hospital stamps an L on every image with an enlarged heart. A classifier reads the L, unless something keeps
-it off the background. Masks of the foreground would, but only one image has them.
+it off the background. Masks of the foreground can, but only one image has masks.
 """
 
 import copy
@@ -29,9 +29,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 STEPS, GRID = 200, (8, 8)
-RULE = {"epsilon": 0.01, "gamma": 3.0, "signed": True}  # of LRP
+RULE = {"epsilon": 0.01, "gamma": 3.0, "signed": True}  # the rule of LRP
 torch.manual_seed(0)
-torch.set_flush_denormal(True)  # relevance fades into numbers that make a CPU slow
+torch.set_flush_denormal(True)  # relevance has denormal numbers, which make a CPU slow
 generator = Generator().manual_seed(0)
 
 # 1. Draw chest X-rays. The L agrees with the label in training and contradicts it in the test.
@@ -48,7 +48,7 @@ theta, flow, agreement = map(torch.cat, zip(*[
     register(images[one], priors, part, deformable=True) for part in images.split(200)
 ]))  # fmt: skip
 
-# 3. DINO learns features of two views of an image; SPAN guides a head to each prior, through the same crops.
+# 3. DINO learns features of two views of an image; SPAN guides one head by each prior, in the same crops.
 encoder = ViT(img_size=64, patch_size=8, in_chans=1, embed_dim=96, depth=4, num_heads=6)
 dino = DINO(encoder, embed_dim=96, koleo=0.1, max_entropy=0.8)
 optimizer = AdamW([p for p in dino.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.04)
@@ -83,7 +83,7 @@ true = masks.any(dim=1, keepdim=True)
 print(f"Dice of the masks: {100 * 2 * (foreground & true).sum() / (foreground.sum() + true.sum()):.1f}")
 
 
-# 6. A classifier, plain; and one with swapped backgrounds whose relevance must stay inside the masks.
+# 6. Two classifiers: plain, and with swapped backgrounds and relevance that must stay inside the masks.
 class Classifier(nn.Module):
     """A ResNet and a logit: images (B, 1, H, W) to (B, 1)."""
 
@@ -97,7 +97,7 @@ class Classifier(nn.Module):
 
 
 def train(model: nn.Module, steps: int, c1: float = 0, c2: float = 0) -> nn.Module:
-    """Train to find enlarged hearts; off the background if C1 and C2, the range of relevance, are given."""
+    """Train to find enlarged hearts; with ISNet if C1 and C2, the range of relevance, are given."""
     optimizer = AdamW(model.parameters(), lr=2e-3)
     for step in range(steps):
         index = torch.randint(len(images), (16,), generator=generator)
@@ -117,7 +117,7 @@ def train(model: nn.Module, steps: int, c1: float = 0, c2: float = 0) -> nn.Modu
     return model.eval()
 
 
-# The plain one needs fewer steps: it reads the L at once, and more of them would change nothing.
+# The plain classifier needs fewer steps: it reads the L at once, and more would change nothing.
 first = Classifier()
 plain = train(copy.deepcopy(first), 600)
 some = x[:200]
@@ -126,7 +126,7 @@ blind = train(first, 900, *relevance_range(R.abs().sum(dim=(1, 2, 3))))
 heat = {}
 for name, model in {"plain": plain, "blind": blind}.items():
     heat[name], logits = relevance(model, test_x, torch.ones(len(tests), 1), **RULE)
-    print(f"{name} classifier, AUC with the L on the other images: {100 * auc(logits[:, 0], test_sick):.1f}")
+    print(f"{name} classifier, AUC with the L on healthy images: {100 * auc(logits[:, 0], test_sick):.1f}")
 
 # 7. One picture: test image, three heads, relevance of both classifiers.
 figure, axes = plt.subplots(4, 6, figsize=(9, 6.4), layout="constrained")

@@ -1,10 +1,10 @@
-"""Teach a model where to look: DINO or RelViT guided by SPAN, a classifier kept off its background by ISNet.
+"""Teach a model where to look: DINO or RelViT guided by SPAN, or a classifier kept off background by ISNet.
 
     python train.py                                 one labelled image guides three heads, on drawn X-rays
-    python train.py --prior none --out runs/dino    the same without guidance: DINO
+    python train.py --prior none --out runs/dino    the same without guidance: plain DINO
     python train.py --data DIR --out runs/mine      your own images; docs/data.md shows how to lay them out
     python train.py --ssl relvit --out runs/relvit  relations between patches in place of DINO
-    python train.py --task classify --marker 1 --isnet 0.3 --out runs/isnet     blind to a hospital's marker
+    python train.py --task classify --marker 1 --isnet 0.3 --out runs/isnet     ignore a hospital's marker
 
 The file reads from top to bottom: set-up, objectives, the loop, the command line. An objective is a
 function losses(index (B,), generator, step, total) -> (loss, {name: value to log}).
@@ -66,7 +66,7 @@ def foreground_masks(
 ) -> tuple[Tensor | None, Tensor]:
     """The foreground (N, 1, S, S) bool of the training images, if it is needed, and which images stay (N,).
 
-    Images without a known foreground would teach the background, so they do not. Raises ValueError.
+    Images without a known foreground are left out: they would teach the background. Raises ValueError.
     """
     train = splits["train"]
     if config.task != "classify" or not config.isnet and config.baseline in (None, "gated"):
@@ -90,7 +90,7 @@ def foreground_masks(
 def views_objective(config: Config, model: nn.Module, images: Tensor, priors: Callable | None) -> Callable:
     """DINO's loss over random views of images (N, C, S, S) uint8, plus SPAN's with priors (B, R, S, S).
 
-    SPAN's loss alone without DINO (--ssl none), or once DINO has collapsed: its prototypes hold nothing then.
+    Without DINO (--ssl none), or once DINO has collapsed and has nothing to teach, SPAN's loss is used alone.
     """
     size, dino = images.shape[-1], model if isinstance(model, DINO) else None
     encoder = dino.student if dino else model.encoder
@@ -131,7 +131,7 @@ def relvit_objective(config: Config, relvit: RelViT, images: Tensor, priors: Cal
             return loss, scores
         prior, confidence = priors(index)
         prior = F.avg_pool2d(cut(prior, boxes, grid, p), p).flatten(2)  # (B, R, N)
-        prior = prior * boxes[:, None, :, 2:].prod(dim=3)  # a large cell holds more of it
+        prior = prior * boxes[:, None, :, 2:].prod(dim=3)  # a larger cell holds more of a prior
         mass = prior.sum(dim=2)
         prior = prior / mass.clamp_min(1e-12)[:, :, None]
         span = span_loss(features.attention, prior, (mass > 0) * confidence[:, None], config.span_loss)
@@ -170,13 +170,13 @@ def classifier_objective(
                 logits = model(x)
             loss = classification_loss(logits.float(), y, multiclass)
             return loss, {"classification": loss.detach()} if config.isnet else {}
-        masked = m.flatten(1).any(dim=1)  # empty masks have the classification loss alone
-        mean = masked / masked.sum().clamp(min=1)  # (B,), the weights of a mean over the others
+        masked = m.flatten(1).any(dim=1)  # empty masks: only the classification loss
+        mean = masked / masked.sum().clamp(min=1)  # (B,), the weights of a mean over the masked
         if config.baseline:
             logits, penalty = PENALTIES[config.baseline](model, x, m, y, multiclass)
             weight, parts = config.baseline_weight, {config.baseline: (penalty * mean).sum()}
         else:
-            m = F.max_pool2d(m, 2 * wider + 1, 1, wider)  # an outline lies on both of its sides
+            m = F.max_pool2d(m, 2 * wider + 1, 1, wider)  # outlines have relevance on both sides
             m = whole_patches(m, encoder.patch_size) if isinstance(encoder, ViT) else m
             target = explained_target(y, multiclass, config.explain, generator)
             with attention_seen(encoder) if config.isnet_layers == "all" else nullcontext([]) as attention:
@@ -192,7 +192,7 @@ def classifier_objective(
                 foreground = foreground_loss(heatmaps[0], m, *ranges, hybrid=True)
                 parts = {"background": (background * mean).sum(), "foreground": (foreground * mean).sum()}
             weight = config.isnet * cosine(step / total, 1, 1.0, config.isnet_end)
-            weight /= 1 if multiclass else y.shape[1]  # one finding of K is explained
+            weight /= 1 if multiclass else y.shape[1]  # only one finding of K is explained
         classification = classification_loss(logits, y, multiclass)
         logged = {name: part.detach() for name, part in [("classification", classification), *parts.items()]}
         return classification + weight * sum(parts.values()), logged
@@ -209,10 +209,10 @@ def train(
 ) -> list[dict]:  # fmt: skip
     """Train on images (N, C, S, S) by an objective; returns the history, a row an epoch.
 
-    masses_now: what each checkpoint keeps of guided heads, from `masses_of`.
-    Order and views come from one generator; its state and PyTorch's own are in checkpoints: a stopped run
-    ends at the weights of one that never stopped. Each process of torchrun takes its share of a batch.
-    Raises Damaged, Collapse, FloatingPointError before weights are spoiled, KeyboardInterrupt after saving.
+    masses_now: the attention masses of guided heads, `masses_of`, for each checkpoint. Order and views come
+    from one generator. Checkpoints hold its state and PyTorch's: a resumed run ends with the weights of one
+    that never stopped. Each process of torchrun takes its share of a batch. Raises Damaged, Collapse,
+    FloatingPointError before weights are spoiled, KeyboardInterrupt after saving.
     """
     generator = Generator().manual_seed(config.seed)
     optimizer = AdamW(decayed(model, config.weight_decay), config.lr)
@@ -235,11 +235,11 @@ def train(
             begun, started, order = None, time.perf_counter(), from_first(order).to(config.device)
             for i in range(first, steps):
                 step, index = epoch * steps + i, order[i * batch : (i + 1) * batch][rank() :: processes]
-                if rank():  # its own views, and the same again after --resume
+                if rank():  # it has its own views, the same after --resume
                     generator.manual_seed((config.seed * total + step) * processes + rank())
                     torch.manual_seed(generator.initial_seed() + 2**40)
                 logged = train_step(config, model, losses, optimizer, index, generator, step, total)
-                for name, value in logged.items():  # not all are there in every step
+                for name, value in logged.items():  # some steps lack some of them
                     whole, n = sums.get(name, (0.0, 0))
                     sums[name] = whole + value, n + 1
                 bar.set_postfix(logged, refresh=False)
@@ -291,8 +291,8 @@ def train_step(
         health, guided = model.health, config.prior != "none" and not config.strict
         if health.collapsed() and not config.keep_going and not (collapsed and guided):
             if not guided:
-                raise Collapse(f"{health.diagnosis()}. --keep-going trains on")
-            goes_on = "SPAN goes on alone (--strict stops, --keep-going keeps DINO)"
+                raise Collapse(f"{health.diagnosis()}. --keep-going continues anyway")
+            goes_on = "Training continues with SPAN alone (--strict stops, --keep-going keeps DINO)"
             print(f"\nwarning: {health.diagnosis()}. {goes_on}")
         if config.keep_going or not collapsed:
             logged |= {"teacher_entropy": health.entropy, "kl": health.kl, "prototypes": health.prototypes()}
@@ -326,7 +326,7 @@ def begin(argv: list[str]) -> tuple:
     keep_freed_memory()
     config = replace(config, device=join(config.device, config.batch_size))
     if config.task == "classify" and config.device == "cpu":
-        torch.set_flush_denormal(True)  # relevance fades into numbers that make a CPU slow
+        torch.set_flush_denormal(True)  # relevance has denormal numbers, which make a CPU slow
     splits, reference = load_data(config)
     train = splits["train"]
     spec = data_spec(train, config.task == "classify", config.data)
@@ -341,7 +341,7 @@ def begin(argv: list[str]) -> tuple:
     if masks is not None and config.swap_margin is None:
         config = replace(config, swap_margin=0.025 if are_made(config.masks, train.has_masks) else 0.0)
     if config.epochs is None:
-        steps = max(1, int(kept.sum()) // config.batch_size)  # an epoch
+        steps = max(1, int(kept.sum()) // config.batch_size)  # per epoch
         config = replace(config, epochs=epochs_for(config.task, config.backbone, steps))
     model = build_model(config, spec, encoder, encoder.grid(train.images)).to(config.device)
     print(f"{sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} M encoder weights, on {config.device}")
@@ -354,7 +354,7 @@ def begin(argv: list[str]) -> tuple:
             settings += (config.isnet_layers, 25.0) if config.preset == "published" else ()
             given = model, images, foreground_of, labels, spec.multiclass, *settings
             spec = spec._replace(relevance_range=from_first(natural_range(*given)))
-            print("C1 {:.4g}, C2 {:.4g}: total relevance of a plain classifier".format(*spec.relevance_range))
+            print("C1 {:.4g}, C2 {:.4g}: relevance range of a plain classifier".format(*spec.relevance_range))
         losses = classifier_objective(config, model, images, foreground_of, labels, spec)
     else:
         heads = config.pool_heads if config.pool == "simpool" else config.num_heads

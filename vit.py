@@ -10,8 +10,8 @@ blocks transform the T = N + 1 tokens (equations numbered as in the paper):
 
 Every forward returns `Features(pooled, patches, attention)`. `attention` is the CLS row of A in one block:
 the weights with which each head pooled the image. `F.scaled_dot_product_attention` never forms A, so this row
-is computed beside it: softmax(q_cls k^T / sqrt(d)) takes O(N) time and memory instead of O(N^2), and has a
-gradient. `attention_maps` returns the full A of every block.
+is computed separately: softmax(q_cls k^T / sqrt(d)) takes O(N) time and memory instead of O(N^2), and is
+differentiable. `attention_maps` returns the full A of every block.
 
 Parameter names and numerics (LayerNorm eps 1e-6, exact GELU) are those of the DINO release, whose state dicts
 load with strict=True once the head is dropped (timm uses the same names). Where we differ: position
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 class Features(NamedTuple):
     """What an encoder returns: pooled (B, D), patches (B, N, D) row by row, attention (B, heads, N).
 
-    The last two may be None where they were not asked for. `attention` is the CLS token's softmax row without
+    The last two may be None if they were not requested. `attention` is the CLS token's softmax row without
     its own column, not renormalised: the weights of a head that looks at CLS itself sum to less than 1.
     """
 
@@ -72,7 +72,7 @@ class Attention(nn.Module):
         q = q[:, :, :1] if first else q
         if x.is_cuda or q.dtype != torch.bfloat16:
             mixed = F.scaled_dot_product_attention(q, k, v)
-        else:  # on CPUs its derivative takes several times as long in bfloat16
+        else:  # on CPUs its backward pass is several times slower in bfloat16
             with torch.autocast(x.device.type, enabled=False):
                 mixed = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
         mixed = mixed.transpose(1, 2).flatten(2)  # (B, T, D)
@@ -111,7 +111,7 @@ class Block(nn.Module):
         """Drop each image's branch (B, T, D) with probability drop_path, and scale up those that are kept."""
         if not self.training or self.drop_path == 0:
             return branch
-        kept = torch.rand(len(branch), 1, 1) >= self.drop_path  # of the CPU's generator, on any device
+        kept = torch.rand(len(branch), 1, 1) >= self.drop_path  # drawn by the CPU's generator on any device
         return branch * kept.to(branch.device) / (1 - self.drop_path)
 
     def forward(self, x: Tensor, row: bool = False, first: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -121,13 +121,13 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """A Vision Transformer whose every forward returns `Features`, attention included.
+    """A Vision Transformer whose forward returns `Features`, including attention.
 
     img_size: side of the training images in pixels, or (height, width); it sets the size of the position
     embedding, which is resized for other images. pool: None for a CLS token, or a module that maps patches
     (B, N, D), before the last LayerNorm, to (pooled (B, D), attention (B, N) or (B, heads, N)); then there is
     no CLS token. registers: extra tokens without a position, between CLS and patches, which are not returned
-    (Darcet et al. 2023, arXiv 2309.16588). drop_path: stochastic depth of the last block, rising from 0.
+    (Darcet et al. 2023, arXiv 2309.16588). drop_path: stochastic depth of the last block; the first has 0.
     Raises ValueError if patch_size does not divide img_size, or num_heads does not divide embed_dim.
     """
 
@@ -206,7 +206,7 @@ class ViT(nn.Module):
 
         layer: the block whose CLS row is returned as `attention`, -1 for the last; None for no attention.
         positions: False leaves out the position embedding, which would give RelViT's targets away. patches:
-        False if only the rest is needed; with a CLS token, the last block then transforms that token alone.
+        False if they are not needed; with a CLS token, the last block then transforms that token alone.
         """
         x = self.embed(images, positions)
         exposed = None if layer is None or self.pool is not None else range(self.depth)[layer]

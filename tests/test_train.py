@@ -168,7 +168,7 @@ def test_a_collapse_stops_a_run_but_a_guided_one_goes_on_by_span_alone(tmp_path,
     assert "DINO has collapsed, uniform" in refused(train.main, *argv, "--prior", "none", status=1)
     trained(tmp_path / "kept", f"{words} --prior none --epochs 1 --keep-going")
     trained(tmp_path / "on", f"{words} --align none")
-    assert capsys.readouterr().out.count("SPAN goes on alone") == 1
+    assert capsys.readouterr().out.count("continues with SPAN alone") == 1
     first, *_, last = epochs_of(tmp_path / "on")
     assert last["span_loss"] < 0.5 * first["span_loss"]
     assert last["loss"] == pytest.approx(3 * last["span_loss"], rel=1e-4)  # its weight is 3
