@@ -3,13 +3,13 @@
 As in ImageNet-9 (Xiao et al. 2020, arXiv 2006.09994), for all images with masks:
 
     mixed same      the background is that of another image with the same labels, where there is one
-    mixed rand      it is that of any other image
+    mixed rand      the background is that of any other image
     no foreground   black where the foreground was
     only background background where the foreground was
 
-From mixed same to mixed rand, the accuracy falls by what the background alone tells. Where we differ: a hole
-is filled with the same image's pixels from a half or a quarter of its size away, where these are background
-(published: its bounding box, by tiles). So the outline of what was there stays, faint, in every background.
+How far the accuracy falls from mixed same to mixed rand shows how much the classifier uses backgrounds. Where
+we differ: a removed foreground is filled with background pixels from half or a quarter of the image's size
+away (published: its bounding box is tiled). A faint outline of the foreground therefore stays visible.
 """
 
 import torch
@@ -24,18 +24,18 @@ def without_foreground(x: Tensor, m: Tensor) -> Tensor:
         free = left * (1 - m.roll(shift, (2, 3)))
         filled, left = torch.where(free > 0, x.roll(shift, (2, 3)), filled), left - free
     ground = (x * (1 - m)).sum(dim=(2, 3), keepdim=True) / (1 - m).sum(dim=(2, 3), keepdim=True).clamp(min=1)
-    return torch.where(left > 0, ground, filled)  # its mean, where a mask is too large for that
+    return torch.where(left > 0, ground, filled)  # the mean where no shifted pixel is background
 
 
 def others(rows: Tensor, generator: Generator) -> Tensor:
-    """For each of rows (n,), another one of them; itself if it is alone."""
+    """For each of rows (n,), a random other one; the row itself if there is only one."""
     ring, other = torch.randperm(len(rows), generator=generator), torch.empty_like(rows)
     other[ring] = rows[ring.roll(1)]
     return other
 
 
 def exchanged(x: Tensor, m: Tensor, label: Tensor, generator: Generator) -> dict[str, Tensor]:
-    """The four kinds of images (M, C, H, W), with masks (M, 1, H, W), 0 or 1, and numbers of labels (M,)."""
+    """The four kinds of images (M, C, H, W); m (M, 1, H, W): 0 or 1; label (M,): equal for equal labels."""
     empty, same = without_foreground(x, m), torch.arange(len(x))
     order = others(same, generator)
     for k in label.unique():

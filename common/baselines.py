@@ -14,9 +14,9 @@ The loss, of images x, masks m (1 in the foreground) and labels y, is L = L_clas
     swap        no penalty: the background is that of another image of the batch, its foreground filled
 
 Where we differ, for brevity: one gate, at the end, with a softmax (published: several, normalised by minimum
-and sum); A is divided by its maximum, and in a ViT taken at the last block's input; the absence of a single
-finding is mined like a class; a segmenter has a logit per patch, not per pixel, and the classifier behind it
-is trained with the given masks.
+and sum); A is divided by its maximum, and in a ViT taken at the last block's input; if there is one finding,
+its absence is a class too; a segmenter has a logit per patch, not per pixel, and the classifier behind it is
+trained with the given masks.
 """
 
 import torch
@@ -99,8 +99,8 @@ def log_probabilities(logits: Tensor, multiclass: bool) -> Tensor:
 class ImagesApart(TorchFunctionMode):
     """BatchNorms take the batch's mean and deviation as constants, and leave the running ones as they are.
 
-    A gradient at one image then holds nothing of the others, and a penalty can't be met by statistics that
-    are gone in use; images that only the penalty sees do not count among those of the data.
+    The gradient at one image then does not depend on the others, and a penalty can't be lowered through batch
+    statistics, which are not used at test time. Images made for a penalty don't enter the running statistics.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -120,7 +120,7 @@ class ImagesApart(TorchFunctionMode):
 def grad_cam(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """The labels' Grad-CAM, A of (2), (B, 1, h, w) in [0, 1], with a gradient.
 
-    It is taken at the last block's output; at its input in a ViT, which uses only the output's CLS token.
+    It is taken at the last block's output; in a ViT at its input, since only the output's CLS token is used.
     """
     seen: list[Tensor] = []
     last, vit = model.encoder.blocks[-1], isinstance(model.encoder, ViT)
@@ -167,12 +167,12 @@ def grown(m: Tensor, r: int) -> Tensor:
 
 
 def swapped(x: Tensor, m: Tensor, generator: Generator, share: float = 1.0, margin: int = 0) -> Tensor:
-    """Images (B, C, H, W), a share of them with the background of another one; all of it where m is empty.
+    """Images (B, C, H, W), a share of them with another one's background. Where m is empty, all is replaced.
 
-    No image keeps its own background, unless the batch has one image. The other image's foreground is filled
-    with background, so that no second heart appears. margin: pixels by which the kept foreground is narrower
-    than m, so that no background shows where a mask is a little too wide. Parts too thin for that stay where
-    they lie more than two margins from what is kept.
+    The other image's foreground is filled with background, so that no second heart appears. A batch of one
+    image keeps its background. margin: pixels by which the kept foreground is narrower than m, so that none
+    of the old background shows where a mask is a little too wide. Parts too thin for this margin are kept if
+    they lie more than two margins from the rest of the kept foreground.
     """
     order = torch.randperm(len(x), generator=generator).to(x.device)
     other = torch.empty_like(x)
@@ -185,6 +185,6 @@ def swapped(x: Tensor, m: Tensor, generator: Generator, share: float = 1.0, marg
     return torch.where(chosen.to(x.device)[:, None, None, None], x * core + other * (1 - core), x)
 
 
-# From model, images, masks, labels (B, K) and whether they are multiclass to logits (B, K) and penalty (B,).
+# Each maps the model, images, masks, labels (B, K) and multiclass to logits (B, K) and a penalty (B,).
 PENALTIES = {"multitask": multitask, "gain": gain, "rrr": rrr, "pipeline": pipeline}
 BASELINES = [*PENALTIES, "gated", "swap"]

@@ -1,6 +1,6 @@
 """What each concept file draws when it is run: `python vit.py` prints a few facts and writes vit.png.
 
-A chapter takes at most 20 seconds on a CPU. It trains on synthetic images, or computes by hand.
+A chapter takes at most 20 seconds on a CPU. It trains on synthetic images or does not train at all.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def panels(rows: int, columns: int) -> tuple[plt.Figure, np.ndarray]:
 
 
 def show(ax: plt.Axes, picture: Tensor, title: str, top: float | None = None, signed: bool = False) -> None:
-    """Draw a map (h, w): grey if it has no `top`, else from 0, or if signed from -top, to top."""
+    """Draw a map (h, w): in grey without `top`, else in colours from 0, or -top if signed, to top."""
     colours = "gray" if top is None else "RdBu_r" if signed else "magma"
     low, high = -top if signed else 0, 1 if top is None else top
     ax.imshow(picture.detach().numpy(), cmap=colours, vmin=low, vmax=high)
@@ -114,7 +114,7 @@ def crops() -> None:
     first, second = thetas[0].split(1)  # (1, 2, 3) each
     twice = crop(crop(image, first, 256), second, 64)
     once = crop(image, first @ torch.cat([second, torch.tensor([[[0.0, 0, 1]]])], dim=1), 64)
-    print(f"two crops in turn, and one by their product, differ by {(twice - once).abs().mean():.3f}")
+    print(f"two crops in turn and one crop by their product differ by {(twice - once).abs().mean():.3f}")
     draw(figure, "crops")
 
 
@@ -158,7 +158,7 @@ def relvit() -> None:
 
 
 def simpool() -> None:
-    """CLS, GAP and SimPool, trained a few seconds on digits that lie anywhere; where does each look?"""
+    """CLS, GAP and SimPool, each trained for seconds on digits that lie anywhere: where does each look?"""
     rng, (_, draw_one) = np.random.default_rng(0), SETS["digits"]
     drawn = [draw_one(k, 32, rng) for k in (1, 8) for _ in range(250)]
     x = torch.tensor(np.stack([image for image, _ in drawn]), dtype=torch.float32)[:, None] * 2 - 1
@@ -173,7 +173,7 @@ def simpool() -> None:
         maps = features.attention.mean(dim=1, keepdim=True)  # over heads: (500, 1, 64)
         ap = localisation_ap(maps.detach(), masks[:, None], (8, 8)).mean()
         right = (head(features.pooled).argmax(dim=1) == y).float().mean()
-        print(f"{name}: {100 * right:.0f} % of training right, attention's AP on the digit {100 * ap:.0f} %")
+        print(f"{name}: training accuracy {100 * right:.0f} %, attention's AP on the digit {100 * ap:.0f} %")
         for i, row in enumerate(axes):
             show(row[0], x[100 * i + 50, 0] / 2 + 0.5, "image" if i == 0 else "")
             show(row[k + 1], maps[100 * i + 50, 0].view(8, 8), name if i == 0 else "", top=5 / 64)
@@ -181,7 +181,7 @@ def simpool() -> None:
 
 
 def lrp() -> None:
-    """One network that reads an L, by four rules: heatmaps, and how much of the score they hold."""
+    """Four rules for one network that reads an L: heatmaps, and how much of the score they hold."""
     images, _, labels = phantom(300, seed=0)
     y, x = labels[:, 0], stamp(images, labels[:, 0] == 1) / 127.5 - 1
     torch.manual_seed(0)
@@ -204,7 +204,7 @@ def lrp() -> None:
 
 
 def isnet_lrp() -> None:
-    """Five ways round the ISNet loss, on 16 x 16 px with the foreground in the middle; what closes each."""
+    """Five ways round the ISNet loss and what closes each, on 16 x 16 px, the foreground in the middle."""
     mask, marker, generator = torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 16, 16), Generator().manual_seed(0)
     mask[..., 4:12, 4:12], marker[..., 1:3, 1:3] = 1, 1
     x = mask * torch.rand(mask.shape, generator=generator) + marker
@@ -234,7 +234,7 @@ def isnet_lrp() -> None:
         show(column[2], seen[0, 0] / seen.max(), f"{part}: {float(closed):.2f}", top=1, signed=True)
     tint, other = 0.5 * (1 - mask), torch.rand(mask.shape, generator=generator) * (1 - mask)
 
-    def dark(images: Tensor) -> Tensor:  # outside the foreground a unit sees darkness; a tint silences it
+    def dark(images: Tensor) -> Tensor:  # units outside the foreground detect darkness; a tint silences them
         return images * mask + F.relu(0.2 - images) * (1 - mask)
 
     x = x * mask + tint

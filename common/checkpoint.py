@@ -1,14 +1,14 @@
 """A run is a folder that can be resumed, repeated and measured.
 
-    config.json    settings, command line, versions, machine, and what was learned of the data: a record
-    last.pt        settings, the guided heads' masses, weights, optimizer, random states and history, after an
-                   epoch or at Ctrl-C
-    metrics.jsonl  a line an epoch
-    metrics.json   final metrics, flat names to numbers
+    config.json    a record: settings, command line, versions, machine, and facts about the data
+    last.pt        settings, the guided heads' masses, weights, optimizer, random states and history, written
+                   after each epoch and at Ctrl-C
+    metrics.jsonl  one line per epoch
+    metrics.json   final metrics, {name: number}
     masks.pt       the foreground of a classifier's training images
 
-Every file is written beside its place and then moved there, so that a kill leaves the old one or the new one.
-Checkpoints are read with `weights_only=True`: one that would run code is refused.
+Every file is written under another name and then renamed: if the process is killed, the old file or the new
+one is there. Checkpoints are read with `weights_only=True`: one that would run code is refused.
 """
 
 import hashlib
@@ -32,19 +32,19 @@ from common.data import Data
 from common.flags import option
 from common.weights import reason
 
-FORMAT = 10  # of last.pt: what it holds, and what its settings mean
+FORMAT = 10  # of last.pt; rises when its content or the meaning of a setting changes
 WRITTEN = "last.pt metrics.jsonl metrics.json attention_mass.json masks.pt report.html".split()
 WRITTEN += [f"{name}.png" for name in "attention heatmaps curves compare compare_curves low_data".split()]
 
 
 class DataSpec(NamedTuple):
-    """What a run took from its data, which its settings don't say."""
+    """What a run knows about its data beyond its settings."""
 
     channels: int
     classes: tuple[str, ...]  # or findings; empty in pretraining
     multiclass: bool  # each image has one of the classes
     images: str  # how many training images there were, and a hash of their names and, of classifiers, labels
-    relevance_range: tuple[float, ...] | None = None  # C1, C2 of ISNet's loss; as published, of inner layers
+    relevance_range: tuple[float, ...] | None = None  # C1, C2 of ISNet; if published, also of inner layers
 
 
 class Run(NamedTuple):
@@ -52,7 +52,7 @@ class Run(NamedTuple):
 
     config: Config
     spec: DataSpec
-    masses: dict[str, float]  # {region: m_r} of heads guided by one prior, (7) of common/regions.py; or {}
+    masses: dict[str, float]  # {region: m_r}, (7) in common/regions.py, if one prior guided heads; else {}
     checkpoint: dict
 
 
@@ -61,9 +61,9 @@ class Damaged(ValueError):
 
 
 def write_file(path: Path, content: str | dict) -> None:
-    """Write text, or a dict as JSON if the name says so, else with torch.save: whole or not at all.
+    """Write text, a dict as JSON if the name ends in .json, or else by torch.save: all of it or nothing.
 
-    Raises OSError if there is no room; the old file is untouched then.
+    Raises OSError, and leaves an old file untouched, if the disk is full.
     """
     part = path.with_name(path.name + ".part")
     try:
@@ -81,7 +81,7 @@ def write_file(path: Path, content: str | dict) -> None:
     except BaseException as error:
         part.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            error.filename = str(path)  # which a failed write does not name
+            error.filename = str(path)  # a failed write does not name its file
         raise
 
 
@@ -91,10 +91,10 @@ def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
         raise ValueError(f"--out {out} is a file; name a folder")
     if resume and overwrite:
         raise ValueError("--resume continues a run, --overwrite starts again: choose one")
-    empty = not out.exists() or all(path.suffix == ".part" for path in out.iterdir())  # left by a kill
+    empty = not out.exists() or all(path.suffix == ".part" for path in out.iterdir())  # of a killed process
     record = out / "config.json"
     if not empty and not (record.exists() and b'"command": "python ' in record.read_bytes()):
-        raise ValueError(f"--out {out} holds something else than a run; name another folder")
+        raise ValueError(f"--out {out} holds something other than a run; name another folder")
     if resume and not (out / "last.pt").exists():
         stopped = "it stopped before its first epoch ended, --overwrite starts again"
         raise ValueError(f"--resume: there is no {out}/last.pt; {'drop --resume' if empty else stopped}")
@@ -129,14 +129,14 @@ def data_spec(train: Data, classify: bool, data: str) -> DataSpec:
 
 
 def check_spec(run: Path, then: DataSpec, now: DataSpec, data: str, goes_on: bool = True) -> None:
-    """Raise ValueError if a run learned other channels, classes or images than its data have now; print a
-    note of other images if it is only measured, and does not go on."""
+    """Raise ValueError if the data's channels, classes or images are no longer those that a run learned. If
+    the run is only measured and does not go on, other images cause just a printed note."""
     for name, was, there in zip(DataSpec._fields, then[:4], now[:4]):
         if was != there:
             was, there = (", ".join(x) if isinstance(x, tuple) else x for x in (was, there))
             learned = f"{run} learned {name} {was}, but {data} has {there}"
             if name == "images" and not goes_on:
-                print(f"note: {learned}; test images may be among those that it learned")
+                print(f"note: {learned}; it may have been trained on some of the test images")
                 continue
             raise ValueError(f"{learned}: leave out --data, restore its files, or train again")
 
@@ -149,7 +149,7 @@ def save(
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     state |= {"generator": generator.get_state(), "torch_rng": torch.get_rng_state()}
     about = {"format": FORMAT, "settings": as_json(config), "spec": spec._asdict(), "masses": masses}
-    # The rows come first: a kill in between leaves one too many, which the resumed run writes again.
+    # Rows first: a process killed in between leaves one row too many, which the resumed run rewrites.
     write_file(config.out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
     write_file(config.out / "last.pt", about | state | {"history": history, "begun": begun})
 
@@ -159,7 +159,7 @@ def load_run(folder: Path) -> Run:
     path = folder / "last.pt"
     try:
         with ZipFile(path) as archive:
-            if changed := archive.testzip():  # by checksums, which torch writes and does not compare
+            if changed := archive.testzip():  # by checksums, which torch writes but does not check
                 raise ValueError(f"{changed} has changed")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         version = checkpoint["format"]
@@ -204,7 +204,7 @@ def resumed(config: Config, typed: set[str]) -> Run:
 def restore(
     checkpoint: dict, model: nn.Module, optimizer: Optimizer, generator: Generator
 ) -> tuple[list[dict], tuple | None]:
-    """Put everything back as `save` found it; returns the history and what is begun. Raises Damaged."""
+    """Restore what `save` wrote; returns the history and the epoch that is begun. Raises Damaged."""
     try:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])

@@ -43,11 +43,11 @@ def check(config: Config, typed: set[str]) -> None:
     check_pairs(config)
     first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
     if first and "train_images" in typed and config.data not in DRAWN:
-        print(f"note: --train-images is for drawn images; of {config.data} all are taken")
+        print(f"note: --train-images is for synthetic images; all images of {config.data} are used")
 
 
 def met(config: Config, need: str) -> bool:
-    """Whether a setting is there (NAME) or is one of some values (NAME=A|B)."""
+    """Whether a setting is on (NAME), or has one of the named values (NAME=A|B)."""
     name, _, values = need.partition("=")
     value = getattr(config, name)
     if name in PRETRAINING and config.task != "pretrain":
@@ -58,7 +58,7 @@ def met(config: Config, need: str) -> bool:
 
 
 def check_device(device: str) -> None:
-    """Raise ValueError if a device can't be used; a GPU with a number becomes this process's own."""
+    """Raise ValueError if a device can't be used; a GPU with a number becomes the process's current one."""
     if device.split(":")[0] not in ("cpu", "cuda", "mps"):
         raise ValueError(f"--device {device} is unknown: choose auto, cpu, cuda or mps")
     try:
@@ -71,14 +71,14 @@ def check_device(device: str) -> None:
 
 
 def check_step(c: Config, images: int, processes: int) -> None:
-    """Raise ValueError if a process gets no image in a step, or a part of it just one where it needs two."""
-    here = min(c.batch_size, images) // processes  # images of a step
+    """Raise ValueError if a process has no image in a step, or a part of a step has one but needs two."""
+    here = min(c.batch_size, images) // processes  # images in a step
     if not here:
         raise ValueError(f"{images} training image(s) for {processes} processes: take fewer processes")
     near_collapse = c.task == "pretrain" and c.ssl == "dino" and (c.koleo or c.max_entropy < 1)
     swaps = c.isnet and c.swap or c.baseline == "swap"
     if (near_collapse or swaps) and here < 2 * c.accumulate:
-        what = "swapped backgrounds need" if swaps else "what keeps DINO from collapse needs"
+        what = "swapping backgrounds needs" if swaps else "keeping DINO from collapse needs"
         remedies = {
             "add images": images < 2 * c.accumulate * processes,
             "raise --batch-size": c.batch_size < 2 * c.accumulate * processes,
@@ -103,7 +103,7 @@ def check_pairs(c: Config) -> None:
     heads_fit = c.pool != "simpool" or c.embed_dim % c.pool_heads == 0
     # fmt: off
     for wrong, line in [
-        (c.mega_patches > most, f"--mega-patches {c.mega_patches}: more than the {most} patches a side"),
+        (c.mega_patches > most, f"--mega-patches {c.mega_patches}: more than the {most} patches per side"),
         (c.data not in DRAWN and not Path(c.data).is_dir(), f"--data {c.data} is not a folder; {LAYOUT}"
          + suggestion(c.data, DRAWN)),
         (not known_prior, f"--prior {c.prior} is not sample, masks, statistics, none, or a .npy file "

@@ -1,4 +1,4 @@
-"""A classifier, its loss, and what ISNet needs of it while it trains.
+"""A classifier, its loss, and what ISNet needs from it during training.
 
 Labels are multi-hot: findings, each present or not (a sigmoid each), or classes, of which each image has one
 (multiclass, a softmax). NaN is unknown.
@@ -40,7 +40,7 @@ def is_multiclass(labels: Tensor) -> bool:
 
 
 def classification_loss(logits: Tensor, labels: Tensor, multiclass: bool) -> Tensor:
-    """Cross-entropy of logits (B, K) with classes, or the mean of binary ones over the known findings."""
+    """Cross-entropy of logits (B, K) with classes, or the mean binary cross-entropy over known findings."""
     known = ~labels.isnan()
     if multiclass:
         rows = known.all(dim=1)
@@ -69,11 +69,11 @@ def shifted(x: Tensor, m: Tensor | None, most: float, generator: Generator) -> t
 def explained_target(
     labels: Tensor, multiclass: bool, explain: str, generator: Generator
 ) -> Tensor | Callable:
-    """What to explain of each image, as a target for `relevance`; labels (B, K).
+    """What to explain in each image, as a target for `relevance`; labels (B, K).
 
-    Of classes: the logit of the label, of a random class (Stochastic ISNet), or ("selective") the log-odds of
-    the class that the model holds least likely. A finding's logit is its log-odds already; so of findings one
-    is drawn, for "label" among the present ones if there are any.
+    Of classes: the logit of the label, of a random class ("random": Stochastic ISNet), or the log-odds of the
+    class that the model finds least likely ("selective"). Of findings: the logit of a random one, which is
+    its log-odds already; with "label" it is one of those present, if there are any.
     """
     if multiclass and explain == "selective":
         return lambda logits: log_odds(logits, logits.argmin(dim=1))
@@ -86,8 +86,8 @@ def explained_target(
 
 
 def supervised_layers(encoder: nn.Module, which: str = "all") -> list[nn.Module]:
-    """The modules whose outputs' relevance ISNet supervises: "none", or "blocks", as published, or else all
-    normalisations, so that units within a block are among them, and the patches and blocks of a ViT.
+    """The modules whose outputs' relevance ISNet supervises. which: "none"; "blocks", as published; else all
+    normalisations, which includes units within blocks, and the patch embedding and blocks of a ViT.
     """
     if which in ("none", "blocks"):
         return list(encoder.blocks) if which == "blocks" else []
@@ -130,8 +130,8 @@ def natural_range(
     """C1 and C2 of the foreground loss: `relevance_range` of a plain classifier's heatmaps.
 
     A copy of the model is trained for WARM_UP epochs without ISNet on images (N, C, S, S) uint8; heatmaps are
-    of up to 512 images with masks (N, 1, S, S). layers: as in `supervised_layers`; their C1 and C2 follow.
-    most: of C2 / C1. Raises FloatingPointError if their relevance has no range.
+    made for up to 512 images with masks (N, 1, S, S). layers: as in `supervised_layers`; their C1 and C2 come
+    after the input's. most: the largest C2 / C1. Raises FloatingPointError if the relevance has no range.
     """
     plain, generator = copy.deepcopy(model).train(), Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=lr)

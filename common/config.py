@@ -32,11 +32,11 @@ DEFAULTS = {  # by --task, by --backbone, and by both
     # With larger gradients some ISNet runs do not learn.
     "classify resnet": {"lr": 2e-3, "lrp_gamma": 3.0, "clip_grad": 0.1, "shift": 0.0, "isnet_margin": 0.03},
 }
-PRESETS = {  # of Faster ISNet's code; a weight of P / (1 - P), P = 0.7
+PRESETS = {  # from Faster ISNet's code; its weight is P / (1 - P) with P = 0.7
     "published": {"isnet": 7 / 3, "swap": 0.0, "isnet_every": 1, "isnet_layers": "blocks", "isnet_decay": 0.9}
     | {"isnet_margin": 0.0, "isnet_e": 1.0, "explain": "selective", "lrp_epsilon": 1e-2, "lrp_gamma": 0.0}
 }
-# Minimum epochs; for a folder also minimum steps. A ViT learns a label more slowly.
+# Minimum epochs, and for a folder also minimum steps. A ViT learns labels more slowly.
 LENGTHS = {"pretrain": (9, 350), "classify resnet": (15, 2800), "classify vit": (40, 7500)}
 ENCODER = "backbone img_size patch_size embed_dim depth num_heads registers pool pool_heads simpool_gamma"
 PER_CALL = ("out", "overwrite", "resume", "keep_going", "strict", "device")  # --resume may change these
@@ -54,66 +54,66 @@ class Config:
 
     # fmt: off
     task: str = flag("pretrain", "which other flags apply", group="run", choices=["pretrain", "classify"])
-    out: Path = flag(None, "folder for all that the run writes", "--output-dir")
-    overwrite: bool = flag(False, "start again in a folder that holds a run")
+    out: Path = flag(None, "folder for everything that the run writes", "--output-dir")
+    overwrite: bool = flag(False, "start again and replace the run in --out")
     resume: bool = flag(False, "continue the run in --out where it stopped")
-    keep_going: bool = flag(False, "train on after a collapse of DINO", needs="ssl=dino")
-    strict: bool = flag(False, "stop if DINO collapses, where SPAN could go on", needs="ssl=dino&prior")
+    keep_going: bool = flag(False, "continue after a collapse of DINO", needs="ssl=dino")
+    strict: bool = flag(False, "stop if DINO collapses, even if SPAN could go on", needs="ssl=dino&prior")
     seed: int = flag(0, "random seed of data, weights and views", within=(0, 2**32 - 1))
     device: str = flag("auto", "auto (cuda if there is one, else cpu), cpu, cuda, mps")
     data: str = flag("phantom", "phantom (X-rays), parts (plates), or a folder", "--data-path", group="data")
-    train_images: int = flag(None, "training images to draw", within=COUNT)
-    img_size: int = flag(64, "pixels a side that images are resized to", within=(1, 4096))
-    findings: tuple[str, ...] = flag(None, "to classify, or all (default: phantom one, else all)", nargs="+",
-        needs="task=classify")
+    train_images: int = flag(None, "number of synthetic training images", within=COUNT)
+    img_size: int = flag(64, "images are resized to this many pixels per side", within=(1, 4096))
+    findings: tuple[str, ...] = flag(None, "labels to classify, or all (default: the phantom's first, all of "
+        "other data)", nargs="+", needs="task=classify")
     marker: float = flag(None, "probability that a marker agrees with the first finding", within=FRACTION)
-    marker_kind: str = flag("corner", "L in a corner, anywhere; tint; frame; or two hospitals",
+    marker_kind: str = flag("corner", "an L in a corner or anywhere, a tint, a frame, or two hospitals",
         choices=[*MARKERS, "hospitals"], needs="marker")
     sample: str = flag(None, "name of the reference image (default: the first with all masks)")
     prior: str = flag("sample",
         "sample: one image's masks; masks: every image's; statistics; none; or a .npy file (R, S, S)",
         group="where to look (SPAN)", needs="task=pretrain masks=prior")
-    align: str = flag("bend", "registration", choices=["bend", "affine", "none"], needs=REGISTERED)
+    align: str = flag("bend", "registration of priors", choices=["bend", "affine", "none"], needs=REGISTERED)
     follow: bool = flag(True, "keep priors fixed while crops move", needs=f"{VIEWS}&prior")
-    prior_blur: float = flag(0.025, "sigma as a fraction of width", within=WEIGHT, needs=REGISTERED)
+    prior_blur: float = flag(0.025, "sigma as a fraction of the width", within=WEIGHT, needs=REGISTERED)
     span_weight: float = flag(3.0, "weight of the SPAN loss", within=WEIGHT, needs="prior")
-    span_loss: str = flag("kl", "attention against its prior (each has its own scale)",
+    span_loss: str = flag("kl", "distance of attention from its prior (each has its own scale)",
         choices=["kl", "mse", "dice"], needs="prior")
     span_layer: int = flag(-1, "the block whose heads are guided, -1 the last", needs="pool=cls")
     ssl: str = flag("dino", "the objective without labels; none: the SPAN loss alone",
         group="self-supervision", choices=["dino", "relvit", "none"], needs="task=pretrain")
-    relations: tuple[str, ...] = flag(None, "RelViT's tasks (default: all), joint in --task classify",
+    relations: tuple[str, ...] = flag(None, "RelViT's tasks (default: all), or those to add to labels",
         choices=RELATIONS, nargs="+", needs="ssl=relvit task=classify")
     in_order: bool = flag(False, "joint RelViT on images whose patches keep their places, as published",
         needs="task=classify&relations")
-    mega_patches: int = flag(0, "RelViT's mega-patches a side; 0: patches", within=(0, 10**9),
+    mega_patches: int = flag(0, "RelViT's mega-patches per side; 0: patches", within=(0, 10**9),
         needs="ssl=relvit")
     out_dim: int = flag(256, "prototypes; hundreds for thousands of images", within=(2, 10**9), needs=DINO)
     teacher_temp: float = flag(0.02, "softmax temperature of the teacher", within=POSITIVE, needs=DINO)
     momentum: float = flag(0.996, "EMA momentum of the teacher at the start", "--momentum-teacher",
         within=FRACTION, needs=DINO)
     center_momentum: float = flag(0.9, "EMA momentum of the teacher's centre", within=FRACTION, needs=DINO)
-    koleo: float = flag(0.1, "weight, near collapse, of keeping features apart (KoLeo); 0: as published",
+    koleo: float = flag(0.1, "weight near collapse of KoLeo, which keeps features apart; 0: as published",
         within=WEIGHT, needs=DINO)
-    max_entropy: float = flag(0.8, "ceiling, near collapse, on the entropy of the teacher's outputs, as a "
-        "fraction of log K; kept by a lower temperature; 1: as published", within=(0.01, 1), needs=DINO)
-    global_scale: tuple[float, float] = flag((0.4, 1.0), "area of the 2 global crops", "--global-crops-scale",
-        nargs=2, needs=VIEWS)
+    max_entropy: float = flag(0.8, "ceiling near collapse on the entropy of the teacher's outputs, as a "
+        "fraction of log K, enforced by a lower temperature; 1: as published", within=(0.01, 1), needs=DINO)
+    global_scale: tuple[float, float] = flag((0.4, 1.0), "smallest and largest area of the 2 global crops",
+        "--global-crops-scale", nargs=2, needs=VIEWS)
     local_crops_number: int = flag(0, "local crops, of half the size", within=(0, 10**9), needs=VIEWS)
-    local_scale: tuple[float, float] = flag((0.1, 0.4), "area of the local crops", "--local-crops-scale",
-        nargs=2, needs="local_crops_number")
+    local_scale: tuple[float, float] = flag((0.1, 0.4), "smallest and largest area of the local crops",
+        "--local-crops-scale", nargs=2, needs="local_crops_number")
     flip: float = flag(0.0, "probability of a mirrored view", "--hflip", within=FRACTION, needs=VIEWS)
-    shift: float = flag(None, "how far images move at random, wrapping around, in fractions of a side",
+    shift: float = flag(None, "largest random shift of images, wrapping around, as a fraction of a side",
         group="classification (ISNet)", within=FRACTION, needs="task=classify")
     isnet: float = flag(0.0, "weight of the ISNet loss", within=WEIGHT)
     preset: str = flag(None, "ISNet's loss as published", choices=PRESETS, needs="task=classify")
-    isnet_every: int = flag(3, "steps from one ISNet loss to the next", within=COUNT, needs="isnet")
+    isnet_every: int = flag(3, "add the ISNet loss in every N-th step", within=COUNT, needs="isnet")
     swap: float = flag(1.0, "fraction of images whose background is swapped", within=FRACTION, needs="isnet")
-    swap_margin: float = flag(None, "how much narrower than its mask the kept foreground is, in fractions "
+    swap_margin: float = flag(None, "how much narrower than its mask the kept foreground is, as a fraction "
         "of a side (default: 0.025 if some masks are made, else 0)", within=(0, 0.2),
         needs="isnet&swap baseline=swap")
-    isnet_margin: float = flag(None, "how far around the foreground relevance is free, in fractions of "
-        "a side", within=(0, 0.5), needs="isnet")
+    isnet_margin: float = flag(None, "how far around the foreground relevance is not penalised, as a "
+        "fraction of a side", within=(0, 0.5), needs="isnet")
     isnet_end: float = flag(None, "fraction of --isnet left at the end", within=FRACTION, needs="isnet")
     baseline: str = flag(None, "what to train in place of ISNet; see common/baselines.py", choices=BASELINES)
     baseline_weight: float = flag(1.0, "weight of the baseline's penalty", within=WEIGHT, needs=PENALISED)
@@ -121,31 +121,31 @@ class Config:
         needs=f"isnet {PENALISED}|swap")
     explain: str = flag("selective", "the label's logit, a random one, or the least likely class's log-odds",
         choices=["label", "random", "selective"], needs="isnet")
-    isnet_layers: str = flag("all", "supervised inside: nothing, blocks, all layers, or attention too",
+    isnet_layers: str = flag("all", "what to supervise inside: nothing, blocks, all layers, attention too",
         choices=["none", "blocks", "relevance", "all"], needs="isnet")
-    isnet_decay: float = flag(0.97, "weight of the next largest pixel", within=(1e-3, 1), needs="isnet")
+    isnet_decay: float = flag(0.97, "a pixel's weight / the next larger's", within=(1e-3, 1), needs="isnet")
     isnet_e: float = flag(0.1, "E in u = h / (h + E); small: punish traces", within=POSITIVE, needs="isnet")
     lrp_epsilon: float = flag(1e-2, "epsilon of LRP", within=POSITIVE, needs="task=classify")
     lrp_gamma: float = flag(None, "gamma of LRP; 0: epsilon rule, larger: toward z+", within=WEIGHT,
         needs="task=classify")
     backbone: str = flag(None, "the encoder", group="model", choices=["vit", "resnet"])
-    init: Path = flag(None, "a run, or a file of published ViT weights, to start from in its sizes")
-    patch_size: int = flag(8, "pixels a side of a patch", within=COUNT)
+    init: Path = flag(None, "run, or file of published ViT weights, to start from; sets the encoder's sizes")
+    patch_size: int = flag(8, "pixels per side of a patch", within=COUNT)
     embed_dim: int = flag(None, "width; of the ResNet, in its last stage", within=COUNT)
     depth: int = flag(None, "blocks of the ViT", within=COUNT, needs="backbone=vit")
     num_heads: int = flag(None, "attention heads; each prior takes one", within=COUNT)
     registers: int = flag(0, "register tokens of the ViT", within=(0, 1000), needs="backbone=vit")
     drop_path: float = flag(0.0, "stochastic depth of the last block", "--drop-path-rate",
         within=(0, 0.99), needs="backbone=vit")
-    pool: str = flag(None, "patches to one vector: CLS, mean, SimPool", choices=["cls", "gap", "simpool"])
+    pool: str = flag(None, "pooling of patches: CLS, mean, SimPool", choices=["cls", "gap", "simpool"])
     simpool_gamma: float = flag(None, "exponent of SimPool's mean", within=(0.1, 10), needs="pool=simpool")
     pool_heads: int = flag(None, "attention heads of SimPool (default: --num-heads if guided, else 1)",
         within=COUNT, needs="pool=simpool")
     epochs: int = flag(None, "passes over the images (default: 9, with labels 15, a ViT with labels 40, "
         "small folders more)", group="optimisation", within=COUNT)
-    batch_size: int = flag(None, "images a step", within=COUNT)
-    accumulate: int = flag(1, "parts of a batch, where memory is short; DINO's centre, KoLeo and monitor, "
-        "and BatchNorms, see one part at a time")
+    batch_size: int = flag(None, "images per step", within=COUNT)
+    accumulate: int = flag(1, "parts that a batch is split into, to save memory; DINO's centre, KoLeo and "
+        "monitor, and BatchNorms, see one part at a time")
     amp: bool = flag(False, "compute in bfloat16 where that is safe")
     compile: bool = flag(False, "pretrain with torch.compile")
     lr: float = flag(None, "highest learning rate (AdamW, cosine)", within=(1e-9, 1e9))
@@ -168,7 +168,7 @@ def as_json(config: Config) -> dict:
 
 
 def epochs_for(task: str, backbone: str, steps: float = math.inf) -> int:
-    """How many epochs of so many steps a run trains for, unless --epochs says so."""
+    """How many epochs a run trains for by default, if an epoch has so many steps."""
     epochs, floor = LENGTHS["pretrain" if task == "pretrain" else f"classify {backbone}"]
     return max(epochs, math.ceil(floor / steps))
 
@@ -196,7 +196,7 @@ def parse(argv: list[str], doc: str = "") -> tuple[Config, set[str]]:
     if task == "classify" and given.get("data", "phantom") == "phantom":
         values["findings"] = (FINDINGS[0],)
     if given.get("data", "phantom") in DRAWN:
-        values["epochs"] = epochs_for(task, backbone)  # a folder's are chosen when its images are counted
+        values["epochs"] = epochs_for(task, backbone)  # for a folder, set when its images are counted
     values |= PRESETS.get(given.get("preset"), {}) | given
     if values["pool_heads"] is None:
         values["pool_heads"] = values["num_heads"] if task == "pretrain" and values["prior"] != "none" else 1
@@ -206,7 +206,7 @@ def parse(argv: list[str], doc: str = "") -> tuple[Config, set[str]]:
 
 
 def read_record(path: Path, by: str) -> dict:
-    """What is in config.json of a run, or in that file. by: the flag that names it. Raises ValueError."""
+    """The content of a run's config.json, or of that file. by: the flag that names it. Raises ValueError."""
     try:
         record = json.loads((path / "config.json" if path.is_dir() else path).read_text())
         record["command"], record["task"]
@@ -216,7 +216,7 @@ def read_record(path: Path, by: str) -> dict:
 
 
 def read_settings(path: Path, by: str) -> dict:
-    """A run's settings but for those of the call; None is left out. Raises ValueError, as `read_record`."""
+    """A run's settings without None and those of a single call. Raises ValueError, as `read_record`."""
     record, known = read_record(path, by), {f.name: f for f in fields(Config)}
     left_out = NO_SETTINGS | {"overwrite", "resume", "device"}
     settings = {name: v for name, v in record.items() if v is not None and name not in left_out}
@@ -225,7 +225,7 @@ def read_settings(path: Path, by: str) -> dict:
             raise ValueError(f"{by} {path} has {name} {json.dumps(value)[:80]}, which train.py doesn't know")
     first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
     if first and by == "--config" and (newer := known.keys() - record.keys()):
-        print(f"note: {by} {path} is older than {', '.join(sorted(newer))}: today's defaults are taken")
+        print(f"note: {by} {path} is older than {', '.join(sorted(newer))}: today's defaults are used")
     return settings
 
 

@@ -2,8 +2,8 @@
 
     python -m common.datasets mvtec mvtec_anomaly_detection/bottle data/bottle
 
-Images are hard links where possible. If a release has test but no validation images, a tenth of the training
-images validate, by patient if patients are known.
+Images are hard links where possible. If a release has test images but no validation images, a tenth of the
+training images becomes the validation split, chosen by patient if patients are known.
 """
 
 import argparse
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.out.exists():
         parser.error(f"{args.out} exists; name a new folder")
-    half_done = args.out.with_name(args.out.name + ".part")  # which must not pass for a dataset
+    half_done = args.out.with_name(args.out.name + ".part")  # must not be mistaken for a dataset
     shutil.rmtree(half_done, ignore_errors=True)
     try:
         written = write(DATASETS[args.dataset](args.source), half_done)

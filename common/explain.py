@@ -28,7 +28,7 @@ def pools_evenly(encoder: nn.Module) -> bool:
 
 
 def has_attention(encoder: nn.Module, baseline: str | None) -> bool:
-    """Whether there is attention to show; a pipeline's encoder sees its segmenter's foreground instead."""
+    """Whether there is attention to show; not in a pipeline, whose encoder sees only the foreground."""
     return not pools_evenly(encoder) and baseline != "pipeline"
 
 
@@ -63,7 +63,7 @@ def explained_class(classes: list[str], multiclass: bool) -> str:
 
 
 def decisions(model: nn.Module, images: Tensor, multiclass: bool, classes: list[str]) -> list[list[str]]:
-    """A classifier's words for each image: first what `relevance_of` explains, then the likeliest."""
+    """A classifier's decisions in words, by image: first what `relevance_of` explains, then the likeliest."""
     said, explained = [], explained_class(classes, multiclass)
     for chances in scores_of(model, images, multiclass).sigmoid().tolist():
         ranked = sorted(zip(classes, chances), key=lambda pair: (pair[0] != explained, -pair[1]))
@@ -74,11 +74,11 @@ def decisions(model: nn.Module, images: Tensor, multiclass: bool, classes: list[
 def scores_in(
     model: nn.Module, data: Data, heads: dict[str, int], multiclass: bool | None, layer: int
 ) -> tuple[str, list[float]]:
-    """What the score of an image is, and the scores (M,), NaN if unknown; heads: {region: number}."""
+    """The name of an image's score, and the scores (M,), NaN if unknown; heads: {region: number}."""
     if multiclass is not None and data.labels is not None:
         p, y = scores_of(model, data.images, multiclass).sigmoid(), data.labels  # (M, K)
         if multiclass:
-            true = (p * y).sum(dim=1).masked_fill(y.sum(dim=1) != 1, torch.nan)  # of none, or of two
+            true = (p * y).sum(dim=1).masked_fill(y.sum(dim=1) != 1, torch.nan)  # of no class, or of two
             return "probability of the true class", true.tolist()
         true = torch.where(y == 1, p, 1 - p).masked_fill(y.isnan(), torch.nan).nanmean(dim=1)
         return "probability of what is true, mean of the findings", true.tolist()

@@ -15,7 +15,7 @@ KINDS = {"bool": bool, "int": int, "float": float, "Path": Path, "str": str}
 def flag(default, text: str, *names: str, group="", choices=None, nargs=None, within=None, needs=""):
     """A field that is a flag: default, help, other names, the group that begins here, choices, limits.
 
-    needs: settings of which one must be there for the flag to have an effect: NAME or NAME=A|B, joined by &.
+    needs: conditions, one of which must hold for the flag to have an effect: NAME or NAME=A|B, joined by &.
     """
     return field(default=default, metadata={k: v for k, v in locals().items() if k != "default"})
 
@@ -58,9 +58,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser_of(settings: type, defaults: dict[str, dict], doc: str) -> Parser:
-    """The parser of train.py, made of the fields of its settings. It returns what was typed and nothing else.
+    """The parser of train.py, made from the fields of its settings. It returns only what was typed.
 
-    defaults: those that the help names for a field whose default is None, {case: {field: value}}.
+    defaults: what the help shows for a field whose default is None, {case: {field: value}}.
     """
     intro, examples = (doc or "\n\n").split("\n\n")[:2]
     usage = "python train.py [--task TASK] [--out DIR] [--data DIR] [flags below]"
@@ -81,6 +81,6 @@ def parser_of(settings: type, defaults: dict[str, dict], doc: str) -> Parser:
         rest = dict(type=kind, choices=about["choices"], nargs=about["nargs"], metavar=metavar, help=text)
         group.add_argument(option(f), *about["names"], **rest)
         if f.name == "out":
-            what = "a run or its config.json, to repeat in another --out; flags typed beside it win"
+            what = "a run or its config.json, to repeat in another --out; other flags override it"
             group.add_argument("--config", type=Path, metavar="PATH", help=what)
     return parser

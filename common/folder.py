@@ -4,7 +4,7 @@
     hospital/masks/heart/a.png            parts/scratched/1.png
     hospital/labels.csv
 
-docs/data.md describes both layouts, masks, labels and splits, and what becomes of an image.
+docs/data.md describes both layouts, masks, labels and splits, and how images are converted.
 """
 
 import math
@@ -29,10 +29,10 @@ ENTRIES = ["images", "masks", "labels.csv"]  # of a folder
 
 
 def load_folder(folder: str | Path, img_size: int, reference: str | None = None) -> LoadedData:
-    """The images and masks of a folder, resized to S = img_size, both sides independently.
+    """The images and masks of a folder, resized to S = img_size, each side independently.
 
-    The reference image is the one asked for, else the first of train (or val, or test) with all masks, if
-    possible none of them empty; it moves to train. A damaged image is skipped with a note. Raises DataError.
+    The reference image is the one asked for, else the first in train (or val, or test) that has all masks, if
+    possible none empty; it moves to train. A damaged image is skipped with a note. Raises DataError.
     """
     folder, notes, paths, findings, labels, split, masks = Path(folder), [], {}, [], {}, {}, {}
     if not folder.is_dir():
@@ -56,7 +56,7 @@ def load_folder(folder: str | Path, img_size: int, reference: str | None = None)
     if not paths:
         where = f" where they belong, but{elsewhere[1:]}" if elsewhere else f" ({' '.join(SUFFIXES)})"
         raise DataError(f"{folder} holds no images{where}; {LAYOUT}")
-    notes += [f"not read as images{elsewhere}; {LAYOUT}"] if elsewhere else []
+    notes += [f"images not used:{elsewhere[1:]}; {LAYOUT}"] if elsewhere else []
     data = _read_images(paths, masks, img_size, notes)
     for region, m in zip(data.regions, data.masks.transpose(0, 1) if data.regions else []):  # (N, S, S)
         if (full := torch.stack([mask.float().mean() for mask in m]) > 0.98).any():
@@ -85,7 +85,7 @@ def load_folder(folder: str | Path, img_size: int, reference: str | None = None)
 
 
 def _listed(folder: Path, folders: bool = False) -> list[Path]:
-    """The image files in a folder, or its folders, without hidden ones."""
+    """The image files in a folder, or its subfolders, without hidden ones."""
     paths = (path for path in sorted(folder.iterdir()) if path.name[0] != ".")
     return [p for p in paths if (p.is_dir() if folders else p.suffix.lower() in SUFFIXES and p.is_file())]
 
@@ -132,18 +132,18 @@ def by_stem(names: list[str]) -> dict[str, int]:
     for i, name in enumerate(names):
         first = stems.setdefault(Path(name).with_suffix("").as_posix(), i)
         if first != i:
-            raise DataError(f"{names[first]} and {name} would have one mask's name; rename one of them")
+            raise DataError(f"{names[first]} and {name} would share a mask's name; rename one of them")
     return stems
 
 
 def read_masks(folder: Path, data: str | None, names: list[str], size: int) -> Tensor:
     """Masks (N, 1, S, S) bool of the images `names`: the union of the files <name> and <region>/<name>.
 
-    data: the folder of the images, or None for drawn ones, whose masks may have any size. Masks that are
-    missing are empty. Raises DataError, also if all are missing.
+    data: the folder of the images, or None for synthetic ones, whose masks may have any size. Missing masks
+    are empty. Raises DataError, also if all are missing.
     """
     if (folder / "images").is_dir() or data and folder.resolve() == Path(data).resolve():
-        raise DataError(f"{folder} holds images, which are no masks; name the folder of the masks")
+        raise DataError(f"{folder} holds images, not masks; name the folder of the masks")
     wanted, any_mask = by_stem(names), False
     masks = torch.zeros(len(names), 1, size, size, dtype=torch.bool)
     for path in sorted(folder.rglob("*")):
@@ -182,7 +182,7 @@ def _read_images(paths: dict[str, Path], masks: dict[str, dict], size: int, note
     more = 224 if side >= 224 else 128
     if side >= max(128, 2 * size) and more > size:
         flags = f"--img-size {more} --patch-size 16"
-        notes.append(f"images of {side} px become {size} px; {flags} keeps more of them")
+        notes.append(f"images of {side} px become {size} px; {flags} keeps more detail")
     channels = max(map(len, images))
     images = torch.stack([image.expand(channels, -1, -1) for image in images])  # (N, C, S, S)
     known = torch.tensor([bool(masks) and all(name in files for files in masks.values()) for name in names])

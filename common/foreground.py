@@ -1,11 +1,11 @@
 """The foreground of a classifier's training images, from one of these sources:
 
-data        the masks that come with the images; images without get the reference image's, registered
+data        the masks that come with the images; images without masks get those of others, registered
 prior       the reference image's masks, registered to all images
 attention   the guided heads of the run --init
-RUN         the guided heads of another run: a convnet can't start from a ViT
-DIR         masks of any other tool: DIR/<region>/<image's name>, or DIR/<image's name>, as large as the
-            image, upright if its EXIF turns it; of several regions the union
+RUN         the guided heads of another run, since a convnet can't start from a ViT
+DIR         masks from any other tool: DIR/<region>/<image's name>, or DIR/<image's name>, as large as the
+            image, after any rotation by EXIF; masks of several regions are united
 """
 
 import math
@@ -52,7 +52,7 @@ def foreground(source: str, splits: dict[str, Data], data: str, init: Path | Non
     if source != "data":
         dice, n = masks_compared(masks, train, prior[2])
         found = f"Dice {100 * dice:.1f} % with those of the data, in {n} image(s)"
-        print(f"masks from {source}: {found if n else 'no other image has both, to compare them'}")
+        print(f"masks from {source}: {found if n else 'no other image has masks to compare them with'}")
     return masks
 
 
@@ -64,10 +64,10 @@ def are_made(source: str, has_masks: Tensor) -> bool:
 
 
 def check_foreground(source: str, train: Data, masks: Tensor, stay: Tensor) -> None:
-    """Print how many training images stay (N,) since their foreground, masks (N, 1, S, S), is known.
+    """Print for how many training images the foreground, masks (N, 1, S, S), is known: only these stay (N,).
 
-    Raises ValueError if fewer than a tenth do, or none of a class: a classifier would learn nothing of it;
-    and if the masks cover nearly everything: nothing would be kept from it.
+    Raises ValueError if fewer than a tenth stay, or none of a class, which then can't be learned; also if the
+    masks cover nearly everything, which leaves no background.
     """
     line = f"--masks {source}: the foreground of {int(stay.sum())} of {len(stay)} training images is known"
     found, names = train.labels == 1, [*train.findings, "no finding"]
@@ -94,8 +94,8 @@ def check_foreground(source: str, train: Data, masks: Tensor, stay: Tensor) -> N
 def registered_masks(images: Tensor, prior: tuple, most: int = 1) -> Tensor:
     """Masks (M, 1, S, S) bool of images (M, C, S, S) by priors, empty where these can't be trusted.
 
-    prior: the arguments of `priors_over` after images. most: how many reference images are tried; an image
-    gets the masks of the one that is found best in it. Raises ValueError.
+    prior: the arguments of `priors_over` after images. most: how many reference images are tried; each image
+    gets the masks of the one that is found in it with the highest confidence. Raises ValueError.
     """
     source, train, reference, *how = prior
     masks, best = torch.zeros_like(images[:, :1], dtype=torch.bool), torch.zeros(len(images))
@@ -140,11 +140,11 @@ def mask_dice(masks: Tensor, data: Data) -> float:
 
 
 def masks_compared(masks: Tensor, data: Data, reference: str | None) -> tuple[float, int]:
-    """Mean Dice, as `mask_dice`, over the images of which masks (N, 1, S, S) are not empty, and how many.
+    """Mean Dice, as `mask_dice`, over the images whose masks (N, 1, S, S) are not empty, and their number.
 
-    The reference image, from whose own masks they may be made, does not count. NaN if no other has masks.
+    The reference image does not count, since the masks may be made from its own. NaN if no image is left.
     """
-    both = masks.flatten(1).any(dim=1) & data.has_masks  # (N,); an empty mask is one that is not known
+    both = masks.flatten(1).any(dim=1) & data.has_masks  # (N,); an empty mask is unknown
     both &= torch.tensor([name != reference for name in data.names])
     return (mask_dice(masks[both], select(data, both)) if both.any() else math.nan), int(both.sum())
 

@@ -1,7 +1,7 @@
-"""Three hospitals take the same X-rays: a shortcut of many parts, as in data that were put together.
+"""Three hospitals take the same X-rays: a shortcut of many parts, as in data pooled from several sources.
 
 Positives from hospital A and negatives from B differ in marker and collimation, and partly in pose, exposure
-and noise, whose ranges overlap. C reaches beyond both: images outside of the training data.
+and noise, whose ranges overlap. C's ranges reach beyond both, so its images are unlike any training image.
 """
 
 from typing import NamedTuple

@@ -22,7 +22,7 @@ def one_hot(classes: dict[str, str]) -> tuple[list[str], dict[str, Tensor]]:
 
 
 def doubtful(findings: list[str], images: list[int]) -> list[str]:
-    """Notes on classes (K) that may be another one misspelt; images: how many each has (K)."""
+    """Notes on classes (K) whose name may be a misspelling of another; images (K): how many each has."""
     known, notes = {}, []
     for finding, n in sorted(zip(findings, images), key=lambda pair: -pair[1]):
         lower, letters = finding.lower(), re.sub(r"\d", "", finding.lower())

@@ -1,9 +1,9 @@
-"""What is reported of a model, measured on test images; choices are made on validation images.
+"""What is reported about a model: measured on test images, with choices made on validation images.
 
-attention  pixel average precision (AP) and Dice of one attention head for each region: the one that masks
-           guided, otherwise the best on validation images and, beside it, the mean over all heads, which
-           needs no masks. The prior's own AP stands there, too, see `regions.prior_maps`. Of an even pooling
-           the AP is that of a flat map, to compare with: it is in metrics.json, not in a table.
+attention  pixel average precision (AP) and Dice of one attention head per region: the one that masks guided.
+           Without guidance, it is the best on validation images, and the mean over all heads, which needs no
+           masks, is listed beside it. So is the prior's own AP, see `regions.prior_maps`. An even pooling has
+           the AP of a flat map: metrics.json records it for comparison, no table shows it.
 bias       a classifier's AUC and accuracy on test images as in training and, if these have a marker, with
            it removed, flipped, and flipped to an unseen kind. These show whether it relies on the marker.
            The share of relevance in the foreground does not: a heatmap can look right and be wrong.
@@ -31,8 +31,8 @@ from common.objects import measure_objects, shows_one
 from common.probe import PROBES, draw_labelled, probe
 
 MEASURES = ["attention", "objects", "bias", "backgrounds", *PROBES]
-NOT_OF = {True: ["finetune"], False: ["bias", "backgrounds"]}  # classifiers, pretrained encoders
-OF_FOREGROUND = {  # tables, and what in them is of images with a foreground
+NOT_OF = {True: ["finetune"], False: ["bias", "backgrounds"]}  # for classifiers, for pretrained encoders
+OF_FOREGROUND = {  # {table: what in it is measured only on images with a foreground}
     "AP in %": "AP and Dice", "objects, in %": "objects", "exchanged backgrounds, in %": "backgrounds",
     "test images (same = unchanged), in %": "relevance share",
 }  # fmt: skip
@@ -46,13 +46,13 @@ class Report(NamedTuple):
 
     metrics: dict[str, float]  # as in metrics.json
     tables: dict[str, Table]  # by title
-    curves: dict[str, dict[float, list[float]]]  # {probe: {label fraction: a value a draw}}
+    curves: dict[str, dict[float, list[float]]]  # {probe: {label fraction: one value per draw}}
     heads: dict[str, int]  # {region: the head that looks at it}
     notes: list[str]  # what can't be measured
 
 
 def applicable(measures: list[str], classifier: bool) -> list[str]:
-    """The measures that a model can have: fine-tuning is of pretrained encoders only, bias of classifiers."""
+    """The measures that apply: no fine-tuning of classifiers, no bias or backgrounds of encoders."""
     return [what for what in measures if what not in NOT_OF[classifier]]
 
 
@@ -63,26 +63,26 @@ def report(
 ) -> Report:  # fmt: skip
     """Measure a model on test images, as far as there are masks and labels; notes say what can't be measured.
 
-    measures: of MEASURES. fractions: of labels, to probe pretrained encoders. multiclass: None for those,
-    else whether labels are classes. rule: arguments of `relevance`. layer: whose attention. guided: whether
-    masks guided the first heads. priors: those of one reference image over test images.
+    measures: from MEASURES. fractions: of labels, to probe pretrained encoders. multiclass: None for these,
+    else whether labels are classes. rule: arguments of `relevance`. layer: the block whose attention counts.
+    guided: whether masks guided the first heads. priors: a function from images to maps of priors.
     """
     classifier = multiclass is not None
     encoder = model.encoder if classifier else model
     found, features, apply = Report({}, {}, {}, {}, []), {}, applicable(measures, classifier)
     if list(measures) not in (MEASURES, QUICK):
         others = "pretrained runs" if classifier else "classifiers"
-        found.notes.extend(f"{what} is of {others} only" for what in measures if what not in apply)
+        found.notes.extend(f"{what} is only for {others}" for what in measures if what not in apply)
     test, n, masked = splits["test"], len(splits["test"].names), len(shows_one(splits["test"]).names)
     if "attention" in apply and pools_evenly(encoder):
-        found.notes.append("the pooling is even: no attention; its AP is that of a flat map")
+        found.notes.append("the pooling is even: there is no attention, and AP is that of a flat map")
     for what in apply:
         try:
             if what == "bias":
                 table = measure_bias(model, splits, multiclass, rule)
                 if n < 50:
                     found.notes.append(
-                        f"only {n} test images: one of them is up to {100 / n:.0f} points of accuracy"
+                        f"only {n} test images: each is worth up to {100 / n:.0f} points of accuracy"
                     )
                 found.tables["test images (same = unchanged), in %"] = table
                 found.metrics.update(flatten(table, name_of_bias))
@@ -91,7 +91,7 @@ def report(
                 found.tables["exchanged backgrounds, in %"] = table
                 found.metrics.update(flatten(table, name_of_bias))
                 if m < masked:
-                    found.notes.append(f"mixed same: the {m} of {masked} images whose labels another one has")
+                    found.notes.append(f"mixed same: on the {m} of {masked} images that share their labels")
             elif what == "objects":
                 if list(measures) != MEASURES or len(test.regions) == 1:
                     found.tables["objects, in %"] = measure_objects(model, splits, layer)
@@ -113,16 +113,16 @@ def report(
                 found.notes.append(str(error))
     for title, what in OF_FOREGROUND.items():
         if title in found.tables and 0 < masked < n:
-            found.notes.append(f"{what}: the {masked} of {n} test images with a foreground")
+            found.notes.append(f"{what}: on the {masked} of {n} test images with a foreground")
     if unknown := [name for name, value in found.metrics.items() if math.isnan(value)]:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-        few = "too few test images of a kind, or validation images"
-        found.notes.append(f"not defined, {few}: {', '.join(unknown[:5])}{more}")
+        few = "(too few test images of a kind, or validation images)"
+        found.notes.append(f"not defined {few}: {', '.join(unknown[:5])}{more}")
     return found
 
 
 def add_probe(found: Report, what: str, probed: dict[float, dict], labels: Tensor) -> None:
-    """Add what a probe found, {label fraction: {metric: a value a draw}}, of training labels (N, K)."""
+    """Add a probe's results, {label fraction: {metric: one value per draw}}; labels (N, K) of training."""
     name = list(probed[max(probed)])[-1]  # accuracy of classes, mAUC of findings
     found.curves[f"{what} {name}"] = {f: draws[name] for f, draws in probed.items()}
     rows = found.tables.setdefault("probes, in %", {})[f"{what} {name}"] = {}
@@ -171,8 +171,8 @@ def measure_attention(
 def measure_bias(model: nn.Module, splits: dict[str, Data], multiclass: bool, rule: dict | None) -> Table:
     """AUC, accuracy and share of relevance in the foreground: {test images: {metric: value}}, NaN if unknown.
 
-    The test images are those as they are ("same") and, with a marker, those that `load` adds. Of a pipeline,
-    also the Dice of its segmenter. Raises CannotMeasure without labels.
+    The test images are unchanged ("same") and, with a marker, also those that `load` adds. For a pipeline the
+    Dice of its segmenter is added. Raises CannotMeasure without labels.
     """
     kinds, table = {"same": splits["test"], **{k: d for k, d in splits.items() if k not in SPLITS}}, {}
     for name, found in classified(model, splits["val"], kinds, multiclass).items():
@@ -189,9 +189,9 @@ def measure_bias(model: nn.Module, splits: dict[str, Data], multiclass: bool, ru
 
 
 def measure_backgrounds(model: nn.Module, splits: dict[str, Data], multiclass: bool) -> tuple[Table, int]:
-    """AUC and accuracy on exchanged backgrounds, see `backgrounds.py`, and how many are "mixed same".
+    """AUC and accuracy on exchanged backgrounds, see `backgrounds.py`, and how many images are "mixed same".
 
-    Those are whose labels, known in part at least, another has. Raises CannotMeasure without masks or labels.
+    Another image has the same labels, not all unknown. Raises CannotMeasure without masks or labels.
     """
     test = shows_one(splits["test"])
     if not test.names or not test.has_masks.all():
@@ -211,8 +211,8 @@ def measure_backgrounds(model: nn.Module, splits: dict[str, Data], multiclass: b
 def classified(model: nn.Module, val: Data, kinds: dict[str, Data], multiclass: bool) -> Table:
     """AUC and accuracy on kinds of test images, {kind: {metric: value}}, NaN if unknown.
 
-    Accuracy is that of the likeliest of three classes or more, otherwise of the thresholds that are best on
-    validation images. Raises CannotMeasure without labels.
+    Of three or more classes, accuracy counts the likeliest; otherwise it takes the thresholds that are best
+    on validation images. Raises CannotMeasure without labels.
     """
     test, table = next(iter(kinds.values())), {}
     if test.labels is None or test.labels.isnan().all():

@@ -65,11 +65,11 @@ def boxes(masks: Tensor) -> Tensor:
     """Boxes (B, K, 4) around the connected components of masks (B, H, W) bool: left, top, right, bottom.
 
     Pixels are connected to their 8 neighbours; right and bottom lie behind the last one. K: the largest
-    number of components, those of most pixels first; missing ones are all 0.
+    number of components in a mask; they are sorted by size, and missing ones are all 0.
     """
     B, H, W = masks.shape
     pixels, inside = torch.arange(H * W, device=masks.device), masks.flatten(1)
-    roots = pixels.expand(B, -1)  # a pixel further on in the same component, at last the last one
+    roots = pixels.expand(B, -1)  # a later pixel of the same component, in the end the last one
     while True:
         numbers = torch.where(inside, roots, -1).view(B, 1, H, W).float()  # exact below 2^24
         near = torch.where(inside, F.max_pool2d(numbers, 3, 1, 1).flatten(1).long(), pixels)
@@ -98,10 +98,10 @@ def overlap(a: Tensor, b: Tensor) -> Tensor:
 
 
 def box_overlaps(maps: Tensor, masks: Tensor, thresholds: int = 20) -> Tensor:
-    """How well boxes around what lies above t / thresholds of a map's largest value fit: (2, thresholds, B).
+    """IoU of the object's box with boxes around what reaches t / thresholds of a map's largest value.
 
     maps (B, H, W), non-negative; masks (B, H, W) bool, one object in each, whose parts need not touch; t =
-    0, 1, ... The IoU with the object's box of the best component's box, and of the largest component's.
+    0, 1, ... Returns (2, thresholds, B): the IoU of the best component's box, and of the largest one's.
     """
     parts = boxes(masks)  # (B, K, 4), missing ones 0
     first = parts[..., :2].masked_fill(parts[..., 2:] == 0, math.inf).amin(dim=1)
@@ -114,7 +114,7 @@ def box_overlaps(maps: Tensor, masks: Tensor, thresholds: int = 20) -> Tensor:
 def max_box_acc(overlaps: Tensor) -> float:
     """MaxBoxAccV2 (Choe et al. 2020, arXiv 2007.04178) of `box_overlaps` (T, B), in [0, 1].
 
-    The share of images whose IoU reaches 0.3, 0.5 or 0.7 at the best common threshold, averaged over these.
+    The share of images whose IoU reaches d at the best common threshold, averaged over d = 0.3, 0.5, 0.7.
     """
     return float(torch.stack([(overlaps >= d).double().mean(dim=1).amax() for d in (0.3, 0.5, 0.7)]).mean())
 
@@ -147,7 +147,7 @@ def best_threshold(scores: Tensor, labels: Tensor) -> float:
     if not len(scores):
         return 0.0
     positive = labels[~labels.isnan()][order].cumsum(dim=0)  # up to each score
-    right = positive[-1] - 2 * positive + torch.arange(1, len(scores) + 1)  # with the threshold behind it
+    right = positive[-1] - 2 * positive + torch.arange(1, len(scores) + 1)  # if the threshold is just above
     ends = F.pad(scores[1:] != scores[:-1], (0, 1), value=True)  # no threshold lies between equal scores
     right = right.masked_fill(~ends, -1)
     best = int(right.argmax())

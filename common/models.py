@@ -53,7 +53,7 @@ def load_model(folder: Path, run: Run) -> nn.Module:
 
 
 def load_part(folder: Path, run: Run, model: nn.Module, prefix: str | None = None) -> nn.Module:
-    """Load a run's weights whose names begin with a prefix, or else those of its encoder (the student's).
+    """Load a run's weights whose names begin with a prefix, by default its encoder's (the student's).
 
     Raises ValueError if they have other sizes.
     """
@@ -91,7 +91,7 @@ def make_encoder(config: Config, channels: int) -> nn.Module:
         start_from(config.init, encoder)
     classifies = config.task == "classify" and config.backbone == "vit"
     if classifies and not (config.init and encoder.pos_embed.any()):
-        # At 0.02 positions are lost beside the patches, and some classifiers do not learn.
+        # With a deviation of 0.02, positions are too weak beside patches, and some classifiers do not learn.
         nn.init.trunc_normal_(encoder.pos_embed, std=0.2)
     return encoder
 
@@ -121,7 +121,7 @@ def build_model(config: Config, spec: DataSpec, encoder: nn.Module, grid: tuple[
 
 
 def decayed(model: nn.Module, weight_decay: float) -> list[dict]:
-    """What is learned, as groups for an optimizer that decays matrices but neither biases nor norms."""
+    """The learned parameters in two groups for an optimizer: matrices decay, biases and norms do not."""
     learned = [p for p in model.parameters() if p.requires_grad]
     matrices = {"params": [p for p in learned if p.dim() > 1], "weight_decay": weight_decay}
     return [matrices, {"params": [p for p in learned if p.dim() <= 1], "weight_decay": 0.0}]

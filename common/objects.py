@@ -1,11 +1,11 @@
 """How well maps outline the one object of an image: AP at every pixel, MaxBoxAccV2 and CorLoc.
 
-A pooling by attention shows the mean over its heads, and the head with the best AP on validation masks, which
-a user without masks does not have. An even pooling shows the class activation map of the likeliest class
-(Zhou et al. 2016, arXiv 1512.04150): the patches' logits, whose mean is the image's. Two controls show what
-needs no learning: a Gaussian in the middle of each image, and the same network with random weights.
-MaxBoxAccV2 takes its threshold from test images, by definition; CorLoc's is from validation images. The
-object's box is around all parts of its mask, a stray pixel included.
+With a pooling by attention, the maps are the mean over its heads, and the head with the best AP on validation
+images, which can't be chosen without masks. With an even pooling, the map is the class activation map of the
+likeliest class (Zhou et al. 2016, arXiv 1512.04150): the patches' logits, whose mean is the image's. Two
+controls need no learning: a Gaussian in the middle of each image, and the same network with random weights.
+MaxBoxAccV2 by definition takes its threshold from test images; CorLoc takes it from validation images. The
+object's box encloses all parts of its mask, even a stray pixel.
 """
 
 import copy
@@ -68,8 +68,8 @@ def shows_one(data: Data) -> Data:
 def measure_objects(model: nn.Module, splits: dict[str, Data], layer: int) -> dict[str, dict[str, float]]:
     """{map: {AP, MaxBoxAccV2 or CorLoc: value in [0, 1]}} on test images, of an encoder or a classifier.
 
-    Images without an object are left out. Raises CannotMeasure without masks of one region, and for a model
-    that pools evenly and has no layer of logits to show.
+    Images without an object are left out. Raises CannotMeasure without masks of one region, or for a model
+    that pools evenly but has no linear layer of logits, which a class activation map needs.
     """
     val, test = (shows_one(splits[name]) for name in ("val", "test"))
     if len(test.regions) != 1 or not test.has_masks.any() or not val.has_masks.any():
@@ -77,7 +77,7 @@ def measure_objects(model: nn.Module, splits: dict[str, Data], layer: int) -> di
     encoder = getattr(model, "encoder", model)
     even = pools_evenly(encoder)
     if even and not hasattr(model, "head"):
-        raise CannotMeasure("an even pooling without one layer of logits has no map of the object")
+        raise CannotMeasure("no map shows the object: the pooling is even, without one layer of logits")
 
     def maps_of(network: nn.Module) -> list[Tensor]:  # of validation and test images, (M, heads, N)
         if even:

@@ -26,7 +26,7 @@ from common.metrics import known_mean
 from common.plots import COLOURS, SCALE
 
 PNG = "data:image/png;base64,"
-FINEST = 64  # cells a side of a map, so that the page stays small
+FINEST = 64  # cells per side of a map, so that the page stays small
 WIDTH = 100  # characters of a table on the terminal
 
 
@@ -80,8 +80,8 @@ class Looks(NamedTuple):
 def page(
     reports: dict[str, Report], shown: Data, which: str, looks: dict[str, Looks], curves: dict[str, Path]
 ) -> str:
-    """The page as HTML: tables of runs {name: Report}, what runs {name: Looks} see in images, which are
-    described by `which`, and curves {title: PNG file}. Maps finer than FINEST are averaged.
+    """The page as HTML: tables of runs {name: Report}, what runs {name: Looks} see in images, which `which`
+    describes, and curves {title: PNG file}. Maps finer than FINEST are averaged.
     """
     data = {"size": list(shown.images.shape[2:]), "regions": shown.regions, "colours": COLOURS}
     data["images"] = [_image(shown, i) for i in range(len(shown.names))]

@@ -1,4 +1,4 @@
-"""One picture as pixels: any format, depth and orientation; a damaged one is refused in one line."""
+"""One picture as pixels: any format, depth and orientation; a damaged one is refused by a clear error."""
 
 import math
 import warnings
@@ -37,10 +37,10 @@ def decode(path: Path) -> np.ndarray:
 
 
 def read_mask(path: Path, folder: Path, image: str, shape: tuple[int, int] | None, size: int) -> Tensor:
-    """(S, S) bool, S = size: pixels from half of the mask's maximum on, so 0/1, 0/255, soft grey are alike.
+    """(S, S) bool, S = size: pixels of at least half the mask's maximum, so 0/1, 0/255, soft grey all work.
 
-    folder: which the file must lie in. image, shape: its image, and that one's height and width, if it must
-    have the same. Raises DataError.
+    folder: where the file must lie. image: the name of its image. shape: that image's height and width, if
+    the mask must have the same. Raises DataError.
     """
     if not path.resolve().is_relative_to(folder.resolve()):  # the sender of the folder may be malicious
         raise DataError(f"{path} is a link that leads out of {folder}; replace it by a copy")

@@ -4,7 +4,7 @@ A brushed plate with a bore, four holes and a sticker lies on a dark belt, shift
 turned by up to two degrees. So the statistics of unlabelled images show where to look (`--prior statistics`).
 
 Masks: `plate` is the metal that is left, `holes` the bore and the drilled holes, `defect` the union of an
-image's defects, often empty. A misplaced sticker's mask is where it lies and where it should lie.
+image's defects, often empty. A misplaced sticker's mask covers where it lies and where it should lie.
 """
 
 import torch

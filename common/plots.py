@@ -76,7 +76,7 @@ def map_grid(
     bar.ax.tick_params(labelsize=6)
     if masks is not None:
         figure.legend(handles=_lines(regions, COLOURS), loc="outside lower center", ncols=len(regions))
-    _save(figure, path, bbox_inches="tight")  # the title of a narrow panel is wider than it
+    _save(figure, path, bbox_inches="tight")  # a title may be wider than its panel
 
 
 def draw_maps(path: Path, shown: Data, maps: dict[str, Tensor], signed: bool) -> None:
@@ -86,7 +86,7 @@ def draw_maps(path: Path, shown: Data, maps: dict[str, Tensor], signed: bool) ->
 
 
 def curves(path: Path, histories: dict[str, list[dict]]) -> Path:
-    """Write training curves, a panel a quantity, a line a run: {run: [{"epoch": e, name: value}, ...]}."""
+    """Write training curves of {run: [{"epoch": e, name: value}, ...]}: a panel per name, a line per run."""
     names = list(dict.fromkeys(name for history in histories.values() for name in history[-1]))
     names = [name for name in names if name not in ("epoch", "images_per_s")]
     figure, axes = plt.subplots(1, len(names), figsize=(2.4 * len(names), 2.1), **GRID)
@@ -105,8 +105,8 @@ def curves(path: Path, histories: dict[str, list[dict]]) -> Path:
 
 
 def low_data(path: Path, runs: dict[str, dict[str, dict[float, list[float]]]]) -> Path:
-    """Write curves of scores over label fractions, a panel a probe, a line a run with its range over draws:
-    runs {run: {probe: {fraction: a value a draw}}}, all in [0, 1].
+    """Write curves of scores over label fractions: one panel per probe, one line per run, its range over
+    draws shaded. runs: {run: {probe: {fraction: one value per draw}}}, all in [0, 1].
     """
     probes = list(dict.fromkeys(probe for found in runs.values() for probe in found))
     figure, axes = plt.subplots(1, len(probes), figsize=(2.9 * len(probes), 2.6), sharey=True, **GRID)

@@ -4,7 +4,7 @@
                as in DINO (Wu et al. 2018, arXiv 1805.01978)
     linear     logistic regression on standardised features, with the weight decay best on validation images
     heads      the same on the patches averaged by each head's attention: D features a head
-    finetune   this linear layer and the encoder, trained on together
+    finetune   the same linear layer and the encoder, trained further together
 
 All but `finetune` keep the encoder frozen; all but `heads` see `Features.pooled`. Labels (N, K) are multi-hot
 with NaN for unknown: findings, measured by their mean AUC, or classes, measured by accuracy as well.
@@ -27,7 +27,7 @@ PROBES = ["knn", "linear", "heads", "finetune"]
 DECAYS = [10.0**n for n in range(-5, 1)]
 FRACTIONS = (0.01, 0.05, 0.1, 0.25, 1.0)  # of the labels
 DRAWS = 5  # of each fraction below 1
-MANY = 5_000_000  # scores: a fit of more takes 3 weight decays and 30 steps
+MANY = 5_000_000  # scores: a larger fit tries 3 weight decays only, with 30 steps each
 STEPS = 100  # of fine-tuning, at least
 
 
@@ -56,7 +56,7 @@ def knn_scores(x: Tensor, labels: Tensor, queries: Tensor, k: int = 20, temperat
     similarity = F.normalize(queries, dim=1) @ F.normalize(x, dim=1).T  # (M, N)
     votes = torch.full((len(queries), labels.shape[1]), torch.nan, dtype=similarity.dtype)
     patterns, group = (~labels.isnan()).T.unique(dim=0, return_inverse=True)  # (G, N), (K,)
-    for g in patterns.any(dim=1).nonzero()[:, 0].tolist():  # classes known of the same images share a search
+    for g in patterns.any(dim=1).nonzero()[:, 0].tolist():  # findings known for the same images go together
         known = patterns[g]
         near = similarity[:, known].topk(min(k, int(known.sum())), dim=1)
         weights = (near.values / temperature).softmax(dim=1)
@@ -83,7 +83,7 @@ def linear_layer(x: Tensor, labels: Tensor, decay: float, multiclass: bool, step
 
 
 def score(scores: Tensor, labels: Tensor, multiclass: bool) -> dict[str, float]:
-    """{"mAUC"} and, of classes, {"accuracy"} of scores (M, K) with labels (M, K); NaN scores don't count."""
+    """mAUC and, for classes, accuracy of scores (M, K) with labels (M, K); NaN scores don't count."""
     found = {"mAUC": known_mean(auc(scores[:, k], labels[:, k]) for k in range(labels.shape[1]))}
     if multiclass:
         one = labels.sum(dim=1) == 1  # known, and of one class
@@ -92,10 +92,10 @@ def score(scores: Tensor, labels: Tensor, multiclass: bool) -> dict[str, float]:
 
 
 def best_layer(x: dict[str, Tensor], splits: dict[str, Data], index: Tensor) -> nn.Linear:
-    """The linear layer of training images (n,), with the weight decay that is best on validation images.
+    """The linear layer fitted to training images (n,), with the weight decay best on validation images.
 
-    It takes features as they are, not standardised. The logit of a finding that no image knows is NaN. Raises
-    CannotMeasure if validation images can't tell which decay is best.
+    It takes features that are not standardised. The logit of a finding that is known for no image is NaN.
+    Raises CannotMeasure if validation images can't tell which decay is best.
     """
     labels, val = splits["train"].labels, splits["val"]
     mean, deviation = x["train"].mean(dim=0), x["train"].std(dim=0, correction=0).clamp(min=1e-9)  # (D,)
@@ -112,7 +112,7 @@ def best_layer(x: dict[str, Tensor], splits: dict[str, Data], index: Tensor) -> 
         raise CannotMeasure("no fit of the linear layer converged: the features may not be finite")
     scores = [score(layer(x["val"]), val.labels, multiclass)[metric] for layer in layers]
     if all(map(math.isnan, scores)):
-        raise CannotMeasure("no finding is both present and absent in validation images: no decay is best")
+        raise CannotMeasure("no validation finding is both present and absent: no weight decay can be chosen")
     best = layers[scores.index(max(scores))]
     best.bias[labels[index].isnan().all(dim=0)] = torch.nan
     return best
@@ -158,9 +158,9 @@ def probe(
     encoder: nn.Module, splits: dict[str, Data], how: str, fractions: tuple[float, ...] = (1.0,),
     features: dict[str, Tensor] | None = None,
 ) -> dict[float, dict[str, list[float]]]:  # fmt: skip
-    """Measure an encoder by one of PROBES: {fraction of the labels: {"mAUC" or "accuracy": a value a draw}}.
+    """Measure an encoder by one of PROBES: {label fraction: {"mAUC" or "accuracy": one value per draw}}.
 
-    Fractions of less than 2 images are left out. features: keeps pooled features by split for further probes.
+    Fractions of fewer than 2 images are left out. features: caches pooled features by split for more probes.
     Raises CannotMeasure without labels.
     """
     for split in ("train", "test") if how == "knn" else SPLITS:
@@ -170,7 +170,7 @@ def probe(
     draws = [(f, draw) for f in fractions for draw in range(DRAWS if f < 1 else 1)]
     drawn = [(f, draw, index) for f, draw in draws if len(index := draw_labelled(labels, f, draw)) >= 2]
     if not drawn:
-        raise CannotMeasure(f"{how} can't be measured with less than 2 labelled training images")
+        raise CannotMeasure(f"{how} can't be measured with fewer than 2 labelled training images")
     for split in (split for split in SPLITS if split not in x):
         x[split] = features_of(encoder, splits[split].images, heads=how == "heads")
     for f, draw, index in tqdm(drawn, how, leave=False, disable=None):

@@ -28,7 +28,7 @@ def keep_freed_memory() -> None:
     """
     mallopt = None if os.name == "nt" else getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
-        mallopt(-4, 0)  # M_MMAP_MAX: no block has a mapping of its own, which would end with it
+        mallopt(-4, 0)  # M_MMAP_MAX: no block gets its own mapping, which would be returned when it is freed
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
@@ -41,7 +41,7 @@ def join(device: str, batch_size: int) -> str:
     """Join the processes that torchrun started, if it did; returns this one's device, and opens no other.
 
     Only the first process prints. Raises ValueError if a batch can't be shared evenly, or the device used.
-    Under torchrun a process whose device can't be used says so and ends with status 1: it may be alone.
+    Under torchrun each process that can't use its device prints why and ends with status 1.
     """
     if "RANK" not in os.environ:
         check_device(device)
@@ -63,11 +63,11 @@ def join(device: str, batch_size: int) -> str:
 
 
 class Collapse(RuntimeError):
-    """DINO gives all images the same output; all processes know, and the message names the remedy."""
+    """DINO gives all images the same output. Every process raises this; the message names the remedy."""
 
 
 def fail(script: str, said: Exception | str, status: int) -> NoReturn:
-    """End a script with one line; the first process prints it; all do where one may fail alone."""
+    """End a script with a one-line message, printed by the first process, or by each that may fail alone."""
     if not rank() or status == 1 and not isinstance(said, Collapse):
         print(f"{script}: {said}", file=sys.stderr)
     sys.exit(status)
@@ -137,7 +137,7 @@ def from_first(values: Any) -> Any:
 
 @contextmanager
 def stop_requests() -> Iterator[Event]:
-    """An event that Ctrl-C or SIGTERM sets, so that a step is finished first; Ctrl-C again stops at once."""
+    """An event that Ctrl-C or SIGTERM sets, so that a step ends first; a second Ctrl-C stops at once."""
     asked = Event()
 
     def ask(number: int, frame: Any) -> None:

@@ -6,7 +6,7 @@ fewest pixels that hold the share m_r of it:
     M_r = the fewest pixels x with  sum A_r(x) >= m_r                                  (7) `masks_held`
     m_r = the least share that covers 95 % of the prior, where the prior is true       (7) `mass_held`
 
-Much of what matters lies at a region's border, so the mask covers the prior and does not keep its area.
+Much of what matters lies at a region's border, so the mask covers the prior instead of matching its area.
 """
 
 from collections.abc import Callable
@@ -64,9 +64,9 @@ def priors_over(
 ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:  # fmt: skip
     """A function from indices (B,) of images (N, C, S, S) to priors (B, R, S, S) and confidence (B,).
 
-    Confidence is how sure it is, from 0 to 1, that the priors lie where they should. prior, reference, blur:
-    as in `make_priors`; or "masks", those of all images, which are `train`'s then. how: bend, affine or none
-    registers the reference image to each image. heads: how many can be guided. Raises ValueError.
+    Confidence, from 0 to 1, says how surely the priors lie where they should. prior, reference, blur: as in
+    `make_priors`; prior "masks" takes each image's own, and images are `train`'s. how: bend, affine or none,
+    to register the reference image to each image. heads: how many can be guided. Raises ValueError.
     """
     certain = torch.ones(len(images), device=device)
     if prior == "masks":
@@ -96,7 +96,7 @@ def priors_over(
     if heads is not None and (lost := int((sure < 0.5).sum())):
         counts = f"{lost} of {len(images)} images"
         name = f"the reference image {printable(reference)}"
-        print(f"note: {name} is hardly found in {counts}; their priors count less")
+        print(f"note: {name} is hardly found in {counts}; their priors get less weight")
     return lambda index: (carry(priors, theta[index], flow[index]), sure[index])
 
 
@@ -105,8 +105,8 @@ def prior_maps(
 ) -> dict[str, tuple[Tensor, tuple[int, int]]]:
     """The reference image's priors as maps over images (M, C, S, S): {name: (maps (M, R, h * w), (h, w))}.
 
-    As they are, registered to each image at every pixel, and registered on the grid of patches. The device
-    registers; maps lie in host memory.
+    As they are, registered to each image at every pixel, and registered on the grid of patches. Registration
+    runs on the device; the maps are in host memory.
     """
 
     def on_grid(priors: Tensor) -> Tensor:  # (B, R, S, S) to (B, R, h * w)
@@ -126,7 +126,7 @@ def prior_maps(
 
 
 def mass_held(attention: Tensor, grid: tuple[int, int], regions: Tensor) -> Tensor:
-    """m_r of equation (7): the share (R,) of attention in the most attended pixels covering a region (95 %).
+    """m_r of equation (7): the share (R,) of attention in the most attended pixels covering 95 % of a region.
 
     attention (B, R, N) on a grid (h, w) of images that show the regions (R, H, W) bool, at least on average.
     """
@@ -140,7 +140,7 @@ def mass_held(attention: Tensor, grid: tuple[int, int], regions: Tensor) -> Tens
 def masks_held(attention: Tensor, grid: tuple[int, int], size: tuple[int, int], mass: Tensor) -> Tensor:
     """Equation (7): masks (B, R, H, W) bool, the fewest pixels that hold mass (R,) of attention (B, R, N)."""
     maps, order = _upsampled(attention, grid, size).sort(dim=2, descending=True)
-    kept = maps.cumsum(dim=2) - maps < mass[:, None]  # what is held before a pixel does not suffice yet
+    kept = maps.cumsum(dim=2) - maps < mass[:, None]  # the pixels before this one don't hold enough yet
     return torch.zeros_like(kept).scatter(2, order, kept).unflatten(2, size)
 
 
@@ -151,7 +151,7 @@ def _upsampled(attention: Tensor, grid: tuple[int, int], size: tuple[int, int]) 
 
 
 def check_masses(run: Path, masses: dict[str, float]) -> None:
-    """Raise ValueError unless a run's masses make masks, whose regions become file names."""
+    """Raise ValueError unless a run's masses can make masks, and its regions can be file names."""
     if not masses:
         raise ValueError(f"{run} makes no masks: no single prior guided its heads")
     if any(Path(name).name != name or name in ("", "..") for name in masses):
@@ -175,8 +175,8 @@ def write_mask(path: Path, mask: Tensor, size: tuple[int, int]) -> None:
 def export_masks(out: Path, data: str, encoder: nn.Module, masses: dict, splits: dict, layer: int) -> int:
     """Write attention masks of all images as PNGs, out/<region>/<image's name>.png; returns how many.
 
-    They are as large as the images on disk; of synthetic data, the training images are written. Raises
-    ValueError rather than write into a folder that holds something.
+    They are as large as the images on disk. Of synthetic data, only masks of training images are written.
+    Raises ValueError rather than write into a folder that holds something.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--export-masks {out} holds something already; name a new folder")
@@ -195,5 +195,5 @@ def warn_if_unguided(history: list[dict]) -> None:
     """Print a warning if SPAN's loss is higher in the last epoch than in the first."""
     first, last = (row.get("span_loss", 0.0) for row in (history[0], history[-1]))
     if last > 1.05 * first > 0:
-        rose = f"SPAN's loss was {first:.3g} in the first epoch, {last:.3g} in the last"
+        rose = f"SPAN's loss rose from {first:.3g} in the first epoch to {last:.3g} in the last"
         print(f"warning: {rose}: try another --lr, or more --epochs")

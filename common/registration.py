@@ -1,15 +1,15 @@
 """Registration: where the regions of one labelled image lie in other images, found once and without labels.
 
-As published, SPAN's priors are the same for all images. These are warped to each image (theta: `crops.py`):
+As published, SPAN's priors are the same for all images. Here they are warped to each (theta: `crops.py`):
 
     T_i   = argmax_T NCC(c(image_i), c(reference o T)),  T affine, c: local contrast           (1) `align`
     f_i   = argmax_f NCC(c(image_i), c(reference o (T_i + f))) - stiffness |diff f|^2          (2) `bend`
     s_i   = NCC(d(image_i), d(reference o T_i)) over the box around the regions                (3) `agreement`
     T_i   = argmax_T s_i,  T a shift and a scale                                               (4) `find`
 
-(1) and (2) need images of one scene, which overlap from the start. Where they fail, (4) searches everywhere;
-d adds the local energy of c to c, since two different digits, say, share no more than that. The map with the
-larger s_i is taken. Where s_i is small neither has found anything, and `confidence` is low.
+(1) and (2) need images of one scene, which overlap from the start. Where they fail, (4) searches everywhere.
+d is c and its local energy, which may be all that, say, two different digits share. The T_i with the larger
+s_i is taken. Where s_i is small, neither has found the regions, and `confidence` is low.
 """
 
 import torch
@@ -152,7 +152,7 @@ def _box(priors: Tensor) -> tuple[float, float, float, float]:
 
 
 def _points(x: float, y: float, width: float, height: float, size: float) -> Tensor:
-    """Points (rows, columns, 2) over a box, as dense as the pixels of an image of `size` px; odd numbers."""
+    """Points (rows, columns, 2), both odd, over a box, as dense as the pixels of an image of `size` px."""
     sides = []
     for centre, half in ((y, height), (x, width)):
         n = max(3, round(half * size) | 1)
@@ -191,7 +191,7 @@ def _register(source: Tensor, target: Tensor, start: Tensor, points, steps: int,
         grid, penalty = points(x)
         moved = F.grid_sample(source, grid, padding_mode="border", align_corners=False)
         a, b = (v.flatten(1) - v.flatten(1).mean(dim=1, keepdim=True) for v in (moved, target))
-        loss = (penalty - F.cosine_similarity(a, b, dim=1, eps=1e-6)).sum()  # so each image's step is its own
+        loss = (penalty - F.cosine_similarity(a, b, dim=1, eps=1e-6)).sum()  # each image counts on its own
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -201,6 +201,6 @@ def _register(source: Tensor, target: Tensor, start: Tensor, points, steps: int,
 def _between(flow: Tensor, size: tuple[int, int]) -> Tensor:
     """Displacements (B, 2, knots, knots) at every pixel, bicubic between the knots: (B, h, w, 2)."""
     k = flow.shape[-1]
-    unit = torch.eye(k).to(flow)[None, None]  # interpolation is linear, so a matrix (h or w, k) on each side
+    unit = torch.eye(k).to(flow)[None, None]  # interpolation is linear: a matrix (h or w, k) for each side
     down, across = (F.interpolate(unit, (n, k), mode="bicubic", align_corners=True)[0, 0] for n in size)
     return (down @ flow @ across.T).permute(0, 2, 3, 1)

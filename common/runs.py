@@ -88,7 +88,7 @@ def load_all(
 
 
 def measured_by(run: Loaded, splits: dict, reference: str | None, known: dict) -> dict:
-    """Keyword arguments of `measure.report` for a run. known: keeps registered priors for the next run."""
+    """Keyword arguments of `measure.report` for a run. known: caches registered priors for the next run."""
     config, model = run.config, run.model
     if config.task == "classify":
         return {"layer": config.span_layer, "multiclass": run.spec.multiclass, "rule": lrp_rule(config)}
@@ -105,14 +105,14 @@ def measured_by(run: Loaded, splits: dict, reference: str | None, known: dict) -
 
 
 def worth_showing(splits: dict[str, Data]) -> tuple[str, Data]:
-    """A split and its images to show: of the test split unless it is empty, with masks if any has them."""
+    """The split to show, test unless it is empty, and its images: those with masks if any has them."""
     split = "test" if splits["test"].names else "train"
     data = splits[split]
     return split, select(data, data.has_masks) if data.has_masks.any() else data
 
 
 def images_to_show(config: Config, splits: dict[str, Data], n: int) -> Data:
-    """n test images for a picture, with masks: of all classes, or two thirds of the first finding, or any."""
+    """n test images for a picture: spread over classes, or two thirds with the finding, or the first n."""
     _, test = worth_showing(splits)
     n = min(n, len(test.names))
     labels, pretraining = splits["train"].labels, config.task == "pretrain"
@@ -136,7 +136,7 @@ def maps_of(run: Loaded, images: Tensor, heads: dict[str, int], rule: dict) -> d
 
 
 def heads_of(encoder: nn.Module, layer: int, images: Tensor, heads: dict[str, int], others: bool) -> dict:
-    """The attention of heads {region: number}, and perhaps of all others, {title: (M, h, w)}."""
+    """The attention of heads {region: number}, and of all others if asked for, {title: (M, h, w)}."""
     attention = attention_of(encoder, images, layer).unflatten(2, encoder.grid(images))
     titles = {f"head {h}\n{region}": h for region, h in heads.items()}
     if others:
@@ -145,7 +145,7 @@ def heads_of(encoder: nn.Module, layer: int, images: Tensor, heads: dict[str, in
 
 
 def pretrained(model: nn.Module) -> nn.Module:
-    """The encoder that is kept of DINO, RelViT, or guidance alone."""
+    """The encoder that is kept after training with DINO, RelViT, or SPAN alone."""
     return model.student if isinstance(model, DINO) else model.encoder
 
 
@@ -155,7 +155,7 @@ def masses_of(config: Config, model: nn.Module, train: Data, reference: str | No
         return {}
     priors, names = make_priors(config.prior, train, reference, config.prior_blur)
     regions = priors >= priors.amax(dim=(1, 2), keepdim=True) / 2
-    # Priors of statistics or of a file hold for images on average.
+    # Priors from statistics or a file are true of images only on average.
     images = train.images[[train.names.index(reference)] if config.prior == "sample" else slice(BATCH)]
     encoder, training = pretrained(model), model.training
     attention = attention_of(encoder, images, config.span_layer)[:, : len(names)]
@@ -218,7 +218,7 @@ def finish(
 def looks_of(
     loaded: dict[str, Loaded], splits: dict[str, Data], reports: dict
 ) -> tuple[Data, str, dict[str, Looks]]:
-    """Images for the page, words that say which, and what each run sees in them.
+    """Images for the page, a description of them, and what each run sees in them.
 
     The images are the first test images, and those that each run is worst at.
     """

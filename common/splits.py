@@ -63,7 +63,7 @@ def _draw_splits(data: str, img_size: int, seed: int, train_images: int, referen
 
 
 def _stamp_splits(splits: dict[str, Data], column: int, agreement: float, kind: str, seed: int) -> None:
-    """Put markers on all splits, which agree with a column of labels; add the splits of `load`."""
+    """Put markers that agree with a column of labels on all splits; add the splits that `load` describes."""
     hospitals = {f"hospital {name}": name for name in HOSPITALS} if kind == "hospitals" else {}
     added = ["flipped", *hospitals] if hospitals else ["removed", "flipped", "unseen"]
     splits |= dict.fromkeys(added, splits["test"])

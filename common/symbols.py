@@ -1,13 +1,13 @@
 """Draw a folder of images whose object may lie anywhere, with its mask.
 
     python -m common.symbols data/symbols --train 50                        ten classes, flat colours
-    python -m common.symbols data/scenes --set scenes --train 200           five shapes, all is textured
-    python -m common.symbols data/grounds --set grounds --train 200         and the ground tells the shape
+    python -m common.symbols data/scenes --set scenes --train 200           five shapes, textured everywhere
+    python -m common.symbols data/grounds --set grounds --train 200         scenes; the ground tells the shape
     python -m common.symbols data/digits --set digits --train 85 --marker   grey digits on noise, odd or even
-    python -m common.symbols data/leaves --set leaves --train 400 --marker  green leaves or spotted
+    python -m common.symbols data/leaves --set leaves --train 400 --marker  leaves, healthy or spotted
 
 Each also draws 20 images per class to validate and 100 to test. --marker puts a bright square into a corner
-of every odd digit or spotted leaf that is learned from; in the test images the others have it.
+of every odd digit or spotted leaf in training and validation images; in test images, of all the others.
 """
 
 import argparse
@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--set", choices=SETS, default="symbols", help="default: symbols")
     parser.add_argument("--train", type=int, default=50, help="training images per class (default: 50)")
     parser.add_argument("--size", type=int, default=64, help="pixels per side (default: 64)")
-    parser.add_argument("--masks", type=int, help="only of so many training images, and of the test images")
+    parser.add_argument("--masks", type=int, help="how many training images get masks; all test images do")
     parser.add_argument("--marker", action="store_true", help="a shortcut, for digits and leaves")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     args = parser.parse_args(argv)

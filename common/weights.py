@@ -1,12 +1,12 @@
 """Published weights in and out: DINO, DeiT, timm, DINOv2, SimPool ... become our ViT, and ours are exported.
 
-A state dict is recognised by its keys, whatever holds it (teacher, student, model, state_dict) and prefixes
-them (module., backbone. ...). Differences from `vit.py` are folded into the weights; features stay the same:
+A state dict is recognised by its keys, inside any holder (teacher, student, model, state_dict) and with any
+prefix (module., backbone. ...). Differences from `vit.py` are folded into weights; features stay the same:
 
     LayerScale x + gamma f(x)             gamma is multiplied into the last matrix of f
-    ImageNet's (x - m) / s                into the patch embedding; assumed of all colour weights
+    ImageNet's (x - m) / s                goes into the patch embedding; assumed for all colour weights
     grey images                           the kernels of the three channels are summed
-    registers, distillation token         `registers`, with the token's position added
+    registers, distillation token         become `registers`, with the token's position added
     no position for CLS, another size     a zero is added; positions are resized, as `ViT.positions_for` does
 
 Heads are left out. Other operations (SwiGLU, normalised queries, rotary positions) are refused by their keys.
@@ -35,11 +35,11 @@ MEAN, DEVIATION = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:
 
 
 def reason(error: Exception) -> str:
-    """Why a file cannot be read, in a few words; code that it would run is named."""
+    """Why a file cannot be read, in a few words; names code that it would run."""
     text = " ".join(str(error).split())
-    if isinstance(error, pickle.UnpicklingError):  # torch's own message advises to load it without safety
+    if isinstance(error, pickle.UnpicklingError):  # torch's own message advises to load it unsafely
         code = re.search(r"nsupported (?:global: )?GLOBAL (\S+)", text)
-        return f"it holds {code[1]}, which might run code" if code else "it is no file of tensors"
+        return f"it holds {code[1]}, which might run code" if code else "it is not a file of tensors"
     return f"{type(error).__name__}: {text[:80]}"
 
 

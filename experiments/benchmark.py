@@ -78,7 +78,7 @@ def ratio(a: Callable, b: Callable, runs: int) -> tuple[float, ...]:
 
 
 def classifier(flags: str, shape: tuple[int, ...], device: str) -> tuple[Callable, Callable]:
-    """A classifier's training loss of a step (0: with ISNet) on images (B, C, H, W), and its use."""
+    """A classifier's loss in a training step (step 0 has ISNet's) on images (B, C, H, W), and its use."""
     config, _ = parse(f"--task classify --device {device} {flags}".split())
     B, C, H, W = shape
     torch.manual_seed(0)
@@ -136,7 +136,7 @@ def dino_steps(flags: str, shape: tuple[int, ...], device: str) -> tuple[Callabl
 
 
 def images_a_second(processes: int, device: str = "cpu") -> float:
-    """How many drawn X-rays DINO trains on, by so many processes with one CPU thread or GPU each."""
+    """How many synthetic X-rays per second DINO trains on, in processes of one CPU thread or GPU each."""
     command = f"-m torch.distributed.run --standalone --nproc-per-node {processes} train.py"
     command += f" --prior none --train-images 512 --batch-size 64 --epochs 3 --device {device} --out"
     with TemporaryDirectory() as out:
@@ -195,7 +195,7 @@ def measured(runs: int, device: str) -> Iterator[tuple[str, tuple[float, float, 
         yield f"training step, {name}", ratio(*trained, runs)
         if "ISNet /" in name and len(steps) == 1:
             yield f"memory kept for the backward pass, {name}", (kept_bytes(other) / kept_bytes(plain),) * 3
-        if "gated" in name or "pipeline" in name:  # of the others a plain model remains
+        if "gated" in name or "pipeline" in name:  # the others leave a plain model
             yield f"use, {name}", ratio(plain_use, use, runs)
     generator = Generator().manual_seed(0)
     for size, channels, n in ((64, 1, 64), (64, 3, 64), (224, 3, 16), (224, 3, 64)):

@@ -1,10 +1,10 @@
-"""The claims: what must reach which bar in every seed. README.md has the first of each number."""
+"""The claims: which figure must reach which bar in every seed. README.md shows the first of each number."""
 
 from typing import NamedTuple
 
 BACKBONES = {"resnet": "ResNet", "vit": "ViT"}
 KINDS = {"anywhere": "an L anywhere", "tint": "a tint", "border": "a frame"}  # of shortcuts
-SHORTCUTS = {"corner": "an L in a corner", **KINDS}
+SHORTCUTS, FLIPPED = {"corner": "an L in a corner", **KINDS}, "AUC with the marker flipped"
 
 
 class Claim(NamedTuple):
@@ -24,73 +24,71 @@ def on_all_shortcuts(number: int, who: str, way: str) -> list[tuple]:
     rows = []
     for run, bar in {"resnet": 95, "vit": 92}.items():
         for kind, shortcut in SHORTCUTS.items():
-            text = f"{who}, {BACKBONES[run]}: AUC with {shortcut} flipped"
+            text = f"{who}, {BACKBONES[run]}: {FLIPPED} ({shortcut})"
             rows.append((number, text, bar, f"{way}_{run}_{kind} auc_flipped"))
     return rows
 
 
 def of_guidance() -> list[tuple]:
     """Claims 1 to 4: SPAN against DINO."""
-    best, equal, span = "DINO's heads (best on validation)", "60 epochs each", "long_span attention_mAP"
-    dino, early = "dino_long", "phantom_span attention_mAP"  # DINO with its own loss; SPAN by default
+    equal, dino, best = "60 epochs each", "dino_long", "that of DINO's heads (best on validation)"
+    span, early = "long_span attention_mAP", "phantom_span attention_mAP"  # early: the default
+    minus = "minus the registered prior's"  # dino has DINO's own loss
     rows: list[tuple] = [
-        (1, f"{equal}: SPAN's attention mAP, above {best}", 58.7, span, dino, "", "+58.7"),
-        (1, f"{equal}, priors not registered", 58.7, "long_published attention_mAP", dino),
-        (1, f"{equal}, to the mean of DINO's heads", 58.7, span, f"{dino} mean_of_heads_mAP"),
-        (1, "SPAN after 9 epochs, above DINO after 60", 58.7, early, dino),
-        (1, "60 epochs: above the prior as it is", 15, span, "long_span prior_mAP"),
-        (1, "60 epochs: above the registered prior, same grid", 0, span, "long_span aligned_prior_mAP"),
-        (1, "60 epochs: above that prior at each pixel", 0, span, "long_span aligned_prior_every_pixel_mAP"),
-        (1, "9 epochs: above the registered prior, same grid", 0, early, "phantom_span aligned_prior_mAP"),
-        (1, "15 epochs: to that with all images' masks", -1, "span attention_mAP", "masks"),
-        (2, f"{equal}: SPAN's linear mAUC, above DINO's", 2.2, "long_span linear_mAUC", dino, "", "+2.2"),
-        (2, f"{equal}: k-NN's mAUC", 2.2, "long_span knn_mAUC", dino),
-        (2, f"{equal}: fine-tuned", 2.2, "long_span finetune_mAUC", dino),
-        (2, f"{equal}: each head's patches (our readout)", 2.2, "long_span heads_mAUC", dino),
-        (2, f"{equal}, priors not registered: linear mAUC", 2.2, "long_published linear_mAUC", dino),
-        (2, f"{equal}, a tenth of SPAN's weight: linear mAUC", 2.2, "long_light linear_mAUC", dino),
-        (2, "SPAN for 15 epochs after DINO's 60: linear mAUC", 2.2, "after_dino linear_mAUC", dino),
-        (2, "SPAN after 9 epochs, above DINO after 60", 2.2, "phantom_span linear_mAUC", dino),
+        (1, f"{equal}: SPAN's attention mAP minus {best}", 58.7, span, dino, "", "+58.7"),
+        (1, f"{equal}, not registered: mAP minus {best}", 58.7, "long_published attention_mAP", dino),
+        (1, f"{equal}: mAP minus that of DINO's averaged heads", 58.7, span, f"{dino} mean_of_heads_mAP"),
+        (1, f"SPAN's mAP after 9 epochs minus {best} after 60", 58.7, early, dino),
+        (1, "60 epochs: mAP minus the unregistered prior's", 15, span, "long_span prior_mAP"),
+        (1, f"60 epochs: mAP {minus} on the same grid", 0, span, "long_span aligned_prior_mAP"),
+        (1, f"60 epochs: mAP {minus} at every pixel", 0, span, "long_span aligned_prior_every_pixel_mAP"),
+        (1, f"9 epochs: mAP {minus} on the same grid", 0, early, "phantom_span aligned_prior_mAP"),
+        (1, "15 epochs: mAP with one image's masks minus all images'", -1, "span attention_mAP", "masks"),
+        (2, f"{equal}: SPAN's linear mAUC minus DINO's", 2.2, "long_span linear_mAUC", dino, "", "+2.2"),
+        (2, f"{equal}: k-NN mAUC minus DINO's", 2.2, "long_span knn_mAUC", dino),
+        (2, f"{equal}: fine-tuned mAUC minus DINO's", 2.2, "long_span finetune_mAUC", dino),
+        (2, f"{equal}: mAUC of heads' patches (our readout) minus DINO's", 2.2, "long_span heads_mAUC", dino),
+        (2, f"{equal}, not registered: linear mAUC minus DINO's", 2.2, "long_published linear_mAUC", dino),
+        (2, f"{equal}, SPAN's weight a tenth: linear mAUC minus DINO's", 2.2, "long_light linear_mAUC", dino),
+        (2, "DINO for 60 epochs, SPAN for 15: linear mAUC minus DINO's", 2.2, "after_dino linear_mAUC", dino),
+        (2, "SPAN's linear mAUC after 9 epochs minus DINO's after 60", 2.2, "phantom_span linear_mAUC", dino),
     ]
-    for how, name in {"linear": "linear layer", "heads": "each head's patches"}.items():
+    for how, name in {"linear": "linear mAUC", "heads": "mAUC of each head's patches"}.items():
         for n in (5, 10, 1):
-            text = f"{equal}, {n} % of labels: {name}, above DINO's"
+            text = f"{equal}, {n} % of labels: SPAN's {name} minus DINO's"
             rows.append((3, text, 0, f"long_span {how}_mAUC_{n}_percent", dino))
-    for figure, name in {"linear_mAUC": "linear mAUC", "knn_mAUC": "k-NN's mAUC"}.items():
-        text = f"Priors from statistics, {equal}: {name}"
+    for figure in ("linear_mAUC", "knn_mAUC", "attention_mAP"):
+        name = figure.replace("_", " ").replace("knn", "k-NN")
+        text = f"Plates, priors from statistics, {equal}: SPAN's {name} minus DINO's"
         rows.append((4, text, 0, f"plates_span {figure}", "plates_dino"))
-    rows.append((4, f"{equal}: attention mAP", 0, "plates_span attention_mAP", "plates_dino"))
     return rows
 
 
 def of_isnet() -> list[tuple]:
     """Claims 5 and 8: ISNet with true masks, and with those of one image."""
     rows = on_all_shortcuts(5, "ISNet by default", "blind")
-    hospital = "blind_resnet_hospitals auc_hospital_C", "pipeline_resnet_hospitals"
-    rows.append((5, "ResNet, at a third hospital: above a segmenter, then a classifier", 1, *hospital))
+    hospital = 1, "blind_resnet_hospitals auc_hospital_C", "pipeline_resnet_hospitals"
+    alone, pipeline = "ISNet alone (no swapping)", "minus that of a segmenter, then a classifier"
+    rows.append((5, f"ISNet by default, ResNet, third hospital: AUC {pipeline}", *hospital))
     for run, name in BACKBONES.items():
-        flipped = f"isnet_{run} auc_flipped"
-        rows += [
-            (5, f"ISNet alone, {name}: AUC with the marker flipped", 85, flipped),
-            (5, f"{name}: to training without marker", -5, flipped, f"unmarked_{run} auc_same"),
-        ]
+        flipped, unmarked = f"isnet_{run} auc_flipped", f"unmarked_{run} auc_same"
+        rows.append((5, f"{alone}, {name}: {FLIPPED} (an L in a corner)", 85, flipped))
+        rows.append((5, f"{alone}, {name}: {FLIPPED}, minus AUC without any marker", -5, flipped, unmarked))
         for kind, shortcut in KINDS.items():
             experiment = f"isnet_{kind}" if run == "resnet" else f"vit_isnet_{kind}"
-            rows.append((5, f"alone, {name}: {shortcut} flipped", 85, f"{experiment} auc_flipped"))
-    rows += on_all_shortcuts(8, "One mask, registered, default", "blind_one")
-    close = on_all_shortcuts(8, "One mask, registered, --swap-margin 0.0125", "blind_close")
+            rows.append((5, f"{alone}, {name}: {FLIPPED} ({shortcut})", 85, f"{experiment} auc_flipped"))
+    rows += on_all_shortcuts(8, "ISNet by default, one mask, registered", "blind_one")
+    close = on_all_shortcuts(8, "ISNet, --swap-margin 0.0125, one mask, registered", "blind_close")
     rows += [row for row in close if "_resnet_" in row[3]]
-    flush = "One mask, registered, --swap-margin 0, ResNet: AUC with an L in a corner flipped"
-    rows.append((8, flush, 95, "flush_one_resnet_corner auc_flipped"))
-    rows += on_all_shortcuts(8, "One mask, SPAN's attention, default", "blind_attention")
-    for masks, made in {"prior": "registered", "attention": "attention"}.items():
+    flush = on_all_shortcuts(8, "ISNet, --swap-margin 0, one mask, registered", "flush_one")
+    rows += [row for row in flush if "_resnet_corner" in row[3]]
+    rows += on_all_shortcuts(8, "ISNet by default, one mask, SPAN's attention", "blind_attention")
+    for masks, made in {"prior": "registered", "attention": "SPAN's attention"}.items():
         for run, name in BACKBONES.items():
-            one, who = f"isnet_{masks}_{run}", f"{made}, {name}"
-            flipped = f"{one} auc_flipped"
-            rows += [
-                (8, f"ISNet alone, one mask, {who}: AUC with the marker flipped", 85, flipped),
-                (8, f"{who}: share of true masks' gain, %", 80, flipped, f"plain_{run}", f"isnet_{run}"),
-            ]
+            who, flipped = f"{alone}, one mask, {made}, {name}", f"isnet_{masks}_{run} auc_flipped"
+            gain = f"{who}: flipped AUC gained over a plain model, in % of the gain with true masks"
+            rows.append((8, f"{who}: {FLIPPED} (an L in a corner)", 85, flipped))
+            rows.append((8, gain, 80, flipped, f"plain_{run}", f"isnet_{run}"))
     return rows
 
 
@@ -99,23 +97,25 @@ def of_relations_and_poolings() -> list[tuple]:
     rows = []
     for n in (250, 1000):
         alone, auc, who = f"scratch_phantom{n}", f"phantom{n} auc_same", f"{n} images"
-        relvit = f"RelViT, then labels, {who}: mAUC, to labels alone for as many steps"
+        relvit, tuned = f"{who}: mAUC of (RelViT, then labels) minus", f"tuned_relvit_{auc}"
+        joint = f"{who}: mAUC of relations and labels together, patches"
         rows += [
-            (6, relvit, 0, f"tuned_relvit_{auc}", alone),
-            (6, f"{who}: to labels alone, half the steps", 0, f"tuned_relvit_{auc}", f"half_phantom{n}"),
-            (6, f"{who}: to DINO, then labels", 0, f"tuned_relvit_{auc}", f"tuned_dino_phantom{n}"),
-            (6, f"{who}: relations and labels together, patches in order", 0, f"ordered_{auc}", alone),
-            (6, f"{who}: relations and labels together, shuffled", 0, f"joint_{auc}", alone),
+            (6, f"{relvit} labels alone for as many steps", 0, tuned, alone),
+            (6, f"{relvit} labels alone for half the steps", 0, tuned, f"half_phantom{n}"),
+            (6, f"{relvit} (DINO, then labels)", 0, tuned, f"tuned_dino_phantom{n}"),
+            (6, f"{joint} in order, minus labels alone", 0, f"ordered_{auc}", alone),
+            (6, f"{joint} shuffled, minus labels alone", 0, f"joint_{auc}", alone),
         ]
-    vit, resnet, ap, cam = "object_vit", "object_resnet", "mean_of_heads_AP", "class_activation_AP"
-    accuracy, above_cam = "accuracy_same", "AP on objects, above a class activation map"
+    vit, net, ap, cam = "object_vit", "object_resnet", "mean_of_heads_AP", "class_activation_AP"
+    accuracy, minus_cam = "accuracy_same", "AP on objects minus that of a class activation map"
+    heads = "AP on objects minus that of CLS's averaged heads"
     rows += [
-        (7, "SimPool, labels, ViT: AP on objects, above CLS's heads", 0, f"{vit}_simpool {ap}", f"{vit}_cls"),
-        (7, "ViT, four heads each: the same", 0, f"{vit}_heads {ap}", f"{vit}_cls"),
-        (7, f"ViT: {above_cam}", 0, f"{vit}_simpool {ap}", f"{vit}_gap {cam}"),
-        (7, "ViT: accuracy, to CLS", -1, f"{vit}_simpool {accuracy}", f"{vit}_cls"),
-        (7, f"SimPool, labels, ResNet: {above_cam}", 0, f"{resnet}_simpool {ap}", f"{resnet}_gap {cam}"),
-        (7, "ResNet: accuracy, to the mean", -1, f"{resnet}_simpool {accuracy}", f"{resnet}_gap"),
+        (7, f"SimPool with labels, ViT: {heads}", 0, f"{vit}_simpool {ap}", f"{vit}_cls"),
+        (7, f"SimPool with four heads, ViT: {heads}", 0, f"{vit}_heads {ap}", f"{vit}_cls"),
+        (7, f"SimPool, ViT: {minus_cam}", 0, f"{vit}_simpool {ap}", f"{vit}_gap {cam}"),
+        (7, "SimPool, ViT: accuracy minus that of CLS", -1, f"{vit}_simpool {accuracy}", f"{vit}_cls"),
+        (7, f"SimPool with labels, ResNet: {minus_cam}", 0, f"{net}_simpool {ap}", f"{net}_gap {cam}"),
+        (7, "SimPool, ResNet: accuracy minus mean pooling's", -1, f"{net}_simpool {accuracy}", f"{net}_gap"),
     ]
     return rows
 

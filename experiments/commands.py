@@ -1,4 +1,4 @@
-"""The flags of every run that the evidence rests on, {EXPERIMENT-SEED: flags of train.py}."""
+"""The flags of every run behind the results, {EXPERIMENT-SEED: flags of train.py}."""
 
 import re
 from collections.abc import Iterable
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 BLIND = "--isnet 0.3"  # with swapped backgrounds; chosen on seed 10
 PENALTY = "--swap 0 --isnet-every 1 --isnet-margin 0"  # on every step, without swapped backgrounds
 ISNET = {"resnet": f"--isnet 3 --isnet-end 0.1 {PENALTY}", "vit": f"--isnet 1 {PENALTY}"}  # seeds 10 and 11
-WEIGHTS = {  # of other ways than ISNet, chosen on seed 10: the ViT's with the ResNet, as it was then
+WEIGHTS = {  # of baselines, chosen on seed 10 with the ResNet; the ViT keeps those of an older version
     "resnet": {"multitask": 100, "gain": 0.3, "rrr": 30}, "vit": {"multitask": 100, "gain": 10, "rrr": 1}
 }  # fmt: skip
 LABELS = "--task classify --backbone"
@@ -38,7 +38,7 @@ def baselines_of(backbone: str) -> dict[str, str]:
 
 
 def few_labels() -> dict[str, str]:
-    """RelViT and DINO before labels or beside them, on phantoms; all but `half` take as many steps."""
+    """RelViT and DINO before labels or beside them, on phantoms; all but `half` train for as many steps."""
     runs, relvit = {}, "--ssl relvit --prior none"
     relations = "--relations relations positions"  # as released
     for n, E in {250: 400, 1000: 100}.items():  # epochs: about 3000 steps, chosen on seed 10 with 250 images
@@ -78,7 +78,7 @@ def of_isnet_alone() -> dict[str, str]:
 
 
 def on_other_data() -> dict[str, str]:
-    """DINO on four kinds of images in three sizes; a shortcut, with masks of 1, 10 or all images."""
+    """DINO on four kinds of images, in sets of three sizes; a shortcut, with masks of 1, 10 or all images."""
     runs = {"phantom_span": "", "simpool_span": "--pool simpool"}
     runs["plates_default"] = "--data parts --prior statistics"
     for n, (epochs, before) in {200: (58, 117), 850: (14, 27), 3000: (4, 8)}.items():  # 350 steps each

@@ -31,7 +31,7 @@ def operations(work: Callable) -> int:
 
 
 def written_out(model: nn.Module) -> None:
-    """Let a model's attention form the whole matrix, as the releases of 2021 do."""
+    """Make a model's attention compute the whole matrix, as the releases of 2021 do."""
 
     def forward(self: Attention, x: Tensor, row: bool = False, first: bool = False) -> tuple:
         q, k, v = self.split(x)

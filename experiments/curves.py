@@ -4,8 +4,8 @@
 
 A ViT that exposes one row of its attention, against one that exposes none and one that writes attention out;
 ISNet by default, against the plain classifier. The settings of a panel are timed in turn, round after round,
-so that a machine that drifts slows all alike. Medians over rounds, relative to the panel's first line at its
-first setting. ISNet's time is the mean of three steps, its memory that of the step with relevance.
+so that a drifting machine affects all alike. Values are medians over rounds, relative to a panel's first line
+at its first setting. ISNet's time is the mean of three steps, its memory that of the step with relevance.
 """
 
 import argparse

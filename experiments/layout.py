@@ -1,4 +1,4 @@
-"""The rows of all tables of runs: which figures of which experiments stand where."""
+"""The rows of all tables of runs: which figures of which experiments they show."""
 
 from typing import NamedTuple
 
@@ -12,8 +12,8 @@ SHORTCUT = {
     "pipeline": "segmenter, then classifier", "swap": "backgrounds swapped", "isnet": "**ISNet, true masks**",
     "isnet_prior": "**ISNet, one mask, registered**",
     "isnet_attention": "**ISNet, one mask, SPAN's attention**",
-    "pipeline_attention": "segmenter, then classifier, the same mask",
-    "swap_attention": "backgrounds swapped, the same mask",
+    "pipeline_attention": "segmenter, then classifier, one mask, SPAN's attention",
+    "swap_attention": "backgrounds swapped, one mask, SPAN's attention",
 }  # fmt: skip
 OBJECTS = {  # title: experiment, and the map that is measured
     "ViT, CLS: mean of its heads": ("vit_cls", "mean_of_heads"),
@@ -39,29 +39,29 @@ LOCALISATION = {  # title: experiment, and what is measured
     "registered prior": ("long_span", "aligned_prior"),
     "registered prior, at every pixel": ("long_span", "aligned_prior_every_pixel"),
     "**60 epochs: attention, one reference image**": ("long_span", "attention"),
-    "60 epochs: the same, not registered (as published)": ("long_published", "attention"),
+    "60 epochs: attention, prior not registered (as published)": ("long_published", "attention"),
     "60 epochs: DINO, best head chosen on validation images": ("dino_long", "attention"),
     "60 epochs: DINO, mean of all heads": ("dino_long", "mean_of_heads"),
     "9 epochs, the default: attention, one reference image": ("phantom_span", "attention"),
-    "9 epochs: the same, SimPool's attention": ("simpool_span", "attention"),
+    "9 epochs, the default: SimPool's attention": ("simpool_span", "attention"),
     "15 epochs, DINO's loss as published: attention, one reference image": ("span", "attention"),
     "15 epochs, DINO's loss as published: attention, all masks": ("masks", "attention"),
 }
 FEW_MASKS = {  # of digits and leaves
     "plain": "plain",
     "swap_one": "1 mask: backgrounds swapped, masks registered",
-    "blind_one": "**1 mask: ISNet, swapping (default), masks registered**",
+    "blind_one": "**1 mask: ISNet with swapping (default), masks registered**",
     "blind_attention": "**1 mask: default, masks of SPAN's attention**",
     "blind_ten": "10 masks: default, the others registered",
     "blind_all": "all masks: default",
 }
 BLIND = {  # ways against backgrounds
-    "blind": "**ISNet, swapping: default**", "published": "ISNet as published",
-    "blind_one": "**the same, one mask, registered**",
-    "blind_close": "one mask, registered, half the margin",
-    "flush_one": "one mask, registered, no margin",
-    "blind_attention": "**the same, one mask, SPAN's attention**",
-    "flush_attention": "one mask, SPAN's attention, no margin",
+    "blind": "**ISNet with swapping (default)**", "published": "ISNet as published",
+    "blind_one": "**default, one mask, registered**",
+    "blind_close": "default, one mask, registered, half the margin",
+    "flush_one": "default, one mask, registered, no margin",
+    "blind_attention": "**default, one mask, SPAN's attention**",
+    "flush_attention": "default, one mask, SPAN's attention, no margin",
 }  # fmt: skip
 NONE, ROW, WHOLE = "no attention exposed", "one row exposed", "attention written out"  # of curves.py
 PATCHES = "patches (of 8 px)"
@@ -88,7 +88,7 @@ def of_guidance() -> Tables:
     lengths = [
         Row("DINO, 60 epochs: published loss", "dino_long", of_features),
         Row("DINO, 60 epochs: both additions in every step", "always_long", of_features, "dino_long"),
-        Row("DINO, 60 epochs: both, up to a larger KL", "wide_long", of_features, "dino_long"),
+        Row("DINO, 60 epochs: both additions, up to a larger KL", "wide_long", of_features, "dino_long"),
         Row("**DINO, 60 epochs: both near collapse (default loss)**", "long_dino", of_features, "dino_long"),
         Row("SPAN with DINO, 15 epochs: published loss", "span", of_features),
         Row("**SPAN with DINO, 15 epochs: default loss**", "early_span", of_features, "span"),
@@ -100,12 +100,12 @@ def of_guidance() -> Tables:
         Row("SPAN with DINO, priors not registered", "long_published", of_features, "dino_long"),
         Row("SPAN with DINO, a tenth of SPAN's weight", "long_light", of_features, "dino_long"),
         Row("DINO, default loss", "long_dino", of_features, "dino_long"),
-        Row("the same, then SPAN for 15 epochs", "after_dino", of_features, "dino_long"),
-        Row("plates, their own settings: DINO", "plates_dino", of_features),
-        Row("the same: **SPAN, priors from statistics**", "plates_span", of_features, "plates_dino"),
+        Row("DINO, default loss, then SPAN for 15 epochs", "after_dino", of_features, "dino_long"),
+        Row("plates, DINO's settings: DINO", "plates_dino", of_features),
+        Row("plates, DINO's settings: **SPAN, statistics**", "plates_span", of_features, "plates_dino"),
         Row("plates, SPAN's defaults: 9 epochs, batches of 32", "plates_default", of_features),
     ]
-    ablation = [Row("no flag", "span", ["attention_mAP"])]
+    ablation = [Row("none", "span", ["attention_mAP"])]
     ablation += [Row(f"`{flag}`", run, ["attention_mAP"], "span") for run, flag in SPAN_CHANGES.items()]
     parts = [f"attention_{x}" for x in ("AP_plate", "AP_holes", "AP_defect", "mAP")]
     plates = [Row("DINO", "plates_dino", parts)]
@@ -119,8 +119,8 @@ def of_guidance() -> Tables:
     return {
         "localisation": ("pixel AP | left lung | right lung | heart | mAP", where),
         "lengths": ("1500 phantoms | k-NN, mAUC | linear layer, mAUC", lengths),
-        "equal_length": ("60 epochs, batches of 64, unless named | k-NN, mAUC | linear layer, mAUC", equal),
-        "ablation": ("one flag added | attention mAP", ablation),
+        "equal_length": ("60 epochs, batches of 64, unless noted | k-NN, mAUC | linear layer, mAUC", equal),
+        "ablation": ("added flag | attention mAP", ablation),
         "transfer": (labels, transfer),
         "parts": ("attention AP, heads chosen on validation images | plate | holes | defect | mAP", plates),
     }
@@ -145,7 +145,7 @@ def of_shortcuts() -> Tables:
     of_few = ["auc_same", "accuracy_same", "relevance_share_same", "mask_dice"]
     for kind in ("digits", "leaves"):
         masks += [Row(f"{kind}, {title}", f"{kind}_{run}", of_few) for run, title in FEW_MASKS.items()]
-    header = "AUC | shortcut as in training | removed | flipped | another one"
+    header = "AUC | shortcut as in training | removed | flipped | flipped, unseen kind"
     return {
         "shortcut": (f"{header} | relevance in lungs and heart | Dice of masks", shortcut),
         "kinds": (header, kinds),
@@ -155,14 +155,14 @@ def of_shortcuts() -> Tables:
 
 
 def of_backgrounds() -> Tables:
-    """Today's default and ISNet as published, on all shortcuts; all ways at hospitals and on grounds."""
+    """ISNet by default and as published, on all shortcuts; all methods at hospitals and on grounds."""
     blind, hospitals, grounds = [], [], []
     exchanged = ("original", "mixed_same", "mixed_rand", "no_foreground", "only_background")
     for backbone, name in BACKBONES.items():
         for kind, words in SHORTCUTS.items():
             figures = ["auc_same", "auc_flipped", "auc_unseen", "relevance_share_same", "mask_dice"]
             blind += [Row(f"{words}, {name}: {BLIND[w]}", f"{w}_{backbone}_{kind}", figures) for w in BLIND]
-        for way, title in (SHORTCUT | BLIND | {"tight": "default, no margin"}).items():
+        for way, title in (SHORTCUT | BLIND | {"tight": "default, `--isnet-margin 0`"}).items():
             at = [f"auc_{x}" for x in ("same", "flipped", "hospital_A", "hospital_B", "hospital_C")]
             at += ["relevance_share_hospital_C", "segmentation_Dice_hospital_C"]
             hospitals.append(Row(f"{name}: {title}", f"{way}_{backbone}_hospitals", at))
@@ -170,7 +170,7 @@ def of_backgrounds() -> Tables:
             grounds.append(Row(f"{name}: {title}", f"{way}_{backbone}_grounds", of))
     at_each = "AUC | as in training | flipped | at A | at B | at C"
     return {
-        "blind": ("AUC | as in training | flipped | another one | relevance inside | Dice of masks", blind),
+        "blind": ("AUC | as in training | flipped | unseen kind | relevance inside | Dice of masks", blind),
         "hospitals": (f"{at_each} | relevance inside, C | segmenter's Dice, C", hospitals),
         "grounds": (f"accuracy | {' | '.join(exchanged).replace('_', ' ')} | relevance inside", grounds),
     }
@@ -192,7 +192,7 @@ def of_few_labels() -> Tables:
         for how, title in FEW_LABELS.items():
             alone = "" if how == "scratch" else f"scratch_phantom{n}"
             rows.append(Row(f"{n} images: {title}", f"{how}_phantom{n}", figures, alone))
-    return {"few_findings": ("phantoms | mean AUC of findings | relations right in test images", rows)}
+    return {"few_findings": ("phantoms | mean AUC of findings | accuracy of relations, test images", rows)}
 
 
 def layout() -> Tables:

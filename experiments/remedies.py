@@ -5,7 +5,7 @@
 `sinkhorn`, `warmed` and `followed` replace the targets of the published loss: add --koleo 0 --max-entropy 1.
 `always` keeps KoLeo and the ceiling on the entropy in every step; `koleo` is the same, for --max-entropy 1.
 `wide` lets both act in a larger range of the KL.
-docs/collapse.md has what came of them.
+docs/collapse.md has the results.
 """
 
 import json
@@ -76,13 +76,13 @@ class Wide(dino.CollapseMonitor):
         return (2 - self.kl / (2 * self.floor * math.log(len(self.usage)))).clamp(0, 1)
 
 
-# What stands in place of which class of dino.py.
+# Each class replaces its base class in dino.py.
 WAYS = {"sinkhorn": Sinkhorn, "warmed": Warmed, "followed": Followed}
 WAYS |= {"always": Always, "koleo": Always, "wide": Wide}
 
 
 def main(way: str, argv: list[str]) -> None:
-    """Train in another way, and record by which command."""
+    """Train in another way, and put the command that does so into config.json."""
     setattr(dino, WAYS[way].__base__.__name__, WAYS[way])
     train.main(argv)
     path = parse(argv)[0].out / "config.json"

@@ -1,4 +1,4 @@
-"""The evidence: trains the runs of commands.py, measures them, fills the tables.
+"""Make the results: train the runs of commands.py, measure them, fill the tables.
 
     python -m experiments.runs           2 seeds of what the claims need, then all tables (12 hours)
     python -m experiments.runs --all     all runs and seeds, and the costs
@@ -24,9 +24,9 @@ ROOT = Path(__file__).parents[1]
 CLAIMED = {words.split()[0] for claim in claims() for words in claim[3:6] if words}  # experiments
 MAIN = [name for name in RUNS if name.rpartition("-")[0] in CLAIMED and name.endswith(("-0", "-1"))]
 QUICK = ["phantom_span-0", "plain_resnet-0", "blind_resnet_corner-0", "blind_one_resnet_corner-0"]
-# Part of a name: what is measured of the finished run, and a figure that tells whether it was.
+# Part of a name: what is measured after the run, and a figure that shows whether it was measured.
 AFTER = {"_grounds-": ("backgrounds", "mixed_rand"), "object_": ("objects", "CorLoc")}
-PROBED = {"dino_long": "long_span", "plates_dino": "plates_span"}  # pairs, also with few labels
+PROBED = {"dino_long": "long_span", "plates_dino": "plates_span"}  # pairs whose features are compared
 PICTURES = {  # results/NAME.png: what evaluate.py measures, and the runs that stand side by side
     "compare": "attention long_span-1 dino_long-1",
     "isnet": "bias isnet_resnet-0 plain_resnet-0 pixels_only-0",
@@ -65,7 +65,7 @@ def two_at_a_time(commands: dict[str, list[str]]) -> None:
 
 
 def train(names: list[str]) -> None:
-    """Draw the data that these runs need, and train them: last those that start from another run."""
+    """Draw the data that these runs need, and train them; those that start from another run come last."""
     (ROOT / "runs").mkdir(exist_ok=True)
     flags = " ".join(RUNS[name] for name in names)
     names_of_folders = r"(data/(symbols|scenes|grounds|digits|leaves)(\d+)(?:m(\d+))?-(\d+))"
@@ -81,7 +81,7 @@ def train(names: list[str]) -> None:
 
 
 def measure(names: list[str], few_labels: bool) -> None:
-    """Measure what finished runs lack: AFTER and, of PROBED with few labels, features side by side."""
+    """Measure what finished runs still lack: AFTER and, if few_labels, the features of pairs in PROBED."""
     commands = {}
     for name in names:
         experiment, _, seed = name.rpartition("-")

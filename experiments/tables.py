@@ -33,7 +33,7 @@ COSTS = {
 
 
 def why_not(name: str, run: Run, record: dict) -> str:
-    """Why a run is not what the run list asks for under its name today; empty if it is."""
+    """Why a run is not the one that today's run list has under its name; empty if it is."""
     if name not in RUNS:
         return "the run list does not name it"
     way = name.split("_")[0]
@@ -49,7 +49,7 @@ def why_not(name: str, run: Run, record: dict) -> str:
 def collect(runs: Path) -> dict[str, dict]:
     """{run: command, seed, versions, machine and metrics} of the finished runs in a folder.
 
-    A run from before a default changed would pass for one of today: it is left out, with a note.
+    A run whose settings are not those of today's run list, perhaps old defaults, is left out with a note.
     """
     results, found = {}, sorted(runs.glob("*/metrics.json"))
     for path in (path for path in found if (path.parent / "config.json").exists()):  # not of weights alone
@@ -81,13 +81,13 @@ def gaps(a: dict[int, float], b: dict[int, float]) -> list[float]:
 
 
 def spread(values: list[float], sign: str = "") -> str:
-    """Mean ± standard deviation; of one value, the value; of none, nothing."""
+    """Mean ± standard deviation; a single value alone; "" without values."""
     deviation = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
     return f"{mean(values):{sign}.1f}{deviation}" if values else ""
 
 
 def interval(values: list[float], sign: str = "") -> str:
-    """The 95 % confidence interval of the mean by Student's t; of one value, none."""
+    """The 95 % confidence interval of the mean by Student's t; "" for fewer than two values."""
     if len(values) < 2:
         return ""
     half = STUDENT[len(values) - 2] * stdev(values) / len(values) ** 0.5
@@ -138,7 +138,7 @@ def measured(runs: dict, claim: Claim) -> list[str]:
 
 
 def of_claims(runs: dict) -> dict[str, str]:
-    """All claims; of those measured, the first of each number, and which others do not hold in every seed."""
+    """All claims; also the first measured one of each number, with others that don't hold in every seed."""
     header = "no. | claim, in points | paper | at least | here | 95 % interval | holds in seeds"
     rows, first, others = [measured(runs, claim) for claim in claims()], {}, {}
     for row in (row for row in rows if row[-1] != "not measured"):
@@ -155,9 +155,9 @@ def of_steadiness(runs: dict) -> dict[str, str]:
     """DINO alone, by kind and number of images: how many seeds collapsed, and the lowest KL, in nats."""
     rows = []
     titles = {"published": "published loss", "koleo": "KoLeo in every step"}
-    titles |= {"always": "both in every step", "wide": "both, up to a larger KL"}
-    titles |= {"steady": "**both near collapse, default**"}
-    titles |= {"sinkhorn": "Sinkhorn-Knopp", "warmed": "warmed up", "followed": "entropy held at half"}
+    titles |= {"always": "both additions in every step", "wide": "both additions, up to a larger KL"}
+    titles |= {"steady": "**both near collapse, default**", "sinkhorn": "Sinkhorn-Knopp"}
+    titles |= {"warmed": "temperature warmed up", "followed": "entropy held at half its maximum"}
     for loss, title in titles.items():
         for kind in ("phantom", "parts", "symbols", "digits"):
             cells = []

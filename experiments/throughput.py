@@ -1,6 +1,6 @@
 """How fast a device trains: images a second, and the share of its matrix rate that a step reaches.
 
-    python -m experiments.throughput --device cuda     some ten minutes; writes results/throughput.json
+    python -m experiments.throughput --device cuda     about ten minutes; writes results/throughput.json
 
 SPAN with DINO on a ViT-S/16 at 224 px with 2 + 6 crops in bfloat16, with and without --compile; classifiers
 with and without ISNet; whether a step waits for its views; two GPUs against one, where there are two; the

@@ -2,9 +2,9 @@
 
     python -m experiments.wrong_mask      some minutes; writes wrong_mask.json and .png into results/
 
-SPAN's attention follows its priors, so what is measured are the priors: the reference image's blurred masks,
-registered to test images. AP at every pixel, mean over regions; Dice of the union with the true one, for all
-images and not only those whose registration is trusted.
+SPAN's attention follows its priors, so the priors themselves are measured: the reference image's blurred
+masks, registered to test images. AP at every pixel, mean over regions; Dice of the union with the true union.
+All images count, not only those whose registration is trusted.
 """
 
 import argparse

@@ -78,7 +78,7 @@ def test_a_config_from_before_a_setting_existed_takes_today_s_default_and_says_s
     path = run_folder(tmp_path, "--isnet-margin 0.1") / "config.json"
     path.write_text(path.read_text().replace('"isnet_margin": 0.1, ', ""))
     assert parse(["--config", str(tmp_path)])[0].isnet_margin is None
-    assert "is older than isnet_margin: today's defaults are taken" in capsys.readouterr().out
+    assert "is older than isnet_margin: today's defaults are used" in capsys.readouterr().out
 
 
 EDITED = {"epoch": 3, "epochs": "many", "lr": True, "findings": [], "flip": [1], "amp": 1, "init": 3}

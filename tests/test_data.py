@@ -68,7 +68,7 @@ def test_a_folder_becomes_three_splits_of_uint8_images(folder):
     assert torch.equal(coloured.images[0], splits["train"].images[0].expand(3, -1, -1))
     for name in "abcdez":  # most of them
         save(folder / "images" / f"{name}.png", noise(240, 300))
-    note = "images of 240 px become 64 px; --img-size 224 --patch-size 16 keeps more of them"
+    note = "images of 240 px become 64 px; --img-size 224 --patch-size 16 keeps more detail"
     assert load_folder(folder, 64)[2] == [note]
 
 
@@ -132,7 +132,7 @@ def test_images_that_are_not_used_are_named_with_their_folder(folder, tmp_path):
     for name in ("images/more/g.png", "cat/h.png", "cat/i.png", "images/.cache/j.png", "masks/k/a.png"):
         save(folder / name, GREY)
     (line,) = everything(folder)[2][:1]
-    assert f"not read as images, 2 in {folder / 'cat'}, 1 in {folder / 'images' / 'more'}; expected" in line
+    assert f"images not used: 2 in {folder / 'cat'}, 1 in {folder / 'images' / 'more'}; expected" in line
     save(tmp_path / "sets" / "train" / "cat" / "a.png", GREY)
     assert f"1 in {tmp_path / 'sets' / 'train' / 'cat'}; expected" in refusal(tmp_path / "sets")
 

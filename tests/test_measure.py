@@ -105,7 +105,7 @@ def test_guided_heads_belong_to_their_regions_and_stand_beside_the_prior(lungs):
     assert found.notes == ["no validation image has all masks: AP can't be measured"] and not found.metrics
     some = splits["test"]._replace(has_masks=torch.arange(8) < 3)
     found = measure.report(Encoder(maps, maps[:3]), splits | {"test": some}, ["attention"])
-    assert found.notes == ["AP and Dice: the 3 of 8 test images with a foreground"]
+    assert found.notes == ["AP and Dice: on the 3 of 8 test images with a foreground"]
     empty = splits["val"]._replace(masks=torch.zeros_like(splits["val"].masks))
     found = measure.report(Encoder(maps), splits | {"val": empty}, ["attention"])
     assert found.notes == ["no validation image shows lung: no head can be chosen for it"]
@@ -116,7 +116,7 @@ def test_an_even_pooling_has_no_table_of_attention_but_the_ap_of_a_flat_map(enco
     splits, exact = lungs
     encoder.maps, encoder.grid = [torch.full_like(exact, 1 / 64)] * 2, lambda images: (8, 8)
     found = measure.report(encoder, splits, ["attention"])
-    assert found.notes == ["the pooling is even: no attention; its AP is that of a flat map"]
+    assert found.notes == ["the pooling is even: there is no attention, and AP is that of a flat map"]
     assert not found.tables and not found.heads
     assert found.metrics["attention_AP_lung"] == pytest.approx(splits["test"].masks.double().mean().item())
 
@@ -129,7 +129,7 @@ def test_a_classifier_is_measured_on_every_kind_of_test_image_by_validation_thre
     half = test._replace(labels=test.labels * torch.tensor([1.0, -1]) + torch.tensor([0.0, 1]))
     splits = {"train": test, "val": test, "test": test, "flipped": flipped, "half": half}
     found, _, _, _, notes = measure.report(Encoder(), splits, ["bias"], multiclass=False)
-    assert notes == ["only 4 test images: one of them is up to 25 points of accuracy"]
+    assert notes == ["only 4 test images: each is worth up to 25 points of accuracy"]
     assert found["auc_same"] == found["auc_same_lump"] == found["auc_same_big_heart"] == 1
     assert found["auc_half_lump"] == 1 and found["auc_half_big_heart"] == 0 and found["auc_half"] == 0.5
     assert found["accuracy_same"] == 1 and found["accuracy_flipped"] == found["auc_flipped"] == 0
@@ -137,7 +137,7 @@ def test_a_classifier_is_measured_on_every_kind_of_test_image_by_validation_thre
     masks[:3, :, :1] = True
     shown = test._replace(masks=masks, has_masks=torch.arange(len(test.names)) < 3, regions=["lung"])
     notes = measure.report(Encoder(), splits | {"test": shown}, ["bias"], multiclass=False).notes
-    assert notes[1] == "relevance share: the 3 of 4 test images with a foreground"
+    assert notes[1] == "relevance share: on the 3 of 4 test images with a foreground"
     # for other thresholds, test images are all negative: 2 of 7 known labels are right
     found = measure.report(Encoder(), splits | {"val": val}, ["bias"], multiclass=False).metrics
     assert found["accuracy_same"] == pytest.approx(2 / 7) and found["auc_same"] == 1
@@ -162,7 +162,7 @@ def test_accuracy_is_that_of_images_of_one_class_though_test_images_show_none_or
 
 def test_what_does_not_apply_is_said_only_if_it_was_asked_for(lungs):
     splits, exact = lungs
-    assert measure.report(Encoder(), splits, ["bias"]).notes == ["bias is of classifiers only"]
+    assert measure.report(Encoder(), splits, ["bias"]).notes == ["bias is only for classifiers"]
     notes = measure.report(Encoder(), splits, ["bias"], multiclass=True).notes
     assert notes == ["no test image has a label: AUC can't be measured"]
     notes = measure.report(Encoder(exact, exact), splits, measure.QUICK).notes
@@ -267,7 +267,7 @@ def test_images_without_an_object_do_not_count():
 
 def test_what_has_no_map_of_one_object_says_so():
     data = {"val": squares(), "test": squares()}
-    with pytest.raises(CannotMeasure, match="even pooling without one layer of logits"):
+    with pytest.raises(CannotMeasure, match="the pooling is even, without one layer of logits"):
         measure_objects(ViT(16, 4, 1, 12, 1, 2, pool=GAP()), data, -1)
     two = squares(regions=2)
     with pytest.raises(CannotMeasure, match="masks of one region"):

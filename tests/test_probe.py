@@ -169,8 +169,8 @@ def test_what_cannot_be_measured_is_said_in_one_line():
         mean_auc(splits | {"val": splits["val"]._replace(labels=None)}, "linear")
     splits["val"] = splits["val"]._replace(labels=torch.ones(80, 1))
     assert mean_auc(splits, "knn") > 0.97  # which needs no validation images
-    with pytest.raises(CannotMeasure, match="no decay is best"):
+    with pytest.raises(CannotMeasure, match="no weight decay can be chosen"):
         mean_auc(splits, "linear")
     splits["train"].labels[1:] = NAN
-    with pytest.raises(CannotMeasure, match="knn can't be measured with less than 2 labelled"):
+    with pytest.raises(CannotMeasure, match="knn can't be measured with fewer than 2 labelled"):
         mean_auc(splits, "knn")

@@ -87,9 +87,9 @@ def test_an_existing_run_is_neither_overwritten_nor_resumed_unless_asked_to(span
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(content)
     assert "--overwrite starts again" in refused(train.main, "--out", str(tmp_path / "dead"), "--resume")
-    assert "something else than a run" in refused(train.main, "--out", str(tmp_path / "other"), "--overwrite")
+    assert "other than a run" in refused(train.main, "--out", str(tmp_path / "other"), "--overwrite")
     (tmp_path / "thesis.txt").write_text("years of work")
-    assert "something else than a run" in refused(train.main, "--out", str(tmp_path), "--overwrite")
+    assert "something other than a run" in refused(train.main, "--out", str(tmp_path), "--overwrite")
     assert "is a file" in refused(train.main, "--out", str(tmp_path / "thesis.txt"))
     wrong = {"--data=nowhere": "nowhere is not a folder", "--isnet=1": "needs --task classify"}
     wrong |= {"--prior=nowhere.npy": "is not sample"}
