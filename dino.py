@@ -10,8 +10,8 @@ teacher's distribution over K prototypes; the teacher's weights are a moving ave
 
 Centring (c) and sharpening (small tau_t) balance each other. Without this balance DINO collapses: all images
 get the same output, which the loss does not show. Two additions, off by default, work against it on small
-data. KoLeo (arXiv 1806.03198, used by DINOv2) keeps the features z of a batch apart. A ceiling on the entropy
-of P_t, about log K - (s / tau_t)^2 / 2, lowers tau_t if the scores' standard deviation s is small. A slow c
+data. KoLeo (arXiv 1806.03198, used by DINOv2) keeps the features z of a batch apart. P_t has an entropy of
+about log K - (s / tau_t)^2 / 2, s the standard deviation of scores; a ceiling on it lowers tau_t. A slow c
 would then leave an offset in all images' scores that makes one prototype win, so (8) moves c faster.
 
     L_KoLeo = -mean_i log min_(j != i) |z_i - z_j|,  |z| = 1,  weighted by w                             (5)

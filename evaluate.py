@@ -256,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
     except torch.OutOfMemoryError:
         fail("evaluate.py", f"{args.device} does not have enough memory: add --device cpu", 1)
     except KeyboardInterrupt:
-        print("\nstopped; the run that was being measured has no results")
+        print("\nstopped; nothing measured on the last run is saved")
         sys.exit(130)
 
 

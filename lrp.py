@@ -85,7 +85,7 @@ class LRP(TorchFunctionMode):
 
     epsilon: the stabiliser of (2), in units of z. gamma: 0 for the epsilon rule; larger values favour
     contributions of one sign, by (3) or, if signed, (4). detach_biases: derivatives of relevance take biases
-    as constants, as in ISNet. Call `watch(images)`, then the model, then `explain(score, inputs)`.
+    as constants, as in ISNet. Call `watch(images)`, the model, `explain(score, inputs)`. Raises ValueError.
     """
 
     def __init__(

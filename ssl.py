@@ -1,6 +1,6 @@
 """Makes `from ssl import DINO` work in this folder, and Python's own `ssl` as well.
 
-A file named ssl.py hides the standard library's module from all code in this folder, and much of that code
+A file named ssl.py hides the standard library's module from everything that runs in this folder, and much
 needs it: `import torch` imports `asyncio`, which reads `ssl.SSLWantReadError` and fails. So this file loads
 the standard library's ssl from the interpreter's folder and leaves *that* module in `sys.modules["ssl"]`,
 which is what an import statement returns. It adds one thing, a module `__getattr__` (PEP 562): a name that

@@ -126,7 +126,7 @@ blind = train(first, 900, *relevance_range(R.abs().sum(dim=(1, 2, 3))))
 heat = {}
 for name, model in {"plain": plain, "blind": blind}.items():
     heat[name], logits = relevance(model, test_x, torch.ones(len(tests), 1), **RULE)
-    print(f"{name} classifier, AUC with the L on healthy images: {100 * auc(logits[:, 0], test_sick):.1f}")
+    print(f"{name} classifier, AUC with the L on normal hearts: {100 * auc(logits[:, 0], test_sick):.1f}")
 
 # 7. One picture: test image, three heads, relevance of both classifiers.
 figure, axes = plt.subplots(4, 6, figsize=(9, 6.4), layout="constrained")

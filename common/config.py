@@ -53,7 +53,7 @@ class Config:
     """All settings of a run. Raises TypeError for one that does not exist."""
 
     # fmt: off
-    task: str = flag("pretrain", "which other flags apply", group="run", choices=["pretrain", "classify"])
+    task: str = flag("pretrain", "without labels or with", group="run", choices=["pretrain", "classify"])
     out: Path = flag(None, "folder for everything that the run writes", "--output-dir")
     overwrite: bool = flag(False, "start again and replace the run in --out")
     resume: bool = flag(False, "continue the run in --out where it stopped")
@@ -97,10 +97,10 @@ class Config:
         within=WEIGHT, needs=DINO)
     max_entropy: float = flag(0.8, "ceiling near collapse on the entropy of the teacher's outputs, as a "
         "fraction of log K, enforced by a lower temperature; 1: as published", within=(0.01, 1), needs=DINO)
-    global_scale: tuple[float, float] = flag((0.4, 1.0), "smallest and largest area of the 2 global crops",
+    global_scale: tuple[float, float] = flag((0.4, 1.0), "range of the 2 global crops' share of the image",
         "--global-crops-scale", nargs=2, needs=VIEWS)
     local_crops_number: int = flag(0, "local crops, of half the size", within=(0, 10**9), needs=VIEWS)
-    local_scale: tuple[float, float] = flag((0.1, 0.4), "smallest and largest area of the local crops",
+    local_scale: tuple[float, float] = flag((0.1, 0.4), "range of the local crops' share of the image",
         "--local-crops-scale", nargs=2, needs="local_crops_number")
     flip: float = flag(0.0, "probability of a mirrored view", "--hflip", within=FRACTION, needs=VIEWS)
     shift: float = flag(None, "largest random shift of images, wrapping around, as a fraction of a side",
@@ -119,11 +119,11 @@ class Config:
     baseline_weight: float = flag(1.0, "weight of the baseline's penalty", within=WEIGHT, needs=PENALISED)
     masks: str = flag("data", "the foreground: data, prior, attention (of --init), a run, a folder",
         needs=f"isnet {PENALISED}|swap")
-    explain: str = flag("selective", "the label's logit, a random one, or the least likely class's log-odds",
+    explain: str = flag("selective", "explain the label's logit, a random one, the least likely's log-odds",
         choices=["label", "random", "selective"], needs="isnet")
     isnet_layers: str = flag("all", "what to supervise inside: nothing, blocks, all layers, attention too",
         choices=["none", "blocks", "relevance", "all"], needs="isnet")
-    isnet_decay: float = flag(0.97, "a pixel's weight / the next larger's", within=(1e-3, 1), needs="isnet")
+    isnet_decay: float = flag(0.97, "weight ratio of pixels next in rank", within=(1e-3, 1), needs="isnet")
     isnet_e: float = flag(0.1, "E in u = h / (h + E); small: punish traces", within=POSITIVE, needs="isnet")
     lrp_epsilon: float = flag(1e-2, "epsilon of LRP", within=POSITIVE, needs="task=classify")
     lrp_gamma: float = flag(None, "gamma of LRP; 0: epsilon rule, larger: toward z+", within=WEIGHT,

@@ -71,7 +71,7 @@ def check_foreground(source: str, train: Data, masks: Tensor, stay: Tensor) -> N
     """
     line = f"--masks {source}: the foreground of {int(stay.sum())} of {len(stay)} training images is known"
     found, names = train.labels == 1, [*train.findings, "no finding"]
-    found = torch.cat([found, ~found.any(dim=1, keepdim=True)], dim=1)  # (N, K + 1)
+    found = torch.cat([found, (train.labels == 0).all(dim=1, keepdim=True)], dim=1)  # (N, K + 1)
     there, kept = found.sum(dim=0), found[stay].sum(dim=0)
     lost = [name for name, before, now in zip(names, there, kept) if before and not now]
     if lost or stay.sum() < max(2, len(stay) / 10):

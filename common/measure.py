@@ -91,7 +91,7 @@ def report(
                 found.tables["exchanged backgrounds, in %"] = table
                 found.metrics.update(flatten(table, name_of_bias))
                 if m < masked:
-                    found.notes.append(f"mixed same: on the {m} of {masked} images that share their labels")
+                    found.notes.append(f"mixed same: on the {m} of {masked} images with labels that recur")
             elif what == "objects":
                 if list(measures) != MEASURES or len(test.regions) == 1:
                     found.tables["objects, in %"] = measure_objects(model, splits, layer)
@@ -191,7 +191,7 @@ def measure_bias(model: nn.Module, splits: dict[str, Data], multiclass: bool, ru
 def measure_backgrounds(model: nn.Module, splits: dict[str, Data], multiclass: bool) -> tuple[Table, int]:
     """AUC and accuracy on exchanged backgrounds, see `backgrounds.py`, and how many images are "mixed same".
 
-    Another image has the same labels, not all unknown. Raises CannotMeasure without masks or labels.
+    Those share their labels, not all unknown, with another. Raises CannotMeasure without masks or labels.
     """
     test = shows_one(splits["test"])
     if not test.names or not test.has_masks.all():

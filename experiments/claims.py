@@ -41,7 +41,7 @@ def of_guidance() -> list[tuple]:
     minus = "minus the registered prior's"  # dino has DINO's own loss
     rows: list[tuple] = [
         (1, f"{equal}: SPAN's attention mAP minus {best}", 58.7, span, dino, "", "+58.7"),
-        (1, f"{equal}, not registered: mAP minus {best}", 58.7, "long_published attention_mAP", dino),
+        (1, f"{equal}, prior not registered: mAP minus {best}", 58.7, "long_published attention_mAP", dino),
         (1, f"{equal}: mAP minus that of DINO's averaged heads", 58.7, span, f"{dino} mean_of_heads_mAP"),
         (1, f"SPAN's mAP after 9 epochs minus {best} after 60", 58.7, early, dino),
         (1, "60 epochs: mAP minus the unregistered prior's", 15, span, "long_span prior_mAP"),
@@ -55,7 +55,7 @@ def of_guidance() -> list[tuple]:
         (2, f"{equal}: mAUC of heads' patches (our readout) minus DINO's", 2.2, "long_span heads_mAUC", dino),
         (2, f"{equal}, not registered: linear mAUC minus DINO's", 2.2, "long_published linear_mAUC", dino),
         (2, f"{equal}, SPAN's weight a tenth: linear mAUC minus DINO's", 2.2, "long_light linear_mAUC", dino),
-        (2, "DINO for 60 epochs, SPAN for 15: linear mAUC minus DINO's", 2.2, "after_dino linear_mAUC", dino),
+        (2, "DINO 60 epochs, then SPAN 15: linear mAUC minus DINO's", 2.2, "after_dino linear_mAUC", dino),
         (2, "SPAN's linear mAUC after 9 epochs minus DINO's after 60", 2.2, "phantom_span linear_mAUC", dino),
     ]
     for how, name in {"linear": "linear mAUC", "heads": "mAUC of each head's patches"}.items():
@@ -79,7 +79,7 @@ def of_isnet() -> list[tuple]:
     for run, name in BACKBONES.items():
         flipped, unmarked = f"isnet_{run} auc_flipped", f"unmarked_{run} auc_same"
         rows.append((5, f"{alone}, {name}: {FLIPPED} (an L in a corner)", 85, flipped))
-        rows.append((5, f"{alone}, {name}: {FLIPPED}, minus AUC without any marker", -5, flipped, unmarked))
+        rows.append((5, f"{alone}, {name}: {FLIPPED}, minus AUC if trained without", -5, flipped, unmarked))
         for kind, shortcut in KINDS.items():
             experiment = f"isnet_{kind}" if run == "resnet" else f"vit_isnet_{kind}"
             rows.append((5, f"{alone}, {name}: {FLIPPED} ({shortcut})", 85, f"{experiment} auc_flipped"))

@@ -169,6 +169,9 @@ def test_masks_that_leave_no_background_stop_the_run_and_classes_that_lose_uneve
     one = data._replace(labels=data.labels[:, 1:], findings=["ill"])  # a finding that is present or not
     check_foreground("prior", one, masks, (torch.arange(40) % 2 == 0) | (torch.arange(40) < 10))
     assert "warning: 25 % of ill and 100 % of no finding stay" in capsys.readouterr().out
+    one.labels[36:] = torch.nan  # labels that are unknown are no class of their own
+    check_foreground("prior", one, masks, torch.arange(40) < 36)
+    assert "stay" not in capsys.readouterr().out
 
 
 def test_an_image_without_masks_gets_those_of_the_reference_that_is_found_best_in_it():
