@@ -37,8 +37,8 @@ def on_all_shortcuts(number: int, who: str, way: str) -> list[tuple]:
 def of_guidance() -> list[tuple]:
     """Claims 1 to 4: SPAN against DINO."""
     equal, dino, best = "60 epochs each", "dino_long", "that of DINO's heads (best on validation)"
-    span, early = "long_span attention_mAP", "phantom_span attention_mAP"  # early: the default
-    minus = "minus the registered prior's"  # dino has DINO's own loss
+    span, early = "long_span attention_mAP", "phantom_span attention_mAP"  # early: 9 epochs, the default
+    minus = "minus the registered prior's"
     rows: list[tuple] = [
         (1, f"{equal}: SPAN's attention mAP minus {best}", 58.7, span, dino, "", "+58.7"),
         (1, f"{equal}, prior not registered: mAP minus {best}", 58.7, "long_published attention_mAP", dino),
