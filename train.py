@@ -109,7 +109,7 @@ def views_objective(config: Config, model: nn.Module, images: Tensor, priors: Ca
             return loss, {}
         attentions, grids = [f.attention for f in features], [encoder.grid(v) for v in views]
         thetas = thetas if config.follow else None
-        prior, confidence = priors(index)
+        prior, confidence, _ = priors(index)
         span = guidance(attentions, prior, thetas, grids, config.span_loss, confidence)
         if loss is None:
             return config.span_weight * span, {"span_loss": span.detach()}
@@ -129,7 +129,7 @@ def relvit_objective(config: Config, relvit: RelViT, images: Tensor, priors: Cal
             loss, scores, features = relvit(normalise(views), layer=config.span_layer)
         if priors is None:
             return loss, scores
-        prior, confidence = priors(index)
+        prior, confidence, _ = priors(index)
         prior = F.avg_pool2d(cut(prior, boxes, grid, p), p).flatten(2)  # (B, R, N)
         prior = prior * boxes[:, None, :, 2:].prod(dim=3)  # a larger cell holds more of a prior
         mass = prior.sum(dim=2)

@@ -95,10 +95,10 @@ def registered_masks(images: Tensor, prior: tuple, most: int = 1) -> Tensor:
     """Masks (M, 1, S, S) bool of images (M, C, S, S) by priors, empty where these can't be trusted.
 
     prior: the arguments of `priors_over` after images. most: how many reference images are tried; each image
-    gets the masks of the one that is found in it with the highest confidence. Raises ValueError.
+    gets the masks of the one that, warped, is most like it around them. Raises ValueError.
     """
     source, train, reference, *how = prior
-    masks, best = torch.zeros_like(images[:, :1], dtype=torch.bool), torch.zeros(len(images))
+    masks, best = torch.zeros_like(images[:, :1], dtype=torch.bool), torch.full((len(images),), -2.0)
     references = [reference]
     if most > 1:  # whose masks are all there, and not empty
         complete = train.has_masks & train.masks.flatten(2).any(dim=2).all(dim=1)  # (N,)
@@ -106,11 +106,11 @@ def registered_masks(images: Tensor, prior: tuple, most: int = 1) -> Tensor:
     for name in references:
         over = priors_over(images, source, train, name, *how)
         for index in torch.arange(len(images), device=how[-1]).split(BATCH):
-            priors, confidence = (x.cpu() for x in over(index))
+            priors, confidence, likeness = (x.cpu() for x in over(index))
             index = index.cpu()
-            better = confidence > best[index].clamp(min=0.49)
+            better = (confidence > 0.49) & (likeness > best[index])
             masks[index[better]] = (priors[better] > 0.5).any(dim=1, keepdim=True)
-            best[index[better]] = confidence[better]
+            best[index[better]] = likeness[better]
     return masks
 
 

@@ -23,7 +23,7 @@ from attention_priors import blurred, follow, priors_from_masks, priors_from_sta
 from common.data import BATCH, SPLITS, Data, printable, rows_at, to_device
 from common.explain import attention_of
 from common.folder import by_stem, image_size
-from common.registration import carry, confidence, register
+from common.registration import carry, confidence, likeness, register
 from common.splits import DRAWN
 
 # Priors
@@ -61,14 +61,15 @@ def make_priors(prior: str, train: Data, reference: str | None, blur: float) -> 
 def priors_over(
     images: Tensor, prior: str, train: Data, reference: str | None, blur: float, how: str, device: str,
     heads: int | None = None,
-) -> Callable[[Tensor], tuple[Tensor, Tensor]]:  # fmt: skip
-    """A function from indices (B,) of images (N, C, S, S) to priors (B, R, S, S) and confidence (B,).
+) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
+    """A function from indices (B,) of images (N, C, S, S) to priors (B, R, S, S), confidence and likeness (B,).
 
-    Confidence, from 0 to 1, says how surely the priors lie where they should. prior, reference, blur: as in
+    Confidence, from 0 to 1, says how surely the priors lie where they should, likeness how much an image is
+    like the reference image; both are 1 for priors that are not registered. prior, reference, blur: as in
     `make_priors`; prior "masks" takes each image's own, and images are `train`'s. how: bend, affine or none,
     to register the reference image to each image. heads: how many can be guided. Raises ValueError.
     """
-    certain = torch.ones(len(images), device=device)
+    certain = torch.ones(2, len(images), device=device)  # confidence and likeness
     if prior == "masks":
         priors, names = None, train.regions
         if not train.has_masks.any():
@@ -84,20 +85,21 @@ def priors_over(
             print(f"registering {printable(reference)} to {len(images)} images ...", flush=True)
     if prior == "masks":
         masks = to_device(train.masks, device)
-        return lambda index: (blurred(rows_at(masks, index).float(), blur), certain[index])  # empty: unknown
+        return lambda index: (blurred(rows_at(masks, index).float(), blur), *certain[:, index])  # empty: unknown
     priors = priors.to(device)
     if prior != "sample" or how == "none":
-        return lambda index: (priors.expand(len(index), *priors.shape), certain[index])
-    parts = tqdm(images.split(BATCH), desc="registering", leave=False, disable=None)
-    image = train.images[train.names.index(reference)].to(device)
-    registered = [register(image, priors, part.to(device), how == "bend") for part in parts]
-    theta, flow, agreement = map(torch.cat, zip(*registered))
-    sure = confidence(agreement)  # (N,)
+        return lambda index: (priors.expand(len(index), *priors.shape), *certain[:, index])
+    image, registered = train.images[train.names.index(reference)].to(device), []
+    for part in tqdm(images.split(BATCH), desc="registering", leave=False, disable=None):
+        theta, flow, agreement = register(image, priors, part.to(device), how == "bend")
+        alike = likeness(image, priors, part.to(device), theta, flow)
+        registered.append((theta, flow, confidence(agreement), alike))
+    theta, flow, sure, alike = map(torch.cat, zip(*registered))
     if heads is not None and (lost := int((sure < 0.5).sum())):
         counts = f"{lost} of {len(images)} images"
         name = f"the reference image {printable(reference)}"
         print(f"note: {name} is hardly found in {counts}; their priors get less weight")
-    return lambda index: (carry(priors, theta[index], flow[index]), sure[index])
+    return lambda index: (carry(priors, theta[index], flow[index]), sure[index], alike[index])
 
 
 def prior_maps(

@@ -2,14 +2,16 @@
 
 As published, SPAN's priors are the same for all images. Here they are warped to each (theta: `crops.py`):
 
-    T_i   = argmax_T NCC(c(image_i), c(reference o T)),  T affine, c: local contrast           (1) `align`
-    f_i   = argmax_f NCC(c(image_i), c(reference o (T_i + f))) - stiffness |diff f|^2          (2) `bend`
-    s_i   = NCC(d(image_i), d(reference o T_i)) over the box around the regions                (3) `agreement`
+    T_i   = argmax_T NCC(c(image_i), c(reference) o T),  T affine, c: local contrast           (1) `align`
+    f_i   = argmax_f NCC(c(image_i), c(reference) o (T_i + f)) - stiffness |diff f|^2          (2) `bend`
+    s_i   = NCC(d(image_i) o T_i^-1, d(reference)) over the box around the regions             (3) `agreement`
     T_i   = argmax_T s_i,  T a shift and a scale                                               (4) `find`
+    l_i   = NCC(c(image_i), c(reference) o (T_i + f_i)) over the warped regions                (5) `likeness`
 
 (1) and (2) need images of one scene, which overlap from the start. Where they fail, (4) searches everywhere.
 d is c and its local energy, which may be all that, say, two different digits share. The T_i with the larger
-s_i is taken. Where s_i is small, neither has found the regions, and `confidence` is low.
+s_i is taken. Where s_i is small, neither has found the regions, and `confidence` is low. If there are several
+reference images, an image takes the regions of the one that is most like it, with the largest l_i.
 """
 
 import torch
@@ -128,6 +130,23 @@ def register(reference: Tensor, priors: Tensor, images: Tensor, deformable: bool
 def confidence(agreement: Tensor) -> Tensor:
     """Weights in [0, 1] of priors by their agreement (B,): 0 up to NOTHING, 1 from CERTAIN on."""
     return ((agreement - NOTHING) / (CERTAIN - NOTHING)).clamp(0, 1)
+
+
+def likeness(
+    reference: Tensor, priors: Tensor, images: Tensor, theta: Tensor, flow: Tensor, around: int = 3
+) -> Tensor:
+    """l_i (B,) in [-1, 1] of equation (5): how alike a registered reference and images (B, C, H, W) are.
+
+    Over the priors (R, H, W) and `around` pixels at WORKING_SIZE: a region's outline has two sides.
+    """
+    source, target = _contrast(reference[None], 1.0), _contrast(images, 1.0)  # (1 or B, C, h, w)
+    regions = F.interpolate(priors[None].float(), size=target.shape[2:], mode="area")[0]
+    regions = (carry(regions, theta, flow) > 0.5).any(dim=1, keepdim=True).float()  # (B, 1, h, w)
+    weight = F.max_pool2d(regions, 2 * around + 1, 1, around)
+    moved = carry(source[0], theta, flow)
+    total = weight.sum(dim=(2, 3), keepdim=True).clamp(min=1)
+    a, b = (weight * (v - (weight * v).sum(dim=(2, 3), keepdim=True) / total) for v in (moved, target))
+    return F.cosine_similarity(a.flatten(1), b.flatten(1), dim=1, eps=1e-6)
 
 
 def carry(priors: Tensor, theta: Tensor, flow: Tensor | None = None) -> Tensor:

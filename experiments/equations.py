@@ -41,6 +41,7 @@ TESTS = {  # file: {numbers: the test that checks them}
         "2": "test_bending_fits_what_no_affine_map_can",
         "3": "test_priors_count_little_in_images_without_the_object",
         "4": "test_a_shift_and_a_scale_are_found_exactly",
+        "5": "test_likeness_compares_what_lies_around_the_regions_and_nothing_else",
     },
     "common/regions.py": {"7": "test_the_fewest_pixels_that_hold_the_mass_are_kept"},
     "common/baselines.py": {

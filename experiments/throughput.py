@@ -55,7 +55,7 @@ def span_step(flags: str, shape: tuple[int, ...], device: str) -> tuple[Callable
     priors, sure = torch.rand(B, 3, H, W).to(device), torch.ones(B, device=device)
     grid = H // config.patch_size, W // config.patch_size
     model = build_model(config, DataSpec(C, (), False, ""), build_encoder(config, C), grid).to(device).train()
-    losses = views_objective(config, model, images, lambda index: (priors[index], sure))
+    losses = views_objective(config, model, images, lambda index: (priors[index], sure, sure))
     optimizer, generator = AdamW(decayed(model, config.weight_decay), config.lr), Generator().manual_seed(0)
     index, V = torch.arange(B, device=device), config.local_crops_number
     step = partial(train_step, config, model, losses, optimizer, index, generator, 0, 100)

@@ -45,7 +45,7 @@ def scores(train: Data, reference: int, masks: Tensor, test: Data) -> tuple[floa
     name, given = train.names[reference], train.masks.clone()
     given[reference] = masks
     over = priors_over(test.images, "sample", train._replace(masks=given), name, BLUR, "bend", "cpu")
-    priors, _ = over(torch.arange(len(test.names)))  # (M, R, S, S)
+    priors, *_ = over(torch.arange(len(test.names)))  # (M, R, S, S)
     ap = localisation_ap(priors.flatten(2), test.masks, tuple(priors.shape[2:]))
     found = (priors > 0.5).any(dim=1, keepdim=True)
     return 100 * float(ap.diagonal(dim1=1, dim2=2).nanmean()), 100 * mask_dice(found, test)

@@ -18,6 +18,7 @@ from common.config import parse
 from common.data import Data
 from common.foreground import are_made, check_foreground, foreground
 from common.foreground import mask_dice, masks_compared, registered_masks
+from common.phantom import REGIONS, phantom
 from common.regions import make_priors, masks_held, mass_held, prior_maps, priors_over, warn_if_unguided
 from common.splits import load
 from vit import ViT
@@ -44,8 +45,8 @@ def test_priors_are_registered_to_each_image_unless_told_otherwise(monkeypatch):
     splits, reference, _ = load("phantom", 64, 0, 16)
     train_split, test = splits["train"], splits["test"]
     given = train_split, reference, 0.025
-    same, certain = priors_over(test.images, "sample", *given, "none", "cpu")(torch.arange(8))
-    moved, sure = priors_over(test.images, "sample", *given, "bend", "cpu")(torch.arange(8))
+    same, certain, _ = priors_over(test.images, "sample", *given, "none", "cpu")(torch.arange(8))
+    moved, sure, _ = priors_over(test.images, "sample", *given, "bend", "cpu")(torch.arange(8))
     assert (certain == 1).all() and (sure > 0.5).all()
     assert same.shape == moved.shape == (8, 3, 64, 64) and torch.equal(same[0], same[7])
     true = test.masks.float()
@@ -185,6 +186,20 @@ def test_an_image_without_masks_gets_those_of_the_reference_that_is_found_best_i
     assert not of_noise.any()
     both, sizes = (of_both & masks[2:]).sum(), of_both.sum() + masks[2:].sum()
     assert 2 * both / sizes > 0.8
+
+
+def test_of_two_references_each_image_takes_the_masks_of_the_one_that_is_more_like_it():
+    """The heart of one is enlarged. Both are surely found in all images, which have hearts of either kind."""
+    images, masks, labels = phantom(60, seed=10)
+    references = [int((labels[:, 0] == label).nonzero()[0, 0]) for label in (0, 1)]
+    known, names = torch.zeros(60, dtype=torch.bool), [str(i) for i in range(60)]
+    known[references] = True
+    data = Data(images, masks, known, None, names, REGIONS, [])
+    others = data._replace(images=images[~known], masks=masks[~known], has_masks=~known[~known])
+    priors = [("sample", data, names[i], 0.025, "bend", "cpu") for i in references]
+    healthy, ill = (mask_dice(registered_masks(others.images, prior), others) for prior in priors)
+    both, also = (mask_dice(registered_masks(others.images, prior, most=2), others) for prior in priors)
+    assert both == also > 0.01 + max(healthy, ill)
 
 
 def plain_folder(path):

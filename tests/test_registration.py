@@ -7,7 +7,7 @@ from conftest import digits, seeded
 
 from attention_priors import priors_from_masks
 from common.phantom import phantom
-from common.registration import _between, agreement, align, bend, carry, confidence, find, register
+from common.registration import _between, agreement, align, bend, carry, confidence, find, likeness, register
 from crops import crop, random_crops
 
 
@@ -83,6 +83,18 @@ def test_an_object_is_found_anywhere_where_an_affine_start_fails():
     assert found.mean() > 0.85 and confidence(s).mean() > 0.8
     moved = (flow == 0).flatten(1).all(dim=1)  # a shift and a scale, which nothing bends
     assert moved.sum() > 10 and (theta[moved][:, 0, 1] == 0).all()
+
+
+def test_likeness_compares_what_lies_around_the_regions_and_nothing_else():
+    images, masks, _ = phantom(2, seed=0)
+    heart, theta, flow = masks[0, 2:], torch.tensor([[[1.0, 0, 0.25], [0, 1, 0]]]), torch.zeros(1, 2, 1, 1)
+    moved = crop(images[:1].float(), theta, 64)
+    beside, within = moved.clone(), moved.clone()
+    beside[..., 52:], within[..., 24:40, 16:32] = 0, 0
+    seen = moved, beside / 2 + 9, within, images[1:]
+    alike, also, less, other = (likeness(images[0], heart, x, theta, flow) for x in seen)
+    assert alike > 0.99 and also > 0.97 and less < 0.6 and other < 0.9
+    assert likeness(images[0], heart, moved, theta, flow + 0.2) < 0.9  # displaced
 
 
 def test_a_shift_and_a_scale_are_found_exactly():

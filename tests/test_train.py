@@ -511,7 +511,7 @@ def test_a_large_cell_holds_more_of_a_prior():
     relvit, seen = train.RelViT(build_encoder(config, 1), 24, (2, 2)), []
     relvit.register_forward_hook(lambda module, inputs, output: seen.append(output[2].attention))
     images, even = torch.randint(256, (4, 1, 64, 64)).byte(), torch.ones(4, 1, 64, 64)
-    losses = train.relvit_objective(config, relvit, images, lambda index: (even, torch.ones(4)))
+    losses = train.relvit_objective(config, relvit, images, lambda index: (even, torch.ones(4), torch.ones(4)))
     span = losses(torch.arange(4), seeded(), 0, 1)[1]["span_loss"]
     boxes = train.patch_views(images.float(), (2, 2), 8, seeded(), mega=True)[1]
     area = boxes[:, None, :, 2:].prod(dim=3)
