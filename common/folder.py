@@ -25,6 +25,7 @@ from common.pictures import decode, read_mask, to_tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".pgm")
 LAYOUT = "expected images/ with optional masks/<region>/ and labels.csv, or one folder of images per class"
+NO_CLASSES = {*SPLITS, "training", "validation", "valid", "testing"}  # names of folders
 ENTRIES = ["images", "masks", "labels.csv"]  # of a folder
 
 
@@ -48,9 +49,15 @@ def load_folder(folder: str | Path, img_size: int, reference: str | None = None)
         findings, labels, split = read_labels(folder / "labels.csv", paths)
         masks = _find_masks(folder / "masks", paths, notes)
     elif not (folder / "masks").exists() and not (folder / "labels.csv").exists():  # masks are not a class
-        paths = {f"{sub.name}/{path.name}": path for sub in _listed(folder, True) for path in _listed(sub)}
+        classes = [sub for sub in _listed(folder, True) if not (sub / "config.json").exists()]  # a run
+        if len(splits := [sub.name for sub in classes if sub.name.lower() in NO_CLASSES]) > 1:
+            line = f"{', '.join(splits)} are splits, not classes"
+            raise DataError(f"{folder}: {line}: move all images to images/, add the split to labels.csv")
+        paths = {f"{sub.name}/{path.name}": path for sub in classes for path in _listed(sub)}
         findings, labels = one_hot({name: printable(path.parent.name) for name, path in paths.items()})
     if not paths and (beside := _listed(folder)):
+        if folder.resolve().name == "images":
+            raise DataError(f"{folder} holds the images of {folder.resolve().parent}: name that folder")
         raise DataError(f"{folder}: {len(beside)} images lie beside each other; move them to {folder}/images")
     elsewhere = _unused(folder, paths)
     if not paths:
@@ -90,12 +97,18 @@ def _listed(folder: Path, folders: bool = False) -> list[Path]:
     return [p for p in paths if (p.is_dir() if folders else p.suffix.lower() in SUFFIXES and p.is_file())]
 
 
+def _few(notes: list[str]) -> list[str]:
+    """The first notes, and how many more there are: a folder may have thousands."""
+    return notes[:3] + [f"... and {len(notes) - 3} more of this kind"] * (len(notes) > 3)
+
+
 def _unused(folder: Path, used: dict[str, Path]) -> str:
-    """Where images lie that are not used, in words, "" for none; masks and hidden files do not count."""
+    """Where images lie that are not used, in words, "" for none; masks and hidden files don't count."""
     found, left = {*used.values()}, Counter()
     for path in folder.rglob("*"):
         parts = path.relative_to(folder).parts
-        if path.suffix.lower() in SUFFIXES and parts[0] != "masks" and path not in found and path.is_file():
+        misplaced = parts[0] != "masks" or len(parts) > 3  # a mask is masks/<region>/<name>
+        if path.suffix.lower() in SUFFIXES and misplaced and path not in found and path.is_file():
             left[path.parent] += not any(part[0] == "." for part in parts)
     words = [f", {n} in {parent}" for parent, n in sorted(left.items()) if n]
     return "".join(words[:5]) + f", and in {len(words) - 5} more folders" * (len(words) > 5)
@@ -109,14 +122,18 @@ def _find_masks(folder: Path, images: dict[str, Path], notes: list[str]) -> dict
     for name, path in images.items():
         stems[path.stem].append(name)
     for region in _listed(folder, folders=True) if folder.is_dir() else []:
-        own = masks[printable(region.name)] = {}
+        own, unused = {}, []
+        masks[printable(region.name)] = own
         for path in _listed(region):
             # masks/heart/a.png belongs to images/a.png, never to an images/a.jpg beside it.
             names = [path.name] if path.name in images else stems[path.stem]
-            notes += [] if names else [f"{path} is not used: no image has this name"]
+            if len(names) > 1:
+                raise DataError(f"{path} may belong to {' or '.join(names)}: give it the suffix of its image")
+            unused += [] if names else [f"{path} is not used: no image has this name"]
             for name in names:
                 if own.setdefault(name, path) != path:
                     raise DataError(f"{own[name]} and {path} are both masks of {images[name]}; remove one")
+        notes += _few(unused)
     return masks
 
 
@@ -139,21 +156,25 @@ def by_stem(names: list[str]) -> dict[str, int]:
 def read_masks(folder: Path, data: str | None, names: list[str], size: int) -> Tensor:
     """Masks (N, 1, S, S) bool of the images `names`: the union of the files <name> and <region>/<name>.
 
-    data: the folder of the images, or None for synthetic ones, whose masks may have any size. Missing masks
-    are empty. Raises DataError, also if all are missing.
+    data: the folder of the images, or None for synthetic ones, whose masks may have any size. Images without
+    a mask of every region get an empty one. Raises DataError, also if all lack some.
     """
     if (folder / "images").is_dir() or data and folder.resolve() == Path(data).resolve():
         raise DataError(f"{folder} holds images, not masks; name the folder of the masks")
-    wanted, any_mask = by_stem(names), False
+    wanted, known = by_stem(names), defaultdict(set)  # region: images that have a mask of it
     masks = torch.zeros(len(names), 1, size, size, dtype=torch.bool)
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).with_suffix("").as_posix()
         i = wanted.get(name, wanted.get(name.partition("/")[2]))
         if i is not None and name[0] != "." and path.suffix.lower() in SUFFIXES and path.is_file():
-            shape, any_mask = image_size(data, names[i]) if data else None, True
+            known["" if name in wanted else name.partition("/")[0]].add(i)
+            shape = image_size(data, names[i]) if data else None
             masks[i, 0] |= read_mask(path, folder, names[i], shape, size)
-    if not any_mask:
+    if not known:
         raise DataError(f"{folder} holds no mask of any training image; name them like `{names[0]}`")
+    if partly := set.union(*known.values()) - set.intersection(*known.values()):
+        print(f"note: {len(partly)} image(s) have masks of some regions only: their foreground is unknown")
+        masks[list(partly)] = False
     return masks
 
 
@@ -173,10 +194,10 @@ def _read_images(paths: dict[str, Path], masks: dict[str, dict], size: int, note
     with ThreadPoolExecutor(8) as threads:
         bar = dict(desc="reading", total=len(paths), leave=False, delay=5, disable=None)
         results = list(tqdm(threads.map(read, paths), **bar))
-    notes += [f"skipped {result}" for result in results if isinstance(result, DataError)]
+    notes += _few(skipped := [f"skipped {result}" for result in results if isinstance(result, DataError)])
     names = [name for name, result in zip(paths, results) if isinstance(result, tuple)]
     if not names:
-        raise DataError(f"none of {len(paths)} images can be read; replace them ({notes[-1]})")
+        raise DataError(f"none of {len(paths)} images can be read; replace them ({skipped[-1]})")
     images, own, sides = zip(*(result for result in results if isinstance(result, tuple)))
     side = int(np.median(sides))
     more = 224 if side >= 224 else 128

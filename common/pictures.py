@@ -15,8 +15,11 @@ FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP", "PPM")  # a PostScript f
 warnings.filterwarnings("ignore", module="PIL")  # about odd metadata
 
 
-def decode(path: Path) -> np.ndarray:
-    """Upright pixels (H, W) or (H, W, 3): uint8, or grey in its own depth. Raises DataError."""
+def decode(path: Path, mask: bool = False) -> np.ndarray:
+    """Upright pixels (H, W) or (H, W, 3): uint8, or grey in its own depth. Raises DataError.
+
+    Transparent pixels are black; a mask that is black on a transparent ground is its own opacity.
+    """
     try:
         with Image.open(path, formats=FORMATS) as file:
             most = Image.MAX_IMAGE_PIXELS or math.inf  # Pillow only warns
@@ -25,7 +28,9 @@ def decode(path: Path) -> np.ndarray:
             image = ImageOps.exif_transpose(file)
         if image.mode[0] not in "IF":  # I, I;16, I;16B and F are deeper than 8 bit
             if image.has_transparency_data:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
+                alone = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), alone)
+                image = alone.getchannel("A") if mask and not image.convert("RGB").getbbox() else image
             image = image.convert("L" if image.mode in ("1", "L") else "RGB")
         pixels = np.asarray(image)
         if not np.isfinite(pixels).all():
@@ -39,20 +44,38 @@ def decode(path: Path) -> np.ndarray:
 def read_mask(path: Path, folder: Path, image: str, shape: tuple[int, int] | None, size: int) -> Tensor:
     """(S, S) bool, S = size: pixels of at least half the mask's maximum, so 0/1, 0/255, soft grey all work.
 
-    folder: where the file must lie. image: the name of its image. shape: that image's height and width, if
-    the mask must have the same. Raises DataError.
+    A region that is too small for this size keeps the pixels that show most of it. folder: where the file
+    must lie. image: the name of its image. shape: that image's height and width, if the mask must have the
+    same. Raises DataError.
     """
     if not path.resolve().is_relative_to(folder.resolve()):  # the sender of the folder may be malicious
         raise DataError(f"{path} is a link that leads out of {folder}; replace it by a copy")
-    pixels = np.atleast_3d(decode(path)).max(axis=2)  # (H, W); not the luminance: blue counts like white
+    colours = np.atleast_3d(decode(path, mask=True))  # (H, W, 1 or 3)
+    pixels = colours.max(axis=2)  # (H, W); not the luminance: blue counts like white
     if shape is not None and pixels.shape != shape:
         mine, theirs = (f"{width} x {height} px" for height, width in (pixels.shape, shape))
         raise DataError(f"{path} is {mine} but its image {image} is {theirs}; resize the mask to that")
-    if 2 < pixels.max() < 32 and len(values := np.unique(pixels)) > 2:  # numbers of regions
-        values = ", ".join(map(str, values))
-        raise DataError(f"{path} holds the values {values}; give each region its own mask, 0 and 255")
+    _refuse_several(path, colours[:: len(colours) // 128 or 1, :: colours.shape[1] // 128 or 1])
     inside = Image.fromarray(((pixels > 0) & (pixels >= pixels.max() / 2)).astype(np.float32))
-    return torch.from_numpy(np.array(inside.resize((size, size), Image.Resampling.BILINEAR)) >= 0.5)
+    inside = np.array(inside.resize((size, size), Image.Resampling.BILINEAR))  # shares of pixels
+    return torch.from_numpy((inside > 0) & (inside >= min(0.5, inside.max())))
+
+
+def _refuse_several(path: Path, colours: np.ndarray) -> None:
+    """Raise DataError if a mask (H, W, 1 or 3) seems to show several regions by different values."""
+    peaks = colours.max(axis=2).astype(np.float64)  # (H, W)
+    shown = colours[peaks > peaks.min() + np.ptp(peaks) / 8]  # (M, 1 or 3)
+    if not len(shown):
+        return
+    codes = shown.astype(np.float64) @ 256.0 ** np.arange(shown.shape[1])  # fast to sort
+    _, first, often = np.unique(codes, return_index=True, return_counts=True)
+    values = shown[first].astype(np.float64)  # (n, 1 or 3)
+    main = values[often.argmax()]
+    often[abs(values - main).max(axis=1) <= shown.max() / 5] = 0  # as JPEG leaves them
+    if often.max() > max(16, len(shown) / 10):  # more than soft outlines have
+        two = main.tolist(), values[often.argmax()].tolist()
+        listed = " and ".join("/".join(f"{v:g}" for v in value) for value in two)
+        raise DataError(f"{path} holds the values {listed}; give each region its own mask, 0 and 255")
 
 
 def to_tensor(pixels: np.ndarray, height: int, width: int) -> Tensor:

@@ -1,7 +1,6 @@
 """Data folders of every kind and the public datasets: what becomes of them, or how they are refused."""
 
 import io
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 from conftest import noise, save
 from PIL import Image
 
+from attention_priors import gaussian_blur
 from common import data, datasets
 from common.data import SPLITS, DataError, rows_at, select
 from common.folder import SUFFIXES, load_folder, read_masks
@@ -143,12 +143,64 @@ def test_a_mask_of_the_whole_image_is_noted_and_one_of_numbers_is_refused(folder
     save(folder / "masks" / "heart" / "b.png", Image.fromarray(colours))
     (note,) = everything(folder)[2]
     assert "1 mask(s) of heart cover the whole image, such as that of b.png: a mask must be black" in note
-    save(folder / "masks" / "heart" / "b.png", np.arange(256, dtype=np.uint8).reshape(16, 16) // 64)
-    assert "b.png holds the values 0, 1, 2, 3; give each region its own mask" in refusal(folder)
-    for values in ([0, 120, 255], [0, 1, 2]):  # soft edges; 0 and 1, saved as a JPEG
-        save(folder / "masks" / "heart" / "b.png", np.tile(np.uint8(values + values[:1]), (16, 4)))
-        with warnings.catch_warnings(action="error"):
-            assert everything(folder)[2] == []
+
+
+REGIONS = np.array([0] * 6 + [1] * 6 + [2] * 4, np.uint8)[None].repeat(16, axis=0)  # (16, 16)
+PALETTE = Image.fromarray(REGIONS, "P")
+PALETTE.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
+SEVERAL = {  # masks that show two regions, and what the error says of them
+    "numbers": (REGIONS, "1 and 2"),
+    "greys": (np.array([0, 85, 255], np.uint8)[REGIONS], "85 and 255"),
+    "a palette": (PALETTE, "128/0/0 and 0/128/0"),
+    "colours": (PALETTE.convert("RGB"), "128/0/0 and 0/128/0"),
+}
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_a_mask_that_shows_several_regions_is_refused(folder, kind):
+    picture, values = SEVERAL[kind]
+    save(folder / "masks" / "heart" / "b.png", picture)
+    assert f"b.png holds the values {values}; give each region its own mask" in refusal(folder)
+
+
+def test_soft_outlines_and_the_traces_of_a_jpeg_are_no_regions(folder):
+    soft = gaussian_blur(torch.from_numpy(LEFT).float()[None, None], 1.5)[0, 0].numpy() * 255
+    traces = np.random.default_rng(0).integers(0, 20, LEFT.shape)
+    for mask in (soft, np.where(LEFT, 255 - traces, traces // 15)):
+        save(folder / "masks" / "heart" / "b.png", mask.astype(np.uint8))
+        assert torch.equal(everything(folder)[0]["b.png"].masks[0, 0], torch.from_numpy(LEFT))
+
+
+def test_a_region_that_is_too_small_for_the_image_size_keeps_a_pixel(tmp_path):
+    save(tmp_path / "images" / "a.png", noise(128, 128))
+    spot = np.zeros((128, 128), np.uint8)
+    spot[66:69, 35:38] = 255
+    save(tmp_path / "masks" / "spot" / "a.png", spot)
+    (mask,) = everything(tmp_path)[0]["a.png"].masks[0]  # at 16 px
+    assert mask.nonzero().tolist() == [[8, 4]]
+
+
+def test_folders_named_like_splits_are_no_classes_and_those_of_runs_are_none_either(tmp_path):
+    for name in ("cat/a.png", "dog/b.png", "run/attention.png"):
+        save(tmp_path / name, GREY)
+    (tmp_path / "run" / "config.json").write_text("{}")
+    found, _, notes = everything(tmp_path)
+    assert found["cat/a.png"].findings == ["cat", "dog"] and "not used: 1 in" in notes[0]
+    for name in ("Train/a.png", "val/b.png"):
+        save(tmp_path / name, GREY)
+    line = "Train, val are splits, not classes: move all images to images/, add the split to labels.csv"
+    assert line in refusal(tmp_path)
+
+
+def test_masks_that_lie_too_deep_or_bear_other_names_are_noted(folder):
+    add_masks(folder, "heart/a.png", "heart/more/b.png", *(f"heart/{name}_mask.png" for name in "bcdef"))
+    deep, *others = everything(folder)[2]
+    heart = folder / "masks" / "heart"
+    assert others[-1].startswith(f"images not used: 1 in {heart / 'more'}; expected")
+    assert deep == f"{heart / 'b_mask.png'} is not used: no image has this name"
+    assert others[-2] == "... and 2 more of this kind" and len(others) == 4
+    (folder / "labels.csv").unlink(missing_ok=True)
+    assert f"holds the images of {folder}: name that folder" in refusal(folder / "images")
 
 
 def test_suffixes_of_any_case_are_read_and_hidden_files_are_not(tmp_path):
@@ -249,6 +301,7 @@ MASKS = {  # pictures, and the mask that they mean
     "soft grey": (np.where(LEFT, 120, 40).astype(np.uint8), LEFT),
     "a blue of one beside white": (Image.merge("RGB", [EDGE, EDGE, ONES]), LEFT),
     "alpha": (Image.merge("LA", [Image.new("L", (16, 16), 255), HALF]), LEFT),
+    "black on nothing": (Image.merge("LA", [Image.new("L", (16, 16), 0), HALF]), LEFT),
     "sixteen bit": (LEFT.astype(np.uint16), LEFT),
     "float": (LEFT.astype(np.float32), LEFT),
     "large, shrunk by majority": (SPECKS, LEFT),
@@ -277,8 +330,17 @@ def test_an_image_has_masks_if_it_has_one_of_every_region_by_its_own_name(folder
     assert "masks beside the regions' folders are not used" in everything(folder)[2][0]
     assert found["a.png"].masks[0].any(dim=2).any(dim=1).tolist() == [True, False]
     assert not found["c.png"].masks.any() and not found["a.jpg"].masks.any()
+    add_masks(folder, "heart/b.bmp")
+    assert "heart/b.bmp and " in refusal(folder) and "remove one" in refusal(folder)
     add_masks(folder, "heart/a.bmp")
-    assert "heart/a.bmp and " in refusal(folder) and "remove one" in refusal(folder)
+    assert "heart/a.bmp may belong to a.jpg or a.png: give it the suffix of its image" in refusal(folder)
+
+
+def test_masks_of_another_tool_are_known_if_an_image_has_one_of_every_region(folder, capsys):
+    add_masks(folder, "heart/a.png", "heart/b.png", "lung/a.png")
+    masks = read_masks(folder / "masks", str(folder), ["a.png", "b.png"], 16)
+    assert masks.flatten(1).any(dim=1).tolist() == [True, False]
+    assert "note: 1 image(s) have masks of some regions only" in capsys.readouterr().out
 
 
 def test_a_mask_must_be_readable_and_have_the_size_of_its_image_after_exif_rotation(tmp_path):
