@@ -29,7 +29,7 @@ from common.models import build_encoder, load_model, lrp_rule, start_from
 from common.page import page, print_tables
 from common.pictures import read_picture
 from common.plots import curves, draw_maps, low_data, map_grid
-from common.probe import FRACTIONS
+from common.probe import DRAWS, FRACTIONS
 from common.processes import fail, keep_freed_memory
 from common.regions import attention_masks, check_masses, export_masks, write_mask
 from common.runs import Loaded, heads_of, images_to_show, load_all, looks_of, maps_of, measured_by
@@ -52,10 +52,12 @@ def expected_seconds(runs: list[Loaded], splits: dict[str, Data], measures: list
             started = time.perf_counter()
             model(x)[0].cpu()  # .cpu() waits for the GPU
         an_image = (time.perf_counter() - started) / len(x)
-        several = few and config.task == "pretrain"  # fractions of the labels
-        steps = max(100, 5 * n // 32) + (2500 if several else 0)  # of 32 images, forward and backward
+        fractions = FRACTIONS if few and config.task == "pretrain" else (1.0,)
+        draws = sum(DRAWS if f < 1 else 1 for f in fractions if f * n >= 2)
+        steps = max(100, 5 * n // 32) + 125 * (draws - 1)  # of 32 images, forward and backward
         passes = {"attention": 2 * test, "bias": 25 * test, "finetune": 32 * 3 * steps}  # others: all images
-        fits = {"attention": 5, "linear": 20 if several else 2, "heads": 90 if several else 15}  # seconds
+        all_fits = {"attention": 5, "linear": 1 + draws, "heads": 11 + 4 * draws}  # seconds, of 1500 images
+        fits = {what: s * min(1, n / 1500) for what, s in all_fits.items()}
         fits["objects"] = test / 6  # boxes of 3 or 4 maps an image at 20 thresholds
         for measure in applicable(measures, config.task == "classify"):
             seconds += an_image * passes.get(measure, n + test) + fits.get(measure, 0)
@@ -208,7 +210,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--export-masks", type=Path, metavar="DIR", help="write its guided heads' masks into a new folder")
     add("--export", type=Path, metavar="FILE", help="write its ViT for timm and DINO's code")
     add = parser.add_argument_group("for files of weights").add_argument
-    add("--data", help="what to measure them on, as for train.py (default: phantom, or the runs' data)")
+    add("--data", help="what to measure them on (default: phantom); of a run: where its data are now")
     add("--img-size", type=int, help="pixels a side (default: that of the weights, or of the runs)")
     add("--num-heads", type=int, help="attention heads, needed if no release has this width")
     args = parser.parse_args(argv)
@@ -218,7 +220,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     alone = [flag for flag, value in alone.items() if value]
     others = args.html or args.measures or args.rows or args.all or len(args.runs) > 1 or len(alone) > 1
     missing = ", ".join(str(run) for run in args.runs if not run.exists())
-    flags = "" if any(run.is_file() for run in args.runs) else " ".join(args.flags)
+    flags = "" if any(run.is_file() for run in args.runs) else " ".join(args.flags[2 * bool(args.data) :])
     for wrong, line in [
         (alone and others, f"{', '.join(alone)} takes one run and no other flags: leave out the others"),
         (missing, f"{missing}: no such file or folder"),

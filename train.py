@@ -30,8 +30,8 @@ from common.baselines import PENALTIES, swapped
 from common.checkpoint import Damaged, DataSpec, check_folder, check_spec, data_spec, restore, resumed, save
 from common.checkpoint import start_run
 from common.checks import check, check_step
-from common.classify import attention_seen, classification_loss, explained_target, natural_range
-from common.classify import shifted, supervised_layers
+from common.classify import attention_seen, classification_loss, explained_target, labelled
+from common.classify import natural_range, shifted, supervised_layers
 from common.config import Config, epochs_for, parse
 from common.data import Data, normalise, prepared, rows_at, to_device
 from common.foreground import are_made, check_foreground, foreground, keep_masks, kept_masks
@@ -68,20 +68,20 @@ def foreground_masks(
 
     Images without a known foreground are left out: they would teach the background. Raises ValueError.
     """
-    train = splits["train"]
+    train, learns = splits["train"], config.task == "classify" and not config.relations
+    known = labelled(train.labels) if learns else torch.ones(len(train.names), dtype=torch.bool)
     if config.task != "classify" or not config.isnet and config.baseline in (None, "gated"):
-        return None, torch.ones(len(train.names), dtype=torch.bool)
+        return None, known
     if config.resume:
         masks = kept_masks(config.out, (*train.images[:, :1].shape,))
     else:
         prior = config.prior, train, reference, config.prior_blur, config.align, config.device
         masks = from_first(foreground(config.masks, splits, config.data, config.init, prior))
     stay = masks.flatten(1).any(dim=1) | train.has_masks & (config.masks == "data")  # (N,)
-    if not config.resume:
-        check_foreground(config.masks, train, masks, stay)
+    check_foreground(config.masks, train, masks, stay)
     if not masks.any():
         raise ValueError(f"--masks {config.masks}: all masks are empty; draw the foreground in at least one")
-    return masks, stay
+    return masks, stay & known
 
 
 # The objectives

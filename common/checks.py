@@ -110,6 +110,8 @@ def check_pairs(c: Config) -> None:
          "that exists" + suggestion(c.prior, PRIORS)),
         (not heads_fit, f"--pool-heads {c.pool_heads} must divide --embed-dim {c.embed_dim}: change either"),
         (c.masks == "prior" and c.prior == "none", "--masks prior needs a prior: leave out --prior none"),
+        (c.masks == "prior" and c.prior == "masks",
+         "--masks prior --prior masks are the data's own masks: leave out both"),
         (c.masks == "attention" and not from_run, "--masks attention needs --init RUN; or say --masks RUN"),
         (not some_masks, f"--masks {c.masks} is neither data, prior, attention, nor a folder"
          + ("" if some_masks else suggestion(c.masks, [*MASKS, *glob(f"{escape(beside)}/*/")]))),

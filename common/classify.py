@@ -39,6 +39,14 @@ def is_multiclass(labels: Tensor) -> bool:
     return labels.shape[1] > 1 and bool((known.sum(dim=1) == 1).all())
 
 
+def labelled(labels: Tensor) -> Tensor:
+    """Which images (N,) have a label (N, K) to learn; prints how many have none."""
+    known = (~labels.isnan()).any(dim=1)
+    if lost := int((~known).sum()):
+        print(f"note: {lost} of {len(known)} training images have no label and are left out of training")
+    return known
+
+
 def classification_loss(logits: Tensor, labels: Tensor, multiclass: bool) -> Tensor:
     """Cross-entropy of logits (B, K) with classes, or the mean binary cross-entropy over known findings."""
     known = ~labels.isnan()

@@ -5,10 +5,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from common.data import Data, batches
+from common.data import Data, batches, normalise
 from common.metrics import localisation_ap
 from isnet_lrp import log_odds
 from lrp import relevance
+from relvit import RelViT, patch_views
 from resnet import ResNet
 from simpool import GAP
 
@@ -88,3 +89,30 @@ def scores_in(
         ap = localisation_ap(attention, data.masks[:, regions], model.grid(data.images))  # (M, R, R)
         return "mean AP", ap.diagonal(dim1=1, dim2=2).nanmean(dim=1).tolist()
     return "", [math.nan] * len(data.names)
+
+
+@torch.no_grad()
+def related(
+    relvit: RelViT, images: Tensor, joint: bool, patch_size: int, mega: bool, in_order: bool
+) -> dict[str, float]:
+    """RelViT's metrics, TASK_test, on images (M, C, S, S) uint8 that it has not seen, cut as in training.
+
+    joint: with labels, so with positions; its patches may keep their order. mega: cut into mega-patches.
+    """
+    generator, found = torch.Generator().manual_seed(0), {}
+    how = relvit.grid, patch_size, generator, mega, joint
+    relvit.eval()
+    device = next(relvit.parameters()).device
+    for x in images.split(64):
+        x = x.to(device).float() / 255
+        views, _, order = (x, None, None) if in_order else patch_views(x, *how)
+        patches = relvit.encoder(normalise(views), positions=joint).patches
+        for task, value in relvit.compare(patches, order)[1].items():  # errors are squared before their mean
+            value = float(value) ** (2 if task in ("distances", "angles") else 1)
+            found[task] = found.get(task, 0.0) + value * len(x) / len(images)
+    found = {task: v**0.5 if task in ("distances", "angles") else v for task, v in found.items()}
+    kinds = {"distances": "error of distances", "angles": "error of angles"}
+    names = {task: kinds.get(task, f"accuracy of {task}") for task in found}
+    levels = [f"{names[task]} {value:.3f} ({relvit.chance[task]:.3f})" for task, value in found.items()]
+    print(f"on test images (in brackets: a constant prediction): {', '.join(levels)}")
+    return {f"{task}_test": value for task, value in found.items()}

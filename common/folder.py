@@ -82,8 +82,12 @@ def load_folder(folder: str | Path, img_size: int, reference: str | None = None)
     reference = _choose_reference(data, masks, split, reference, notes)
     splits = {s: select(data, torch.tensor([split[name] == s for name in data.names])) for s in SPLITS}
     notes += [f"{folder}: no images in {s}" for s in SPLITS if not splits[s].names]
-    if findings and (rows.isnan() | (rows.nansum(dim=1, keepdim=True) == 1)).all():  # classes
+    one = (rows.isnan() | (rows.nansum(dim=1, keepdim=True) == 1)).all(dim=1) if findings else []  # (N,)
+    if findings and one.all():  # classes
         notes += doubtful(findings, (rows == 1).sum(dim=0).tolist())
+    elif findings and one[[split[name] == "train" for name in data.names]].all() and len(findings) > 1:
+        line = f"each training image shows one of {', '.join(findings)}, so these are classes"
+        notes.append(f"{line}; {int((~one).sum())} other image(s) show none or several of them")
     there = (splits["train"].labels == 1).any(dim=0) if findings else []
     if lacking := [f"`{finding}`" for finding, shown in zip(findings, there) if not shown]:
         more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""

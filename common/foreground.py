@@ -9,6 +9,7 @@ DIR         masks from any other tool: DIR/<region>/<image's name>, or DIR/<imag
 """
 
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,8 @@ from common.regions import attention_masks, check_masses, priors_over
 from common.splits import DRAWN
 from common.weights import reason
 
+# train.py knows, and gives such images no weight.
+warnings.filterwarnings("ignore", "background_loss: an image with an empty mask has no background loss")
 REFERENCES = 5  # images with masks that are registered to those without
 
 

@@ -5,6 +5,7 @@ import math
 import re
 from difflib import get_close_matches
 from pathlib import Path
+from unicodedata import normalize
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ def doubtful(findings: list[str], images: list[int]) -> list[str]:
     for finding, n in sorted(zip(findings, images), key=lambda pair: -pair[1]):
         lower, letters = finding.lower(), re.sub(r"\d", "", finding.lower())
         often = [name for name, (_, m) in known.items() if 5 * n <= m and letters != re.sub(r"\d", "", name)]
+        often = [name for name in often if not lower.endswith(name) and not name.endswith(lower)]  # abnormal
         near = [lower] if lower in known else get_close_matches(lower, often, 1, 0.66 if n <= 3 else 0.8)
         for other, m in (known[name] for name in near):
             notes.append(f"is `{finding}` ({n} image(s)) a misspelt `{other}` ({m})?")
@@ -36,10 +38,12 @@ def doubtful(findings: list[str], images: list[int]) -> list[str]:
 
 def read_labels(path: Path, images: dict) -> tuple[list[str], dict[str, Tensor], dict[str, str]]:
     """Findings (K), {image name: label (K,)}, and {image name: split}, empty without a column `split`."""
+    by_name = {normalize("NFC", name): name for name in images}  # macOS may write an umlaut as two characters
     lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else [b"file"]
     reader, rows = csv.reader((line.decode("utf-8-sig") for line in lines), strict=True), {}
     try:
         header = [cell.strip() for cell in next(filter(any, reader), [])]
+        header = [cell.lower() if cell.lower() in ("file", "label", "split") else cell for cell in header]
         columns = [column for column in header if column not in ("file", "split", "label")]
         twice = len(set(header)) < len(header) or "label" in header and columns
         if "file" not in header or "" in header or twice:
@@ -49,6 +53,7 @@ def read_labels(path: Path, images: dict) -> tuple[list[str], dict[str, Tensor],
             row = dict(zip(header, map(str.strip, cells)))
             if len(cells) != len(header):
                 raise ValueError(f"`{cells[0]}` has {len(cells)} cells, not {len(header)}; check the commas")
+            row["file"] = by_name.get(normalize("NFC", row["file"]), row["file"])
             if row["file"] not in images:
                 raise ValueError(f"no `{row['file']}` in images/ itself; give a name with its suffix")
             if row["file"] in rows:

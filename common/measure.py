@@ -80,10 +80,9 @@ def report(
         try:
             if what == "bias":
                 table = measure_bias(model, splits, multiclass, rule)
-                if n < 50:
-                    found.notes.append(
-                        f"only {n} test images: each is worth up to {100 / n:.0f} points of accuracy"
-                    )
+                if (m := int((~test.labels.isnan()).any(dim=1).sum())) < 50:
+                    worth = f"each is worth up to {100 / m:.0f} points of accuracy"
+                    found.notes.append(f"only {m} test images with labels: {worth}")
                 found.tables["test images (same = unchanged), in %"] = table
                 found.metrics.update(flatten(table, name_of_bias))
             elif what == "backgrounds":

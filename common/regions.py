@@ -62,7 +62,7 @@ def priors_over(
     images: Tensor, prior: str, train: Data, reference: str | None, blur: float, how: str, device: str,
     heads: int | None = None,
 ) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
-    """A function from indices (B,) of images (N, C, S, S) to priors (B, R, S, S), confidence and likeness (B,).
+    """A function from indices (B,) of images (N, C, S, S) to priors (B, R, S, S), confidence, likeness (B,).
 
     Confidence, from 0 to 1, says how surely the priors lie where they should, likeness how much an image is
     like the reference image; both are 1 for priors that are not registered. prior, reference, blur: as in

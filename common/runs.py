@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from common.checkpoint import DataSpec, check_spec, data_spec, load_run, write_file
 from common.classify import is_multiclass, warn_if_constant
 from common.config import Config, parse
-from common.data import BATCH, Data, normalise, select
-from common.explain import attention_of, decisions, explained_class, has_attention, relevance_of, scores_in
+from common.data import BATCH, Data, select
+from common.explain import attention_of, decisions, explained_class, has_attention, related, relevance_of
+from common.explain import scores_in
 from common.foreground import masks_compared
 from common.measure import QUICK, report
 from common.models import build_encoder, load_model, lrp_rule, start_from
@@ -21,7 +22,7 @@ from common.plots import curves, draw_maps
 from common.regions import make_priors, mass_held, prior_maps, warn_if_unguided
 from common.splits import DRAWN, load
 from dino import DINO
-from relvit import RelViT, patch_views
+from relvit import RelViT
 
 ON_PAGE = 60  # images on the page
 
@@ -57,14 +58,23 @@ def load_all(
 ) -> tuple[dict[Path, Loaded], dict[str, Data], str | None]:
     """Runs and files of weights, the splits that all of them share, and the reference image's name.
 
-    flags: as in `weights_config`. Raises ValueError if the runs have different data.
+    flags: as in `weights_config`; for runs, --data says where their data are now. Raises ValueError if the
+    runs have different data.
     """
-    runs = {path: load_run(path) for path in paths if not path.is_file()}
+    runs, moved = {path: load_run(path) for path in paths if not path.is_file()}, flags[:1] == ["--data"]
+    for path, run in runs.items():
+        data = flags[1] if moved else run.config.data
+        if run.config.data in DRAWN and data != run.config.data:
+            raise ValueError(f"{path} learned from {run.config.data}, which are drawn: leave out --data")
+        if data not in DRAWN and not Path(data).is_dir():
+            raise ValueError(f"{path} learned from {data}, which is no folder: say by --data where it is now")
+        runs[path] = run._replace(config=replace(run.config, data=data))
     shared = next((run.config for run in runs.values()), None)
     configs = {p: runs[p].config if p in runs else weights_config(p, flags, shared) for p in paths}
     first = configs[paths[0]]
     for path, config in configs.items():
-        here, there = ({"task": c.task, **data_of(c)} for c in (first, config))
+        both = ({"task": c.task} | data_of(c) | {"data": Path(c.data).resolve()} for c in (first, config))
+        here, there = both
         if names := [name for name in here | there if here.get(name) != there.get(name)]:
             alike = "of one --task" if "task" in names else "on the same images"
             raise ValueError(f"{paths[0]} and {path} differ in {', '.join(names)}: compare runs {alike}")
@@ -77,7 +87,7 @@ def load_all(
     spec, loaded = data_spec(splits["train"], first.task == "classify", first.data), {}
     for path, config in configs.items():
         if run := runs.get(path):
-            check_spec(path, run.spec, spec, config.data, goes_on=False)
+            check_spec(path, run.spec, spec, config.data, goes_on=moved)
             model, history = load_model(path, run).to(device), run.checkpoint["history"]
             loaded[path] = Loaded(config, run.spec, model, history, path, run.masses)
         else:
@@ -163,28 +173,6 @@ def masses_of(config: Config, model: nn.Module, train: Data, reference: str | No
     return dict(zip(names, mass_held(attention, encoder.grid(images), regions).tolist()))
 
 
-@torch.no_grad()
-def related(relvit: RelViT, images: Tensor, config: Config) -> dict[str, float]:
-    """RelViT's metrics, TASK_test, on images (M, C, S, S) uint8 that it has not seen, cut as in training."""
-    generator, found, joint = torch.Generator().manual_seed(0), {}, config.task == "classify"
-    how = relvit.grid, config.patch_size, generator, config.mega_patches > 0, joint
-    relvit.eval()
-    device = next(relvit.parameters()).device
-    for x in images.split(64):
-        x = x.to(device).float() / 255
-        views, _, order = (x, None, None) if config.in_order else patch_views(x, *how)
-        patches = relvit.encoder(normalise(views), positions=joint).patches
-        for task, value in relvit.compare(patches, order)[1].items():  # errors are squared before their mean
-            value = float(value) ** (2 if task in ("distances", "angles") else 1)
-            found[task] = found.get(task, 0.0) + value * len(x) / len(images)
-    found = {task: v**0.5 if task in ("distances", "angles") else v for task, v in found.items()}
-    kinds = {"distances": "error of distances", "angles": "error of angles"}
-    names = {task: kinds.get(task, f"accuracy of {task}") for task in found}
-    levels = [f"{names[task]} {value:.3f} ({relvit.chance[task]:.3f})" for task, value in found.items()]
-    print(f"on test images (in brackets: a constant prediction): {', '.join(levels)}")
-    return {f"{task}_test": value for task, value in found.items()}
-
-
 def finish(
     config: Config, spec: DataSpec, model: nn.Module, splits: dict, reference: str | None,
     masks: Tensor | None, history: list[dict],
@@ -193,7 +181,8 @@ def finish(
     train, picture, held_out = splits["train"], "heatmaps.png", {}
     relvit = model if isinstance(model, RelViT) else getattr(model, "relvit", None)
     if relvit and len(splits["test"].names):
-        held_out = related(relvit, splits["test"].images, config)
+        cut_as = config.patch_size, config.mega_patches > 0, config.in_order
+        held_out = related(relvit, splits["test"].images, config.task == "classify", *cut_as)
     if config.task == "pretrain":
         model, picture = pretrained(model), "attention.png"
         warn_if_unguided(history)

@@ -100,6 +100,7 @@ def test_a_rare_class_or_one_of_other_case_that_resembles_another_may_be_misspel
     ]
     assert doubtful(["cat", "cats", "cow"], [20, 30, 6]) == []  # neither is rare; a cow is no cat
     assert doubtful(["grade 1", "grade 2", "grade 3"], [90, 10, 1]) == []
+    assert doubtful(["normal", "abnormal", "effusion", "no effusion"], [90, 8, 50, 9]) == []
 
 
 def test_names_with_odd_characters_load_and_all_that_is_said_of_them_can_be_printed_on_a_line(folder):
@@ -417,6 +418,22 @@ def test_a_class_that_no_training_image_has_is_noted(folder):
     rows = [f"{i}.png,only {i},test" for i in range(7)]
     table(folder, "\n".join(["file,label,split", "a.png,cat,train", *rows]))
     assert [note for note in everything(folder)[2] if "only 4` and 2 more" in note and "only 5" not in note]
+
+
+def test_headers_may_be_capitalised_and_umlauts_written_in_two_ways(folder):
+    save(folder / "images" / "u\u0308.png", GREY)  # as macOS writes a name
+    table(folder, "File,Label,Split\n\u00fc.png,cat,train\na.png,dog,test\n")
+    found = everything(folder)[0]
+    assert found["u\u0308.png"].labels.tolist() == [[1, 0]] and found["a.png"].labels.tolist() == [[0, 1]]
+
+
+def test_findings_that_exclude_each_other_in_training_alone_are_noted(folder):
+    rows = "a.png,1,0,train\nb.png,0,1,train\nc.png,1,1,test\nd.png,0,0,val\ne.png,1,0,test\nf.png,0,1,val\n"
+    table(folder, f"file,wet,dry,split\n{rows}")
+    note = "each training image shows one of wet, dry, so these are classes; 2 other image(s) show none or"
+    assert [note in line for line in everything(folder)[2]] == [True]
+    table(folder, f"file,wet,dry,split\n{rows}".replace("1,1,test", "1,0,test").replace("0,0,val", "0,1,val"))
+    assert everything(folder)[2] == []
 
 
 def test_finding_columns_are_multi_label_and_blank_is_unknown_and_skipped_images_are_ignored(folder):

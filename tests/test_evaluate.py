@@ -148,6 +148,20 @@ def test_a_run_that_stopped_early_or_learned_from_other_images_is_measured_with_
     assert f"note: {span} learned images 9 (hash: 1), but phantom has 32 (hash" in said
 
 
+def test_a_run_finds_its_data_where_they_have_moved_and_no_others(tmp_path, refused, capsys):
+    rows = [f"{i}.png,{i % 2},{split}" for i, split in enumerate(["train"] * 4 + ["val"] * 2 + ["test"] * 2)]
+    data, run = image_folder(tmp_path / "data", "file,sick,split", *rows), str(tmp_path / "run")
+    trained(tmp_path / "run", f"--data {data} --img-size 16 --batch-size 2", SMALL)
+    evaluate.main([run, "--data", f"{data}/", "--only", "bias"])
+    moved = data.rename(tmp_path / "moved")
+    assert f"{data}, which is no folder: say by --data where it is now" in refused(evaluate.main, run)
+    evaluate.main([run, "--data", str(moved), "--only", "bias"])
+    (moved / "images" / "0.png").rename(moved / "images" / "9.png")
+    table = moved / "labels.csv"
+    table.write_text(table.read_text().replace("0.png", "9.png"))
+    assert f"{run} learned images" in refused(evaluate.main, run, "--data", str(moved))
+
+
 def test_what_can_not_be_compared_or_asked_is_refused_at_once(two_runs, tmp_path, refused, monkeypatch):
     trained(tmp_path / "other", "--epochs 1 --seed 1 --align none")
     span, dino = two_runs
@@ -155,7 +169,11 @@ def test_what_can_not_be_compared_or_asked_is_refused_at_once(two_runs, tmp_path
     monkeypatch.setattr(evaluate, "report", None)
     for argv, line in [
         ([span, f"{tmp_path}/other"], "differ in seed: compare runs on the same images"),
-        ([span, "--data", "parts"], "is for files of weights; runs are measured on their own data"),
+        ([span, "--data", "parts"], f"{span} learned from phantom, which are drawn: leave out --data"),
+        (
+            [span, "--img-size", "32"],
+            "--img-size 32 is for files of weights; runs are measured on their own data",
+        ),
         ([span, "nowhere"], "nowhere: no such file or folder"),
         ([span, "--rows", "0"], "--rows 0: draw at least 1"),
         ([span, dino], f"{dino}/metrics.json is damaged: remove it"),

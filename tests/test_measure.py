@@ -129,7 +129,7 @@ def test_a_classifier_is_measured_on_every_kind_of_test_image_by_validation_thre
     half = test._replace(labels=test.labels * torch.tensor([1.0, -1]) + torch.tensor([0.0, 1]))
     splits = {"train": test, "val": test, "test": test, "flipped": flipped, "half": half}
     found, _, _, _, notes = measure.report(Encoder(), splits, ["bias"], multiclass=False)
-    assert notes == ["only 4 test images: each is worth up to 25 points of accuracy"]
+    assert notes == ["only 4 test images with labels: each is worth up to 25 points of accuracy"]
     assert found["auc_same"] == found["auc_same_lump"] == found["auc_same_big_heart"] == 1
     assert found["auc_half_lump"] == 1 and found["auc_half_big_heart"] == 0 and found["auc_half"] == 0.5
     assert found["accuracy_same"] == 1 and found["accuracy_flipped"] == found["auc_flipped"] == 0

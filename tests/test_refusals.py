@@ -134,6 +134,7 @@ SETTINGS = {
     "--task classify --baseline swap --isnet 1": "--baseline excludes --isnet",
     "--task classify --isnet 1 --masks nowhere": "neither data, prior, attention, nor a folder",
     "--task classify --isnet 1 --masks attention": "--masks attention needs --init RUN; or",
+    "--task classify --isnet 1 --masks prior --prior masks": "are the data's own masks: leave out both",
     "--pool-heads 2": "--pool-heads 2 does nothing without --pool simpool",
     "--ssl relvit --momentum 0.5": "does nothing without --ssl dino",
     "--ssl relvit --no-follow": "--no-follow does nothing without --ssl dino or none and --prior",

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import SMALL, TINY, epochs_of, metrics_of, same_weights, save, seeded, trained
+from conftest import SMALL, TINY, epochs_of, image_folder, metrics_of, same_weights, save, seeded, trained
 from PIL import Image
 from torch.multiprocessing import start_processes
 
@@ -26,10 +26,10 @@ from common.checks import check
 from common.classify import Classifier, classification_loss, warn_if_constant
 from common.config import LENGTHS, parse
 from common.data import Data, prepared
+from common.explain import related
 from common.models import build_encoder, load_model
 from common.phantom import REGIONS, phantom
 from common.processes import Collapse, fail, from_first, join
-from common.runs import related
 from relvit import RelViT
 from vit import Features, ViT
 
@@ -107,6 +107,15 @@ def folder_of_phantoms(path: Path, masked: int) -> Path:
         for r, region in enumerate(REGIONS[: 3 if i < masked else 0]):
             save(path / "masks" / region / f"{i:02d}.png", masks[i, r].numpy())
     return path
+
+
+def test_images_without_a_label_do_not_dilute_a_classifier_s_loss(tmp_path, capsys):
+    rows = [f"{i}.png,{i % 2 if i < 4 else ''},train" for i in range(12)]
+    data = image_folder(tmp_path / "data", "file,sick,split", *rows)
+    trained(tmp_path / "run", f"--data {data} --img-size 16 --batch-size 4 --lr 1e-9", SMALL)
+    said = capsys.readouterr().out
+    assert "note: 8 of 12 training images have no label and are left out of training" in said
+    assert "2 epoch(s) of 1 step(s)" in said and "is no better than a constant prediction" in said
 
 
 def test_a_folder_with_one_labelled_image_trains_and_says_what_is_missing(tmp_path, capsys):
@@ -511,7 +520,9 @@ def test_a_large_cell_holds_more_of_a_prior():
     relvit, seen = train.RelViT(build_encoder(config, 1), 24, (2, 2)), []
     relvit.register_forward_hook(lambda module, inputs, output: seen.append(output[2].attention))
     images, even = torch.randint(256, (4, 1, 64, 64)).byte(), torch.ones(4, 1, 64, 64)
-    losses = train.relvit_objective(config, relvit, images, lambda index: (even, torch.ones(4), torch.ones(4)))
+    losses = train.relvit_objective(
+        config, relvit, images, lambda index: (even, torch.ones(4), torch.ones(4))
+    )
     span = losses(torch.arange(4), seeded(), 0, 1)[1]["span_loss"]
     boxes = train.patch_views(images.float(), (2, 2), 8, seeded(), mega=True)[1]
     area = boxes[:, None, :, 2:].prod(dim=3)
@@ -541,10 +552,9 @@ def test_relations_are_measured_on_test_images_cut_as_in_training():
     images[64:] = 255  # the second batch, which is smaller
     relvit.heads["positions"].weight.data.copy_(torch.eye(16))
     relvit.heads["positions"].bias.data.zero_()
-    flags, joint, found = "--patch-size 4 --relations positions", "--task classify --backbone vit", []
-    for how in ("--ssl relvit", joint, f"{joint} --in-order"):
-        found += [related(relvit, images, parse(f"{flags} {how}".split())[0])["positions_test"]]
-    upstream, shuffled, ordered = found
+    ways = (False, False), (True, False), (True, True)  # joint, in order
+    found = (related(relvit, images, joint, 4, False, in_order) for joint, in_order in ways)
+    upstream, shuffled, ordered = (levels["positions_test"] for levels in found)
     assert upstream == 0 and 0 < shuffled < 0.2 and ordered == pytest.approx(64 / 70)
 
 
