@@ -339,7 +339,7 @@ def begin(argv: list[str]) -> tuple:
     masks, kept = foreground_masks(config, splits, reference)
     check_step(config, int(kept.sum()), processes)
     if masks is not None and config.swap_margin is None:
-        config = replace(config, swap_margin=0.025 if are_made(config.masks, train.has_masks) else 0.0)
+        config = replace(config, swap_margin=0.0125 if are_made(config.masks, train.has_masks) else 0.0)
     if config.epochs is None:
         steps = max(1, int(kept.sum()) // config.batch_size)  # per epoch
         config = replace(config, epochs=epochs_for(config.task, config.backbone, steps))

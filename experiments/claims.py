@@ -83,12 +83,12 @@ def of_isnet() -> list[tuple]:
         for kind, shortcut in KINDS.items():
             experiment = f"isnet_{kind}" if run == "resnet" else f"vit_isnet_{kind}"
             rows.append((5, f"{alone}, {name}: {FLIPPED} ({shortcut})", 85, f"{experiment} auc_flipped"))
-    rows += on_all_shortcuts(8, "ISNet by default, one mask, registered", "blind_one")
-    close = on_all_shortcuts(8, "ISNet, --swap-margin 0.0125, one mask, registered", "blind_close")
-    rows += [row for row in close if "_resnet_" in row[3]]
+    rows += on_all_shortcuts(8, "ISNet by default, one mask, registered", "blind_close")
+    wide = on_all_shortcuts(8, "ISNet, --swap-margin 0.025, one mask, registered", "blind_one")
+    rows += [row for row in wide if "_resnet_" in row[3]]
     flush = on_all_shortcuts(8, "ISNet, --swap-margin 0, one mask, registered", "flush_one")
     rows += [row for row in flush if "_resnet_corner" in row[3]]
-    rows += on_all_shortcuts(8, "ISNet by default, one mask, SPAN's attention", "blind_attention")
+    rows += on_all_shortcuts(8, "ISNet, --swap-margin 0.025, one mask, SPAN's attention", "blind_attention")
     for masks, made in {"prior": "registered", "attention": "SPAN's attention"}.items():
         for run, name in BACKBONES.items():
             who, flipped = f"{alone}, one mask, {made}, {name}", f"isnet_{masks}_{run} auc_flipped"

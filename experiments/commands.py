@@ -110,17 +110,18 @@ def against_backgrounds() -> dict[str, str]:
         for kind in kinds:
             label = f"{LABELS} {backbone} --marker 1 --marker-kind {kind}"
             runs |= {f"{way}_{backbone}_{kind}": f"{label} {flags}" for way, flags in ways.items()}
-            for masks, where in {"one": "prior", "attention": f"runs/marked_{kind}-{{seed}}"}.items():
-                runs[f"blind_{masks}_{backbone}_{kind}"] = f"{label} {BLIND} --masks {where}"
+            one, attention = "--masks prior", f"--masks runs/marked_{kind}-{{seed}}"
+            for way, masks in {  # made masks, kept narrower by the default margin or another
+                "blind_close": f"{one} --swap-margin 0.0125", "blind_one": f"{one} --swap-margin 0.025",
+                "flush_one": f"{one} --swap-margin 0", "blind_attention": f"{attention} --swap-margin 0.025",
+                "flush_attention": f"{attention} --swap-margin 0",
+            }.items():  # fmt: skip
+                runs[f"{way}_{backbone}_{kind}"] = f"{label} {BLIND} {masks}"
         for way, flags in ({"plain": ""} | baselines_of(backbone) | ways).items():
             label = f"{LABELS} {backbone} --marker 1 --marker-kind hospitals"
             runs[f"{way}_{backbone}_hospitals"] = f"{label} {flags}".strip()
             label = f"{LABELS} {backbone} --data data/grounds200-{{seed}}"
             runs[f"{way}_{backbone}_grounds"] = f"{label} {flags}".strip()
-    for masks in ("one", "attention"):  # what the margin of made masks costs
-        runs[f"flush_{masks}_resnet_corner"] = f"{runs[f'blind_{masks}_resnet_corner']} --swap-margin 0"
-    for kind in kinds:
-        runs[f"blind_close_resnet_{kind}"] = f"{runs[f'blind_one_resnet_{kind}']} --swap-margin 0.0125"
     return runs | {"tight_resnet_grounds": f"{runs['blind_resnet_grounds']} --isnet-margin 0"}
 
 

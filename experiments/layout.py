@@ -57,10 +57,10 @@ FEW_MASKS = {  # of digits and leaves
 }
 BLIND = {  # ways against backgrounds
     "blind": "**ISNet with swapping (default)**", "published": "ISNet as published",
-    "blind_one": "**default, one mask, registered**",
-    "blind_close": "default, one mask, registered, half the margin",
+    "blind_close": "**default, one mask, registered**",
+    "blind_one": "default, one mask, registered, twice the margin",
     "flush_one": "default, one mask, registered, no margin",
-    "blind_attention": "**default, one mask, SPAN's attention**",
+    "blind_attention": "default, one mask, SPAN's attention, twice the margin",
     "flush_attention": "default, one mask, SPAN's attention, no margin",
 }  # fmt: skip
 NONE, ROW, WHOLE = "no attention exposed", "one row exposed", "attention written out"  # of curves.py

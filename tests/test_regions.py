@@ -106,7 +106,7 @@ def test_attention_masks_train_either_classifier_and_their_quality_is_said(
         said, images = re.search(r"Dice ([\d.]+) % .* in (\d+) image", capsys.readouterr().out).groups()
         said = float(said)
         assert metrics["masks_compared"] == int(images) > 0
-        assert load_run(tmp_path / backbone).config.swap_margin == 0.025  # made masks are kept narrower
+        assert load_run(tmp_path / backbone).config.swap_margin == 0.0125  # made masks are kept narrower
         assert metrics["background"] > 0 and 100 * metrics["mask_dice"] == pytest.approx(said, abs=0.06)
     started = "--task classify --isnet 1 --train-images 32 --epochs 1 --masks attention --init"
     trained(tmp_path / "init", str(span_run), started.split())
