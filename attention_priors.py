@@ -129,7 +129,7 @@ def guidance(
     One entry per resolution, as from `crops.multi_crop`: attentions (V B, heads, N), thetas (V B, 2, 3) and
     grids (h, w), N = h w. priors (B, R, H, W) lie over the whole images; if thetas is None, they do not
     follow the crops. Each resolution is weighted by the share of the priors that its views see, and each
-    image by confidence (B,), in [0, 1].
+    image by confidence (B,), in [0, 1]. The mean is over these images: parts of a batch each have their own.
     """
     losses, shares = [], []
     for i, attention in enumerate(attentions):

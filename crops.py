@@ -12,8 +12,10 @@ product. Colour is a matrix too: saturation, hue and grey are one 3x3 matrix per
 Recipe and strengths are those of DINO (Caron et al. 2021, arXiv 2104.14294, from BYOL): jitter, grey, blur,
 solarise. Where we differ: all random numbers come from one CPU generator, so a seed gives the same views on
 every device; a crop larger than the image is clipped to it instead of drawn again; blur is given for 224 px
-and scaled to the view; there are no local crops and no flips by default; sampling is bilinear without
-antialiasing, so downscale much larger images first; a crop at the image's border fades to 0 there.
+and scaled to the view; there are no local crops and no flips by default, and local crops show 10 % of the
+area or more (there: 5 %); contrast is around the mean of all channels, in one order with the other changes;
+sampling is bilinear without antialiasing, so downscale much larger images first; a crop at the image's border
+fades to 0 there.
 """
 
 import torch
@@ -27,8 +29,9 @@ def random_crops(
 ) -> Tensor:  # fmt: skip
     """Draw n random resized crops: theta (n, 2, 3), on the CPU.
 
-    scale: smallest and largest fraction of the image's area, in (0, 1]; ratio: of width to height, relative
-    to the image's own; flip: probability of a mirror image. Raises ValueError for an impossible scale.
+    scale: smallest and largest fraction of the image's area, in (0, 1], before clipping; ratio: of width to
+    height, relative to the image's own; flip: probability of a mirror image. Raises ValueError for an
+    impossible scale.
     """
     if not 0 < scale[0] <= scale[1] <= 1:
         raise ValueError(f"crop scale {scale}: give two fractions of the area, 0 < a <= b <= 1")

@@ -9,8 +9,8 @@ teacher's distribution over K prototypes; the teacher's weights are a moving ave
     theta_t <- lambda theta_t + (1 - lambda) theta_s
 
 Centring (c) and sharpening (small tau_t) balance each other. Without this balance DINO collapses: all images
-get the same output, which the loss does not show. Two additions, off by default, work against it on small
-data. KoLeo (arXiv 1806.03198, used by DINOv2) keeps the features z of a batch apart. P_t has an entropy of
+get the same output, which the loss does not show. Two additions, off unless asked for, work against it on
+small data. KoLeo (1806.03198, used by DINOv2) keeps the features z of a batch apart. P_t has an entropy of
 about log K - (s / tau_t)^2 / 2, s the standard deviation of scores; a ceiling on it lowers tau_t. A slow c
 would then leave an offset in all images' scores that makes one prototype win, so (8) moves c faster.
 
@@ -22,8 +22,9 @@ would then leave an offset in all images' scores that makes one prototype win, s
 `CollapseMonitor` tracks the entropy h(P_t) (in a collapse: near log K if centring won, low if sharpening
 won), the KL of P_t from the mean P_t (how much an output says about its image: 0 in a collapse, at least f
 log K in a healthy run), and the number of prototypes in use. `DINOHead` has the published parameter names.
-Where we differ, for short runs: no warm-up of the teacher's temperature, no frozen last layer, constant
-weight decay, gradients are clipped as a whole, and we measure the student, as the teacher lags behind.
+Where we differ, for short runs: no warm-up of the teacher's temperature, no frozen last layer, whose rows
+also start shorter and so turn faster, constant weight decay, gradients are clipped as a whole, and we measure
+the student, as the teacher lags behind.
 """
 
 import copy
@@ -125,7 +126,7 @@ class CollapseMonitor(nn.Module):
     """Moving averages over the teacher's outputs: do different images still get different outputs?"""
 
     def __init__(self, out_dim: int, momentum: float = 0.95, floor: float = 0.02, patience: int = 100):
-        """floor: f, the least KL as a fraction of log K; patience: for how many steps the KL may be lower, or
+        """floor: f, the least KL as a fraction of log K; patience: for how many updates the KL may be lower, or
         3 times as many before it first rises above the floor."""
         super().__init__()
         self.momentum, self.floor, self.patience = momentum, floor, patience
@@ -152,7 +153,7 @@ class CollapseMonitor(nn.Module):
         return (3 - self.kl / (self.floor * math.log(len(self.usage)))).clamp(0, 1)
 
     def collapsed(self) -> bool:
-        """Whether the KL has been below the floor for `patience` steps."""
+        """Whether the KL has been below the floor for `patience` updates."""
         return bool(self.steps_below >= self.patience)
 
     def prototypes(self) -> int:
@@ -209,7 +210,7 @@ class DINO(nn.Module):
             if self.training and self.max_entropy < 1:
                 self.loss.move_center(teacher, w)
             teacher_temp = self.loss.temperature(teacher, teacher_temp, self.max_entropy, w)
-            if self.training:
+            if self.training and B > 1:  # of one image, the KL says nothing
                 self.health.update(self.loss.teacher_probabilities(teacher, teacher_temp))
             loss = self.loss(student, teacher, teacher_temp)
             if self.koleo:  # within each global view, so that all features are of different images

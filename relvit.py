@@ -23,7 +23,7 @@ of a whole batch at once. Priors over an image are cut with the same boxes.
 Where we differ from the published code: its scripts use relations and positions only; its joint training
 classifies images whose patches are in order and unchanged (`compare` without `order`); it divides columns
 into mega-patches at the same random places as rows, always between patches; its grids are square; it also
-changes hue and saturation, and first crops and mirrors whole images.
+changes hue and saturation, makes some patches grey, and first crops and mirrors whole images.
 """
 
 import math
@@ -102,7 +102,8 @@ def patch_boxes(
 def cut(images: Tensor, boxes: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
     """Cut boxes (B, N, 4) out of images (B, C, H, W) and arrange them as a grid (h, w) of patches, N = h w.
 
-    Returns (B, C, h * patch_size, w * patch_size); each pixel averages enough points to skip no image pixel.
+    Returns (B, C, h * patch_size, w * patch_size); each pixel averages enough points to skip no image pixel,
+    as many as the largest box of all needs.
     """
     H, W = images.shape[-2:]
     height, width = boxes[..., 2:].amax(dim=(0, 1)).tolist()
@@ -184,10 +185,9 @@ class RelViT(nn.Module):
             raise ValueError(f"RelViT: embed_dim {embed_dim} is too small for 9 relations")
         self.encoder, self.grid, self.tasks, targets = encoder, grid, tuple(tasks), relation_targets(*grid)
         self.chance = {task: value for task, value in chance(targets).items() if task in tasks}
-        for task in self.tasks:
-            self.register_buffer(f"target_{task}", targets[task], persistent=False)
         self.heads = nn.ModuleDict()
         for t in tasks:
+            self.register_buffer(f"target_{t}", targets[t], persistent=False)
             pairs = {"relations": 9, "distances": 1, "angles": 1}.get(t)
             self.heads[t] = PairScores(embed_dim, pairs) if pairs else nn.Linear(embed_dim, math.prod(grid))
 

@@ -9,7 +9,6 @@ and importing ssl does not import torch. If Python's ssl was imported before thi
 in a notebook, import from `dino` and `relvit` instead. The lesson: don't name a file after a standard module.
 """
 
-import importlib
 import importlib.machinery
 import importlib.util
 import sys

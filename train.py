@@ -92,9 +92,9 @@ def views_objective(config: Config, model: nn.Module, images: Tensor, priors: Ca
 
     Without DINO (--ssl none), or once DINO has collapsed and has nothing to teach, SPAN's loss is used alone.
     """
-    size, dino = images.shape[-1], model if isinstance(model, DINO) else None
+    size, p, dino = images.shape[-1], config.patch_size, model if isinstance(model, DINO) else None
     encoder = dino.student if dino else model.encoder
-    local_size = max(1, size // 2 // config.patch_size) * config.patch_size
+    local_size = max(1, size // 2 // p) * p if isinstance(encoder, ViT) else size // 2
     recipe = size, local_size, config.global_scale, config.local_scale, config.local_crops_number, config.flip
 
     def losses(index: Tensor, generator: Generator, step: int, total: int) -> tuple[Tensor, dict]:

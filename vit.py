@@ -15,7 +15,7 @@ differentiable. `attention_maps` returns the full A of every block.
 
 Parameter names and numerics (LayerNorm eps 1e-6, exact GELU) are those of the DINO release, whose state dicts
 load with strict=True once the head is dropped (timm uses the same names). Where we differ: position
-embeddings are resized to the exact grid; DINO's code adds 0.1 to the scale factor.
+embeddings are resized to the exact grid; DINO's code adds 0.1 to the grid's sides.
 """
 
 import math
@@ -193,7 +193,7 @@ class ViT(nn.Module):
         x = self.patch_embed(images)  # (B, N, D)
         if self.pool is None:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + N, D)
-        x = x + self.positions_for(grid) if positions else x
+        x = x + self.positions_for(grid) if positions else x.to(self.pos_embed)  # not in half precision
         if self.registers:
             first, registers = int(self.pool is None), self.reg_token.expand(len(x), -1, -1)
             x = torch.cat([x[:, :first], registers, x[:, first:]], dim=1)  # (B, 1 + R + N, D)
@@ -219,7 +219,7 @@ class ViT(nn.Module):
             x = self.norm(x)
             return Features(x[:, 0], x[:, 1 + self.registers :] if patches else None, attention)
         x = x[:, self.registers :]
-        pooled, attention = self.pool(x)  # equation (4) comes after it, as in SimPool's release
+        pooled, attention = self.pool(x)  # equation (4) follows, as in SimPool's self-supervised release
         attention = attention[:, None] if attention.dim() == 2 else attention  # (B, heads, N)
         return Features(self.norm(pooled), self.norm(x) if patches else None, attention)
 

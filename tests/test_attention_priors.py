@@ -109,6 +109,12 @@ def test_guidance_weighs_resolutions_by_the_share_that_their_views_see():
     torch.testing.assert_close(guidance([large], priors, None, [(8, 8)]), one)
 
 
+def test_an_image_without_confidence_does_not_guide_any_of_its_views():
+    priors, attention = torch.rand(2, 1, 16, 16), torch.rand(4, 1, 16)  # two views of two images
+    found = guidance([attention], priors, None, [(4, 4)], confidence=torch.tensor([1.0, 0.0]))
+    torch.testing.assert_close(found, guidance([attention[::2]], priors[:1], None, [(4, 4)]))
+
+
 @pytest.mark.parametrize("small", [0.0, 1e-4])
 def test_the_loss_stays_finite_where_attention_vanishes_in_half_precision(small):
     attention = torch.tensor([[[1.0, small]]], dtype=torch.float16, requires_grad=True)

@@ -146,6 +146,15 @@ def test_the_monitor_measures_entropy_kl_and_prototypes_in_use():
     assert not pair.collapsed()
 
 
+def test_the_monitor_does_not_judge_by_a_single_image(monkeypatch):
+    """Both views of one image should get the same output, which tells nothing about others."""
+    model = DINO(ViT(16, 4, 1, 24, 1, 3), 24, out_dim=8)
+    monkeypatch.setattr(model.health, "patience", 3)
+    for images, steps in ((1, -200), (2, -199)):
+        model([torch.rand(2 * images, 1, 16, 16)])
+        assert model.health.steps_below == steps
+
+
 def test_a_few_bad_steps_are_not_a_collapse_but_many_are_named_with_a_remedy():
     uniform, one = torch.full((8, 32), 1 / 32), torch.eye(32)[[3] * 8]
     assert not monitored(uniform, steps=140).collapsed()  # it has not begun to learn

@@ -27,9 +27,10 @@ from common.classify import Classifier, classification_loss, warn_if_constant
 from common.config import LENGTHS, parse
 from common.data import Data, prepared
 from common.explain import related
-from common.models import build_encoder, load_model
+from common.models import build_encoder, build_model, load_model
 from common.phantom import REGIONS, phantom
 from common.processes import Collapse, fail, from_first, join
+from dino import DINO
 from relvit import RelViT
 from vit import Features, ViT
 
@@ -513,6 +514,40 @@ def test_relvit_learns_tasks_shown_beside_chance_and_a_classifier_starts_from_it
     after, name = weights(tmp_path / "tuned"), "encoder.blocks.0.attn.qkv.weight"
     torch.testing.assert_close(before[name], after[name])
     assert 0.15 < after["encoder.pos_embed"].std() < 0.25
+
+
+def test_the_learning_rate_rises_linearly_and_falls_as_half_a_cosine_and_the_teacher_slows_down():
+    config = parse("--lr 1 --warmup 0.1".split())[0]
+    rates = [train.learning_rate(config, step, 100) for step in range(100)]
+    assert rates[:11] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1])
+    assert rates[55] == pytest.approx(0.505) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert 0.01 < rates[99] < 0.0105
+    dino, momenta = DINO(build_encoder(config, 1), 96, out_dim=8), []
+    dino.update_teacher = momenta.append
+    losses = lambda index, *when: (sum(p.sum() for p in dino.student.parameters()), {})  # noqa: E731
+    for step in (0, 5, 10):
+        train.train_step(
+            config, dino, losses, torch.optim.SGD(dino.parameters()), torch.arange(2), None, step, 10
+        )
+    assert momenta == pytest.approx([0.996, 0.998, 1])
+
+
+@pytest.mark.parametrize("words", ["", "--no-follow", "--ssl relvit"])
+def test_guidance_gets_the_crops_and_the_confidence_of_each_image(words, monkeypatch):
+    config, given = parse([*TINY, *words.split()])[0], []
+    loss = "span_loss" if "relvit" in words else "guidance"
+    monkeypatch.setattr(train, loss, lambda *arguments: given.append(arguments) or torch.zeros(()))
+    images, sure = torch.randint(256, (4, 1, 64, 64)).byte(), torch.tensor([1.0, 0.5, 0, 1])
+    priors = lambda index: (torch.ones(len(index), 3, 64, 64), sure[index], sure[index])  # noqa: E731
+    model = build_model(config, SPEC, build_encoder(config, 1), (8, 8))
+    objective = train.relvit_objective if "relvit" in words else train.views_objective
+    index = torch.tensor([3, 1])
+    objective(config, model, images, priors)(index, torch.Generator(), 0, 1)
+    ((_, _, third, *others),) = given  # thetas, or the share that is seen
+    if "relvit" in words:
+        assert torch.equal(third, sure[index][:, None].expand(2, 3))
+    else:
+        assert (third is None) == (words == "--no-follow") and torch.equal(others[2], sure[index])
 
 
 def test_a_large_cell_holds_more_of_a_prior():
