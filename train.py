@@ -282,7 +282,7 @@ def train_step(
             logged[name] = logged.get(name, 0.0) + value * share
     average_gradients(model)
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
-    if not (whole.isfinite() and norm.isfinite()):
+    if not (over_processes(whole).isfinite() and norm.isfinite()):  # in all processes, or none
         sizes = f"the loss is {whole.item():.3g}, its gradient's norm {norm.item():.3g}"
         raise FloatingPointError(f"step {step} is not taken: {sizes}. Lower --lr, or look for extreme images")
     optimizer.step()

@@ -55,7 +55,7 @@ def read_labels(path: Path, images: dict) -> tuple[list[str], dict[str, Tensor],
                 raise ValueError(f"`{cells[0]}` has {len(cells)} cells, not {len(header)}; check the commas")
             row["file"] = by_name.get(normalize("NFC", row["file"]), row["file"])
             if row["file"] not in images:
-                raise ValueError(f"no `{row['file']}` in images/ itself; give a name with its suffix")
+                raise ValueError(f"no `{row['file']}` in images/ itself; give the name with its suffix and no folder")
             if row["file"] in rows:
                 raise ValueError(f"`{row['file']}` is listed twice; remove one of its rows")
             if row.get("split", "train") not in SPLITS:

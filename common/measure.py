@@ -75,7 +75,7 @@ def report(
         found.notes.extend(f"{what} is only for {others}" for what in measures if what not in apply)
     test, n, masked = splits["test"], len(splits["test"].names), len(shows_one(splits["test"]).names)
     if "attention" in apply and pools_evenly(encoder):
-        found.notes.append("the pooling is even: there is no attention, and AP is that of a flat map")
+        found.notes.append("the pooling is even: there is no attention to show")
     for what in apply:
         try:
             if what == "bias":
