@@ -1,10 +1,11 @@
 """How wrong may the one mask be? Other reference images, and masks that are shifted, scaled or swapped.
 
-    python -m experiments.wrong_mask      some minutes; writes wrong_mask.json and .png into results/
+    python -m experiments.wrong_mask      some minutes; writes wrong_mask.json and two pictures into results/
 
 SPAN's attention follows its priors, so the priors themselves are measured: the reference image's blurred
 masks, registered to test images. AP at every pixel, mean over regions; Dice of the union with the true union.
-All images count, not only those whose registration is trusted.
+All images count, not only those whose registration is trusted. Masks for ISNet are measured by what their
+reference images show, since background that is left in the masks of one class alone tells the label.
 """
 
 import argparse
@@ -16,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.checkpoint import write_file
+from common.baselines import grown
 from common.data import Data, select
-from common.foreground import mask_dice
+from common.foreground import mask_dice, registered_masks
 from common.metrics import localisation_ap
 from common.plots import LINES, plt
 from common.regions import priors_over
@@ -51,10 +53,52 @@ def scores(train: Data, reference: int, masks: Tensor, test: Data) -> tuple[floa
     return 100 * float(ap.diagonal(dim1=1, dim2=2).nanmean()), 100 * mask_dice(found, test)
 
 
-def measured() -> dict[str, list]:
-    """{what is wrong: [(how much, (AP, Dice) of each reference image), ...]}, of drawn X-rays with seed 0."""
-    splits, *_ = load("phantom", 64, 0, 200)
-    train, test = splits["train"], select(splits["test"], torch.arange(IMAGES))
+def made_from(train: Data, references: tuple[int, ...], images: Tensor) -> Tensor:
+    """Masks (M, 1, S, S) bool of images by the masks of one reference image or several."""
+    known = torch.zeros_like(train.has_masks)
+    known[list(references)] = True
+    prior = "sample", train._replace(has_masks=known), train.names[references[0]], BLUR, "bend", "cpu"
+    return registered_masks(images, prior, len(references))
+
+
+def left_inside(train: Data, references: tuple[int, ...], test: Data) -> tuple[float, ...]:
+    """Dice in percent of masks by reference images; how many pixels of background a mask holds 1 pixel inside
+    its outline (the default margin), at a normal and at an enlarged heart; and how many of the foreground it
+    lacks at an enlarged heart.
+    """
+    masks, true = made_from(train, references, test.images), test.masks.any(dim=1, keepdim=True)
+    inside = 1 - grown(1 - masks.float(), 1) > 0
+    normal, large = (test.labels[:, 0] == label for label in (0, 1))
+    pixels = (inside & ~true)[normal], (inside & ~true)[large], (true & ~masks)[large]  # (m, 1, S, S) each
+    return 100 * mask_dice(masks, test), *(float(p.sum() / len(p)) for p in pixels)
+
+
+def hearts(train: Data) -> dict[str, list[tuple[int, ...]]]:
+    """Five references, or five pairs, by what they show."""
+    complete = train.masks.flatten(2).any(dim=2).all(dim=1)  # (N,)
+    normal, large = ((complete & (train.labels[:, 0] == y)).nonzero()[:5, 0].tolist() for y in (0, 1))
+    pairs = [*zip(normal, large)]
+    return {"a normal heart": [*zip(normal)], "an enlarged heart": [*zip(large)], "one of each": pairs}
+
+
+def draw_hearts(train: Data, test: Data, path: Path) -> None:
+    """Write the masks of six test images, the last three with an enlarged heart, by each kind of references."""
+    shown = [i for y in (0, 1) for i in (test.labels[:, 0] == y).nonzero()[:3, 0].tolist()]
+    figure, axes = plt.subplots(3, 6, figsize=(9, 4.8), layout="constrained")
+    for row, (title, references) in zip(axes, hearts(train).items()):
+        masks = made_from(train, references[0], test.images[shown])
+        for ax, i, mask in zip(row, shown, masks):
+            ax.imshow(test.images[i, 0], cmap="gray")
+            ax.contour(test.masks[i].any(dim=0), [0.5], colors=LINES[4], linewidths=1)
+            ax.contour(mask[0], [0.5], colors=LINES[1], linewidths=1)
+            ax.set(xticks=[], yticks=[])
+        row[0].set_ylabel(f"reference:\n{title}")
+    figure.savefig(path, dpi=80)
+
+
+def measured(train: Data, all_test: Data) -> dict[str, list]:
+    """{what is wrong: [(how much, (AP, Dice) of each reference image), ...]}, and `left_inside` by hearts."""
+    test = select(all_test, torch.arange(IMAGES))
     complete = train.masks.flatten(2).any(dim=2).all(dim=1).nonzero()[:REFERENCES, 0].tolist()
     few, masks = complete[:: REFERENCES // 5], train.masks
 
@@ -66,6 +110,9 @@ def measured() -> dict[str, list]:
         "shift": [(s, of(few, lambda m, s=s: wrong(m, s / 100, 1.0))) for s in SHIFTS],
         "scale": [(s, of(few, lambda m, s=s: wrong(m, 0.0, s / 100))) for s in SCALES],
         "swapped": [(1, of(few, lambda m: m.roll(1, dims=0)))],  # each region has another one's mask
+        "hearts": [
+            (what, [left_inside(train, k, all_test) for k in ks]) for what, ks in hearts(train).items()
+        ],
     }
 
 
@@ -93,11 +140,12 @@ def draw(found: dict[str, list], path: Path) -> None:
 def main() -> None:
     """Measure, write the figures and draw them."""
     argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
-    out = ROOT / "results"
-    found = measured()
+    out, (splits, *_) = ROOT / "results", load("phantom", 64, 0, 200)
+    found = measured(splits["train"], splits["test"])
     rounded = {w: [[a, [[round(x, 2) for x in s] for s in each]] for a, each in v] for w, v in found.items()}
     write_file(out / "wrong_mask.json", rounded)
     draw(found, out / "wrong_mask.png")
+    draw_hearts(splits["train"], splits["test"], out / "references.png")
 
 
 if __name__ == "__main__":

@@ -277,6 +277,16 @@ def test_a_wrong_mask_moves_to_the_right_and_grows_about_its_own_centre():
         assert torch.allclose(*(m.nonzero().double().mean(dim=0) for m in (before, after)), atol=0.5)
 
 
+def test_a_reference_with_an_enlarged_heart_leaves_background_in_the_masks_of_normal_hearts():
+    splits, *_ = load("phantom", 64, 10, 40)
+    train, test = splits["train"], select(splits["test"], torch.arange(40))
+    kinds = {what: references[0] for what, references in wrong_mask.hearts(train).items()}
+    (_, few, _, _), (less, many, at_large, _), (dice, rest, _, _) = (
+        wrong_mask.left_inside(train, references, test) for references in kinds.values()
+    )
+    assert many > 1.5 * max(few, rest, at_large) and dice > less
+
+
 def test_a_worse_mask_scores_less(few_test_images):
     splits, *_ = load("phantom", 64, 0, 8)
     train, test = splits["train"], select(splits["test"], torch.arange(4))
