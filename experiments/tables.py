@@ -17,7 +17,7 @@ from statistics import mean, stdev
 
 from common.checkpoint import Run, load_run, write_file
 from common.config import PER_CALL, as_json, parse
-from experiments.claims import Claim, claims
+from experiments.claims import FLIPPED, Claim, claims
 from experiments.commands import REMEDIES, RUNS
 from experiments.layout import NONE, PATCHES, ROW, WHOLE, Row, layout
 from experiments.runs import ROOT
@@ -145,8 +145,12 @@ def of_claims(runs: dict) -> dict[str, str]:
         number, text, _, bar, here, _, holds = row
         held, _, seeds = holds.partition(" of ")
         if first.setdefault(number, row) is not row and seeds and held != seeds:
-            others[number] = [*others.get(number, []), f"{text}: {here.split(' ')[0]} (bar {bar}: {holds})"]
-    summary = [[*row, "<br>".join(others.get(number, []))] for number, row in first.items()]
+            what, _, kind = text.removesuffix(")").partition(f"{FLIPPED} (")  # of all shortcuts together
+            level = f"{kind} {here.split(' ')[0]} ({holds})".strip()
+            what = f"{what + FLIPPED if kind else text} (bar {bar})"
+            others.setdefault(number, {}).setdefault(what, []).append(level)
+    cells = {n: "<br>".join(f"{w}: {', '.join(x)}" for w, x in found.items()) for n, found in others.items()}
+    summary = [[*row, cells.get(number, "")] for number, row in first.items()]
     also = f"{header} | other comparisons that do not hold in every seed"
     return {"claims": markdown(header, rows, 2), "summary": markdown(also, summary, 2)}
 
