@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.data import SPLITS, Data, DataError, LoadedData, printable, select
-from common.labels import doubtful, one_hot, read_labels
+from common.labels import notes_on, one_hot, read_labels
 from common.pictures import decode, read_mask, to_tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".pgm")
@@ -82,16 +82,8 @@ def load_folder(folder: str | Path, img_size: int, reference: str | None = None)
     reference = _choose_reference(data, masks, split, reference, notes)
     splits = {s: select(data, torch.tensor([split[name] == s for name in data.names])) for s in SPLITS}
     notes += [f"{folder}: no images in {s}" for s in SPLITS if not splits[s].names]
-    one = (rows.isnan() | (rows.nansum(dim=1, keepdim=True) == 1)).all(dim=1) if findings else []  # (N,)
-    if findings and one.all():  # classes
-        notes += doubtful(findings, (rows == 1).sum(dim=0).tolist())
-    elif findings and one[[split[name] == "train" for name in data.names]].all() and len(findings) > 1:
-        line = f"each training image shows one of {', '.join(findings)}, so these are classes"
-        notes.append(f"{line}; {int((~one).sum())} other image(s) show none or several of them")
-    there = (splits["train"].labels == 1).any(dim=0) if findings else []
-    if lacking := [f"`{finding}`" for finding, shown in zip(findings, there) if not shown]:
-        more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
-        notes.append(f"no training image has {', '.join(lacking[:5])}{more}")
+    if findings:
+        notes += notes_on(findings, rows, torch.tensor([split[name] == "train" for name in data.names]))
     return splits, reference, [printable(note) for note in notes]
 
 

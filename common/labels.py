@@ -36,6 +36,21 @@ def doubtful(findings: list[str], images: list[int]) -> list[str]:
     return notes[:5]
 
 
+def notes_on(findings: list[str], labels: Tensor, train: Tensor) -> list[str]:
+    """Notes on what may surprise in labels (N, K); train (N,) bool: which images are for training."""
+    notes, one = [], (labels.isnan() | (labels.nansum(dim=1, keepdim=True) == 1)).all(dim=1)  # (N,)
+    if one.all():  # classes
+        notes += doubtful(findings, (labels == 1).sum(dim=0).tolist())
+    elif one[train].all() and len(findings) > 1:
+        line = f"each training image shows one of {', '.join(findings)}, so these are classes"
+        notes.append(f"{line}; {int((~one).sum())} other image(s) show none or several of them")
+    shown = (labels[train] == 1).any(dim=0).tolist()
+    if lacking := [f"`{finding}`" for finding, there in zip(findings, shown) if not there]:
+        more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
+        notes.append(f"no training image has {', '.join(lacking[:5])}{more}")
+    return notes
+
+
 def read_labels(path: Path, images: dict) -> tuple[list[str], dict[str, Tensor], dict[str, str]]:
     """Findings (K), {image name: label (K,)}, and {image name: split}, empty without a column `split`."""
     by_name = {normalize("NFC", name): name for name in images}  # macOS may write an umlaut as two characters
@@ -55,7 +70,9 @@ def read_labels(path: Path, images: dict) -> tuple[list[str], dict[str, Tensor],
                 raise ValueError(f"`{cells[0]}` has {len(cells)} cells, not {len(header)}; check the commas")
             row["file"] = by_name.get(normalize("NFC", row["file"]), row["file"])
             if row["file"] not in images:
-                raise ValueError(f"no `{row['file']}` in images/ itself; give the name with its suffix and no folder")
+                raise ValueError(
+                    f"no `{row['file']}` in images/ itself; give the name with its suffix and no folder"
+                )
             if row["file"] in rows:
                 raise ValueError(f"`{row['file']}` is listed twice; remove one of its rows")
             if row.get("split", "train") not in SPLITS:
