@@ -130,9 +130,8 @@ def measured(runs: dict, claim: Claim) -> list[str]:
         end, sign = points(runs, claim.end, figure), ""
         seeds = sorted(values.keys() & start.keys() & end.keys())
         results = [100 * (values[s] - start[s]) / (end[s] - start[s]) for s in seeds]
-    held = (
-        f"{sum(round(x, 6) >= claim.bar for x in results)} of {len(results)}" if results else "not measured"
-    )
+    reach = sum(round(x, 6) >= claim.bar for x in results)
+    held = f"{reach} of {len(results)}" if results else "not measured"
     row = [str(claim.number), claim.text, claim.paper, f"{claim.bar:g}"]
     return [*row, spread(results, sign), interval(results, sign), held]
 
