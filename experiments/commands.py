@@ -92,12 +92,12 @@ def on_other_data() -> dict[str, str]:
     for kind, n in {"digits": 85, "leaves": 400}.items():  # leaves: no default was chosen on them
         data = f"--data data/{kind}{n}-{{seed}}"
         runs |= {f"{kind}_span": data, f"{kind}_plain": f"{data} --task classify"}
-        for how, flags in {"blind": BLIND, "swap": "--baseline swap"}.items():
-            label = f"{data} --task classify {flags}"
-            runs[f"{kind}_{how}_one"] = f"{label} --masks prior"
-        runs[f"{kind}_blind_attention"] = f"{data} --task classify {BLIND} --masks runs/{kind}_span-{{seed}}"
-        runs[f"{kind}_blind_ten"] = f"{data} --task classify {BLIND}".replace(f"{kind}{n}", f"{kind}{n}m10")
-        runs[f"{kind}_blind_all"] = f"{data} --task classify {BLIND}"
+        label, wide = f"{data} --task classify", "--swap-margin 0.025"  # recorded before today's default
+        runs[f"{kind}_blind_one"] = f"{label} {BLIND} --masks prior"
+        runs[f"{kind}_swap_one"] = f"{label} --baseline swap --masks prior {wide}"
+        runs[f"{kind}_blind_attention"] = f"{label} {BLIND} --masks runs/{kind}_span-{{seed}} {wide}"
+        runs[f"{kind}_blind_ten"] = f"{label} {BLIND} {wide}".replace(f"{kind}{n}", f"{kind}{n}m10")
+        runs[f"{kind}_blind_all"] = f"{label} {BLIND}"
     return runs
 
 

@@ -49,10 +49,10 @@ LOCALISATION = {  # title: experiment, and what is measured
 }
 FEW_MASKS = {  # of digits and leaves
     "plain": "plain",
-    "swap_one": "1 mask: backgrounds swapped, masks registered",
+    "swap_one": "1 mask: backgrounds swapped, masks registered, twice the margin",
     "blind_one": "**1 mask: ISNet with swapping (default), masks registered**",
-    "blind_attention": "**1 mask: default, masks of SPAN's attention**",
-    "blind_ten": "10 masks: default, the others registered",
+    "blind_attention": "1 mask: default, masks of SPAN's attention, twice the margin",
+    "blind_ten": "10 masks: default, the others registered, twice the margin",
     "blind_all": "all masks: default",
 }
 BLIND = {  # ways against backgrounds
