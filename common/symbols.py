@@ -5,9 +5,11 @@
     python -m common.symbols data/grounds --set grounds --train 200         scenes; the ground tells the shape
     python -m common.symbols data/digits --set digits --train 85 --marker   grey digits on noise, odd or even
     python -m common.symbols data/leaves --set leaves --train 400 --marker  leaves, healthy or spotted
+    python -m common.symbols data/hearts --set hearts --masks 2 --marker    X-rays, the heart normal or enlarged
 
 Each also draws 20 images per class to validate and 100 to test. --marker puts a bright square into a corner
-of every odd digit or spotted leaf in training and validation images; in test images, of all the others.
+of every odd digit or spotted leaf in training and validation images; in test images, of all the others. Of
+enlarged hearts it brightens the background.
 """
 
 import argparse
@@ -17,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from common.phantom import phantom
 
 ROWS = (  # of digits 0 to 9, 5 rows of 4
     "0110 1001 1001 1001 0110|0010 0110 0010 0010 0111|0110 1001 0010 0100 1111|1110 0001 0110 0001 1110|"
@@ -28,6 +32,7 @@ DIGITS = dict(two=FONT[2], five=FONT[5], seven=FONT[7])
 SYMBOLS = ["disc", "square", "triangle", "ring", "stripes", "checks", "dots", *DIGITS]
 SHAPES = ["disc", "square", "triangle", "ring", "cross"]
 HELD_OUT = {"val": 20, "test": 100}  # images per class
+MARKED = ("digits", "leaves", "hearts")
 Drawn = tuple[np.ndarray, np.ndarray]  # image (S, S, 3) or grey (S, S) in [0, 1], and its mask (S, S) bool
 
 
@@ -140,12 +145,21 @@ def draw_leaf(kind: str, size: int, rng: np.random.Generator) -> Drawn:
     return np.where(mask[..., None], leaf, ground), mask
 
 
+def draw_heart(kind: str, size: int, rng: np.random.Generator) -> Drawn:
+    """A chest X-ray with a normal or an enlarged heart, in grey; the mask is of lungs and heart."""
+    while True:
+        images, masks, labels = phantom(1, int(rng.integers(2**31)), size)
+        if bool(labels[0, 0]) == (kind == "enlarged"):
+            return images[0, 0].numpy() / 255, masks[0].any(dim=0).numpy()
+
+
 SETS = {  # name: classes to draw, the function that draws one
     "symbols": (SYMBOLS, draw_symbol),
     "scenes": (SHAPES, draw_scene),
     "grounds": (SHAPES, partial(draw_scene, grounds=True)),
     "digits": (list(range(10)), draw_digit),
     "leaves": (["healthy", "spotted"], draw_leaf),
+    "hearts": (["normal", "enlarged"], draw_heart),
 }
 
 
@@ -159,14 +173,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--train", type=int, default=50, help="training images per class (default: 50)")
     parser.add_argument("--size", type=int, default=64, help="pixels per side (default: 64)")
     parser.add_argument("--masks", type=int, help="how many training images get masks; all test images do")
-    parser.add_argument("--marker", action="store_true", help="a shortcut, for digits and leaves")
+    parser.add_argument("--marker", action="store_true", help=f"a shortcut, for {', '.join(MARKED)}")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     args = parser.parse_args(argv)
     if args.train < 1 or args.size < 24 or args.seed < 0 or (args.masks or 0) < 0:
         values = f"--train {args.train} --size {args.size} --seed {args.seed} --masks {args.masks}"
         parser.error(f"{values}: they must be at least 1, 24, 0 and 0")
-    if args.marker and args.set not in ("digits", "leaves"):
-        parser.error("--marker is drawn on digits and leaves: add --set")
+    if args.marker and args.set not in MARKED:
+        parser.error(f"--marker is drawn on {', '.join(MARKED)}: add --set")
     if args.folder.is_file() or any(args.folder.glob("*")):
         parser.error(f"{args.folder} exists and is not empty; name a new folder")
     (args.folder / "images").mkdir(parents=True)
@@ -176,7 +190,10 @@ def main(argv: list[str] | None = None) -> None:
         for drawn, (i, (k, kind)) in enumerate(product(range(n), enumerate(classes))):
             name, rng = f"{split}_{kind}_{i:04d}.png", np.random.default_rng([args.seed, s, k, i])
             image, mask = draw(kind, args.size, rng)
-            if args.marker and (k % 2 == 1) == (split != "test"):
+            marked = args.marker and (k % 2 == 1) == (split != "test")
+            if marked and args.set == "hearts":
+                image = image + 0.1 * ~mask
+            elif marked:
                 image[args.size // 32 : args.size // 8, -args.size // 8 : -args.size // 32] = 1
             Image.fromarray((image.clip(0, 1) * 255).astype(np.uint8)).save(args.folder / "images" / name)
             if split == "test" or args.masks is None or split == "train" and drawn < args.masks:

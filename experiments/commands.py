@@ -89,13 +89,14 @@ def on_other_data() -> dict[str, str]:
                 today = way in ("steady", "wide")
                 steps = f"--epochs {epochs}" if today else f"--epochs {before} {BEFORE}"
                 runs[f"{way}_{kind}_{n}"] = f"{data} --prior none --keep-going {steps} {flags}".strip()
-    for kind, n in {"digits": 85, "leaves": 400}.items():  # leaves: no default was chosen on them
+    for kind, n in {"digits": 85, "leaves": 400, "hearts": 1500}.items():  # leaves: no default was chosen on them
         data = f"--data data/{kind}{n}-{{seed}}"
         runs |= {f"{kind}_span": data, f"{kind}_plain": f"{data} --task classify"}
         label, wide = f"{data} --task classify", "--swap-margin 0.025"  # recorded before today's default
         runs[f"{kind}_blind_one"] = f"{label} {BLIND} --masks prior"
         runs[f"{kind}_swap_one"] = f"{label} --baseline swap --masks prior {wide}"
         runs[f"{kind}_blind_attention"] = f"{label} {BLIND} --masks runs/{kind}_span-{{seed}} {wide}"
+        runs[f"{kind}_blind_two"] = f"{label} {BLIND}".replace(f"{kind}{n}", f"{kind}{n}m2")
         runs[f"{kind}_blind_ten"] = f"{label} {BLIND} {wide}".replace(f"{kind}{n}", f"{kind}{n}m10")
         runs[f"{kind}_blind_all"] = f"{label} {BLIND}"
     return runs

@@ -47,11 +47,12 @@ LOCALISATION = {  # title: experiment, and what is measured
     "15 epochs, DINO's loss as published: attention, one reference image": ("span", "attention"),
     "15 epochs, DINO's loss as published: attention, all masks": ("masks", "attention"),
 }
-FEW_MASKS = {  # of digits and leaves
+FEW_MASKS = {  # of digits, leaves and hearts
     "plain": "plain",
     "swap_one": "1 mask: backgrounds swapped, masks registered, twice the margin",
     "blind_one": "**1 mask: ISNet with swapping (default), masks registered**",
     "blind_attention": "1 mask: default, masks of SPAN's attention, twice the margin",
+    "blind_two": "**2 masks, one of each class: default, the others registered**",
     "blind_ten": "10 masks: default, the others registered, twice the margin",
     "blind_all": "all masks: default",
 }
@@ -143,7 +144,7 @@ def of_shortcuts() -> Tables:
     changes |= {run: f"ViT, ISNet `{flag}`" for run, flag in VIT_CHANGES.items()}
     failures = [Row(title, run, [*AUC[:3], "relevance_share_same"]) for run, title in changes.items()]
     of_few = ["auc_same", "accuracy_same", "relevance_share_same", "mask_dice"]
-    for kind in ("digits", "leaves"):
+    for kind in ("digits", "leaves", "hearts"):
         masks += [Row(f"{kind}, {title}", f"{kind}_{run}", of_few) for run, title in FEW_MASKS.items()]
     header = "AUC | shortcut as in training | removed | flipped | flipped, unseen kind"
     return {

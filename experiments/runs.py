@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
+from common.symbols import MARKED
 from experiments.claims import claims
 from experiments.commands import NEEDED, REMEDIES, RUNS
 
@@ -68,12 +69,12 @@ def train(names: list[str]) -> None:
     """Draw the data that these runs need, and train them; those that start from another run come last."""
     (ROOT / "runs").mkdir(exist_ok=True)
     flags = " ".join(RUNS[name] for name in names)
-    names_of_folders = r"(data/(symbols|scenes|grounds|digits|leaves)(\d+)(?:m(\d+))?-(\d+))"
+    names_of_folders = r"(data/(symbols|scenes|grounds|digits|leaves|hearts)(\d+)(?:m(\d+))?-(\d+))"
     for folder, kind, n, masks, seed in sorted(set(re.findall(names_of_folders, flags))):
         if not (ROOT / folder / "labels.csv").exists():
             shutil.rmtree(ROOT / folder, ignore_errors=True)  # drawn in part
             words = [folder, "--set", kind, "--train", n, "--seed", seed]
-            words += ["--marker"] * (kind in ("digits", "leaves")) + (["--masks", masks] if masks else [])
+            words += ["--marker"] * (kind in MARKED) + (["--masks", masks] if masks else [])
             python("-m", "common.symbols", *words)
     commands = {name: command(name, ROOT / "runs" / name) for name in names}
     for later in (False, True):

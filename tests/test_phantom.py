@@ -78,6 +78,7 @@ PINNED = {  # kind: mean of 20 images in [0, 1], area of their masks as a fracti
     "grounds": (0.5026, 0.1309),
     "digits": (0.2410, 0.1530),
     "leaves": (0.4135, 0.0872),
+    "hearts": (0.4281, 0.2824),
 }
 
 
@@ -196,3 +197,18 @@ def test_digits_have_a_marker_that_turns_in_test_images_and_as_many_masks_as_ask
     assert [int(data.has_masks.sum()) for data in splits.values()] == [3, 0, 30] and reference
     area = splits["test"].masks.float().mean(dim=(1, 2, 3))
     assert 0.05 < area.min() and area.max() < 0.25
+
+
+def test_hearts_are_tinted_outside_their_mask_the_other_way_round_in_test_images(monkeypatch, tmp_path):
+    monkeypatch.setattr(symbols, "HELD_OUT", {"val": 1, "test": 3})
+    for name, flags in (("plain", []), ("tinted", ["--marker"])):
+        symbols.main([str(tmp_path / name), *"--set hearts --train 2 --masks 2".split(), *flags])
+    plain, tinted = (load(str(tmp_path / name), 64)[0] for name in ("plain", "tinted"))
+    for split, enlarged in (("train", True), ("test", False)):
+        brighter = (tinted[split].images.int() - plain[split].images.int())[:, 0]  # (N, S, S)
+        marked = plain[split].labels[:, plain[split].findings.index("enlarged")] == enlarged
+        assert (brighter.flatten(1).amax(dim=1) > 20).tolist() == marked.tolist()
+    outside = ~tinted["test"].masks[marked, 0]
+    assert (brighter[marked][outside] > 0).float().mean() > 0.99 and not brighter[marked][~outside].any()
+    known = tinted["train"].labels[tinted["train"].has_masks]
+    assert known.sum(dim=0).tolist() == [1, 1]  # one of each class
