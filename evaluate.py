@@ -53,7 +53,7 @@ def expected_seconds(runs: list[Loaded], splits: dict[str, Data], measures: list
             model(x)[0].cpu()  # .cpu() waits for the GPU
         an_image = (time.perf_counter() - started) / len(x)
         fractions = FRACTIONS if few and config.task == "pretrain" else (1.0,)
-        draws = sum(DRAWS if f < 1 else 1 for f in fractions if f * n >= 2)
+        draws = max(1, sum(DRAWS if f < 1 else 1 for f in fractions if f * n >= 2))
         steps = max(100, 5 * n // 32) + 125 * (draws - 1)  # of 32 images, forward and backward
         passes = {"attention": 2 * test, "bias": 25 * test, "finetune": 32 * 3 * steps}  # others: all images
         all_fits = {"attention": 5, "linear": 1 + draws, "heads": 11 + 4 * draws}  # seconds, of 1500 images
@@ -220,9 +220,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     alone = [flag for flag, value in alone.items() if value]
     others = args.html or args.measures or args.rows or args.all or len(args.runs) > 1 or len(alone) > 1
     missing = ", ".join(str(run) for run in args.runs if not run.exists())
-    flags = "" if any(run.is_file() for run in args.runs) else " ".join(args.flags[2 * bool(args.data) :])
+    files = any(run.is_file() for run in args.runs)
+    flags = "" if files else " ".join(args.flags[2 * bool(args.data) :])
     for wrong, line in [
         (alone and others, f"{', '.join(alone)} takes one run and no other flags: leave out the others"),
+        (args.data and not files and (args.image or args.export), "--image and --export use no --data"),
         (missing, f"{missing}: no such file or folder"),
         (flags, f"{flags} is for files of weights; runs are measured on their own data"),
         (args.rows is not None and args.rows < 1, f"--rows {args.rows}: draw at least 1"),

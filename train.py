@@ -150,7 +150,7 @@ def classifier_objective(
     multiclass, encoder, rule = spec.multiclass, model.encoder, lrp_rule(config)
     layers, pooling = supervised_layers(encoder, config.isnet_layers), (config.isnet_decay, config.isnet_e)
     swap = config.swap if config.isnet else float(config.baseline == "swap")
-    narrower = round((config.swap_margin or 0) * images.shape[-1])  # pixels
+    narrower = max(1, round(config.swap_margin * images.shape[-1])) if config.swap_margin else 0  # pixels
     wider = round(config.isnet_margin * images.shape[-1])
 
     def losses(index: Tensor, generator: Generator, step: int, total: int) -> tuple[Tensor, dict]:

@@ -138,7 +138,7 @@ def check_spec(run: Path, then: DataSpec, now: DataSpec, data: str, goes_on: boo
             if name == "images" and not goes_on:
                 print(f"note: {learned}; it may have been trained on some of the test images")
                 continue
-            raise ValueError(f"{learned}: leave out --data, restore its files, or train again")
+            raise ValueError(f"{learned}: name its own --data, restore its files, or train again")
 
 
 def save(

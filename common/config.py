@@ -110,7 +110,7 @@ class Config:
     isnet_every: int = flag(3, "add the ISNet loss in every N-th step", within=COUNT, needs="isnet")
     swap: float = flag(1.0, "fraction of images whose background is swapped", within=FRACTION, needs="isnet")
     swap_margin: float = flag(None, "how much narrower than its mask the kept foreground is, as a fraction "
-        "of a side (default: 0.0125 if some masks are made, else 0)", within=(0, 0.2),
+        "of a side, a pixel or more (default: 0.0125 if some masks are made, else 0)", within=(0, 0.2),
         needs="isnet&swap baseline=swap")
     isnet_margin: float = flag(None, "how far around the foreground relevance is not penalised, as a "
         "fraction of a side", within=(0, 0.5), needs="isnet")

@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -116,13 +117,13 @@ def _find_masks(folder: Path, images: dict[str, Path], notes: list[str]) -> dict
     if folder.is_dir() and _listed(folder):
         notes.append(f"masks beside the regions' folders are not used: move them to {folder}/<region>")
     for name, path in images.items():
-        stems[path.stem].append(name)
+        stems[normalize("NFC", path.stem)].append(name)  # macOS may write an umlaut as two characters
     for region in _listed(folder, folders=True) if folder.is_dir() else []:
         own, unused = {}, []
         masks[printable(region.name)] = own
         for path in _listed(region):
             # masks/heart/a.png belongs to images/a.png, never to an images/a.jpg beside it.
-            names = [path.name] if path.name in images else stems[path.stem]
+            names = [path.name] if path.name in images else stems[normalize("NFC", path.stem)]
             if len(names) > 1:
                 raise DataError(f"{path} may belong to {' or '.join(names)}: give it the suffix of its image")
             unused += [] if names else [f"{path} is not used: no image has this name"]
@@ -168,7 +169,8 @@ def read_masks(folder: Path, data: str | None, names: list[str], size: int) -> T
             masks[i, 0] |= read_mask(path, folder, names[i], shape, size)
     if not known:
         raise DataError(f"{folder} holds no mask of any training image; name them like `{names[0]}`")
-    if partly := set.union(*known.values()) - set.intersection(*known.values()):
+    whole = known.pop("", set())  # a single mask for all regions
+    if partly := (set.union(set(), *known.values()) - set.intersection(*known.values() or [set()])) - whole:
         print(f"note: {len(partly)} image(s) have masks of some regions only: their foreground is unknown")
         masks[list(partly)] = False
     return masks

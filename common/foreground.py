@@ -10,6 +10,7 @@ DIR         masks from any other tool: DIR/<region>/<image's name>, or DIR/<imag
 
 import math
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -102,11 +103,7 @@ def registered_masks(images: Tensor, prior: tuple, most: int = 1) -> Tensor:
     """
     source, train, reference, *how = prior
     masks, best = torch.zeros_like(images[:, :1], dtype=torch.bool), torch.full((len(images),), -2.0)
-    references = [reference]
-    if most > 1:  # whose masks are all there, and not empty
-        complete = train.has_masks & train.masks.flatten(2).any(dim=2).all(dim=1)  # (N,)
-        references += [n for n in select(train, complete).names if n != reference][: most - 1]
-    for name in references:
+    for name in references_for(train, reference, most) if most > 1 else [reference]:
         over = priors_over(images, source, train, name, *how)
         for index in torch.arange(len(images), device=how[-1]).split(BATCH):
             priors, confidence, likeness = (x.cpu() for x in over(index))
@@ -115,6 +112,18 @@ def registered_masks(images: Tensor, prior: tuple, most: int = 1) -> Tensor:
             masks[index[better]] = (priors[better] > 0.5).any(dim=1, keepdim=True)
             best[index[better]] = likeness[better]
     return masks
+
+
+def references_for(train: Data, reference: str, most: int) -> list[str]:
+    """The reference image, and others whose masks are all there and not empty; of each label in turn."""
+    complete = train.has_masks & train.masks.flatten(2).any(dim=2).all(dim=1)  # (N,)
+    labels = [""] * len(train.names) if train.labels is None else map(str, train.labels.tolist())
+    label, turn, turns = dict(zip(train.names, labels)), {}, Counter()
+    names = [reference, *(name for name in select(train, complete).names if name != reference)]
+    for name in names:
+        turn[name] = turns[label[name]]
+        turns[label[name]] += 1
+    return sorted(names, key=turn.get)[:most]
 
 
 def masks_of_run(folder: Path, data: str, images: Tensor) -> Tensor:

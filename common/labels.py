@@ -22,13 +22,18 @@ def one_hot(classes: dict[str, str]) -> tuple[list[str], dict[str, Tensor]]:
     return findings, {name: labels[c] for name, c in classes.items()}
 
 
+def prefixed(long: str, short: str) -> bool:
+    """Whether a name is another with two letters or more before it, as in abnormal, or no effusion."""
+    return long.endswith(short) and len(long) > len(short) + 1
+
+
 def doubtful(findings: list[str], images: list[int]) -> list[str]:
     """Notes on classes (K) whose name may be a misspelling of another; images (K): how many each has."""
     known, notes = {}, []
     for finding, n in sorted(zip(findings, images), key=lambda pair: -pair[1]):
         lower, letters = finding.lower(), re.sub(r"\d", "", finding.lower())
         often = [name for name, (_, m) in known.items() if 5 * n <= m and letters != re.sub(r"\d", "", name)]
-        often = [name for name in often if not lower.endswith(name) and not name.endswith(lower)]  # abnormal
+        often = [name for name in often if not prefixed(lower, name) and not prefixed(name, lower)]
         near = [lower] if lower in known else get_close_matches(lower, often, 1, 0.66 if n <= 3 else 0.8)
         for other, m in (known[name] for name in near):
             notes.append(f"is `{finding}` ({n} image(s)) a misspelt `{other}` ({m})?")
@@ -41,9 +46,6 @@ def notes_on(findings: list[str], labels: Tensor, train: Tensor) -> list[str]:
     notes, one = [], (labels.isnan() | (labels.nansum(dim=1, keepdim=True) == 1)).all(dim=1)  # (N,)
     if one.all():  # classes
         notes += doubtful(findings, (labels == 1).sum(dim=0).tolist())
-    elif one[train].all() and len(findings) > 1:
-        line = f"each training image shows one of {', '.join(findings)}, so these are classes"
-        notes.append(f"{line}; {int((~one).sum())} other image(s) show none or several of them")
     shown = (labels[train] == 1).any(dim=0).tolist()
     if lacking := [f"`{finding}`" for finding, there in zip(findings, shown) if not there]:
         more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
@@ -68,7 +70,8 @@ def read_labels(path: Path, images: dict) -> tuple[list[str], dict[str, Tensor],
             row = dict(zip(header, map(str.strip, cells)))
             if len(cells) != len(header):
                 raise ValueError(f"`{cells[0]}` has {len(cells)} cells, not {len(header)}; check the commas")
-            row["file"] = by_name.get(normalize("NFC", row["file"]), row["file"])
+            if row["file"] not in images:
+                row["file"] = by_name.get(normalize("NFC", row["file"]), row["file"])
             if row["file"] not in images:
                 raise ValueError(
                     f"no `{row['file']}` in images/ itself; give the name with its suffix and no folder"

@@ -28,9 +28,11 @@ def decode(path: Path, mask: bool = False) -> np.ndarray:
             image = ImageOps.exif_transpose(file)
         if image.mode[0] not in "IF":  # I, I;16, I;16B and F are deeper than 8 bit
             if image.has_transparency_data:
-                alone = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), alone)
-                image = alone.getchannel("A") if mask and not image.convert("RGB").getbbox() else image
+                image = image.convert("RGBA")
+                opacity, black = image.getchannel("A"), Image.new("RGBA", image.size, "black")
+                image = Image.alpha_composite(black, image)
+                if mask and len(opacity.getcolors()) > 1 and not image.convert("RGB").getbbox():
+                    image = opacity
             image = image.convert("L" if image.mode in ("1", "L") else "RGB")
         pixels = np.asarray(image)
         if not np.isfinite(pixels).all():
@@ -55,7 +57,7 @@ def read_mask(path: Path, folder: Path, image: str, shape: tuple[int, int] | Non
     if shape is not None and pixels.shape != shape:
         mine, theirs = (f"{width} x {height} px" for height, width in (pixels.shape, shape))
         raise DataError(f"{path} is {mine} but its image {image} is {theirs}; resize the mask to that")
-    _refuse_several(path, colours[:: len(colours) // 128 or 1, :: colours.shape[1] // 128 or 1])
+    _refuse_several(path, colours)
     inside = Image.fromarray(((pixels > 0) & (pixels >= pixels.max() / 2)).astype(np.float32))
     inside = np.array(inside.resize((size, size), Image.Resampling.BILINEAR))  # shares of pixels
     return torch.from_numpy((inside > 0) & (inside >= min(0.5, inside.max())))
@@ -63,16 +65,23 @@ def read_mask(path: Path, folder: Path, image: str, shape: tuple[int, int] | Non
 
 def _refuse_several(path: Path, colours: np.ndarray) -> None:
     """Raise DataError if a mask (H, W, 1 or 3) seems to show several regions by different values."""
-    peaks = colours.max(axis=2).astype(np.float64)  # (H, W)
-    shown = colours[peaks > peaks.min() + np.ptp(peaks) / 8]  # (M, 1 or 3)
+    (H, W), (down, right) = colours.shape[:2], (side // 128 or 1 for side in colours.shape[:2])
+    inner, *beside = (
+        colours[1 + y : H - 1 + y : down, 1 + x : W - 1 + x : right]
+        for y, x in ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0))
+    )
+    flat = np.logical_and.reduce([(inner == each).all(axis=2) for each in beside])  # no soft outline is
+    peaks = inner.max(axis=2).astype(np.float64)
+    shown = inner[flat & (peaks > peaks.min() + np.ptp(peaks) / 8)]  # (M, 1 or 3)
     if not len(shown):
         return
     codes = shown.astype(np.float64) @ 256.0 ** np.arange(shown.shape[1])  # fast to sort
     _, first, often = np.unique(codes, return_index=True, return_counts=True)
     values = shown[first].astype(np.float64)  # (n, 1 or 3)
     main = values[often.argmax()]
-    often[abs(values - main).max(axis=1) <= shown.max() / 5] = 0  # as JPEG leaves them
-    if often.max() > max(16, len(shown) / 10):  # more than soft outlines have
+    tolerance, least = (0.2 * shown.max(), len(shown) / 50) if shown.max() >= 32 else (0, 0)  # for JPEGs
+    often[abs(values - main).max(axis=1) <= tolerance] = 0
+    if often.max() > max(4, least):
         two = main.tolist(), values[often.argmax()].tolist()
         listed = " and ".join("/".join(f"{v:g}" for v in value) for value in two)
         raise DataError(f"{path} holds the values {listed}; give each region its own mask, 0 and 255")

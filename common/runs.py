@@ -67,7 +67,8 @@ def load_all(
         if run.config.data in DRAWN and data != run.config.data:
             raise ValueError(f"{path} learned from {run.config.data}, which are drawn: leave out --data")
         if data not in DRAWN and not Path(data).is_dir():
-            raise ValueError(f"{path} learned from {data}, which is no folder: say by --data where it is now")
+            learned = f"{path} learned from {data}, which is no folder: say by --data where it is now"
+            raise ValueError(f"--data {data} is no folder" if moved else learned)
         runs[path] = run._replace(config=replace(run.config, data=data))
     shared = next((run.config for run in runs.values()), None)
     configs = {p: runs[p].config if p in runs else weights_config(p, flags, shared) for p in paths}

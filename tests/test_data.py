@@ -101,6 +101,7 @@ def test_a_rare_class_or_one_of_other_case_that_resembles_another_may_be_misspel
     assert doubtful(["cat", "cats", "cow"], [20, 30, 6]) == []  # neither is rare; a cow is no cat
     assert doubtful(["grade 1", "grade 2", "grade 3"], [90, 10, 1]) == []
     assert doubtful(["normal", "abnormal", "effusion", "no effusion"], [90, 8, 50, 9]) == []
+    assert doubtful(["abnormal", "normal"], [90, 8]) == [] != doubtful(["effusion", "ffusion"], [90, 1])
 
 
 def test_names_with_odd_characters_load_and_all_that_is_said_of_them_can_be_printed_on_a_line(folder):
@@ -147,10 +148,14 @@ def test_a_mask_of_the_whole_image_is_noted_and_one_of_numbers_is_refused(folder
 
 
 REGIONS = np.array([0] * 6 + [1] * 6 + [2] * 4, np.uint8)[None].repeat(16, axis=0)  # (16, 16)
+SMALL = np.array([0, 1], np.uint8).repeat(120)[None].repeat(240, axis=0)
+SMALL[10:30, 10:30] = 2
 PALETTE = Image.fromarray(REGIONS, "P")
 PALETTE.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
 SEVERAL = {  # masks that show two regions, and what the error says of them
     "numbers": (REGIONS, "1 and 2"),
+    "numbers that are near": (REGIONS + 8 * (REGIONS > 0).astype(np.uint8), "9 and 10"),
+    "a small one": (SMALL, "1 and 2"),
     "greys": (np.array([0, 85, 255], np.uint8)[REGIONS], "85 and 255"),
     "a palette": (PALETTE, "128/0/0 and 0/128/0"),
     "colours": (PALETTE.convert("RGB"), "128/0/0 and 0/128/0"),
@@ -161,15 +166,31 @@ SEVERAL = {  # masks that show two regions, and what the error says of them
 def test_a_mask_that_shows_several_regions_is_refused(folder, kind):
     picture, values = SEVERAL[kind]
     save(folder / "masks" / "heart" / "b.png", picture)
+    size = Image.open(folder / "masks" / "heart" / "b.png").size
+    save(folder / "images" / "b.png", noise(*size[::-1]))
     assert f"b.png holds the values {values}; give each region its own mask" in refusal(folder)
 
 
-def test_soft_outlines_and_the_traces_of_a_jpeg_are_no_regions(folder):
-    soft = gaussian_blur(torch.from_numpy(LEFT).float()[None, None], 1.5)[0, 0].numpy() * 255
-    traces = np.random.default_rng(0).integers(0, 20, LEFT.shape)
-    for mask in (soft, np.where(LEFT, 255 - traces, traces // 15)):
-        save(folder / "masks" / "heart" / "b.png", mask.astype(np.uint8))
-        assert torch.equal(everything(folder)[0]["b.png"].masks[0, 0], torch.from_numpy(LEFT))
+def soft_masks() -> dict[str, Image.Image]:
+    square, line = np.zeros((2, 256, 256), np.uint8)
+    square[80:101, 80:101] = line[:, 70:73] = 255
+    blurred = gaussian_blur(torch.from_numpy(square).float()[None, None], 6.0)[0, 0].numpy()
+    half, blocks = {"size": (128, 128)}, 255 * np.kron([[0, 0], [1, 1]], np.ones((128, 128))).astype(np.uint8)
+    blocks[8:80, 8:80], blocks[180:220, 8:80] = 4, 250
+    return {
+        "a square, halved": Image.fromarray(square).resize(**half, resample=Image.Resampling.BILINEAR),
+        "a line, halved": Image.fromarray(line).resize(**half, resample=Image.Resampling.BOX),
+        "a probability": Image.fromarray(blurred / 255),
+        "blocks of a JPEG": Image.fromarray(blocks),
+    }
+
+
+@pytest.mark.parametrize("kind", soft_masks())
+def test_soft_outlines_and_the_traces_of_a_jpeg_are_no_regions(kind, folder):
+    mask = soft_masks()[kind]
+    save(folder / "masks" / "heart" / "b.tif", mask)
+    save(folder / "images" / "b.png", noise(*mask.size))
+    assert everything(folder)[0]["b.png"].masks.any()
 
 
 def test_a_region_that_is_too_small_for_the_image_size_keeps_a_pixel(tmp_path):
@@ -303,6 +324,7 @@ MASKS = {  # pictures, and the mask that they mean
     "a blue of one beside white": (Image.merge("RGB", [EDGE, EDGE, ONES]), LEFT),
     "alpha": (Image.merge("LA", [Image.new("L", (16, 16), 255), HALF]), LEFT),
     "black on nothing": (Image.merge("LA", [Image.new("L", (16, 16), 0), HALF]), LEFT),
+    "black": (Image.new("LA", (16, 16), (0, 255)), LEFT & False),
     "sixteen bit": (LEFT.astype(np.uint16), LEFT),
     "float": (LEFT.astype(np.float32), LEFT),
     "large, shrunk by majority": (SPECKS, LEFT),
@@ -342,6 +364,9 @@ def test_masks_of_another_tool_are_known_if_an_image_has_one_of_every_region(fol
     masks = read_masks(folder / "masks", str(folder), ["a.png", "b.png"], 16)
     assert masks.flatten(1).any(dim=1).tolist() == [True, False]
     assert "note: 1 image(s) have masks of some regions only" in capsys.readouterr().out
+    add_masks(folder, "c.png")  # of all regions
+    masks = read_masks(folder / "masks", str(folder), ["a.png", "b.png", "c.png"], 16)
+    assert masks.flatten(1).any(dim=1).tolist() == [True, False, True]
 
 
 def test_a_mask_must_be_readable_and_have_the_size_of_its_image_after_exif_rotation(tmp_path):
@@ -422,18 +447,28 @@ def test_a_class_that_no_training_image_has_is_noted(folder):
 
 def test_headers_may_be_capitalised_and_umlauts_written_in_two_ways(folder):
     save(folder / "images" / "u\u0308.png", GREY)  # as macOS writes a name
+    save(folder / "masks" / "h" / "\u00fc.png", HALF)
     table(folder, "File,Label,Split\n\u00fc.png,cat,train\na.png,dog,test\n")
     found = everything(folder)[0]
+    assert found["u\u0308.png"].has_masks.all()
     assert found["u\u0308.png"].labels.tolist() == [[1, 0]] and found["a.png"].labels.tolist() == [[0, 1]]
 
 
-def test_findings_that_exclude_each_other_in_training_alone_are_noted(folder):
-    rows = "a.png,1,0,train\nb.png,0,1,train\nc.png,1,1,test\nd.png,0,0,val\ne.png,1,0,test\nf.png,0,1,val\n"
-    table(folder, f"file,wet,dry,split\n{rows}")
-    note = "each training image shows one of wet, dry, so these are classes; 2 other image(s) show none or"
-    assert [note in line for line in everything(folder)[2]] == [True]
-    table(folder, f"file,wet,dry,split\n{rows}".replace("1,1,test", "1,0,test").replace("0,0,val", "0,1,val"))
-    assert everything(folder)[2] == []
+@pytest.mark.parametrize(
+    "rows, classes",
+    [
+        ("1,0,train 0,1,train 1,1,test 0,0,val 1,0,test 0,1,val", True),
+        ("1,0,train 0,1,train 1,0,test 0,1,val 1,0,test 0,1,val", False),  # of all images: no surprise
+        ("1,,train 0,1,train ,1,train 1,1,test 0,0,val 1,0,test", False),  # unknown: no classes
+        (",,train ,,train 1,1,test 0,0,val 1,0,test 0,1,val", False),
+    ],
+)
+def test_findings_that_exclude_each_other_in_training_alone_are_noted(rows, classes, folder):
+    lines = [f"{name}.png,{row},1" for name, row in zip("abcdef", rows.split())]
+    table(folder, "\n".join(["file,wet,dry,split,red", *lines]).replace("train,1", "train,"))
+    notes = load(str(folder), 16, findings=["wet", "dry"])[2]
+    note = "each labelled training image shows one of wet, dry, so these are classes; 2 other image(s) show"
+    assert any(line.startswith(note) for line in notes) == classes
 
 
 def test_finding_columns_are_multi_label_and_blank_is_unknown_and_skipped_images_are_ignored(folder):

@@ -17,7 +17,7 @@ from common.checkpoint import load_run
 from common.config import parse
 from common.data import Data
 from common.foreground import are_made, check_foreground, foreground
-from common.foreground import mask_dice, masks_compared, registered_masks
+from common.foreground import mask_dice, masks_compared, references_for, registered_masks
 from common.phantom import REGIONS, phantom
 from common.regions import make_priors, masks_held, mass_held, prior_maps, priors_over, warn_if_unguided
 from common.splits import load
@@ -90,9 +90,7 @@ def test_a_loss_of_span_that_did_not_fall_is_a_warning(capsys):
         warn_if_unguided([{"loss": 9.0, "span_loss": loss} for loss in losses])
     warn_if_unguided([{"loss": 9.0}] * 2)  # without SPAN
     said = capsys.readouterr().out
-    assert (
-        said.count("warning") == said.count("warning: SPAN's loss rose from 0.5 in the first epoch") == 1
-    )
+    assert said.count("warning") == said.count("warning: SPAN's loss rose from 0.5 in the first epoch") == 1
 
 
 @pytest.mark.slow
@@ -200,6 +198,15 @@ def test_of_two_references_each_image_takes_the_masks_of_the_one_that_is_more_li
     healthy, ill = (mask_dice(registered_masks(others.images, prior), others) for prior in priors)
     both, also = (mask_dice(registered_masks(others.images, prior, most=2), others) for prior in priors)
     assert both == also > 0.01 + max(healthy, ill)
+
+
+def test_references_show_each_label_in_turn():
+    labels, names = torch.tensor([[0.0], [0], [0], [1], [1], [0]]), list("abcdef")
+    masks = torch.ones(6, 1, 8, 8, dtype=torch.bool)
+    masks[1] = False  # it shows no region
+    data = Data(masks, masks, torch.arange(6) < 5, labels, names, ["heart"], ["ill"])
+    assert references_for(data, "c", 5) == ["c", "d", "a", "e"] and references_for(data, "a", 2) == ["a", "d"]
+    assert references_for(data._replace(labels=None), "c", 3) == ["c", "a", "d"]
 
 
 def plain_folder(path):

@@ -95,6 +95,9 @@ def test_likeness_compares_what_lies_around_the_regions_and_nothing_else():
     alike, also, less, other = (likeness(images[0], heart, x, theta, flow) for x in seen)
     assert alike > 0.99 and also > 0.97 and less < 0.6 and other < 0.9
     assert likeness(images[0], heart, moved, theta, flow + 0.2) < 0.9  # displaced
+    elsewhere = moved.clone()
+    elsewhere[..., 24:50, 48:54] = 0  # where the heart lies in the reference image
+    assert likeness(images[0], heart, elsewhere, theta, flow) > 0.97
 
 
 def test_a_shift_and_a_scale_are_found_exactly():

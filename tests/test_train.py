@@ -117,6 +117,10 @@ def test_images_without_a_label_do_not_dilute_a_classifier_s_loss(tmp_path, caps
     said = capsys.readouterr().out
     assert "note: 8 of 12 training images have no label and are left out of training" in said
     assert "2 epoch(s) of 1 step(s)" in said and "is no better than a constant prediction" in said
+    for row in rows:
+        save(data / "masks" / "spot" / row.split(",")[0], np.eye(16, dtype=np.uint8) * 255)
+    trained(tmp_path / "isnet", f"--data {data} --img-size 16 --batch-size 4 --isnet 1", SMALL)
+    assert "2 epoch(s) of 1 step(s)" in capsys.readouterr().out
 
 
 def test_a_folder_with_one_labelled_image_trains_and_says_what_is_missing(tmp_path, capsys):
