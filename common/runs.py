@@ -65,7 +65,7 @@ def load_all(
     for path, run in runs.items():
         data = flags[1] if moved else run.config.data
         if run.config.data in DRAWN and data != run.config.data:
-            raise ValueError(f"{path} learned from {run.config.data}, which are drawn: leave out --data")
+            raise ValueError(f"{path} learned from {run.config.data}, which is drawn: leave out --data")
         if data not in DRAWN and not Path(data).is_dir():
             learned = f"{path} learned from {data}, which is no folder: say by --data where it is now"
             raise ValueError(f"--data {data} is no folder" if moved else learned)
@@ -74,8 +74,9 @@ def load_all(
     configs = {p: runs[p].config if p in runs else weights_config(p, flags, shared) for p in paths}
     first = configs[paths[0]]
     for path, config in configs.items():
-        both = ({"task": c.task} | data_of(c) | {"data": Path(c.data).resolve()} for c in (first, config))
-        here, there = both
+        here, there = (
+            {"task": c.task} | data_of(c) | {"data": Path(c.data).resolve()} for c in (first, config)
+        )
         if names := [name for name in here | there if here.get(name) != there.get(name)]:
             alike = "of one --task" if "task" in names else "on the same images"
             raise ValueError(f"{paths[0]} and {path} differ in {', '.join(names)}: compare runs {alike}")

@@ -169,7 +169,7 @@ def test_what_can_not_be_compared_or_asked_is_refused_at_once(two_runs, tmp_path
     monkeypatch.setattr(evaluate, "report", None)
     for argv, line in [
         ([span, f"{tmp_path}/other"], "differ in seed: compare runs on the same images"),
-        ([span, "--data", "parts"], f"{span} learned from phantom, which are drawn: leave out --data"),
+        ([span, "--data", "parts"], f"{span} learned from phantom, which is drawn: leave out --data"),
         (
             [span, "--img-size", "32"],
             "--img-size 32 is for files of weights; runs are measured on their own data",
