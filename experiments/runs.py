@@ -29,7 +29,7 @@ QUICK = ["phantom_span-0", "plain_resnet-0", "blind_resnet_corner-0", "blind_clo
 AFTER = {"_grounds-": ("backgrounds", "mixed_rand"), "object_": ("objects", "CorLoc")}
 PROBED = {"dino_long": "long_span", "plates_dino": "plates_span"}  # pairs whose features are compared
 PICTURES = {  # results/NAME.png: what evaluate.py measures, and the runs that stand side by side
-    "compare": "attention long_span-1 dino_long-1",
+    "compare": "attention long_span-0 dino_long-0",
     "isnet": "bias isnet_resnet-0 plain_resnet-0 pixels_only-0",
     "one_mask": "bias isnet_attention_resnet-0 pipeline_resnet-0 swap_resnet-0 rrr_resnet-0 gain_resnet-0"
     " multitask_resnet-0 gated_resnet-0",
@@ -101,7 +101,7 @@ def measure(names: list[str], few_labels: bool) -> None:
 
 def draw() -> None:
     """Make the pictures in results/ of finished runs."""
-    if (low_data := ROOT / "runs/long_span-1/low_data.png").exists():
+    if (low_data := ROOT / "runs/long_span-0/low_data.png").exists():
         shutil.copy(low_data, ROOT / "results")
     for picture, words in PICTURES.items():
         what, *names = words.split()
