@@ -126,8 +126,8 @@ class CollapseMonitor(nn.Module):
     """Moving averages over the teacher's outputs: do different images still get different outputs?"""
 
     def __init__(self, out_dim: int, momentum: float = 0.95, floor: float = 0.02, patience: int = 100):
-        """floor: f, the least KL as a fraction of log K; patience: for how many updates the KL may be lower, or
-        3 times as many before it first rises above the floor."""
+        """floor: f, the least KL as a fraction of log K; patience: for how many updates the KL may be lower,
+        or 3 times as many before it first rises above the floor."""
         super().__init__()
         self.momentum, self.floor, self.patience = momentum, floor, patience
         self.register_buffer("entropy", torch.tensor(math.log(out_dim)))  # nats

@@ -99,7 +99,8 @@ class Config:
         "fraction of log K, enforced by a lower temperature; 1: as published", within=(0.01, 1), needs=DINO)
     global_scale: tuple[float, float] = flag((0.4, 1.0), "range of the 2 global crops' share of the image",
         "--global-crops-scale", nargs=2, needs=VIEWS)
-    local_crops_number: int = flag(0, "local crops, of half the size in whole patches", within=(0, 10**9), needs=VIEWS)
+    local_crops_number: int = flag(0, "local crops, of half the size in whole patches",
+        within=(0, 10**9), needs=VIEWS)
     local_scale: tuple[float, float] = flag((0.1, 0.4), "range of the local crops' share of the image",
         "--local-crops-scale", nargs=2, needs="local_crops_number")
     flip: float = flag(0.0, "probability of a mirrored view", "--hflip", within=FRACTION, needs=VIEWS)

@@ -41,11 +41,14 @@ def doubtful(findings: list[str], images: list[int]) -> list[str]:
     return notes[:5]
 
 
+def of_one_class(labels: Tensor) -> Tensor:
+    """Which images (N,) have one class, or none that is known, by labels (N, K)."""
+    return (labels.isnan() | (labels.nansum(dim=1, keepdim=True) == 1)).all(dim=1)
+
+
 def notes_on(findings: list[str], labels: Tensor, train: Tensor) -> list[str]:
     """Notes on what may surprise in labels (N, K); train (N,) bool: which images are for training."""
-    notes, one = [], (labels.isnan() | (labels.nansum(dim=1, keepdim=True) == 1)).all(dim=1)  # (N,)
-    if one.all():  # classes
-        notes += doubtful(findings, (labels == 1).sum(dim=0).tolist())
+    notes = doubtful(findings, (labels == 1).sum(dim=0).tolist()) if of_one_class(labels).all() else []
     shown = (labels[train] == 1).any(dim=0).tolist()
     if lacking := [f"`{finding}`" for finding, there in zip(findings, shown) if not there]:
         more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""

@@ -84,8 +84,8 @@ def priors_over(
         if prior == "sample" and how != "none":
             print(f"registering {printable(reference)} to {len(images)} images ...", flush=True)
     if prior == "masks":
-        masks = to_device(train.masks, device)
-        return lambda index: (blurred(rows_at(masks, index).float(), blur), *certain[:, index])  # empty: unknown
+        masks = to_device(train.masks, device)  # an empty one is unknown
+        return lambda index: (blurred(rows_at(masks, index).float(), blur), *certain[:, index])
     priors = priors.to(device)
     if prior != "sample" or how == "none":
         return lambda index: (priors.expand(len(index), *priors.shape), *certain[:, index])

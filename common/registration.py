@@ -137,7 +137,8 @@ def likeness(
 ) -> Tensor:
     """l_i (B,) in [-1, 1] of equation (5): how alike a registered reference and images (B, C, H, W) are.
 
-    Over the priors (R, H, W) and `around` pixels at WORKING_SIZE: a region's outline has two sides.
+    Over the priors (R, H, W), carried by theta and flow, and `around` pixels at WORKING_SIZE beside them,
+    since a region's outline has two sides.
     """
     source, target = _contrast(reference[None], 1.0), _contrast(images, 1.0)  # (1 or B, C, h, w)
     regions = F.interpolate(priors[None].float(), size=target.shape[2:], mode="area")[0]

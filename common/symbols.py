@@ -5,7 +5,7 @@
     python -m common.symbols data/grounds --set grounds --train 200         scenes; the ground tells the shape
     python -m common.symbols data/digits --set digits --train 85 --marker   grey digits on noise, odd or even
     python -m common.symbols data/leaves --set leaves --train 400 --marker  leaves, healthy or spotted
-    python -m common.symbols data/hearts --set hearts --masks 2 --marker    X-rays, the heart normal or enlarged
+    python -m common.symbols data/hearts --set hearts --masks 2 --marker    X-rays, hearts normal or enlarged
 
 Each also draws 20 images per class to validate and 100 to test. --marker puts a bright square into a corner
 of every odd digit or spotted leaf in training and validation images; in test images, of all the others. Of

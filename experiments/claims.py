@@ -86,7 +86,8 @@ def of_isnet() -> list[tuple]:
     rows += on_all_shortcuts(8, "ISNet by default, one mask, registered", "blind_close")
     wide = on_all_shortcuts(8, "ISNet, --swap-margin 0.025, one mask, registered", "blind_one")
     rows += [row for row in wide if "_resnet_" in row[3]]
-    for masks, who in {"one": "one mask, of an enlarged heart", "two": "two masks, one of each class"}.items():
+    of_hearts = {"one": "one mask, of an enlarged heart", "two": "two masks, one of each class"}
+    for masks, who in of_hearts.items():
         text = f"ISNet by default, {who}, registered, ResNet: AUC with a tint flipped (hearts)"
         rows.append((8, text, 95, f"hearts_blind_{masks} auc_same"))
     flush = on_all_shortcuts(8, "ISNet, --swap-margin 0, one mask, registered", "flush_one")

@@ -89,7 +89,8 @@ def on_other_data() -> dict[str, str]:
                 today = way in ("steady", "wide")
                 steps = f"--epochs {epochs}" if today else f"--epochs {before} {BEFORE}"
                 runs[f"{way}_{kind}_{n}"] = f"{data} --prior none --keep-going {steps} {flags}".strip()
-    for kind, n in {"digits": 85, "leaves": 400, "hearts": 1500}.items():  # leaves: no default was chosen on them
+    # No default was chosen on leaves.
+    for kind, n in {"digits": 85, "leaves": 400, "hearts": 1500}.items():
         data = f"--data data/{kind}{n}-{{seed}}"
         runs |= {f"{kind}_span": data, f"{kind}_plain": f"{data} --task classify"}
         label, wide = f"{data} --task classify", "--swap-margin 0.025"  # recorded before today's default

@@ -82,7 +82,7 @@ def hearts(train: Data) -> dict[str, list[tuple[int, ...]]]:
 
 
 def draw_hearts(train: Data, test: Data, path: Path) -> None:
-    """Write the masks of six test images, the last three with an enlarged heart, by each kind of references."""
+    """Write masks of six test images, the last three with an enlarged heart, by each kind of references."""
     shown = [i for y in (0, 1) for i in (test.labels[:, 0] == y).nonzero()[:3, 0].tolist()]
     figure, axes = plt.subplots(3, 6, figsize=(9, 4.8), layout="constrained")
     for row, (title, references) in zip(axes, hearts(train).items()):
