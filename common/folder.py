@@ -82,10 +82,21 @@ def load_folder(folder: str | Path, img_size: int, reference: str | None = None)
         split |= dict.fromkeys(order[len(order) - held_out :], "test")
     reference = _choose_reference(data, masks, split, reference, notes)
     splits = {s: select(data, torch.tensor([split[name] == s for name in data.names])) for s in SPLITS}
-    notes += [f"{folder}: no images in {s}" for s in SPLITS if not splits[s].names]
+    notes += [f"{folder}: no images in {s}" for s in SPLITS if not splits[s].names] + _repeated(splits)
     if findings:
         notes += notes_on(findings, rows, torch.tensor([split[name] == "train" for name in data.names]))
     return splits, reference, [printable(note) for note in notes]
+
+
+def _repeated(splits: dict[str, Data]) -> list[str]:
+    """A note for val and for test if they hold images of train, equal in all pixels."""
+    pixels = {s: [hash(image.numpy().tobytes()) for image in splits[s].images] for s in SPLITS}
+    train, notes = {*pixels["train"]}, []
+    for s in ("val", "test"):
+        if again := [name for name, x in zip(splits[s].names, pixels[s]) if x in train]:
+            line = f"{len(again)} image(s) of {s} are in train as well, such as {again[0]}"
+            notes.append(f"{line}: remove one of each, or figures will be too good")
+    return notes
 
 
 def _listed(folder: Path, folders: bool = False) -> list[Path]:

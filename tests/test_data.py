@@ -57,6 +57,14 @@ def refusal(folder, **options) -> str:
     return str(error.value)
 
 
+def test_an_image_that_is_in_training_as_well_is_noted(folder):
+    table(folder, "file,split\na.png,train\nb.png,val\nc.png,test\nd.png,test\n")
+    assert load_folder(folder, 16)[2] == []
+    (folder / "images" / "d.png").write_bytes((folder / "images" / "a.png").read_bytes())
+    (note,) = load_folder(folder, 16)[2]
+    assert note.startswith("1 image(s) of test are in train as well, such as d.png")
+
+
 def test_a_folder_becomes_three_splits_of_uint8_images(folder):
     splits, reference, notes = load_folder(str(folder), 12)
     for data, n in zip(splits.values(), (4, 1, 1)):
@@ -67,7 +75,7 @@ def test_a_folder_becomes_three_splits_of_uint8_images(folder):
     coloured = load_folder(folder, 12)[0]["train"]  # one colour image gives all of them three channels
     assert torch.equal(coloured.images[0], splits["train"].images[0].expand(3, -1, -1))
     for name in "abcdez":  # most of them
-        save(folder / "images" / f"{name}.png", noise(240, 300))
+        save(folder / "images" / f"{name}.png", noise(240, 300, seed=ord(name)))
     note = "images of 240 px become 64 px; --img-size 224 --patch-size 16 keeps more detail"
     assert load_folder(folder, 64)[2] == [note]
 
@@ -106,8 +114,8 @@ def test_a_rare_class_or_one_of_other_case_that_resembles_another_may_be_misspel
 
 def test_names_with_odd_characters_load_and_all_that_is_said_of_them_can_be_printed_on_a_line(folder):
     odd = ["line\nbreak.png", "caf\udce9.png", 'ä 你, "x".png']
-    for name in odd:
-        save(folder / "images" / name, GREY)
+    for i, name in enumerate(odd):
+        save(folder / "images" / name, noise(16, 16, seed=i))
         (folder / "masks" / f"h\udce9art\n{name[0]}").mkdir(parents=True)
         (folder / "masks" / f"h\udce9art\n{name[0]}" / f"not {name}").touch()
     found, _, notes = everything(folder)
@@ -227,8 +235,8 @@ def test_masks_that_lie_too_deep_or_bear_other_names_are_noted(folder):
 
 def test_suffixes_of_any_case_are_read_and_hidden_files_are_not(tmp_path):
     names = "a.PNG b.jpg c.JPEG c2.jfif d.bmp e.tif f.tiff g.gif h.webp i.pgm".split()
-    for name in [*names, ".hidden.png"]:
-        save(tmp_path / "images" / name, GREY)
+    for i, name in enumerate([*names, ".hidden.png"]):
+        save(tmp_path / "images" / name, noise(16, 16, seed=i))
     found, _, notes = everything(tmp_path)
     assert list(found) == names and notes == []
 
