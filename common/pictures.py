@@ -25,6 +25,12 @@ def decode(path: Path, mask: bool = False) -> np.ndarray:
             most = Image.MAX_IMAGE_PIXELS or math.inf  # Pillow only warns
             if min(file.size) < 8 or math.prod(file.size) > most:
                 raise ValueError(f"{file.width} x {file.height} px; the limits are 8 x 8 and {most} px")
+            if file.format == "TIFF" and file.n_frames > 1:
+                first = file.size
+                file.seek(1)
+                if file.size == first:  # smaller ones are overviews
+                    raise ValueError(f"{file.n_frames} pages; save each as a file of its own")
+                file.seek(0)
             image = ImageOps.exif_transpose(file)
         if image.mode[0] not in "IF":  # I, I;16, I;16B and F are deeper than 8 bit
             if image.has_transparency_data:

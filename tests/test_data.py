@@ -291,9 +291,11 @@ def test_an_image_becomes_what_it_shows_in_as_many_channels_as_needed(tmp_path, 
     assert image[:, 0, 0].tolist() == left and image[:, 0, 15].tolist() == right
 
 
-def encoded(pixels: np.ndarray, suffix: str = ".png") -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, Image.registered_extensions()[suffix])
+def encoded(pixels: np.ndarray, suffix: str = ".png", second: np.ndarray | None = None) -> bytes:
+    file, pages = io.BytesIO(), {}
+    if second is not None:
+        pages = {"save_all": True, "append_images": [Image.fromarray(second)]}
+    Image.fromarray(pixels).save(file, Image.registered_extensions()[suffix], **pages)
     return file.getvalue()
 
 
@@ -303,6 +305,7 @@ DAMAGED = {f"half{suffix}": (encoded(NOISE, suffix)[:2000], "cannot be read") fo
     "script.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "cannot identify"),
     "narrow.png": (encoded(NOISE[:, :7]), "7 x 99 px"),
     "low.png": (encoded(NOISE[:7]), "99 x 7 px"),
+    "volume.tif": (encoded(NOISE, ".tif", NOISE), "2 pages; save each as a file of its own"),
     "infinite.tif": (encoded(np.full((9, 9), np.inf, dtype=np.float32), ".tif"), "NaN or infinite"),
     "bomb.png": (encoded(NOISE.repeat(2, 0)[:110]), "limits are 8 x 8 and 10000 px"),  # Pillow only warns
     "larger bomb.png": (encoded(NOISE.repeat(3, 0)), "could be decompression bomb"),
@@ -318,6 +321,13 @@ def test_an_image_that_cannot_be_used_is_skipped_with_a_note(folder, name, monke
     found, _, notes = everything(folder)
     assert list(found) == [f"{name}.png" for name in "abcdef"] and len(notes) == 1
     assert notes[0].startswith("skipped ") and f"images/{name}: " in notes[0] and words in notes[0]
+
+
+def test_a_tiff_may_hold_an_overview_of_itself(folder):
+    content = encoded(noise(16, 16), ".tif", noise(8, 8))
+    (folder / "images" / "g.tif").write_bytes(content)
+    found, _, notes = everything(folder)
+    assert notes == [] and torch.equal(found["g.tif"].images[0, 0], torch.from_numpy(noise(16, 16)))
 
 
 ONES = Image.fromarray(LEFT.astype(np.uint8))
