@@ -25,7 +25,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from common.backgrounds import without_foreground
+from common.backgrounds import others, without_foreground
 from vit import ViT
 
 
@@ -104,17 +104,13 @@ class ImagesApart(TorchFunctionMode):
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        return (self.normalise if function is F.batch_norm else function)(*args, **kwargs or {})
-
-    @staticmethod
-    def normalise(
-        input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
-    ):  # fmt: skip
-        """As `F.batch_norm`."""
-        if training:
-            channels = [d for d in range(input.dim()) if d != 1]
-            running_var, running_mean = torch.var_mean(input.detach(), channels, correction=0)
-        return F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
+        kwargs = kwargs or {}
+        if function is F.batch_norm and kwargs["training"]:
+            x, *_ = args  # the others are the running mean and variance
+            channels = [d for d in range(x.dim()) if d != 1]
+            variance, mean = torch.var_mean(x.detach(), channels, correction=0)
+            args, kwargs = (x, mean, variance), kwargs | {"training": False}
+        return function(*args, **kwargs)
 
 
 def grad_cam(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -124,10 +120,7 @@ def grad_cam(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """
     seen: list[Tensor] = []
     last, vit = model.encoder.blocks[-1], isinstance(model.encoder, ViT)
-    if vit:
-        hook = last.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    else:
-        hook = last.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    hook = last.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0] if vit else output))
     with sdpa_kernel(SDPBackend.MATH):  # the faster kernels cannot be differentiated twice
         score = (model(x) * y.nan_to_num()).sum()
     hook.remove()
@@ -174,9 +167,7 @@ def swapped(x: Tensor, m: Tensor, generator: Generator, share: float = 1.0, marg
     of the old background shows where a mask is a little too wide. Parts too thin for this margin are kept if
     they lie more than two margins from the rest of the kept foreground.
     """
-    order = torch.randperm(len(x), generator=generator).to(x.device)
-    other = torch.empty_like(x)
-    other[order] = without_foreground(x, m)[order.roll(1)]
+    other = without_foreground(x, m)[others(torch.arange(len(x)), generator).to(x.device)]
     chosen = torch.ones(len(x), dtype=torch.bool)
     if share < 1:
         chosen = torch.rand(len(x), generator=generator) < share

@@ -31,10 +31,8 @@ EYE = torch.eye(2, 3)
 
 def panels(rows: int, columns: int) -> tuple[plt.Figure, np.ndarray]:
     """A figure with axes (rows, columns) that show no ticks."""
-    figure, axes = plt.subplots(rows, columns, figsize=(1.6 * columns, 1.6 * rows + 0.2), **GRID)
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
-    return figure, axes
+    size, bare = (1.6 * columns, 1.6 * rows + 0.2), {"xticks": [], "yticks": []}
+    return plt.subplots(rows, columns, figsize=size, subplot_kw=bare, **GRID)
 
 
 def show(ax: plt.Axes, picture: Tensor, title: str, top: float | None = None, signed: bool = False) -> None:

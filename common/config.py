@@ -4,8 +4,6 @@ A default of None depends on other settings (DEFAULTS). Later sources win: defau
 encoder of --init, the flags.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -99,7 +99,7 @@ def related(
 
     joint: with labels, so with positions; its patches may keep their order. mega: cut into mega-patches.
     """
-    generator, found = torch.Generator().manual_seed(0), {}
+    generator, found, errors = torch.Generator().manual_seed(0), {}, ("distances", "angles")
     how = relvit.grid, patch_size, generator, mega, joint
     relvit.eval()
     device = next(relvit.parameters()).device
@@ -108,11 +108,10 @@ def related(
         views, _, order = (x, None, None) if in_order else patch_views(x, *how)
         patches = relvit.encoder(normalise(views), positions=joint).patches
         for task, value in relvit.compare(patches, order)[1].items():  # errors are squared before their mean
-            value = float(value) ** (2 if task in ("distances", "angles") else 1)
+            value = float(value) ** (2 if task in errors else 1)
             found[task] = found.get(task, 0.0) + value * len(x) / len(images)
-    found = {task: v**0.5 if task in ("distances", "angles") else v for task, v in found.items()}
-    kinds = {"distances": "error of distances", "angles": "error of angles"}
-    names = {task: kinds.get(task, f"accuracy of {task}") for task in found}
-    levels = [f"{names[task]} {value:.3f} ({relvit.chance[task]:.3f})" for task, value in found.items()]
+    found = {task: v**0.5 if task in errors else v for task, v in found.items()}
+    kinds = {task: "error" if task in errors else "accuracy" for task in found}
+    levels = [f"{kinds[t]} of {t} {value:.3f} ({relvit.chance[t]:.3f})" for t, value in found.items()]
     print(f"on test images (in brackets: a constant prediction): {', '.join(levels)}")
     return {f"{task}_test": value for task, value in found.items()}

@@ -7,9 +7,7 @@ from collections.abc import Iterable
 from dataclasses import Field, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-KINDS = {"bool": bool, "int": int, "float": float, "Path": Path, "str": str}
+from typing import Any, get_args
 
 
 def flag(default, text: str, *names: str, group="", choices=None, nargs=None, within=None, needs=""):
@@ -21,8 +19,8 @@ def flag(default, text: str, *names: str, group="", choices=None, nargs=None, wi
 
 
 def kind_of(setting: Field) -> type:
-    """bool, int, float, str or Path, by the field's annotation."""
-    return KINDS[re.search("|".join(KINDS), setting.type)[0]]
+    """bool, int, float, str or Path: a field's type, or that of its items if it is a tuple."""
+    return get_args(setting.type)[0] if setting.metadata["nargs"] else setting.type
 
 
 def option(f: Field) -> str:

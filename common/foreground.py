@@ -127,10 +127,7 @@ def references_for(train: Data, reference: str, most: int) -> list[str]:
 
 
 def masks_of_run(folder: Path, data: str, images: Tensor) -> Tensor:
-    """The union (M, 1, H, W) bool of the masks of a run's guided heads, for images (M, C, H, W) uint8.
-
-    Raises ValueError.
-    """
+    """The union (M, 1, H, W) of a run's attention masks, for images (M, C, H, W) uint8. Raises ValueError."""
     run = load_run(folder)
     check_masses(folder, run.masses)
     if images.shape[1] != run.spec.channels:

@@ -73,20 +73,18 @@ def read_labels(path: Path, images: dict) -> tuple[list[str], dict[str, Tensor],
             row = dict(zip(header, map(str.strip, cells)))
             if len(cells) != len(header):
                 raise ValueError(f"`{cells[0]}` has {len(cells)} cells, not {len(header)}; check the commas")
-            if row["file"] not in images:
-                row["file"] = by_name.get(normalize("NFC", row["file"]), row["file"])
-            if row["file"] not in images:
-                raise ValueError(
-                    f"no `{row['file']}` in images/ itself; give the name with its suffix and no folder"
-                )
-            if row["file"] in rows:
-                raise ValueError(f"`{row['file']}` is listed twice; remove one of its rows")
+            name = row["file"] if row["file"] in images else by_name.get(normalize("NFC", row["file"]))
+            if name is None:
+                missing = f"no `{row['file']}` in images/ itself"
+                raise ValueError(f"{missing}; give the name with its suffix and no folder")
+            if name in rows:
+                raise ValueError(f"`{name}` is listed twice; remove one of its rows")
             if row.get("split", "train") not in SPLITS:
                 raise ValueError(f"split `{row['split']}` is not train, val or test; use one of these")
             for column in columns:
                 if row[column] not in LABELS:
                     raise ValueError(f"column `{column}` holds `{row[column]}`; use 0, 1 or blank")
-            rows[row["file"]] = row
+            rows[name] = row
     except UnicodeDecodeError:
         raise DataError(f"{path}, line {reader.line_num + 1}: not UTF-8; save it as 'CSV UTF-8'") from None
     except (ValueError, csv.Error) as error:

@@ -53,10 +53,7 @@ def load_model(folder: Path, run: Run) -> nn.Module:
 
 
 def load_part(folder: Path, run: Run, model: nn.Module, prefix: str | None = None) -> nn.Module:
-    """Load a run's weights whose names begin with a prefix, by default its encoder's (the student's).
-
-    Raises ValueError if they have other sizes.
-    """
+    """Load a run's weights with a prefix, by default its encoder's (the student's). Raises ValueError."""
     if prefix is None:
         prefix = "student." if (run.config.task, run.config.ssl) == ("pretrain", "dino") else "encoder."
     weights = {k: v for k, v in run.checkpoint["model"].items() if not k.startswith("relvit.")}

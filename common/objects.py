@@ -23,22 +23,19 @@ def class_activation(model: nn.Module, images: Tensor) -> Tensor:
     """Class activation maps (M, 1, N) of a classifier with an even pooling, of the likeliest class."""
     model.eval()
     encoder, maps, pooled = model.encoder, [], []
-    hook = isinstance(encoder, ViT) and encoder.pool.register_forward_pre_hook(
-        lambda _, x: pooled.append(x[0])
-    )
+    if vit := isinstance(encoder, ViT):
+        hook = encoder.pool.register_forward_pre_hook(lambda _, x: pooled.append(x[0]))
     for x in batches(images, model):
         features = encoder(x)
         patches = features.patches  # (B, N, D)
-        if (
-            hook
-        ):  # its LayerNorm divides the mean of the patches by that mean's deviation, not each by its own
+        if vit:  # its LayerNorm divides the patches' mean by that mean's deviation, not each by its own
             raw, norm = pooled.pop(), encoder.norm
             variance = raw.mean(dim=1, keepdim=True).var(dim=2, correction=0, keepdim=True)  # (B, 1, 1)
             centred = raw - raw.mean(dim=2, keepdim=True)
             patches = centred / (variance + norm.eps).sqrt() * norm.weight + norm.bias
         likeliest, logits = model.head(features.pooled).argmax(dim=1), model.head(patches)
         maps.append(logits[torch.arange(len(x)), :, likeliest].cpu())  # (B, N) of (B, N, K)
-    if hook:
+    if vit:
         hook.remove()
     return torch.cat(maps)[:, None]
 

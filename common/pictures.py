@@ -72,10 +72,8 @@ def read_mask(path: Path, folder: Path, image: str, shape: tuple[int, int] | Non
 def _refuse_several(path: Path, colours: np.ndarray) -> None:
     """Raise DataError if a mask (H, W, 1 or 3) seems to show several regions by different values."""
     (H, W), (down, right) = colours.shape[:2], (side // 128 or 1 for side in colours.shape[:2])
-    inner, *beside = (
-        colours[1 + y : H - 1 + y : down, 1 + x : W - 1 + x : right]
-        for y, x in ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0))
-    )
+    moves = (0, 0), (0, 1), (0, -1), (1, 0), (-1, 0)
+    inner, *beside = (colours[1 + y : H - 1 + y : down, 1 + x : W - 1 + x : right] for y, x in moves)
     flat = np.logical_and.reduce([(inner == each).all(axis=2) for each in beside])  # no soft outline is
     peaks = inner.max(axis=2).astype(np.float64)
     shown = inner[flat & (peaks > peaks.min() + np.ptp(peaks) / 8)]  # (M, 1 or 3)

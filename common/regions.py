@@ -127,6 +127,13 @@ def prior_maps(
 # Masks from attention
 
 
+def masks_held(attention: Tensor, grid: tuple[int, int], size: tuple[int, int], mass: Tensor) -> Tensor:
+    """Equation (7): masks (B, R, H, W) bool, the fewest pixels that hold mass (R,) of attention (B, R, N)."""
+    maps, order = _upsampled(attention, grid, size).sort(dim=2, descending=True)
+    kept = maps.cumsum(dim=2) - maps < mass[:, None]  # the pixels before this one don't hold enough yet
+    return torch.zeros_like(kept).scatter(2, order, kept).unflatten(2, size)
+
+
 def mass_held(attention: Tensor, grid: tuple[int, int], regions: Tensor) -> Tensor:
     """m_r of equation (7): the share (R,) of attention in the most attended pixels covering 95 % of a region.
 
@@ -137,13 +144,6 @@ def mass_held(attention: Tensor, grid: tuple[int, int], regions: Tensor) -> Tens
     reached = inside.cumsum(dim=2) / inside.sum(dim=2, keepdim=True).clamp(min=1)
     enough = (reached.mean(dim=0) < 0.95).sum(dim=1).clamp(max=order.shape[2] - 1)  # (R,)
     return maps.cumsum(dim=2).mean(dim=0).gather(1, enough[:, None])[:, 0].clamp(max=1)  # a sum may round up
-
-
-def masks_held(attention: Tensor, grid: tuple[int, int], size: tuple[int, int], mass: Tensor) -> Tensor:
-    """Equation (7): masks (B, R, H, W) bool, the fewest pixels that hold mass (R,) of attention (B, R, N)."""
-    maps, order = _upsampled(attention, grid, size).sort(dim=2, descending=True)
-    kept = maps.cumsum(dim=2) - maps < mass[:, None]  # the pixels before this one don't hold enough yet
-    return torch.zeros_like(kept).scatter(2, order, kept).unflatten(2, size)
 
 
 def _upsampled(attention: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:

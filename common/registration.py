@@ -24,6 +24,7 @@ WORKING_SIZE = 64  # pixels: images are registered at this size, for which blurs
 KNOTS, STIFFNESS = 8, 1.0  # of `bend`: a side, and the weight of squared differences of neighbours
 SCALES = (0.7, 0.8, 0.9, 1.0, 1.12, 1.25, 1.4)  # of objects in an image, relative to the reference's
 SEARCH_BELOW = 0.6  # s_i of `align` under which `find` is tried
+AROUND = 3  # pixels beside the regions that `likeness` compares
 NOTHING, CERTAIN = 0.4, 0.5  # s_i is 0.2 to 0.4 in noise, but up to 0.6 where another object lies
 
 
@@ -132,18 +133,16 @@ def confidence(agreement: Tensor) -> Tensor:
     return ((agreement - NOTHING) / (CERTAIN - NOTHING)).clamp(0, 1)
 
 
-def likeness(
-    reference: Tensor, priors: Tensor, images: Tensor, theta: Tensor, flow: Tensor, around: int = 3
-) -> Tensor:
+def likeness(reference: Tensor, priors: Tensor, images: Tensor, theta: Tensor, flow: Tensor) -> Tensor:
     """l_i (B,) in [-1, 1] of equation (5): how alike a registered reference and images (B, C, H, W) are.
 
-    Over the priors (R, H, W), carried by theta and flow, and `around` pixels at WORKING_SIZE beside them,
+    Over the priors (R, H, W), carried by theta and flow, and AROUND pixels at WORKING_SIZE beside them,
     since a region's outline has two sides.
     """
     source, target = _contrast(reference[None], 1.0), _contrast(images, 1.0)  # (1 or B, C, h, w)
     regions = F.interpolate(priors[None].float(), size=target.shape[2:], mode="area")[0]
     regions = (carry(regions, theta, flow) > 0.5).any(dim=1, keepdim=True).float()  # (B, 1, h, w)
-    weight = F.max_pool2d(regions, 2 * around + 1, 1, around)
+    weight = F.max_pool2d(regions, 2 * AROUND + 1, 1, AROUND)
     moved = carry(source[0], theta, flow)
     total = weight.sum(dim=(2, 3), keepdim=True).clamp(min=1)
     a, b = (weight * (v - (weight * v).sum(dim=(2, 3), keepdim=True) / total) for v in (moved, target))

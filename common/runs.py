@@ -74,9 +74,8 @@ def load_all(
     configs = {p: runs[p].config if p in runs else weights_config(p, flags, shared) for p in paths}
     first = configs[paths[0]]
     for path, config in configs.items():
-        here, there = (
-            {"task": c.task} | data_of(c) | {"data": Path(c.data).resolve()} for c in (first, config)
-        )
+        both = first, config
+        here, there = ({"task": c.task} | data_of(c) | {"data": Path(c.data).resolve()} for c in both)
         if names := [name for name in here | there if here.get(name) != there.get(name)]:
             alike = "of one --task" if "task" in names else "on the same images"
             raise ValueError(f"{paths[0]} and {path} differ in {', '.join(names)}: compare runs {alike}")

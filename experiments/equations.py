@@ -85,10 +85,8 @@ def formulas(docstring: str) -> dict[str, str]:
 
 
 def places(source: str) -> dict[str, tuple[str, int]]:
-    """{number: (name, line)} of the function whose docstring begins with it, or else of the function that
-    mentions it first, or else of the first class whose docstring does.
-    """
-    classes, functions, own = {}, {}, {}
+    """{number: (name, line)} of the function that mentions it first, or else of the first class that does."""
+    classes, functions = {}, {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.ClassDef):
             for n in numbers(ast.get_docstring(node)):
@@ -98,9 +96,7 @@ def places(source: str) -> dict[str, tuple[str, int]]:
                 place = (child.name if child is node else f"{node.name}.{child.name}", child.lineno)
                 for n in numbers(ast.get_source_segment(source, child)):
                     functions.setdefault(n, place)
-                if first := re.match(r"(Rule|Equation) \((\d+)\)", ast.get_docstring(child) or ""):
-                    own.setdefault(first[2], place)
-    return classes | functions | own
+    return classes | functions
 
 
 def page() -> str:

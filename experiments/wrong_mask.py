@@ -105,14 +105,13 @@ def measured(train: Data, all_test: Data) -> dict[str, list]:
     def of(references: list[int], change) -> list[tuple[float, float]]:
         return [scores(train, k, change(masks[k]), test) for k in references]
 
+    of_hearts = {what: [left_inside(train, k, all_test) for k in ks] for what, ks in hearts(train).items()}
     return {
         "reference image": [(0, of(complete, lambda m: m))],
         "shift": [(s, of(few, lambda m, s=s: wrong(m, s / 100, 1.0))) for s in SHIFTS],
         "scale": [(s, of(few, lambda m, s=s: wrong(m, 0.0, s / 100))) for s in SCALES],
         "swapped": [(1, of(few, lambda m: m.roll(1, dims=0)))],  # each region has another one's mask
-        "hearts": [
-            (what, [left_inside(train, k, all_test) for k in ks]) for what, ks in hearts(train).items()
-        ],
+        "hearts": list(of_hearts.items()),
     }
 
 
