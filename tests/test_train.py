@@ -92,11 +92,8 @@ def test_an_existing_run_is_neither_overwritten_nor_resumed_unless_asked_to(span
     (tmp_path / "thesis.txt").write_text("years of work")
     assert "something other than a run" in refused(train.main, "--out", str(tmp_path), "--overwrite")
     assert "is a file" in refused(train.main, "--out", str(tmp_path / "thesis.txt"))
-    wrong = {"--data=nowhere": "nowhere is not a folder", "--isnet=1": "needs --task classify"}
-    wrong |= {"--prior=nowhere.npy": "is not sample"}
-    for flag, line in wrong.items():  # who mistypes a flag is not told to overwrite the run
-        said = refused(train.main, flag, "--out", str(span_run))
-        assert line in said and "overwrite" not in said
+    line = refused(train.main, "--data=nowhere", "--out", str(span_run))  # mistyped
+    assert "nowhere is not a folder" in line and "overwrite" not in line
     assert (span_run / "last.pt").read_bytes() == before and not (tmp_path / "new").exists()
 
 
@@ -146,7 +143,7 @@ def test_a_log_of_a_long_run_has_about_a_hundred_lines(tmp_path, monkeypatch, ca
     monkeypatch.setattr(train, "save", Mock())
     words, lines = "--ssl none --align none --train-images 2 --batch-size 2 --epochs", {}
     for epochs in (4, 250):
-        trained(tmp_path / str(epochs), f"{words} {epochs}", TINY[:-2])
+        assert "span_loss" in trained(tmp_path / str(epochs), f"{words} {epochs}", TINY[:-2])
         lines[epochs] = re.findall(r"^epoch (\d+)/", capsys.readouterr().out, re.M)
     assert lines[4] == ["1", "2", "3", "4"]
     assert len(lines[250]) == 125 and lines[250][-1] == "250"
@@ -161,7 +158,6 @@ def test_what_a_folder_lacks_is_said_in_one_line(tmp_path, refused):
     for header, cells, flags, line in (
         ("split", ["test"], [*TINY, "--prior", "none"], "look at the column split"),
         ("goitre", ["0", "1"], [*SMALL, "--isnet", "1"], "one of train must have them"),
-        ("goitre", ["0", "1"], [*SMALL, "--marker", "1"], "only on phantoms"),
         ("label", ["cat"], SMALL, "have the same labels"),
     ):
         rows = [f"file,{header}", *(f"{i:02d}.png,{cells[i % len(cells)]}" for i in range(24))]
@@ -188,15 +184,6 @@ def test_a_collapse_stops_a_run_but_a_guided_one_goes_on_by_span_alone(tmp_path,
     assert last["loss"] == pytest.approx(3 * last["span_loss"], rel=1e-4)  # its weight is 3
     assert "DINO has collapsed" in refused(train.main, *argv, "--align", "none", "--strict", status=1)
     assert load_run(tmp_path / "stopped").masses and load_run(tmp_path / "on").masses  # for --masks RUN
-
-
-def test_span_alone_needs_no_objective_beside_it_and_its_masks_serve_a_classifier(
-    tmp_path, capsys, monkeypatch
-):
-    assert "span_loss" in trained(tmp_path / "alone", "--ssl none --align none")
-    monkeypatch.setattr(train, "check_foreground", Mock())  # masks of so short a run leave no background
-    trained(tmp_path / "isnet", f"--isnet 1 --masks {tmp_path}/alone", SMALL)
-    assert "masks from" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("bad", [lambda w: w.sum() * math.nan, lambda w: (w.sum() * 0).sqrt()])
@@ -457,13 +444,12 @@ def test_a_classifier_may_start_from_a_pretrained_encoder_in_its_sizes(span_run,
     argv = f"--task classify --train-images 16 --epochs 1 --lr 1e-9 --init {span_run}".split()
     trained(tmp_path / "run", tiny=argv)
     run = load_run(tmp_path / "run")
-    assert (run.config.backbone, run.config.embed_dim, run.config.lrp_gamma) == ("vit", 24, 0.0)
     before = load_run(span_run).checkpoint["model"]["student.blocks.0.attn.qkv.weight"]
     torch.testing.assert_close(run.checkpoint["model"]["encoder.blocks.0.attn.qkv.weight"], before)
     assert "encoder of other sizes" in refused(train.main, *argv, "--embed-dim", "12", "--out", "no")
 
 
-def test_a_run_is_not_resumed_on_other_classes_images_or_labels_than_it_was_trained_on(capsys):
+def test_a_run_is_not_resumed_on_other_classes_images_or_labels_than_it_was_trained_on():
     def spec(names: str, findings: str, labels: list | None = None) -> DataSpec:
         images, labels = torch.zeros(3, 1, 8, 8).byte(), torch.tensor(labels or [[0.0, 1], [1, 1], [1, 0]])
         data = Data(images, None, torch.zeros(3).bool(), labels, list(names), [], findings.split())
@@ -478,8 +464,6 @@ def test_a_run_is_not_resumed_on_other_classes_images_or_labels_than_it_was_trai
     relabelled = spec("abc", "cat dog", [[1.0, 0], [1, 1], [0, 1]])
     with pytest.raises(ValueError, match="run learned images 3 .hash"):
         check_spec(Path("run"), before, relabelled, "mine")
-    check_spec(Path("run"), before, relabelled, "mine", goes_on=False)
-    assert capsys.readouterr().out.startswith("note: run learned images 3 (hash of names and labels")
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
