@@ -1,5 +1,6 @@
 """Fixtures and helpers that several test files share: small runs of train.py, folders, golden numbers."""
 
+import copy
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -105,6 +106,20 @@ def slope_error(loss: Callable[[], torch.Tensor], weights: list[nn.Parameter]) -
     steps = (1e-7, 1e-8, 1e-9)  # the loss may have kinks; one of the steps meets none
     errors = [abs(slope - (moved(step) - moved(-step)) / (2 * step)) for step in steps]
     return min(errors) / max(1, abs(slope))
+
+
+def with_statistics_of(images: torch.Tensor, model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode, where the statistics of these images are fixed numbers in each BatchNorm."""
+
+    def hold(norm: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        norm.running_var, norm.running_mean = torch.var_mean(inputs[0].detach(), (0, 2, 3), correction=0)
+
+    twin = copy.deepcopy(model).eval()
+    hooks = [m.register_forward_pre_hook(hold) for m in twin.modules() if isinstance(m, nn.BatchNorm2d)]
+    twin(images)
+    for hook in hooks:
+        hook.remove()
+    return twin
 
 
 def golden(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

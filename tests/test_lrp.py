@@ -3,12 +3,11 @@
 import copy
 import gc
 import weakref
-from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import golden, slope_error
+from conftest import golden, slope_error, with_statistics_of
 from torch import nn
 from torch.overrides import _get_current_function_mode
 
@@ -97,14 +96,6 @@ def transformer() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 6, 2, 2), nn.Flatten(2), blocks, nn.Flatten(), nn.Linear(96, 3))
 
 
-def written_out(attention: nn.MultiheadAttention, x: torch.Tensor, *_, **__) -> tuple:
-    """Self-attention, operation by operation."""
-    qkv = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
-    q, k, v = qkv.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    A = (q @ k.mT / q.shape[-1] ** 0.5).softmax(dim=-1)
-    return attention.out_proj((A @ v).transpose(1, 2).flatten(2)), None
-
-
 MODELS = {"cnn": cnn, "mixed": Mixed, "transformer": transformer}
 
 
@@ -127,21 +118,9 @@ def test_in_training_the_batch_s_statistics_are_constants():
     model, images = cnn().double().train(), doubles(4, 3, 8, 8)
     for norm in (model[1], model[5]):
         nn.init.normal_(norm.bias)
-        norm.momentum = 1.0  # so that the running statistics become the batch's
-    twin = copy.deepcopy(model).eval()
-    found, _ = relevance(model, images, TARGET, 1e-9, 3.0, signed=True)
-    for i, n in ((1, 4 * 64), (5, 4 * 16)):
-        twin[i].running_mean, twin[i].running_var = model[i].running_mean, model[i].running_var * (n - 1) / n
-    torch.testing.assert_close(found, relevance(twin, images, TARGET, 1e-9, 3.0, signed=True)[0])
-
-
-def test_layers_after_an_attention_module_keep_their_rules():
-    model, images = transformer().double(), doubles(4, 3, 8, 8)
-    inner = {"gamma": 0.5, "layers": [model[2].layers[0].self_attn]}  # which returns a tuple
-    expected, _ = relevance(model, images, TARGET, **inner)
-    for block in model[2].layers:
-        block.self_attn.forward = partial(written_out, block.self_attn)
-    torch.testing.assert_close(relevance(model, images, TARGET, **inner)[0], expected)
+    twin = with_statistics_of(images, model)
+    found, expected = (relevance(net, images, TARGET, 1e-9, 3.0, signed=True)[0] for net in (model, twin))
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -247,7 +226,7 @@ def test_the_z_box_rule_is_for_each_layer_that_gets_the_images_and_one_must_get_
 VIEWS = {  # y changed in place, and what comes of it written out
     "a part": (lambda y: (y[:, :2].relu_(), y)[1], lambda y: torch.cat([y[:, :2].relu(), y[:, 2:]], 1)),
     "a shape": (lambda y: (y.flatten().mul_(2), y)[1], lambda y: 2 * y),
-    "the whole of a part": (lambda y: (y[:, :3], F.silu(y, inplace=True))[0], F.silu),
+    "the whole of a part": (lambda y: (y[:, :5], F.silu(y, inplace=True))[0], F.silu),
     "part by part": (
         lambda y: (y.__setitem__((slice(None), 1), 0), y[:, :1].relu_(), y + y.detach().flip(1))[2],
         lambda y: (y := torch.cat([y[:, :1].relu(), 0 * y[:, 1:2], y[:, 2:]], 1)) + y.detach().flip(1),
@@ -258,17 +237,6 @@ VIEWS = {  # y changed in place, and what comes of it written out
         lambda y: ((y.cumsum(1) + 1) * y).clamp(-1, 1),
     ),
 }
-
-
-@pytest.mark.parametrize("change", VIEWS)
-def test_relevance_of_what_was_changed_in_place_is_that_of_the_operations_written_out(change):
-    layer, images = nn.Linear(6, 3).double(), doubles(4, 6)
-    in_place, written_out = (
-        relevance(lambda x: F.gelu(f(layer(x))), images.clone(), TARGET, layers=[layer], gamma=0.5)
-        for f in VIEWS[change]
-    )
-    for found, expected in zip(in_place[0] + [in_place[1]], written_out[0] + [written_out[1]]):
-        torch.testing.assert_close(found, expected)
 
 
 def test_a_model_may_change_the_images_in_place():
@@ -303,15 +271,18 @@ LAYERS = {  # a module, a model that changes its output in place, and the same m
     ),
     "constant": (linear, lambda m, x: x * m(ones).mul_(2), lambda m, x: x * (2 * m(ones))),
 }
+LAYERS |= {k: (linear, lambda m, x, f=f: f(m(x)), lambda m, x, f=g: f(m(x))) for k, (f, g) in VIEWS.items()}
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.5])
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_s_relevance_is_that_of_its_output_before_changes_in_place_and_changes_no_other(name):
+def test_a_layer_s_relevance_is_that_of_its_output_before_changes_in_place_and_changes_no_other(name, gamma):
     (module, *models), x, w, found = LAYERS[name], doubles(4, 5, 6), doubles(6, 3), []
     for f in models:
         model = lambda x, f=f: F.gelu(f(module.double(), x) @ w).mean(1)  # noqa: E731
-        found.append(relevance(model, x, TARGET, layers=[module, module])[0])
-        torch.testing.assert_close(found[-1][0], relevance(model, x, TARGET)[0])
+        (R, *of_layers), output = relevance(model, x, TARGET, layers=[module, module], gamma=gamma)
+        torch.testing.assert_close(R, relevance(model, x, TARGET, gamma=gamma)[0])
+        found.append([R, *of_layers, output])
     for in_place, written_out in zip(*found):
         torch.testing.assert_close(in_place, written_out)
 
