@@ -130,9 +130,8 @@ def test_a_run_goes_on_though_its_data_moved_but_not_with_edited_settings(tmp_pa
     record = (out / "config.json").read_text()
     (out / "config.json").write_text(record.replace('"lr": 0.0014', '"lr": 0.1'))
     assert "was started with lr 0.0014, not 0.1: restore its config.json" in refused(train.main, *resume)
-    for damage, line in (("no json", "something other than a run"), (record[:-3], "or it is damaged")):
-        (out / "config.json").write_text(damage)
-        assert line in refused(train.main, *resume)
+    (out / "config.json").write_text(record[:-3])
+    assert "or it is damaged" in refused(train.main, *resume)
     (out / "config.json").write_text(record)
     train.main([*resume, "--data", str(tmp_path / "moved")])
     assert len(load_run(out).checkpoint["history"]) == 2
