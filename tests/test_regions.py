@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL, digits, image_folder, save, trained
+from conftest import SMALL, image_folder, save, trained
 from torch import nn
 
 import train
@@ -171,19 +171,6 @@ def test_masks_that_leave_no_background_stop_the_run_and_classes_that_lose_uneve
     both.labels[36:] = torch.nan  # labels that are unknown are no class of their own
     check_foreground("prior", both, masks, torch.arange(40) < 36)
     assert "stay" not in capsys.readouterr().out
-
-
-def test_an_image_without_masks_gets_those_of_the_reference_that_is_found_best_in_it():
-    images, masks = digits(4)
-    images, masks = (255 * images.clamp(0, 1)).to(torch.uint8), masks.bool()
-    images[0] = torch.randint(80, (1, 64, 64), generator=torch.Generator().manual_seed(0))  # noise alone
-    known, names = torch.tensor([True, True, False, False]), list("abcd")
-    data = Data(images, masks, known, None, names, ["object"], [])
-    prior = "sample", data, "a", 0.0, "bend", "cpu"
-    of_noise, of_both = (registered_masks(images[2:], prior, most) for most in (1, 2))
-    assert not of_noise.any()
-    both, sizes = (of_both & masks[2:]).sum(), of_both.sum() + masks[2:].sum()
-    assert 2 * both / sizes > 0.8
 
 
 def test_of_two_references_each_image_takes_the_masks_of_the_one_that_is_more_like_it():
