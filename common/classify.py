@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from common.data import prepared, rows_at
+from common.data import at_a_time, prepared, rows_at
 from isnet_lrp import log_odds, relevance_range
 from lrp import relevance
 from vit import Attention, Block, PatchEmbed
@@ -154,7 +154,7 @@ def natural_range(
             optimizer.step()
     inner, totals = supervised_layers(plain.eval().encoder, layers), []
     masked = masks.flatten(1).any(dim=1).nonzero()[:512, 0].to(labels.device)
-    for index in masked.split(64):
+    for index in masked.split(at_a_time(64, images)):
         target = explained_target(labels[index], multiclass, explain, generator)
         heatmaps, _ = relevance(plain, prepared(rows_at(images, index)), target, layers=inner, **rule)
         heatmaps = heatmaps if inner else [heatmaps]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 SPLITS = ("train", "val", "test")
-BATCH = 250  # images at a time where no gradient is needed
+BATCH = 250  # images at a time, if small, where no gradient is needed
 LoadedData = tuple[dict[str, "Data"], str | None, list[str]]  # splits, reference image's name, notes
 
 
@@ -57,10 +57,15 @@ def rows_at(images: Tensor, index: Tensor) -> Tensor:
     return rows.to(index.device, non_blocking=True)
 
 
-def batches(images: Tensor, model: nn.Module, size: int = BATCH) -> Iterator[Tensor]:
-    """Images (M, C, S, S) uint8 in batches of `size`, normalised, on the model's device."""
+def at_a_time(most: int, images: Tensor) -> int:
+    """How many of images (N, C, H, W) to compute with at once: `most` of 128 px a side, fewer larger ones."""
+    return min(most, max(1, most * 128**2 // images.shape[-2:].numel()))
+
+
+def batches(images: Tensor, model: nn.Module, most: int = BATCH) -> Iterator[Tensor]:
+    """Images (M, C, S, S) uint8 in batches, see `at_a_time`, normalised, on the model's device."""
     device = next(model.parameters()).device
-    return (prepared(batch.to(device)) for batch in images.split(size))
+    return (prepared(batch.to(device)) for batch in images.split(at_a_time(most, images)))
 
 
 def prepared(images: Tensor) -> Tensor:

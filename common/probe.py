@@ -19,7 +19,7 @@ from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 from common.classify import Classifier, classification_loss, is_multiclass
-from common.data import BATCH, SPLITS, Data, batches, prepared
+from common.data import BATCH, SPLITS, Data, at_a_time, batches, prepared
 from common.explain import scores_of
 from common.metrics import CannotMeasure, auc, known_mean
 
@@ -37,7 +37,7 @@ def features_of(encoder: nn.Module, images: Tensor, heads: bool = False) -> Tens
     patches averaged by each head's attention, (M, heads * D).
     """
     encoder.eval()
-    pooled, total = [], math.ceil(len(images) / BATCH)
+    pooled, total = [], math.ceil(len(images) / at_a_time(BATCH, images))
     for x in tqdm(batches(images, encoder), "features", total, leave=False, disable=None):
         features = encoder(x)
         vectors = features.pooled  # (B, D)

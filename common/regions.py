@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from attention_priors import blurred, follow, priors_from_masks, priors_from_statistics
-from common.data import BATCH, SPLITS, Data, printable, rows_at, to_device
+from common.data import BATCH, SPLITS, Data, at_a_time, printable, rows_at, to_device
 from common.explain import attention_of
 from common.folder import by_stem, image_size
 from common.registration import carry, confidence, likeness, register
@@ -118,7 +118,8 @@ def prior_maps(
     maps = {"prior": (on_grid(prior).expand(len(images), -1, -1), grid)}
     if how != "none":
         over = priors_over(images, "sample", train, reference, blur, how, device)
-        registered = torch.cat([over(index)[0].cpu() for index in torch.arange(len(images)).split(BATCH)])
+        parts = torch.arange(len(images)).split(at_a_time(BATCH, images))
+        registered = torch.cat([over(index)[0].cpu() for index in parts])
         maps["aligned prior, every pixel"] = registered.flatten(2), tuple(registered.shape[2:])
         maps["aligned prior"] = torch.cat([on_grid(part) for part in registered.split(BATCH)]), grid
     return maps
@@ -163,7 +164,7 @@ def check_masses(run: Path, masses: dict[str, float]) -> None:
 def attention_masks(encoder: nn.Module, masses: dict[str, float], images: Tensor, layer: int) -> Tensor:
     """Masks (M, R, H, W) bool of the first R heads in images (M, C, H, W), by their share of attention."""
     mass, grid = torch.tensor(list(masses.values())), encoder.grid(images)
-    attention = attention_of(encoder, images, layer)[:, : len(mass)].split(BATCH)
+    attention = attention_of(encoder, images, layer)[:, : len(mass)].split(at_a_time(BATCH, images))
     return torch.cat([masks_held(part, grid, tuple(images.shape[2:]), mass) for part in attention])
 
 

@@ -559,6 +559,14 @@ def test_images_lie_on_a_gpu_unless_they_take_half_of_its_memory_and_batches_whe
     assert data.to_device(images, "cuda:0") is images
 
 
+def test_larger_images_come_in_smaller_batches_so_that_none_needs_more_memory_than_training():
+    model = torch.nn.Linear(1, 1)
+    for side, sizes in ((64, [250, 10]), (128, [250, 10]), (256, [62] * 4 + [12]), (4096, [1] * 260)):
+        images = torch.zeros(1, dtype=torch.uint8).expand(260, 1, side, side)
+        assert [len(part) for part in images.split(data.at_a_time(250, images))] == sizes
+    assert len(next(data.batches(torch.zeros(9, 1, 512, 512).byte(), model, 32))) == 2
+
+
 SMALL, MASK = noise(16, 12), np.zeros((16, 12), dtype=np.uint8)
 MASK[2:9, 3:8] = 255
 BLACK_BELOW = np.repeat([[255], [0]], 512, axis=0).astype(np.uint8).repeat(1024, axis=1)
