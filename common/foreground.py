@@ -50,7 +50,7 @@ def foreground(source: str, splits: dict[str, Data], data: str, init: Path | Non
     elif source == "prior":
         masks = registered_masks(train.images, prior)
     elif (folder / "config.json").is_file():
-        masks = masks_of_run(folder, data, train.images)
+        masks = masks_of_run(folder, data, train.images, prior[-1])
     else:
         masks = read_masks(folder, None if data in DRAWN else data, train.names, train.images.shape[-1])
     if source != "data":
@@ -126,7 +126,7 @@ def references_for(train: Data, reference: str, most: int) -> list[str]:
     return sorted(names, key=turn.get)[:most]
 
 
-def masks_of_run(folder: Path, data: str, images: Tensor) -> Tensor:
+def masks_of_run(folder: Path, data: str, images: Tensor, device: str) -> Tensor:
     """The union (M, 1, H, W) of a run's attention masks, for images (M, C, H, W) uint8. Raises ValueError."""
     run = load_run(folder)
     check_masses(folder, run.masses)
@@ -136,7 +136,7 @@ def masks_of_run(folder: Path, data: str, images: Tensor) -> Tensor:
     if (trained_on := run.config.data) != data:
         look = f"look at what it sees in images of {data}: python evaluate.py {folder} --image FILE ..."
         print(f"note: {folder} was trained on {trained_on}; {look}")
-    encoder, layer = load_model(folder, run), run.config.span_layer
+    encoder, layer = load_model(folder, run).to(device), run.config.span_layer
     masks = (attention_masks(encoder, run.masses, x, layer) for x in images.split(BATCH))
     return torch.cat([m.any(dim=1, keepdim=True) for m in masks])
 

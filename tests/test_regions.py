@@ -17,7 +17,7 @@ from common.checkpoint import load_run
 from common.config import parse
 from common.data import Data
 from common.foreground import are_made, check_foreground, foreground
-from common.foreground import mask_dice, masks_compared, references_for, registered_masks
+from common.foreground import mask_dice, masks_compared, masks_of_run, references_for, registered_masks
 from common.phantom import REGIONS, phantom
 from common.regions import make_priors, masks_held, mass_held, prior_maps, priors_over, warn_if_unguided
 from common.splits import load
@@ -235,3 +235,11 @@ def test_masks_of_another_tool_that_do_not_fit_are_refused(damage, line, tmp_pat
     table.write_text(table.read_text() + "\na.jpg,1,train" * (line == "rename"))
     argv = [*SMALL, "--isnet", "1", "--img-size", "16", "--data", str(data), "--masks", str(masks)]
     assert line in refused(train.main, *argv, "--out", str(tmp_path / "run"))
+
+
+def test_masks_of_a_run_are_made_on_the_device_of_the_training(span_run, monkeypatch):
+    def on_meta(encoder: torch.nn.Module, masses: dict, images: torch.Tensor, layer: int) -> torch.Tensor:
+        return torch.full((len(images), len(masses), 64, 64), next(encoder.parameters()).is_meta)
+
+    monkeypatch.setattr("common.foreground.attention_masks", on_meta)
+    assert masks_of_run(span_run, "phantom", torch.zeros(2, 1, 64, 64).byte(), "meta").all()
