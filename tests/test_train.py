@@ -400,6 +400,11 @@ def test_a_process_opens_no_gpu_but_its_own_and_says_if_it_cannot_though_it_may_
     assert capsys.readouterr().err == "train.py: no second GPU\n"
 
 
+def test_convolutions_on_a_gpu_keep_all_bits(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # PyTorch's default
+    assert join("cpu", 4) == "cpu" and not torch.backends.cudnn.allow_tf32
+
+
 def test_what_ends_all_processes_is_said_by_the_first_and_what_may_end_one_by_that_one(monkeypatch, capsys):
     printed = {}
     for rank in "01":
