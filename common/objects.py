@@ -41,10 +41,10 @@ def class_activation(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def untrained(model: nn.Module) -> nn.Module:
-    """A copy with new random weights, as its layers and a ViT draw them."""
+    """A copy with new random weights, as its layers and a ViT draw them; drawn on the CPU, for any device."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        copied = copy.deepcopy(model)
+        copied = copy.deepcopy(model).cpu()
         for module in copied.modules():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
@@ -53,7 +53,7 @@ def untrained(model: nn.Module) -> nn.Module:
                 module.init_weights()
                 if module.registers:
                     nn.init.normal_(module.reg_token, std=1e-6)
-    return copied
+    return copied.to(next(model.parameters()).device)
 
 
 def shows_one(data: Data) -> Data:
