@@ -68,7 +68,7 @@ def chance(targets: dict[str, Tensor]) -> dict[str, float]:
 def shuffled(targets: dict[str, Tensor], order: Tensor) -> dict[str, Tensor]:
     """Targets for patches in another order (B, N): (B, N, N), and (B, N) for positions."""
     pairs = order[:, :, None] * order.shape[1] + order[:, None, :]  # (B, N, N), indices of a flat table
-    return {task: t.take(order if t.dim() == 1 else pairs) for task, t in targets.items()}
+    return {task: t.flatten()[order if t.dim() == 1 else pairs] for task, t in targets.items()}
 
 
 def patch_boxes(
