@@ -30,7 +30,7 @@ from common.page import page, print_tables
 from common.pictures import read_picture
 from common.plots import curves, draw_maps, low_data, map_grid
 from common.probe import DRAWS, FRACTIONS
-from common.processes import fail, keep_freed_memory
+from common.processes import fail, keep_freed_memory, lacks_memory
 from common.regions import attention_masks, check_masses, export_masks, write_mask
 from common.runs import Loaded, heads_of, images_to_show, load_all, looks_of, maps_of, measured_by
 from common.runs import weights_config
@@ -257,8 +257,11 @@ def main(argv: list[str] | None = None) -> None:
             compare(args)
     except (ValueError, OSError) as error:
         fail("evaluate.py", error, 2)
-    except torch.OutOfMemoryError:
-        fail("evaluate.py", f"{args.device} does not have enough memory: add --device cpu", 1)
+    except (RuntimeError, MemoryError) as error:
+        if not lacks_memory(error):
+            raise
+        remedy = "end other programs" if args.device == "cpu" else "add --device cpu"
+        fail("evaluate.py", f"{args.device} does not have enough memory: {remedy}", 1)
     except KeyboardInterrupt:
         print("\nstopped; nothing measured on the last run is saved")
         sys.exit(130)

@@ -381,10 +381,10 @@ def main(argv: list[str] | None = None) -> None:
         history = train(config, spec, model, images, losses, saved, masses_now)
         if not saved or len(saved["history"]) < len(history):
             print(f"trained in {time.perf_counter() - started:.0f} s{' since --resume' * bool(saved)}")
+        if dist.is_initialized():
+            dist.destroy_process_group()  # by all at once: NCCL may wait for the others
         if not rank():
             finish(*run, history)
-        if dist.is_initialized():
-            dist.destroy_process_group()
     except (Damaged, Collapse, FloatingPointError) as error:
         fail("train.py", error, 2 if isinstance(error, Damaged) else 1)
     except OSError as error:

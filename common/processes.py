@@ -50,6 +50,9 @@ def join(device: str, batch_size: int) -> str:
     if batch_size % processes:
         shared = f"--batch-size {batch_size} can't be shared by {processes} processes"
         raise ValueError(f"{shared}: take a multiple")
+    if processes > 1 and device not in ("cpu", "cuda"):
+        shared = f"--device {device} can't be shared by {processes} processes"
+        raise ValueError(f"{shared}: take cuda, a GPU for each, or cpu")
     device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
     try:
         check_device(device)
@@ -73,11 +76,18 @@ def fail(script: str, said: Exception | str, status: int) -> NoReturn:
     sys.exit(status)
 
 
+def lacks_memory(error: Exception) -> bool:
+    """Whether an error says that the CPU or the GPU, or one of its libraries, got no memory."""
+    said = str(error).lower()  # MPS and the driver raise plain RuntimeErrors, as cuBLAS and cuDNN do
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or any(words in said for words in ("allocate", "out of memory", "alloc_failed"))
+
+
 def remedy_for(error: Exception) -> str:
     """One line for an error of memory or of torch.compile. Raises any other error again."""
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"--compile can't be used here ({' '.join(str(error).split())[:150]}): leave it out"
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate" in str(error):
+    if lacks_memory(error):
         return "not enough memory: raise --accumulate, or lower --batch-size, --img-size or --embed-dim"
     raise error
 

@@ -208,7 +208,9 @@ def test_an_absurd_learning_rate_ends_in_one_line_that_says_what_to_lower(words,
 ALLOCATOR = "[enforce fail at alloc_cpu.cpp:119] . DefaultCPUAllocator: can't allocate memory ..."
 
 
+CUBLAS = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA ..."), MemoryError(), RuntimeError(ALLOCATOR)
+OUT_OF_MEMORY += RuntimeError("CUDA error: out of memory\nCUDA kernel errors might ..."), RuntimeError(CUBLAS)
 
 
 @pytest.mark.parametrize("where", ["train_step", "load_data"])
@@ -217,6 +219,9 @@ def test_too_little_memory_ends_in_one_line_with_a_remedy(where, error, tmp_path
     monkeypatch.setattr(train, where, Mock(side_effect=error))
     line = refused(train.main, *TINY, "--align", "none", "--out", str(tmp_path / "run"), status=1)
     assert "not enough memory: raise --accumulate, or lower --batch-size" in line
+    monkeypatch.setattr(evaluate, "draw_pictures", Mock(side_effect=error))
+    line = refused(evaluate.main, str(tmp_path), "--image", "x.png", "--device", "cpu", status=1)
+    assert line == "evaluate.py: cpu does not have enough memory: end other programs"
 
 
 @pytest.mark.slow
@@ -398,6 +403,27 @@ def test_a_process_opens_no_gpu_but_its_own_and_says_if_it_cannot_though_it_may_
     with pytest.raises(SystemExit, match="1"):
         join("cuda", 4)
     assert capsys.readouterr().err == "train.py: no second GPU\n"
+
+
+@pytest.mark.parametrize("device", ["cuda:1", "mps"])
+def test_processes_do_not_share_one_gpu(device, monkeypatch):
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        ValueError, match=f"{device} can't be shared by 2 processes: take cuda, a GPU for each"
+    ):
+        join(device, 4)
+
+
+def test_all_processes_leave_their_group_at_once_before_the_first_measures(tmp_path, monkeypatch):
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    for name, value in alone.items():
+        monkeypatch.setenv(name, value)
+    joined = []
+    monkeypatch.setattr(train, "train", lambda *_: joined.append(dist.is_initialized()) or [{}])
+    monkeypatch.setattr(train, "finish", lambda *_: joined.append(dist.is_initialized()))
+    train.main([*TINY, "--align", "none", "--out", str(tmp_path / "run")])
+    assert joined == [True, False]
 
 
 def test_convolutions_on_a_gpu_keep_all_bits(monkeypatch):
