@@ -26,6 +26,7 @@ from torch import Generator, Tensor
 from torch.optim import AdamW
 
 from common.checkpoint import DataSpec, write_file
+from common.checks import check_device
 from common.config import parse
 from common.data import prepared
 from common.models import build_classifier, build_encoder, build_model, decayed
@@ -223,6 +224,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the ratios here, too")
     args = parser.parse_args()
+    check_device(args.device)  # and make it the current one, which `timed` waits for
     torch.manual_seed(0)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # as train.py does for classifiers

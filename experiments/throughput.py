@@ -3,14 +3,15 @@
     python -m experiments.throughput --device cuda     about ten minutes; writes results/throughput.json
 
 SPAN with DINO on a ViT-S/16 at 224 px with 2 + 6 crops in bfloat16, with and without --compile; classifiers
-with and without ISNet; whether a step waits for its views; two GPUs against one, where there are two; the
-loss of one step beside the CPU's; and `python train.py` from start to table.
+with and without ISNet; the peak memory of each; whether a step waits for its views; two GPUs against one,
+where there are two; the loss of one step beside the CPU's; and `python train.py` from start to table.
 """
 
 import argparse
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -20,8 +21,10 @@ from torch import Generator
 from torch.optim import AdamW
 
 from common.checkpoint import DataSpec, write_file
+from common.checks import check_device
 from common.config import parse
 from common.models import build_encoder, build_model, decayed
+from common.processes import remedy_for
 from crops import multi_crop
 from experiments.benchmark import RESNET, VIT, VIT_S, classifier, images_a_second, timed
 from experiments.costs import operations
@@ -62,20 +65,36 @@ def span_step(flags: str, shape: tuple[int, ...], device: str) -> tuple[Callable
     return step, lambda: multi_crop(images.float() / 255, generator, H, H // 2, locals_number=V)
 
 
+@contextmanager
+def of(name: str, found: dict[str, float], device: str) -> Iterator[None]:
+    """What is measured inside gets the GPU's peak memory; if it has too little, or can't compile, a line."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        yield
+    except RuntimeError as error:
+        print(f"{name}: {remedy_for(error)}")
+        return
+    if device.startswith("cuda"):
+        found[f"{name}: peak memory in GB"] = torch.cuda.max_memory_allocated() / 1e9
+
+
 def measured(device: str) -> dict[str, float]:
-    """{what: images a second, a share, or seconds}."""
-    rate, found, B = matrix_rate(device), {}, SHAPE[0]
-    done = operations(span_step(SPAN, SHAPE, device)[0])  # can't be counted in a compiled step
+    """{what: images a second, a share, seconds, or GB}."""
+    rate, found, B, done = matrix_rate(device), {}, SHAPE[0], 0
     for name, way in {"SPAN": "", "SPAN, --compile": " --compile"}.items():
-        step, make_views = span_step(SPAN + way, SHAPE, device)
-        took = seconds(step)
-        found[f"{name}: images a second"] = B / took
-        found[f"{name}: share of the matrix rate"] = done / took / rate
-        found[f"{name}: share of the step for its views"] = seconds(make_views) / took
+        with of(name, found, device):
+            step, make_views = span_step(SPAN + way, SHAPE, device)
+            done = done or operations(step)  # can't be counted in a compiled step
+            took = seconds(step)
+            found[f"{name}: images a second"] = B / took
+            found[f"{name}: share of the matrix rate"] = done / took / rate
+            found[f"{name}: share of the step for its views"] = seconds(make_views) / took
     for name, flags in CLASSIFIERS.items():
         for way, added in {"plain": "", "ISNet": "--isnet 1 --lrp-gamma 0 --isnet-layers none"}.items():
-            loss, _ = classifier(f"{flags} {added}", SHAPE, device)
-            found[f"{name}, {way}: images a second"] = B / seconds(lambda loss=loss: loss().backward())
+            with of(f"{name}, {way}", found, device):
+                loss, _ = classifier(f"{flags} {added}", SHAPE, device)
+                found[f"{name}, {way}: images a second"] = B / seconds(lambda loss=loss: loss().backward())
     for where in ("cpu", device):
         torch.manual_seed(0)
         step, _ = span_step("--embed-dim 96", (16, 1, 64, 64), where)
@@ -92,7 +111,12 @@ def main() -> None:
     """Print and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda", help="cpu or cuda (default: cuda)")
-    found = measured(parser.parse_args().device)
+    device = parser.parse_args().device
+    try:
+        check_device(device)  # and make it the current one, which `timed` waits for
+    except ValueError as error:
+        parser.error(str(error))
+    found = measured(device)
     for name, value in found.items():
         print(f"{name:70} {value:9.3g}")
     write_file(ROOT / "results/throughput.json", {name: float(f"{x:.4g}") for name, x in found.items()})

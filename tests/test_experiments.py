@@ -6,6 +6,7 @@ import math
 import re
 import shlex
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -225,7 +226,7 @@ def test_the_recorded_costs_are_those_that_the_benchmark_measures(monkeypatch):
     assert [name for name, _ in benchmark.measured(1, "cpu")] == list(COSTS)
 
 
-def test_throughput_is_images_and_operations_over_the_seconds_that_they_take(monkeypatch):
+def test_throughput_is_images_and_operations_over_the_seconds_that_they_take(monkeypatch, capsys):
     tiny = "--embed-dim 24 --depth 1 --num-heads 3 --img-size 32 --out-dim 16 --local-crops-number 1"
     made = {"SPAN": tiny, "SHAPE": (4, 1, 32, 32), "CLASSIFIERS": {"a ResNet": "--embed-dim 16"}}
     made |= {"MATRIX": 64, "seconds": lambda work: 2.0, "timed": lambda work: 9.0}
@@ -239,6 +240,9 @@ def test_throughput_is_images_and_operations_over_the_seconds_that_they_take(mon
     step, make_views = throughput.span_step(tiny, (4, 1, 32, 32), "cpu")
     assert found["SPAN: share of the matrix rate"] == throughput.operations(step) / (2 * 64**3)
     assert "span_loss" in step() and [len(views) for views in make_views()[0]] == [8, 4]
+    monkeypatch.setattr(throughput, "classifier", Mock(side_effect=torch.OutOfMemoryError("CUDA ...")))
+    assert throughput.measured("cpu").keys() == {name for name in found if "ResNet" not in name}
+    assert "a ResNet, ISNet: not enough memory" in capsys.readouterr().out
 
 
 def test_a_cost_curve_is_relative_to_its_first_line_at_its_first_setting(monkeypatch):
