@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # some tests fork, and numbers of a GPU differ; before torch is imported
+
 import numpy as np
 import pytest
 import torch
