@@ -60,8 +60,8 @@ def met(config: Config, need: str) -> bool:
 def check_device(device: str) -> None:
     """Raise ValueError if a device can't be used; a GPU with a number becomes the process's current one.
 
-    Convolutions on GPUs keep all bits: with TF32's 10, PyTorch's default, the gradient of the ISNet loss is off
-    by 1 % (signed gamma rule, 3) to a half (epsilon rule, 0.01).
+    Convolutions on GPUs keep all bits: with TF32's 10, PyTorch's default, the gradient of the ISNet loss is
+    off by 1 % (signed gamma rule, 3) to a half (epsilon rule, 0.01), in an emulation.
     """
     torch.backends.cudnn.allow_tf32 = False
     if device.split(":")[0] not in ("cpu", "cuda", "mps"):

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # some tests fork, and numbers of a GPU differ; before torch is imported
+# Some tests fork, and numbers of a GPU differ: there is none. Read when torch is imported.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import numpy as np
 import pytest

@@ -9,18 +9,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 pytestmark = pytest.mark.usefixtures("few_test_images")
-COPIES = "to cpu copy_ __set__ __setstate__ _has_compatible_shallow_copy_type".split()
+MAY_MIX = "to cpu copy_ __set__ __setstate__ _has_compatible_shallow_copy_type".split()
 SPAN, LABELS = (" ".join(words) + " --train-images 16 --epochs 1 --device cuda" for words in (TINY, SMALL))
-WAYS = [f"{SPAN} --accumulate 2 --drop-path 0.1 --local-crops-number 1", f"{SPAN} --ssl relvit"]
+WAYS = [f"{SPAN} --depth 2 --accumulate 2 --drop-path 0.1 --local-crops-number 1", f"{SPAN} --ssl relvit"]
 WAYS += [f"{LABELS} --{flags}" for flags in ("backbone vit --isnet 1", "preset published --masks prior")]
 WAYS += [f"{LABELS} --baseline {way}" for way in ("multitask", "gated", "gain", "rrr", "pipeline", "swap")]
 
 
 class PretendedGPU(TorchFunctionMode):
-    """Computes on the CPU, and notes of each memory whether it would be the GPU's; not of derivatives.
-
-    COPIES may meet tensors of two devices.
-    """
+    """Computes on the CPU, and notes of each memory whether it would be the GPU's; not of derivatives."""
 
     def __init__(self):
         super().__init__()
@@ -46,7 +43,7 @@ class PretendedGPU(TorchFunctionMode):
                 given = ["cuda" if self.on_gpu(args[1]) else "cpu", args[1].dtype]
             wanted = next((v for v in given if isinstance(v, (str, torch.device))), None)
             args, kwargs = [args[0], next(v for v in given if isinstance(v, torch.dtype))], {}
-        if {True, False} <= met and name not in COPIES or here and name in ("numpy", "normal_", "uniform_"):
+        if {True, False} <= met and name not in MAY_MIX or here and name in ("numpy", "normal_", "uniform_"):
             raise RuntimeError(f"{name}: tensors of two devices, or a GPU's where there must be none")
         made, there = func(*args, **kwargs), here if wanted is None else "cuda" in str(wanted)
         made = made.clone() if tensors and wanted is not None and there != here else made  # in another memory
