@@ -198,7 +198,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = Parser("evaluate.py", *about, formatter_class=layout, allow_abbrev=False)
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="a run of train.py, or a file of a ViT's weights")
-    add("--device", default="auto", help="auto (default: cuda if there is one, else cpu), cpu, cuda, mps")
+    devices = "auto (default: cuda if there is one, else cpu), cpu, cuda, mps (untried)"
+    add("--device", default="auto", help=devices)
     add = parser.add_argument_group("what is measured and shown").add_argument
     what = f"some of {', '.join(MEASURES)} (default: {', '.join(QUICK)})"
     add("--only", dest="measures", nargs="+", choices=MEASURES, metavar="MEASURE", help=what)

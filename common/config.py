@@ -58,7 +58,7 @@ class Config:
     keep_going: bool = flag(False, "continue after a collapse of DINO", needs="ssl=dino")
     strict: bool = flag(False, "stop if DINO collapses, even if SPAN could go on", needs="ssl=dino&prior")
     seed: int = flag(0, "random seed of data, weights and views", within=(0, 2**32 - 1))
-    device: str = flag("auto", "auto (cuda if there is one, else cpu), cpu, cuda, mps")
+    device: str = flag("auto", "auto (cuda if there is one, else cpu), cpu, cuda, mps (untried)")
     data: str = flag("phantom", "phantom (X-rays), parts (plates), or a folder", "--data-path", group="data")
     train_images: int = flag(None, "number of synthetic training images", within=COUNT)
     img_size: int = flag(64, "images are resized to this many pixels per side", within=(1, 4096))
