@@ -17,7 +17,7 @@ from statistics import mean, stdev
 
 from common.checkpoint import Run, load_run, write_file
 from common.config import PER_CALL, as_json, parse
-from experiments.claims import FLIPPED, Claim, claims
+from experiments.claims import Claim, claims
 from experiments.commands import REMEDIES, RUNS
 from experiments.layout import NONE, PATCHES, ROW, WHOLE, Row, layout
 from experiments.runs import ROOT
@@ -121,15 +121,10 @@ def compared(runs: dict, header: str, rows: list[Row]) -> str:
 def measured(runs: dict, claim: Claim) -> list[str]:
     """A claim's row: the paper's figure, bar, mean, interval, and in how many seeds it reaches the bar."""
     experiment, figure = claim.figure.split()
-    values, sign = points(runs, experiment, figure), ""
-    results = list(values.values())
+    values = points(runs, experiment, figure)
+    results, sign = list(values.values()), "+" if claim.minus else ""
     if claim.minus:
-        start = points(runs, *[*claim.minus.split(), figure][:2])
-        results, sign = gaps(values, start), "+"
-    if claim.end:
-        end, sign = points(runs, claim.end, figure), ""
-        seeds = sorted(values.keys() & start.keys() & end.keys())
-        results = [100 * (values[s] - start[s]) / (end[s] - start[s]) for s in seeds]
+        results = gaps(values, points(runs, *[*claim.minus.split(), figure][:2]))
     reach = sum(round(x, 6) >= claim.bar for x in results)
     held = f"{reach} of {len(results)}" if results else "not measured"
     row = [str(claim.number), claim.text, claim.paper, f"{claim.bar:g}"]
@@ -137,20 +132,17 @@ def measured(runs: dict, claim: Claim) -> list[str]:
 
 
 def of_claims(runs: dict) -> dict[str, str]:
-    """All claims; also the first measured one of each number, with others that don't hold in every seed."""
+    """All claims; also the first of each number, with how many of its others hold in every seed measured."""
     header = "no. | claim, in points | paper | at least | here | 95 % interval | holds in seeds"
     rows, first, others = [measured(runs, claim) for claim in claims()], {}, {}
     for row in (row for row in rows if row[-1] != "not measured"):
-        number, text, _, bar, here, _, holds = row
-        held, _, seeds = holds.partition(" of ")
-        if first.setdefault(number, row) is not row and seeds and held != seeds:
-            what, _, kind = text.removesuffix(")").partition(f"{FLIPPED} (")  # of all shortcuts together
-            level = f"{kind} {here.split(' ')[0]} ({holds})".strip()
-            what = f"{what + FLIPPED if kind else text} (bar {bar})"
-            others.setdefault(number, {}).setdefault(what, []).append(level)
-    cells = {n: "<br>".join(f"{w}: {', '.join(x)}" for w, x in found.items()) for n, found in others.items()}
-    summary = [[*row, cells.get(number, "")] for number, row in first.items()]
-    also = f"{header} | other comparisons that do not hold in every seed"
+        number, *_, holds = row
+        if first.setdefault(number, row) is not row:
+            held, _, seeds = holds.partition(" of ")
+            others.setdefault(number, []).append(held == seeds)
+    counts = {number: f"{sum(held)} of {len(held)}" for number, held in others.items()}
+    summary = [[*row, counts.get(number, "")] for number, row in first.items()]
+    also = f"{header} | other comparisons that hold in all their seeds"
     return {"claims": markdown(header, rows, 2), "summary": markdown(also, summary, 2)}
 
 
