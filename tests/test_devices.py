@@ -8,11 +8,15 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+import evaluate
+
 pytestmark = pytest.mark.usefixtures("few_test_images")
 MAY_MIX = "to cpu copy_ __set__ __setstate__ _has_compatible_shallow_copy_type".split()
 SPAN, LABELS = (" ".join(words) + " --train-images 16 --epochs 1 --device cuda" for words in (TINY, SMALL))
-WAYS = [f"{SPAN} --depth 2 --accumulate 2 --drop-path 0.1 --local-crops-number 1", f"{SPAN} --ssl relvit"]
-WAYS += [f"{LABELS} --{flags}" for flags in ("backbone vit --isnet 1", "preset published --masks prior")]
+WAYS = [f"{SPAN} --depth 2 --accumulate 2 --drop-path 0.1 --local-crops-number 1 --pool simpool"]
+WAYS += [f"{SPAN} --align none", f"{SPAN} --ssl relvit --prior masks"]
+WAYS += [f"{LABELS} --backbone vit --findings all --isnet 1 --explain label"]
+WAYS += [f"{LABELS} --preset published --masks prior"]
 WAYS += [f"{LABELS} --baseline {way}" for way in ("multitask", "gated", "gain", "rrr", "pipeline", "swap")]
 
 
@@ -52,8 +56,21 @@ class PretendedGPU(TorchFunctionMode):
         return made
 
 
-@pytest.mark.parametrize("words", WAYS)
-def test_no_objective_and_no_measure_mixes_devices(words, tmp_path, monkeypatch):
+@pytest.fixture
+def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**12, 0))
-    with PretendedGPU():
+    monkeypatch.setattr(torch, "from_numpy", torch.as_tensor)  # which a mode sees
+    return PretendedGPU()
+
+
+@pytest.mark.parametrize("words", WAYS)
+def test_no_objective_and_no_quick_measure_mixes_devices(words, tmp_path, gpu):
+    with gpu:
         trained(tmp_path, tiny=words.split())
+
+
+@pytest.mark.parametrize("words", [pytest.param(SPAN, marks=pytest.mark.slow), LABELS])
+def test_no_measure_mixes_devices(words, tmp_path, gpu):
+    with gpu:
+        trained(tmp_path, tiny=words.split())
+        evaluate.main([str(tmp_path), "--all", "--html", "--device", "cuda"])
