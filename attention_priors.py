@@ -86,7 +86,7 @@ def follow(priors: Tensor, theta: Tensor, grid: tuple[int, int]) -> tuple[Tensor
     points = F.affine_grid(theta.to(priors), size, align_corners=False)
     seen = F.grid_sample(priors, points, padding_mode="zeros", align_corners=False)  # (B, R, h * k, w * k)
     seen = F.avg_pool2d(seen, per_patch).flatten(2)  # (B, R, N)
-    area = torch.linalg.det(theta[:, :, :2]).abs().to(priors)[:, None]  # of the view; the image has 1
+    area = torch.linalg.det(theta[:, :, :2]).abs().to(priors)[:, None]  # the view's share of the image
     share = seen.mean(dim=2) * area / priors.mean(dim=(2, 3)).clamp_min(1e-12)
     return seen / seen.sum(dim=2, keepdim=True).clamp_min(1e-12), share.clamp(max=1)
 

@@ -21,7 +21,7 @@ import torch
 from common.baselines import Pipeline
 from common.checkpoint import DataSpec, load_run, write_file
 from common.checks import check_device
-from common.data import Data, DataError, prepared
+from common.data import Data, DataError, at_a_time, prepared
 from common.explain import decisions, explained_class, has_attention
 from common.flags import Parser
 from common.measure import MEASURES, QUICK, applicable, report
@@ -44,7 +44,7 @@ MASS = 0.6  # share of attention that the masks of unguided heads hold, as in DI
 def expected_seconds(runs: list[Loaded], splits: dict[str, Data], measures: list[str], few: bool) -> float:
     """Estimate how long the measures take, from the time of one batch and typical times of fits."""
     n, test, seconds = len(splits["train"].names), len(splits["test"].names), 0.0
-    some = next(data.images[:64] for data in splits.values() if data.names)
+    some = next(d.images[: at_a_time(64, d.images)] for d in splits.values() if d.names)
     for config, _, model, *_ in runs:
         x = prepared(some.to(next(model.parameters()).device))
         with torch.no_grad():

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from common.data import Data, batches, normalise
+from common.data import Data, at_a_time, batches, normalise
 from common.metrics import localisation_ap
 from isnet_lrp import log_odds
 from lrp import relevance
@@ -103,7 +103,7 @@ def related(
     how = relvit.grid, patch_size, generator, mega, joint
     relvit.eval()
     device = next(relvit.parameters()).device
-    for x in images.split(64):
+    for x in images.split(at_a_time(64, images)):
         x = x.to(device).float() / 255
         views, _, order = (x, None, None) if in_order else patch_views(x, *how)
         patches = relvit.encoder(normalise(views), positions=joint).patches

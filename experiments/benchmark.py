@@ -224,7 +224,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the ratios here, too")
     args = parser.parse_args()
-    check_device(args.device)  # and make it the current one, which `timed` waits for
+    try:
+        check_device(args.device)  # and make it the current one, which `timed` waits for
+    except ValueError as error:
+        parser.error(str(error))
     torch.manual_seed(0)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # as train.py does for classifiers

@@ -85,16 +85,18 @@ def measured(device: str) -> dict[str, float]:
     for name, way in {"SPAN": "", "SPAN, --compile": " --compile"}.items():
         with of(name, found, device):
             step, make_views = span_step(SPAN + way, SHAPE, device)
-            done = done or operations(step)  # can't be counted in a compiled step
+            done = done if way else operations(step)  # can't be counted in a compiled step
             took = seconds(step)
             found[f"{name}: images a second"] = B / took
             found[f"{name}: share of the matrix rate"] = done / took / rate
             found[f"{name}: share of the step for its views"] = seconds(make_views) / took
+        step = make_views = None  # frees their memory
     for name, flags in CLASSIFIERS.items():
         for way, added in {"plain": "", "ISNet": "--isnet 1 --lrp-gamma 0 --isnet-layers none"}.items():
             with of(f"{name}, {way}", found, device):
                 loss, _ = classifier(f"{flags} {added}", SHAPE, device)
                 found[f"{name}, {way}: images a second"] = B / seconds(lambda loss=loss: loss().backward())
+            loss = None
     for where in ("cpu", device):
         torch.manual_seed(0)
         step, _ = span_step("--embed-dim 96", (16, 1, 64, 64), where)

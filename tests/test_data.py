@@ -284,10 +284,10 @@ def test_an_image_becomes_what_it_shows_in_as_many_channels_as_needed(tmp_path, 
     assert image[:, 0, 0].tolist() == left and image[:, 0, 15].tolist() == right
 
 
-def encoded(pixels: np.ndarray, suffix: str = ".png", second: np.ndarray | None = None) -> bytes:
+def encoded(pixels: np.ndarray, suffix: str = ".png", *others: np.ndarray) -> bytes:
     file, pages = io.BytesIO(), {}
-    if second is not None:
-        pages = {"save_all": True, "append_images": [Image.fromarray(second)]}
+    if others:
+        pages = {"save_all": True, "append_images": [Image.fromarray(page) for page in others]}
     Image.fromarray(pixels).save(file, Image.registered_extensions()[suffix], **pages)
     return file.getvalue()
 
@@ -298,7 +298,7 @@ DAMAGED = {f"half{suffix}": (encoded(NOISE, suffix)[:2000], "cannot be read") fo
     "script.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "cannot identify"),
     "narrow.png": (encoded(NOISE[:, :7]), "7 x 99 px"),
     "low.png": (encoded(NOISE[:7]), "99 x 7 px"),
-    "volume.tif": (encoded(NOISE, ".tif", NOISE), "2 pages; save each as a file of its own"),
+    "volume.tif": (encoded(NOISE, ".tif", NOISE[:50], NOISE), "3 pages; save each as a file of its own"),
     "infinite.tif": (encoded(np.full((9, 9), np.inf, dtype=np.float32), ".tif"), "NaN or infinite"),
     "bomb.png": (encoded(NOISE.repeat(2, 0)[:110]), "limits are 8 x 8 and 10000 px"),  # Pillow only warns
     "larger bomb.png": (encoded(NOISE.repeat(3, 0)), "could be decompression bomb"),
