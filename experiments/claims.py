@@ -47,6 +47,7 @@ def of_guidance() -> list[tuple]:
         (1, f"60 epochs: mAP {minus} on the same grid", 0, span, "long_span aligned_prior_mAP"),
         (1, f"60 epochs: mAP {minus} at every pixel", 0, span, "long_span aligned_prior_every_pixel_mAP"),
         (1, f"9 epochs: mAP {minus} on the same grid", 0, early, "phantom_span aligned_prior_mAP"),
+        (1, f"9 epochs: mAP {minus} at every pixel", 0, early, "phantom_span aligned_prior_every_pixel_mAP"),
         (1, "9 epochs: mAP with one image's masks minus all images'", -1, early, "phantom_masks"),
         (2, f"{equal}: SPAN's linear mAUC minus DINO's", 2.2, "long_span linear_mAUC", dino, "+2.2"),
         (2, f"{equal}: k-NN mAUC minus DINO's", 2.2, "long_span knn_mAUC", dino),
