@@ -60,8 +60,7 @@ def met(config: Config, need: str) -> bool:
 def check_device(device: str) -> None:
     """Raise ValueError if a device can't be used; a GPU with a number becomes the process's current one.
 
-    Convolutions on GPUs keep all bits: with TF32's 10, PyTorch's default, the gradient of the ISNet loss is
-    off by 1 % (signed gamma rule, 3) to a half (epsilon rule, 0.01), in an emulation.
+    Convolutions on GPUs keep all bits: TF32, PyTorch's default, has 10, too few for ISNet's gradient.
     """
     torch.backends.cudnn.allow_tf32 = False
     if device.split(":")[0] not in ("cpu", "cuda", "mps"):

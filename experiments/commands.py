@@ -11,10 +11,9 @@ WEIGHTS = {  # of baselines, chosen on seed 10 with the ResNet; the ViT keeps th
 }  # fmt: skip
 LABELS = "--task classify --backbone"
 CLASSIFIERS = {"resnet": f"{LABELS} resnet", "vit": f"{LABELS} vit --epochs 15 --shift 0"}  # beside ISNet
-BEFORE = "--batch-size 64 --lr 2e-3"  # the defaults of DINO's older runs, which also took 15 epochs
+BEFORE = "--batch-size 64 --lr 2e-3"  # the defaults of DINO's older runs
 PLATES = "--data parts --keep-going --batch-size 64 --lr 5e-4 --teacher-temp 0.01 --global-scale 0.7 1"
 LOSSES = {"steady": "", "published": "--koleo 0 --max-entropy 1"}  # DINO's
-EARLIER = f"{BEFORE} --epochs 15 {LOSSES['published']}"
 REMEDIES = {  # of experiments/remedies.py
     "always": "", "koleo": "--max-entropy 1", "sinkhorn": LOSSES["published"],
     "warmed": f"{LOSSES['published']} --teacher-temp 0.07", "followed": LOSSES["published"], "wide": "",
@@ -58,7 +57,7 @@ def few_labels() -> dict[str, str]:
 
 def of_isnet_alone() -> dict[str, str]:
     """ISNet without swapped backgrounds, its baselines, other shortcuts, and masks from one image."""
-    runs = {"span_marked": f"--marker 1 {EARLIER}"}
+    runs = {"span_marked": f"--marker 1 {BEFORE} --epochs 15 {LOSSES['published']}"}
     for backbone, label in CLASSIFIERS.items():
         baselines = baselines_of(backbone) | {"swap": "--baseline swap --swap-margin 0"}
         isnet, marked = ISNET[backbone], f"{label} --marker 1"
