@@ -8,9 +8,10 @@ As published, SPAN's priors are the same for all images. Here they are warped to
     T_i   = argmax_T s_i,  T a shift and a scale                                               (4) `find`
     l_i   = NCC(c(image_i), c(reference) o (T_i + f_i)) over the warped regions                (5) `likeness`
 
-(1) and (2) need images of one scene, which overlap from the start. Where they fail, (4) searches everywhere.
-d is c and its local energy, which may be all that, say, two different digits share. The T_i with the larger
-s_i is taken. Where s_i is small, neither has found the regions, and `confidence` is low. If there are several
+(1) and (2) need images of one scene, which overlap from the start. Where they fail, (4) searches everywhere,
+and then (1) to (3) leave out the images' rim: a bright frame has more contrast than all that it surrounds.
+d is c and its local energy, which may be all that, say, two different digits share. The T_i with the largest
+s_i is taken. Where it is small, the regions are not found, and `confidence` is low. If there are several
 reference images, an image takes the regions of the one that is most like it, with the largest l_i.
 """
 
@@ -23,7 +24,8 @@ from attention_priors import gaussian_blur
 WORKING_SIZE = 64  # pixels: images are registered at this size, for which blurs are given
 KNOTS, STIFFNESS = 8, 1.0  # of `bend`: a side, and the weight of squared differences of neighbours
 SCALES = (0.7, 0.8, 0.9, 1.0, 1.12, 1.25, 1.4)  # of objects in an image, relative to the reference's
-SEARCH_BELOW = 0.6  # s_i of `align` under which `find` is tried
+SEARCH_BELOW = 0.6  # s_i of `align` under which `find` is tried, then RIMS
+RIMS = 3, 6  # pixels at each border
 AROUND = 3  # pixels beside the regions that `likeness` compares
 NOTHING, CERTAIN = 0.4, 0.5  # s_i is 0.2 to 0.4 in noise, but up to 0.6 where another object lies
 
@@ -115,16 +117,30 @@ def register(reference: Tensor, priors: Tensor, images: Tensor, deformable: bool
     """Register a reference image (C, H, W) with priors (R, H, W) to images (B, C, H, W).
 
     Returns theta (B, 2, 3), flow (B, 2, k, k), 0 where `find` won or without deformation, and s (B,) before
-    bending, by which `align` and `find` are compared.
+    bending, by which the ways to register are compared.
     """
+    theta, flow, s = _overlapping(reference, priors, images, deformable)
+    for rim in (0, *RIMS):
+        hard = (s < SEARCH_BELOW).nonzero()[:, 0]
+        if not len(hard):
+            break
+        if rim:
+            inner = _without_rim(torch.cat([reference[None], images[hard]]), rim)
+            tried = _overlapping(inner[0], priors, inner[1:], deformable)
+        else:
+            found = find(reference, priors, images[hard])
+            tried = found, torch.zeros_like(flow[hard]), agreement(reference, priors, images[hard], found)
+        better = tried[2] > s[hard]
+        for best, new in zip((theta, flow, s), tried):
+            best[hard[better]] = new[better]
+    return theta, flow, s
+
+
+def _overlapping(reference: Tensor, priors: Tensor, images: Tensor, deformable: bool) -> tuple[Tensor, ...]:
+    """theta, flow and s of `register` by equations (1) to (3)."""
     theta = align(reference, images)
     s = agreement(reference, priors, images, theta)
     flow = bend(reference, images, theta) if deformable else torch.zeros(len(images), 2, 1, 1).to(theta)
-    if len(hard := (s < SEARCH_BELOW).nonzero()[:, 0]):
-        found = find(reference, priors, images[hard])
-        s_found = agreement(reference, priors, images[hard], found)
-        better = s_found > s[hard]
-        theta[hard[better]], flow[hard[better]], s[hard[better]] = found[better], 0.0, s_found[better]
     return theta, flow, s
 
 
@@ -198,6 +214,12 @@ def _contrast(images: Tensor, blur: float, window: float = 8.0) -> Tensor:
     x = x - gaussian_blur(x, window)
     x = x / (gaussian_blur(x.square(), window) + noise**2).sqrt()
     return F.avg_pool2d(x, max(1, int(blur + 0.5)))
+
+
+def _without_rim(images: Tensor, rim: int) -> Tensor:
+    """Images (B, C, H, W) at WORKING_SIZE, whose outermost `rim` pixels repeat those beside them."""
+    x = F.interpolate(images.float(), size=(WORKING_SIZE, WORKING_SIZE), mode="area")
+    return F.pad(x[:, :, rim:-rim, rim:-rim], [rim] * 4, mode="replicate")
 
 
 @torch.enable_grad()

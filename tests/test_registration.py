@@ -85,6 +85,19 @@ def test_an_object_is_found_anywhere_where_an_affine_start_fails():
     assert moved.sum() > 10 and (theta[moved][:, 0, 1] == 0).all()
 
 
+def test_a_bright_frame_does_not_hide_the_regions():
+    images, masks, _ = phantom(13, seed=0)
+    narrow, wide = images.clone(), images.clone()
+    for framed, pixels in ((narrow, 2), (wide, 5)):
+        framed[..., :pixels], framed[..., -pixels:] = 255, 255
+        framed[..., :pixels, :], framed[..., -pixels:, :] = 255, 255
+    for reference, others, enough in ((narrow[0], images[1:], 0.9), (images[0], wide[1:], 0.7)):
+        theta, flow, s = register(reference, masks[0], others, deformable=True)
+        sure = confidence(s) > 0.5
+        found = dice(carry(masks[0], theta, flow), masks[1:])
+        assert sure.float().mean() > enough and found[sure].mean() > 0.8
+
+
 def test_likeness_compares_what_lies_around_the_regions_and_nothing_else():
     images, masks, _ = phantom(2, seed=0)
     heart, theta, flow = masks[0, 2:], torch.tensor([[[1.0, 0, 0.25], [0, 1, 0]]]), torch.zeros(1, 2, 1, 1)
