@@ -57,6 +57,9 @@ def of_guidance() -> list[tuple]:
         (2, "DINO 60 epochs, then SPAN 9: linear mAUC minus DINO's", 2.2, "after_dino linear_mAUC", dino),
         (2, "SPAN's linear mAUC after 9 epochs minus DINO's after 60", 2.2, "phantom_span linear_mAUC", dino),
     ]
+    real = "Real X-rays, 350 steps each: SPAN's"
+    rows.append((1, f"{real} attention mAP minus {best}", 58.7, "span_chest attention_mAP", "dino_chest"))
+    rows.append((2, f"{real} linear mAUC minus DINO's", 2.2, "span_chest linear_mAUC", "dino_chest"))
     for how, name in {"linear": "linear mAUC", "heads": "mAUC of each head's patches"}.items():
         for n in (5, 10, 1):
             text = f"{equal}, {n} % of labels: SPAN's {name} minus DINO's"
@@ -93,6 +96,13 @@ def of_isnet() -> list[tuple]:
         for run, name in BACKBONES.items():
             who, flipped = f"{alone}, one mask, {made}, {name}", f"isnet_{masks}_{run} auc_flipped"
             rows.append((8, f"{who}: {FLIPPED} (an L in a corner)", 85, flipped))
+    real, without = "Real X-rays, ISNet by default", "AUC with an L flipped, minus AUC if trained without"
+    unmarked = "plain_resnet_chest auc_same"
+    rows.append((5, f"{real}, ResNet: {without}", -5, "blind_resnet_chest_marker auc_same", unmarked))
+    one = "blind_close_resnet_chest_marker auc_same"
+    rows.append((8, f"{real}, one mask, registered, ResNet: {without}", -5, one, unmarked))
+    flipped = "blind_resnet_chest_hospitals auc_hospitals_flipped"
+    rows.append((5, f"{real}, ResNet: AUC with two hospitals flipped", 70, flipped))
     return rows
 
 

@@ -151,6 +151,18 @@ def at_equal_length() -> dict[str, str]:
     }
 
 
+def on_real_images() -> dict[str, str]:
+    """Chest X-rays: without a shortcut, with a marker, or with the hospital as a shortcut; see real.py."""
+    label, one = f"{LABELS} resnet --data data/", "--masks prior --swap-margin 0.0125"
+    runs = {"span_chest": "--data data/chest", "dino_chest": "--data data/chest --prior none"}
+    runs["plain_resnet_chest"] = f"{label}chest"
+    ways = {"plain": "", "swap": "--baseline swap", "pipeline": "--baseline pipeline", "blind": BLIND}
+    for way, flags in (ways | {"blind_close": f"{BLIND} {one}"}).items():
+        for shortcut in ("chest_marker", "chest_hospitals"):
+            runs[f"{way}_resnet_{shortcut}"] = f"{label}{shortcut} {flags}".strip()
+    return runs
+
+
 def seeded(experiments: dict[str, str], seeds: Iterable[int]) -> dict[str, str]:
     """{experiment: flags} as {experiment-seed: flags}; {seed} in the flags becomes the seed."""
     runs = {(name, seed): flags.format(seed=seed) for seed in seeds for name, flags in experiments.items()}
@@ -158,6 +170,7 @@ def seeded(experiments: dict[str, str], seeds: Iterable[int]) -> dict[str, str]:
 
 
 TODAY = on_other_data() | against_backgrounds() | poolings_of_objects() | at_equal_length() | few_labels()
+TODAY |= on_real_images()
 CHANGED = dict(SPAN_CHANGES)
 for backbone, changes in {"resnet": RESNET_CHANGES, "vit": VIT_CHANGES}.items():
     isnet = f"{CLASSIFIERS[backbone]} --marker 1 {ISNET[backbone]}"

@@ -173,6 +173,25 @@ def of_backgrounds() -> Tables:
     }
 
 
+def of_real_images() -> Tables:
+    """Chest X-rays: SPAN and DINO; classifiers with a marker, or the hospital, as a shortcut."""
+    features = ["prior_mAP", "aligned_prior_mAP", "attention_mAP", "knn_mAUC", "linear_mAUC"]
+    guided = [Row("DINO, best head chosen on validation images", "dino_chest", features)]
+    guided.append(Row("**SPAN, one reference image**", "span_chest", features, "dino_chest"))
+    inside, hospitals = ["auc_removed", "relevance_share_same", "mask_dice"], []
+    marker = [Row("plain, no L in training", "plain_resnet_chest", ["no_L", "auc_same", *inside[1:]])]
+    for way, title in (SHORTCUT | BLIND).items():
+        marker.append(Row(title, f"{way}_resnet_chest_marker", ["auc_same", *inside]))
+        at = [f"auc_hospitals_{x}" for x in ("trained", "flipped", "Shenzhen", "Montgomery")]
+        hospitals.append(Row(title, f"{way}_resnet_chest_hospitals", [*at, "relevance_share_same"]))
+    where = "AUC | as in training | flipped | within Shenzhen | within Montgomery | relevance inside"
+    return {
+        "chest": ("mAP of lungs, AUC | prior | registered prior | attention | k-NN | linear layer", guided),
+        "chest_marker": ("AUC | L flipped | no L in the test | relevance inside | Dice of masks", marker),
+        "chest_hospitals": (where, hospitals),
+    }
+
+
 def of_objects() -> Tables:
     """SimPool beside CLS and the mean: does its attention outline the object that decides the label?"""
     rows, scores = [], ("AP", "MaxBoxAccV2", "CorLoc")
@@ -194,4 +213,5 @@ def of_few_labels() -> Tables:
 
 def layout() -> Tables:
     """Header and rows of all tables of runs."""
-    return of_guidance() | of_shortcuts() | of_backgrounds() | of_objects() | of_few_labels()
+    synthetic = of_guidance() | of_shortcuts() | of_backgrounds() | of_objects() | of_few_labels()
+    return synthetic | of_real_images()

@@ -26,7 +26,12 @@ CLAIMED = {words.split()[0] for claim in claims() for words in claim[3:5] if wor
 MAIN = [name for name in RUNS if name.rpartition("-")[0] in CLAIMED and name.endswith(("-0", "-1"))]
 QUICK = ["phantom_span-0", "plain_resnet-0", "blind_resnet_corner-0", "blind_close_resnet_corner-0"]
 # Part of a name: what is measured after the run, and a figure that shows whether it was measured.
-AFTER = {"_grounds-": ("backgrounds", "mixed_rand"), "object_": ("objects", "CorLoc")}
+AFTER = {
+    "_grounds-": ("evaluate.py RUN --only backgrounds", "mixed_rand"),
+    "object_": ("evaluate.py RUN --only objects", "CorLoc"),
+    "_chest_hospitals-": ("-m experiments.real RUN", "auc_hospitals_flipped"),
+    "_chest_marker-": ("-m experiments.real RUN", "auc_removed"),
+}
 PROBED = {"dino_long": "long_span", "plates_dino": "plates_span"}  # pairs whose features are compared
 PICTURES = {  # results/NAME.png: what evaluate.py measures, and the runs that stand side by side
     "compare": "attention long_span-0 dino_long-0",
@@ -66,8 +71,14 @@ def two_at_a_time(commands: dict[str, list[str]]) -> None:
 
 
 def train(names: list[str]) -> None:
-    """Draw the data that these runs need, and train them; those that start from another run come last."""
+    """Draw the data that these runs need, and train them; those that start from another run come last.
+
+    Runs on real images are left out where these are missing.
+    """
     (ROOT / "runs").mkdir(exist_ok=True)
+    if not (ROOT / "data/chest").is_dir():
+        print("note: no runs on real X-rays: lay them out by python -m experiments.real SOURCE")
+        names = [name for name in names if "data/chest" not in RUNS[name]]
     flags = " ".join(RUNS[name] for name in names)
     names_of_folders = r"(data/(symbols|scenes|grounds|digits|leaves|hearts)(\d+)(?:m(\d+))?-(\d+))"
     for folder, kind, n, masks, seed in sorted(set(re.findall(names_of_folders, flags))):
@@ -92,7 +103,7 @@ def measure(names: list[str], few_labels: bool) -> None:
         known = metrics.read_text()
         for part, (what, figure) in AFTER.items():
             if part in name and figure not in known:
-                commands[f"{name}.{what}"] = ["evaluate.py", f"runs/{name}", "--only", what]
+                commands[f"{name}.after"] = what.replace("RUN", f"runs/{name}").split()
         if few_labels and experiment in PROBED and "finetune_mAUC_1_percent" not in known:
             pair = [f"runs/{PROBED[experiment]}-{seed}", f"runs/{name}", "--all"]
             commands[f"{name}.probe"] = ["evaluate.py", *pair, "--only", "linear", "heads", "finetune"]
