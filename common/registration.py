@@ -24,8 +24,8 @@ from attention_priors import gaussian_blur
 WORKING_SIZE = 64  # pixels: images are registered at this size, for which blurs are given
 KNOTS, STIFFNESS = 8, 1.0  # of `bend`: a side, and the weight of squared differences of neighbours
 SCALES = (0.7, 0.8, 0.9, 1.0, 1.12, 1.25, 1.4)  # of objects in an image, relative to the reference's
-SEARCH_BELOW = 0.6  # s_i of `align` under which `find` is tried, then RIMS
-RIMS = 3, 6  # pixels at each border
+SEARCH_BELOW = 0.6  # s_i under which `find`, and then RIMS are tried
+RIMS = 3, 6  # pixels at WORKING_SIZE, left out at each border
 AROUND = 3  # pixels beside the regions that `likeness` compares
 NOTHING, CERTAIN = 0.4, 0.5  # s_i is 0.2 to 0.4 in noise, but up to 0.6 where another object lies
 
@@ -117,10 +117,10 @@ def register(reference: Tensor, priors: Tensor, images: Tensor, deformable: bool
     """Register a reference image (C, H, W) with priors (R, H, W) to images (B, C, H, W).
 
     Returns theta (B, 2, 3), flow (B, 2, k, k), 0 where `find` won or without deformation, and s (B,) before
-    bending, by which the ways to register are compared.
+    bending, by which the ways to register are compared; it is of the images without rim where these won.
     """
     theta, flow, s = _overlapping(reference, priors, images, deformable)
-    for rim in (0, *RIMS):
+    for rim in (0, *RIMS):  # 0: search everywhere
         hard = (s < SEARCH_BELOW).nonzero()[:, 0]
         if not len(hard):
             break

@@ -76,9 +76,10 @@ def train(names: list[str]) -> None:
     Runs on real images are left out where these are missing.
     """
     (ROOT / "runs").mkdir(exist_ok=True)
-    if not (ROOT / "data/chest").is_dir():
+    real = [name for name in names if "data/chest" in RUNS[name]]
+    if real and not (ROOT / "data/chest").is_dir():
         print("note: no runs on real X-rays: lay them out by python -m experiments.real SOURCE")
-        names = [name for name in names if "data/chest" not in RUNS[name]]
+        names = [name for name in names if name not in real]
     flags = " ".join(RUNS[name] for name in names)
     names_of_folders = r"(data/(symbols|scenes|grounds|digits|leaves|hearts)(\d+)(?:m(\d+))?-(\d+))"
     for folder, kind, n, masks, seed in sorted(set(re.findall(names_of_folders, flags))):

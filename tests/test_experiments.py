@@ -84,9 +84,8 @@ def test_the_tables_in_the_documents_are_those_that_the_results_give():
 
 def test_every_experiment_that_a_claim_or_table_names_is_run():
     named = {words.split()[0] for claim in claims() for words in claim[3:5] if words}
-    some = (
-        "kinds blind hospitals grounds few_findings chest_marker chest_hospitals".split()
-    )  # not every way meets these
+    # Not every way meets these.
+    some = "kinds blind hospitals grounds few_findings chest_marker chest_hospitals".split()
     rows = [row for name, (_, rows) in layout().items() if name not in some for row in rows]
     named |= {experiment for row in rows for experiment in (row.experiment, row.reference)}
     assert named - {""} <= {name.rpartition("-")[0] for name in runs.RUNS}
@@ -349,4 +348,4 @@ def test_a_classifier_that_reads_the_hospital_is_found_out(xrays, monkeypatch):
     monkeypatch.setattr(real, "scores_of", lambda *_: shenzhen)
     found = {name.rpartition("_")[2]: x for name, x in real.by_hospital(xrays).items()}
     assert found == {"trained": 1, "flipped": 0, "Shenzhen": 0.5, "Montgomery": 0.5}
-    assert real.without_marker(xrays)["auc_removed"] < 0.5  # whatever the data are
+    assert real.without_marker(xrays)["auc_removed"] < 0.5  # the scores tell the hospital
