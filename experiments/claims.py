@@ -96,10 +96,8 @@ def of_isnet() -> list[tuple]:
         for run, name in BACKBONES.items():
             who, flipped = f"{alone}, one mask, {made}, {name}", f"isnet_{masks}_{run} auc_flipped"
             rows.append((8, f"{who}: {FLIPPED} (an L in a corner)", 85, flipped))
-    real, without = (
-        "Real X-rays, ISNet by default",
-        "AUC with an L flipped, minus a plain one's without any L",
-    )
+    real = "Real X-rays, ISNet by default"
+    without = "AUC with an L flipped, minus a plain one's without any L"
     unmarked = "plain_resnet_chest auc_same"
     rows.append((5, f"{real}, ResNet: {without}", -5, "blind_resnet_chest_marker auc_same", unmarked))
     one = "blind_close_resnet_chest_marker auc_same"

@@ -12,6 +12,7 @@ rochadiego/MultiResUNet-lung-segmentation, at 512 px. Images: Jaeger et al. 2014
 
 import argparse
 import json
+import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,7 +107,16 @@ def main() -> None:
     elif (path / "cxr").is_dir() and (path / "masks").is_dir():
         for shortcut in SHORTCUTS:
             out = ROOT / f"data/chest{shortcut}"
-            print(f"wrote {write(examples(path, shortcut), out)} images into {out.relative_to(ROOT)}")
+            if out.exists():
+                parser.error(f"{out.relative_to(ROOT)} exists: delete it first")
+            half_done = out.with_name(f"{out.name}.part")  # must not be mistaken for the data
+            shutil.rmtree(half_done, ignore_errors=True)
+            try:
+                written = write(examples(path, shortcut), half_done)
+            except (ValueError, OSError) as error:
+                parser.error(f"{path}: {error}; it must hold cxr/ and masks/ with files of the same names")
+            half_done.rename(out)
+            print(f"wrote {written} images into {out.relative_to(ROOT)}")
     else:
         parser.error(f"{path} has neither cxr/ and masks/ nor metrics.json")
 
