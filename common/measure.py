@@ -1,16 +1,14 @@
 """What is reported about a model: measured on test images, with choices made on validation images.
 
-attention  pixel average precision (AP) and Dice of one attention head per region: the one that masks guided.
-           Without guidance, it is the best on validation images, and the mean over all heads, which needs no
-           masks, is listed beside it. So is the prior's own AP, see `regions.prior_maps`. An even pooling has
-           the AP of a flat map: metrics.json records it for comparison, no table shows it.
+attention  pixel average precision (AP) and Dice of one attention head per region: the one that masks guided,
+           or else the best on validation images, beside the mean over all heads, which needs no masks; and
+           the prior's AP, see `regions.prior_maps`. Of an even pooling, only metrics.json has the AP.
 bias       a classifier's AUC and accuracy on test images as in training and, if these have a marker, with
            it removed, flipped, and flipped to an unseen kind. These show whether it relies on the marker.
            The share of relevance in the foreground does not: a heatmap can look right and be wrong.
 objects    how well maps outline the one object of an image, see `objects.py`
-backgrounds
-           a classifier's AUC and accuracy on test images with exchanged backgrounds, see `backgrounds.py`
-others     how good an encoder's features are, see `probe.py`
+others     how good features are, beside an untrained encoder's, see `probe.py`; or a classifier's AUC and
+           accuracy on exchanged `backgrounds`, see `backgrounds.py`
 """
 
 import math
@@ -27,7 +25,7 @@ from common.explain import attention_of, pools_evenly, relevance_of, scores_of
 from common.foreground import mask_dice
 from common.metrics import CannotMeasure, auc, best_threshold, dice
 from common.metrics import known_mean, localisation_ap, relevance_share
-from common.objects import measure_objects, shows_one
+from common.objects import measure_objects, shows_one, untrained
 from common.probe import PROBES, draw_labelled, probe
 
 MEASURES = ["attention", "objects", "bias", "backgrounds", *PROBES]
@@ -105,8 +103,7 @@ def report(
                     found.tables.update({"AP in %": table, "Dice in %": overlap})
                     found.heads.update(heads)
             else:
-                probed = probe(encoder, splits, what, (1.0,) if classifier else fractions, features)
-                add_probe(found, what, probed, splits["train"].labels)
+                add_probe(found, what, encoder, splits, None if classifier else fractions, features)
         except CannotMeasure as error:
             if what != "attention" or not pools_evenly(encoder):  # else it is said already
                 found.notes.append(str(error))
@@ -120,16 +117,22 @@ def report(
     return found
 
 
-def add_probe(found: Report, what: str, probed: dict[float, dict], labels: Tensor) -> None:
-    """Add a probe's results, {label fraction: {metric: one value per draw}}; labels (N, K) of training."""
+def add_probe(
+    found: Report, what: str, encoder: nn.Module, splits: dict[str, Data], fractions: tuple | None, x: dict
+) -> None:
+    """Probe an encoder; fractions: None for classifiers. x: caches features. Raises CannotMeasure."""
+    probed = probe(encoder, splits, what, fractions or (1.0,), x.setdefault("trained", {}))
     name = list(probed[max(probed)])[-1]  # accuracy of classes, mAUC of findings
     found.curves[f"{what} {name}"] = {f: draws[name] for f, draws in probed.items()}
     rows = found.tables.setdefault("probes, in %", {})[f"{what} {name}"] = {}
     for f, draws in probed.items():
-        part = "" if f == 1 else f"_{100 * f:g}_percent"
         means = {metric: known_mean(values) for metric, values in draws.items()}
+        part = "" if f == 1 else f"_{100 * f:g}_percent"
         found.metrics.update({f"{what}_{metric}{part}": mean for metric, mean in means.items()})
-        rows[f"{100 * f:g} % of labels ({len(draw_labelled(labels, f, 0))})"] = means[name]
+        rows[f"{100 * f:g} % of labels ({len(draw_labelled(splits['train'].labels, f, 0))})"] = means[name]
+    if fractions and what in ("knn", "linear"):  # on small data, training can make features worse
+        control = probe(untrained(encoder), splits, what, features=x.setdefault("untrained", {}))[1.0]
+        found.metrics[f"{what}_{name}_untrained"] = rows["untrained encoder"] = control[name][0]
 
 
 def measure_attention(

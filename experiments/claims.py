@@ -60,6 +60,9 @@ def of_guidance() -> list[tuple]:
     real = "Real X-rays, 350 steps each: SPAN's"
     rows.append((1, f"{real} attention mAP minus {best}", 58.7, "span_chest attention_mAP", "dino_chest"))
     rows.append((2, f"{real} linear mAUC minus DINO's", 2.2, "span_chest linear_mAUC", "dino_chest"))
+    never = "linear mAUC minus an untrained encoder's"
+    rows.append((2, f"{equal}: SPAN's {never}", 2.2, "long_span linear_mAUC", "untrained"))
+    rows.append((2, f"{real} {never}", 2.2, "span_chest linear_mAUC", "untrained_chest"))
     for how, name in {"linear": "linear mAUC", "heads": "mAUC of each head's patches"}.items():
         for n in (5, 10, 1):
             text = f"{equal}, {n} % of labels: SPAN's {name} minus DINO's"
@@ -68,6 +71,8 @@ def of_guidance() -> list[tuple]:
         name = figure.replace("_", " ").replace("knn", "k-NN")
         text = f"Plates, priors from statistics, {equal}: SPAN's {name} minus DINO's"
         rows.append((4, text, 0, f"plates_span {figure}", "plates_dino"))
+    text = f"Plates, priors from statistics, {equal}: SPAN's {never}"
+    rows.append((4, text, 0, "plates_span linear_mAUC", "untrained_plates"))
     return rows
 
 

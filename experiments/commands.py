@@ -11,6 +11,7 @@ WEIGHTS = {  # of baselines, chosen on seed 10 with the ResNet; the ViT keeps th
 }  # fmt: skip
 LABELS = "--task classify --backbone"
 CLASSIFIERS = {"resnet": f"{LABELS} resnet", "vit": f"{LABELS} vit --epochs 15 --shift 0"}  # beside ISNet
+UNTRAINED = "--prior none --epochs 1 --lr 1e-9"  # hardly moves a weight
 BEFORE = "--batch-size 64 --lr 2e-3"  # the defaults of DINO's older runs
 PLATES = "--data parts --keep-going --batch-size 64 --lr 5e-4 --teacher-temp 0.01 --global-scale 0.7 1"
 LOSSES = {"steady": "", "published": "--koleo 0 --max-entropy 1"}  # DINO's
@@ -148,18 +149,20 @@ def at_equal_length() -> dict[str, str]:
         "wide_long": f"--prior none {long}",
         "plates_dino": f"{PLATES} --prior none --epochs 60",  # settings that suit DINO alone
         "plates_span": f"{PLATES} --prior statistics --epochs 60",
+        "untrained": UNTRAINED,
+        "untrained_plates": f"--data parts {UNTRAINED}",
     }
 
 
 def on_real_images() -> dict[str, str]:
     """Chest X-rays: without a shortcut, with a marker, or with the hospital as a shortcut; see real.py."""
     label, one = f"{LABELS} resnet --data data/", "--masks prior --swap-margin 0.0125"
-    runs = {"span_chest": "--data data/chest", "dino_chest": "--data data/chest --prior none"}
-    runs["plain_resnet_chest"] = f"{label}chest"
     ways = {"plain": "", "swap": "--baseline swap", "pipeline": "--baseline pipeline", "blind": BLIND}
+    runs = {"span_chest": "--data data/chest", "dino_chest": "--data data/chest --prior none"}
+    runs["untrained_chest"] = f"--data data/chest {UNTRAINED}"
     for way, flags in (ways | {"blind_close": f"{BLIND} {one}"}).items():
-        for shortcut in ("chest_marker", "chest_hospitals"):
-            runs[f"{way}_resnet_{shortcut}"] = f"{label}{shortcut} {flags}".strip()
+        for data in ("chest", "chest_marker", "chest_hospitals"):
+            runs[f"{way}_resnet_{data}"] = f"{label}{data} {flags}".strip()
     return runs
 
 
@@ -177,6 +180,6 @@ for backbone, changes in {"resnet": RESNET_CHANGES, "vit": VIT_CHANGES}.items():
     CHANGED |= {name: f"{isnet} {flags}" for name, flags in changes.items()}
 RUNS = seeded(TODAY, range(5)) | seeded(of_isnet_alone(), range(3)) | seeded(CHANGED, [0])
 # With seed 4 DINO's published loss collapses, so the comparison with SPAN has a sixth seed.
-RUNS |= seeded({name: TODAY[name] for name in ("dino_long", "long_span", "after_dino")}, [5])
+RUNS |= seeded({name: TODAY[name] for name in ("dino_long", "long_span", "after_dino", "untrained")}, [5])
 # The runs that a run starts from, or whose attention becomes its masks.
 NEEDED = {name: set(re.findall(r"runs/(\S+)", flags)) for name, flags in RUNS.items()}

@@ -92,11 +92,13 @@ def of_guidance() -> Tables:
         Row("`python train.py`: SPAN with DINO, 9 epochs, batches of 32", "phantom_span", of_features),
     ]
     equal = [
+        Row("untrained encoder", "untrained", of_features),
         Row("DINO, published loss", "dino_long", of_features),
         Row("**SPAN with DINO: default loss**", "long_span", of_features, "dino_long"),
         Row("SPAN with DINO, priors not registered", "long_published", of_features, "dino_long"),
         Row("DINO, default loss", "long_dino", of_features, "dino_long"),
         Row("DINO, published loss, then SPAN for 9 epochs (default)", "after_dino", of_features, "dino_long"),
+        Row("plates: untrained encoder", "untrained_plates", of_features),
         Row("plates, DINO's settings: DINO", "plates_dino", of_features),
         Row("plates, DINO's settings: **SPAN, statistics**", "plates_span", of_features, "plates_dino"),
         Row("plates, SPAN's defaults: 9 epochs, batches of 32", "plates_default", of_features),
@@ -176,10 +178,13 @@ def of_backgrounds() -> Tables:
 def of_real_images() -> Tables:
     """Chest X-rays: SPAN and DINO; classifiers with a marker, or the hospital, as a shortcut."""
     features = ["prior_mAP", "aligned_prior_mAP", "attention_mAP", "knn_mAUC", "linear_mAUC"]
-    guided = [Row("DINO, best head chosen on validation images", "dino_chest", features)]
+    guided = [Row("untrained encoder", "untrained_chest", features)]
+    guided.append(Row("DINO, best head chosen on validation images", "dino_chest", features))
     guided.append(Row("**SPAN, one reference image**", "span_chest", features, "dino_chest"))
     inside, hospitals = ["auc_removed", "relevance_share_same", "mask_dice"], []
-    marker = [Row("plain, no L in training", "plain_resnet_chest", ["no_L", "auc_same", *inside[1:]])]
+    marker, unmarked = [], ["no_L", "auc_same", *inside[1:]]
+    for way, title in (SHORTCUT | BLIND).items():
+        marker.append(Row(f"no L in training: {title}", f"{way}_resnet_chest", unmarked))
     for way, title in (SHORTCUT | BLIND).items():
         marker.append(Row(title, f"{way}_resnet_chest_marker", ["auc_same", *inside]))
         at = [f"auc_hospitals_{x}" for x in ("trained", "flipped", "Shenzhen", "Montgomery")]

@@ -257,6 +257,24 @@ def test_the_untrained_control_shares_no_weight_and_leaves_the_model_alone():
         assert not (drawn == 3).any() and float(drawn.std()) == pytest.approx(float(weight.std()), rel=0.5)
 
 
+def test_features_are_measured_beside_those_of_an_untrained_encoder():
+    """This one tells nothing about images: training has made its features worse than none."""
+    labels = (torch.arange(24) % 2)[:, None].float()
+    images = (100 * labels[..., None, None] + 20 * torch.rand(24, 1, 16, 16)).to(torch.uint8)
+    data = Data(images, None, torch.zeros(24, dtype=torch.bool), labels, [""] * 24, [], ["bright"])
+    splits, model = dict.fromkeys(("train", "val", "test"), data), Classifier(ViT(16, 4, 1, 12, 1, 2), 1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+    found = measure.report(model.encoder, splits, ["knn", "linear", "heads"])
+    assert found.metrics.pop("heads_mAUC") == 0.5
+    for how in ("knn", "linear"):
+        assert (found.metrics.pop(f"{how}_mAUC"), found.metrics.pop(f"{how}_mAUC_untrained")) == (0.5, 1)
+        assert found.tables["probes, in %"][f"{how} mAUC"]["untrained encoder"] == 1
+    assert not found.metrics  # that is all, and a classifier has no such control
+    assert list(measure.report(model, splits, ["knn"], multiclass=False).metrics) == ["knn_mAUC"]
+
+
 def test_images_without_an_object_do_not_count():
     encoder, data = ViT(16, 4, 1, 12, 1, 2), squares()
     empty = data._replace(masks=data.masks.clone())
