@@ -1,7 +1,7 @@
 """SPAN: attention heads guided by spatial priors (Miao et al. 2022, arXiv 2209.03745).
 
-Often it is known where things are in an image: lungs and heart in a chest X-ray, the parts of a product under
-a fixed camera. SPAN guides some attention heads of a ViT, each by one prior. The other heads stay free, and
+Often we know where things are in an image: lungs and heart in a chest X-ray, the parts of a product under
+a fixed camera. SPAN guides some attention heads of a ViT, each with one prior. The other heads stay free, and
 self-supervised training goes on as before. Priors come from one labelled reference image, or from statistics
 of unlabelled images. There is no public code; the equation numbers are ours (theta: a view, see `crops.py`):
 
@@ -13,8 +13,8 @@ of unlabelled images. There is no public code; the equation numbers are ours (th
 (1) The same theta samples image and prior, so a prior follows its crop. (2) A view that shows a tenth of a
 lung has a tenth of the weight. The weights (2) and the KL divergence (or another `kind` of loss) are ours. In
 the paper all images share their priors; here `common/registration.py` warps them to each image. `guidance`
-takes (4) over all resolutions of a batch, and multiplies s by the registration's confidence. Always report
-the prior's own score beside the attention's: attention that only repeats its prior has learned nothing.
+computes (4) over all resolutions of a batch, and multiplies s by the registration's confidence. Always report
+the prior's own score as well: attention that only copies its prior has learned nothing.
 """
 
 import torch
@@ -129,7 +129,7 @@ def guidance(
     One entry per resolution, as from `crops.multi_crop`: attentions (V B, heads, N), thetas (V B, 2, 3) and
     grids (h, w), N = h w. priors (B, R, H, W) lie over the whole images; if thetas is None, they do not
     follow the crops. Each resolution is weighted by the share of the priors that its views see, and each
-    image by confidence (B,), in [0, 1]. The mean is over these images: parts of a batch each have their own.
+    image by confidence (B,), in [0, 1]. The mean is over these images, so each part of a batch has its own.
     """
     losses, shares = [], []
     for i, attention in enumerate(attentions):

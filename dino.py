@@ -9,10 +9,10 @@ teacher's distribution over K prototypes; the teacher's weights are a moving ave
     theta_t <- lambda theta_t + (1 - lambda) theta_s
 
 Centring (c) and sharpening (small tau_t) balance each other. Without this balance DINO collapses: all images
-get the same output, which the loss does not show. Two additions, off unless asked for, work against it on
-small data. KoLeo (1806.03198, used by DINOv2) keeps the features z of a batch apart. P_t has an entropy of
-about log K - (s / tau_t)^2 / 2, s the standard deviation of scores; a ceiling on it lowers tau_t. A slow c
-would then leave an offset in all images' scores that makes one prototype win, so (8) moves c faster.
+get the same output, which the loss does not show. Two additions, off by default, prevent this on small data.
+KoLeo (1806.03198, used by DINOv2) spreads the features z of a batch. The entropy of P_t is about
+log K - (s / tau_t)^2 / 2, where s is the standard deviation of scores; tau_t is lowered to limit it. A slow c
+would then leave the same offset in all scores, and one prototype would win. So (8) moves c faster.
 
     L_KoLeo = -mean_i log min_(j != i) |z_i - z_j|,  |z| = 1,  weighted by w                             (5)
     tau_t   = min(tau_t, s / sqrt(2 w (1 - e) log K)),  so that mean h(P_t) / log K <~ 1 - w (1 - e)     (6)
@@ -22,9 +22,9 @@ would then leave an offset in all images' scores that makes one prototype win, s
 `CollapseMonitor` tracks the entropy h(P_t) (in a collapse: near log K if centring won, low if sharpening
 won), the KL of P_t from the mean P_t (how much an output says about its image: 0 in a collapse, at least f
 log K in a healthy run), and the number of prototypes in use. `DINOHead` has the published parameter names.
-Where we differ, for short runs: no warm-up of the teacher's temperature, no frozen last layer, whose rows
-also start shorter and so turn faster, constant weight decay, gradients are clipped as a whole, and we measure
-the student, as the teacher lags behind.
+Where we differ, for short runs: the teacher's temperature has no warm-up; the last layer is not frozen, and
+its rows start shorter and so rotate faster; weight decay is constant; gradients are clipped as a whole; we
+evaluate the student, as the teacher lags.
 """
 
 import copy
@@ -126,8 +126,8 @@ class CollapseMonitor(nn.Module):
     """Moving averages over the teacher's outputs: do different images still get different outputs?"""
 
     def __init__(self, out_dim: int, momentum: float = 0.95, floor: float = 0.02, patience: int = 100):
-        """floor: f, the least KL as a fraction of log K; patience: for how many updates the KL may be lower,
-        or 3 times as many before it first rises above the floor."""
+        """floor: f, the lowest healthy KL as a fraction of log K; patience: how many updates the KL may stay
+        below it (3 times as many until it has first been above)."""
         super().__init__()
         self.momentum, self.floor, self.patience = momentum, floor, patience
         self.register_buffer("entropy", torch.tensor(math.log(out_dim)))  # nats
@@ -178,7 +178,7 @@ class DINO(nn.Module):
     """Student, teacher and their heads around an encoder(images, layer=, patches=) -> Features.
 
     The encoder may ignore both, as a ResNet does. The default sizes suit thousands of images; for millions
-    the paper has out_dim 65536, hidden_dim 2048, bottleneck_dim 256. koleo: a factor of (5), beside w;
+    the paper has out_dim 65536, hidden_dim 2048, bottleneck_dim 256. koleo: a factor of (5), like w;
     max_entropy: e in (6) and (8).
     """
 
@@ -219,8 +219,8 @@ class DINO(nn.Module):
             return loss, features
 
     def train(self, mode: bool = True) -> "DINO":
-        """Set the mode, but keep the teacher in evaluation mode, so that its targets have no noise. Only its
-        BatchNorms follow: statistics of its own batch fit its weights, unlike the student's."""
+        """Set the mode, but keep the teacher in evaluation mode, so that its targets are deterministic. Only
+        its BatchNorms follow the mode: its own batch statistics fit its weights, the student's do not."""
         super().train(mode)
         for module in self.teacher.modules():
             module.training = mode and isinstance(module, nn.modules.batchnorm._BatchNorm)

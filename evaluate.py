@@ -2,7 +2,7 @@
 
     python evaluate.py runs/span runs/dino                  attention, k-NN, linear layers: tables, a picture
     python evaluate.py runs/span runs/dino --all --html     also few labels, fine-tuning; a page to browse
-    python evaluate.py runs/span --image a.jpg b.png        where it looks in any picture
+    python evaluate.py runs/span --image a.jpg b.png        its maps over other images
     python evaluate.py dino_deitsmall16_pretrain.pth --data my_folder --img-size 224
 
 `common/measure.py` says what is measured. Metrics are added to each run's metrics.json. Pictures go to the
@@ -74,7 +74,7 @@ def read_metrics(out: Path) -> dict[str, float]:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Measure runs on the same test images, print them side by side, draw them into the first's folder."""
+    """Measure runs on the same test images, print tables, and draw maps in the first run's folder."""
     loaded, splits, reference = load_all(args.runs, args.flags, args.device)
     alike = len({path.name for path in loaded}) < len(loaded)
     runs = {str(path) if alike else path.name: run for path, run in loaded.items()}
@@ -205,15 +205,15 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--only", dest="measures", nargs="+", choices=MEASURES, metavar="MEASURE", help=what)
     add("--all", action="store_true", help="all of them, also with 1 to 25 %% of the labels: minutes per run")
     add("--rows", type=int, help="test images in compare.png (default: 6)")
-    add("--html", action="store_true", help="write report.html as well: metrics, and images to browse")
+    add("--html", action="store_true", help="also write report.html, with metrics and images to browse")
     add = parser.add_argument_group("instead, for one run").add_argument
-    add("--image", nargs="+", type=Path, metavar="FILE", help="draw what it sees in pictures of any size")
+    add("--image", nargs="+", type=Path, metavar="FILE", help="draw its maps over images of any size")
     add("--export-masks", type=Path, metavar="DIR", help="write its guided heads' masks into a new folder")
     add("--export", type=Path, metavar="FILE", help="write its ViT for timm and DINO's code")
     add = parser.add_argument_group("for files of weights").add_argument
-    add("--data", help="what to measure them on (default: phantom); of a run: where its data are now")
+    add("--data", help="data to measure them on (default: phantom); for a run: new path of its data")
     add("--img-size", type=int, help="pixels a side (default: that of the weights, or of the runs)")
-    add("--num-heads", type=int, help="attention heads, needed if no release has this width")
+    add("--num-heads", type=int, help="attention heads; needed if no known release has this width")
     args = parser.parse_args(argv)
     typed = {"--data": args.data, "--img-size": args.img_size, "--num-heads": args.num_heads}
     args.flags = [word for flag, v in typed.items() if v is not None for word in (flag, str(v))]
@@ -239,7 +239,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line: exit status 0 when done, 2 for what can't be read or measured."""
+    """The command line: exit status 0 if done, 2 for unreadable or unsuitable input."""
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
         keep_freed_memory()
@@ -264,7 +264,7 @@ def main(argv: list[str] | None = None) -> None:
         remedy = "end other programs" if args.device == "cpu" else "add --device cpu"
         fail("evaluate.py", f"{args.device} does not have enough memory: {remedy}", 1)
     except KeyboardInterrupt:
-        print("\nstopped; nothing measured on the last run is saved")
+        print("\nstopped; metrics of the last run are not saved")
         sys.exit(130)
 
 

@@ -25,9 +25,9 @@ A network can satisfy the loss and keep its shortcut. Each part closes one way t
     saturated attention has no relevance     L_att: attention must lie on the foreground
     a patch contains some background         `whole_patches` counts it as foreground: it is one token
 
-On absence: a unit that its bias activates and the marker silences has no relevance where the marker is.
-Elsewhere its relevance goes to the bias and to no pixel, but L_bg sees it in the unit's own layer. This is no
-proof: LRP hardly sees evidence that silences units, so a frame or a tint around the foreground gets past the
+On absence: suppose a bias activates a unit and the marker silences it. It has no relevance at the marker.
+Elsewhere its relevance goes to the bias, not to pixels, but L_bg sees it in the unit's own layer. This is not
+a proof: LRP hardly sees evidence that silences units, so a frame or tint around the foreground passes the
 loss. Backgrounds swapped between images, as in `train.py`, say nothing about the label if the masks are
 exact. Test on images where the shortcut contradicts the label.
 

@@ -1,7 +1,7 @@
 """Layer-wise relevance propagation (LRP): how much each pixel contributes to a score, for any PyTorch model.
 
-LRP distributes a score backwards, layer by layer. Here every rule is a change of the gradient g that arrives
-at an operation's output, so one backward pass computes all relevance:
+LRP distributes a score backwards, layer by layer. Here every rule modifies the gradient g at the output of
+an operation, so one backward pass computes all relevance:
 
     R = x * (changed gradient d score / d x)                                                         (1)
     linear, convolution    z = w x + b         g <- g z / (z + eps sign z)                           (2)
@@ -58,7 +58,7 @@ class _Share(torch.autograd.Function):
 
 
 class _Route(torch.autograd.Function):
-    """Returns y, which gets ordinary gradients; while explaining, z gets g top / (z + eps sign z), or g."""
+    """Return y. Gradients go to y; in `explain` they go to z, as g top / (z + eps sign z) or as g."""
 
     @staticmethod
     def forward(ctx, rules: "LRP", y: Tensor, z: Tensor, top: Tensor | None = None, epsilon: float = 0.0):

@@ -12,7 +12,7 @@ Scores of pairs are q_i . k_j / sqrt(d), where q and k are linear maps, one pair
 patches come from a linear layer. Distances and angles are scaled from [0, largest] to [-1, 1]. Targets depend
 only on the grid, so they are built once and indexed when patches are shuffled.
 
-Without labels (upstream) the encoder gets no position embedding, which would contain the answer; with labels
+Without labels (upstream) the encoder gets no position embedding, as it would contain the answer. With labels
 (joint) it has one, so the patches are shuffled. Image content that continues across a border would reveal
 neighbours, so each patch is cut a little smaller, at a random place, with its own brightness and contrast.
 Mega-patches are larger cells, of rows and columns with random sizes, each resized to a patch.
@@ -55,7 +55,7 @@ def relation_targets(rows: int, cols: int) -> dict[str, Tensor]:
 
 
 def chance(targets: dict[str, Tensor]) -> dict[str, float]:
-    """What the best constant prediction reaches: accuracy of classes, root mean squared error of others."""
+    """The score of the best constant prediction: accuracy for classes, else root mean squared error."""
 
     def level(t: Tensor) -> float:
         if t.is_floating_point():

@@ -14,7 +14,7 @@ import importlib.util
 import sys
 import sysconfig
 
-ROOMS = {"DINO": "dino", "DINOHead": "dino", "DINOLoss": "dino", "RelViT": "relvit"}
+FILES = {"DINO": "dino", "DINOHead": "dino", "DINOLoss": "dino", "RelViT": "relvit"}
 
 _spec = importlib.machinery.PathFinder.find_spec("ssl", [sysconfig.get_path("stdlib")])
 _library = importlib.util.module_from_spec(_spec)
@@ -23,9 +23,9 @@ _spec.loader.exec_module(_library)
 
 
 def _lookup(name: str):
-    if name not in ROOMS:
+    if name not in FILES:
         raise AttributeError(f"module 'ssl' has no attribute '{name}'")
-    return getattr(importlib.import_module(ROOMS[name]), name)
+    return getattr(importlib.import_module(FILES[name]), name)
 
 
 _library.__getattr__ = _lookup

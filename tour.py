@@ -1,9 +1,9 @@
-"""The whole chain from top to bottom: one outlined image, a ViT that knows where to look, a classifier.
+"""All steps from top to bottom: one labelled image, a ViT with guided attention, a classifier.
 
     python tour.py        about 3 minutes on 2 CPU cores; draws tour.png
 
-A hospital stamps an L on every image with an enlarged heart. A classifier reads the L, unless something keeps
-it off the background. Masks of the foreground can, but only one image has masks.
+A hospital stamps an L on every image with an enlarged heart. A classifier relies on the L unless training
+keeps it off the background. Foreground masks can do that, but only one image has masks.
 """
 
 import copy
@@ -69,7 +69,7 @@ for step in range(STEPS):
 if dino.health.collapsed():
     raise SystemExit(dino.health.diagnosis())
 
-# 4. The guided heads have learned where to look, also in images that they have never seen.
+# 4. The guided heads attend to their regions, even in images that they were not trained on.
 with torch.no_grad():
     gaze = torch.cat([encoder.eval()(part).attention[:, :3] for part in x.split(200)])  # (N, 3, 64)
     test_gaze = torch.cat([encoder(part).attention[:, :3] for part in test_x.split(200)])
@@ -124,7 +124,7 @@ some = x[:200]
 R, _ = relevance(plain, some, torch.ones(len(some), 1), **RULE)
 blind = train(first, 900, *relevance_range(R.abs().sum(dim=(1, 2, 3))))
 heat = {}
-for name, model in {"plain": plain, "blind": blind}.items():
+for name, model in {"plain": plain, "ISNet": blind}.items():
     heat[name], logits = relevance(model, test_x, torch.ones(len(tests), 1), **RULE)
     print(f"{name} classifier, AUC with the L on normal hearts: {100 * auc(logits[:, 0], test_sick):.1f}")
 
@@ -140,7 +140,7 @@ for i, row in enumerate(axes):
     for axis, (picture, colours, low, high) in zip(row, shown):
         axis.imshow(picture.numpy(), cmap=colours, vmin=low, vmax=high)
         axis.axis("off")
-for axis, title in zip(axes[0], ["test image", *REGIONS, "relevance, plain", "relevance, blind"]):
+for axis, title in zip(axes[0], ["test image", *REGIONS, "relevance, plain", "relevance, ISNet"]):
     axis.set_title(title, fontsize=9)
 figure.savefig("tour.png", dpi=100)
 print("drew tour.png")

@@ -1,4 +1,4 @@
-"""Teach a model where to look: DINO or RelViT guided by SPAN, or a classifier kept off background by ISNet.
+"""Train DINO or RelViT with attention guided by SPAN, or a classifier that ISNet keeps off the background.
 
     python train.py                                 one labelled image guides three heads, on drawn X-rays
     python train.py --prior none --out runs/dino    the same without guidance: plain DINO
@@ -90,7 +90,7 @@ def foreground_masks(
 def views_objective(config: Config, model: nn.Module, images: Tensor, priors: Callable | None) -> Callable:
     """DINO's loss over random views of images (N, C, S, S) uint8, plus SPAN's with priors (B, R, S, S).
 
-    Without DINO (--ssl none), or once DINO has collapsed and has nothing to teach, SPAN's loss is used alone.
+    Without DINO (--ssl none), or after DINO has collapsed, SPAN's loss is used alone.
     """
     size, p, dino = images.shape[-1], config.patch_size, model if isinstance(model, DINO) else None
     encoder = dino.student if dino else model.encoder
@@ -207,12 +207,12 @@ def train(
     config: Config, spec: DataSpec, model: nn.Module, images: Tensor, losses: Callable, saved: dict | None,
     masses_now: Callable[[], dict[str, float]],
 ) -> list[dict]:  # fmt: skip
-    """Train on images (N, C, S, S) by an objective; returns the history, a row an epoch.
+    """Train on images (N, C, S, S) with an objective; returns the history, one row per epoch.
 
-    masses_now: the attention masses of guided heads, `masses_of`, for each checkpoint. Order and views come
-    from one generator. Checkpoints hold its state and PyTorch's: a resumed run ends with the weights of one
-    that never stopped. Each process of torchrun takes its share of a batch. Raises Damaged, Collapse,
-    FloatingPointError before weights are spoiled, KeyboardInterrupt after saving.
+    masses_now: returns the attention masses of guided heads (`masses_of`) for each checkpoint. One generator
+    draws order and views. Checkpoints hold its state and PyTorch's, so that a resumed run ends with the same
+    weights as an uninterrupted one. Each torchrun process takes its share of a batch. Raises Damaged,
+    Collapse, FloatingPointError (before the weights are damaged) and KeyboardInterrupt (after saving).
     """
     generator = Generator().manual_seed(config.seed)
     optimizer = AdamW(decayed(model, config.weight_decay), config.lr)
@@ -235,7 +235,7 @@ def train(
             begun, started, order = None, time.perf_counter(), from_first(order).to(config.device)
             for i in range(first, steps):
                 step, index = epoch * steps + i, order[i * batch : (i + 1) * batch][rank() :: processes]
-                if rank():  # it has its own views, the same after --resume
+                if rank():  # its own views, reproducible after --resume
                     generator.manual_seed((config.seed * total + step) * processes + rank())
                     torch.manual_seed(generator.initial_seed() + 2**40)
                 logged = train_step(config, model, losses, optimizer, index, generator, step, total)
@@ -284,7 +284,7 @@ def train_step(
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
     if not (over_processes(whole).isfinite() and norm.isfinite()):  # in all processes, or none
         sizes = f"the loss is {whole.item():.3g}, its gradient's norm {norm.item():.3g}"
-        raise FloatingPointError(f"step {step} is not taken: {sizes}. Lower --lr, or look for extreme images")
+        raise FloatingPointError(f"step {step} is not taken: {sizes}. Lower --lr, or look for outlier images")
     optimizer.step()
     if isinstance(model, DINO):
         model.update_teacher(cosine(step, total, config.momentum, 1.0))
@@ -301,7 +301,7 @@ def train_step(
 
 
 def learning_rate(config: Config, step: int, total: int) -> float:
-    """--lr at a step: rising linearly during the warm-up, then falling to 1 % as half a cosine."""
+    """The learning rate at a step: linear warm-up, then half a cosine down to 1 % of --lr."""
     rising = max(1, round(config.warmup * total))
     falling = cosine(max(0, step - rising), max(1, total - rising), config.lr, config.lr / 100)
     return falling * min(1, (step + 1) / rising)
@@ -316,7 +316,7 @@ def cosine(step: int, total: int, first: float, last: float) -> float:
 
 
 def begin(argv: list[str]) -> tuple:
-    """All that `train` and `finish` need. Raises ValueError or OSError for unusable input."""
+    """Set up what `train` and `finish` need. Raises ValueError or OSError for bad input."""
     config, typed = parse(argv, __doc__)
     check(config, typed)
     if not rank():

@@ -1,4 +1,4 @@
-"""Does a classifier read the background? Test images whose foreground or background is exchanged.
+"""Does a classifier use the background? Test images whose foreground or background is replaced.
 
 As in ImageNet-9 (Xiao et al. 2020, arXiv 2006.09994), for all images with masks:
 

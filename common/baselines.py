@@ -97,7 +97,7 @@ def log_probabilities(logits: Tensor, multiclass: bool) -> Tensor:
 
 
 class ImagesApart(TorchFunctionMode):
-    """BatchNorms take the batch's mean and deviation as constants, and leave the running ones as they are.
+    """BatchNorms treat the batch's statistics as constants and do not update their running statistics.
 
     The gradient at one image then does not depend on the others, and a penalty can't be lowered through batch
     statistics, which are not used at test time. Images made for a penalty don't enter the running statistics.

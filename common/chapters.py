@@ -1,6 +1,6 @@
-"""What each concept file draws when it is run: `python vit.py` prints a few facts and writes vit.png.
+"""The demo of each concept file: `python vit.py` prints a few facts and writes vit.png.
 
-A chapter takes at most 20 seconds on a CPU. It trains on synthetic images or does not train at all.
+A demo takes at most 20 seconds on a CPU. It trains on synthetic images or not at all.
 """
 
 from collections.abc import Callable

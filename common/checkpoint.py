@@ -129,8 +129,8 @@ def data_spec(train: Data, classify: bool, data: str) -> DataSpec:
 
 
 def check_spec(run: Path, then: DataSpec, now: DataSpec, data: str, goes_on: bool = True) -> None:
-    """Raise ValueError if the data's channels, classes or images are no longer those that a run learned. If
-    the run is only measured and does not go on, other images cause just a printed note."""
+    """Raise ValueError if the data no longer have the channels, classes or images that a run was trained on.
+    If the run is only measured, not continued, different images only cause a printed note."""
     for name, was, there in zip(DataSpec._fields, then[:4], now[:4]):
         if was != there:
             was, there = (", ".join(x) if isinstance(x, tuple) else x for x in (was, there))

@@ -1,4 +1,4 @@
-"""Settings that make no sense are refused by one line that names the value, the limit and the remedy."""
+"""Invalid settings stop with a one-line error that names the value, the limit and the remedy."""
 
 import os
 from dataclasses import fields
@@ -60,7 +60,7 @@ def met(config: Config, need: str) -> bool:
 def check_device(device: str) -> None:
     """Raise ValueError if a device can't be used; a GPU with a number becomes the process's current one.
 
-    Convolutions on GPUs keep all bits: TF32, PyTorch's default, has 10, too few for ISNet's gradient.
+    TF32, PyTorch's default for convolutions on GPUs, is off: 10 bits are too few for ISNet's gradient.
     """
     torch.backends.cudnn.allow_tf32 = False
     if device.split(":")[0] not in ("cpu", "cuda", "mps"):
@@ -116,10 +116,10 @@ def check_pairs(c: Config) -> None:
         (c.masks == "prior" and c.prior == "none", "--masks prior needs a prior: leave out --prior none"),
         (c.masks == "prior" and c.prior == "masks",
          "--masks prior --prior masks are the data's own masks: leave out both"),
-        (c.masks == "attention" and not from_run, "--masks attention needs --init RUN; or say --masks RUN"),
+        (c.masks == "attention" and not from_run, "--masks attention needs --init RUN; or use --masks RUN"),
         (not some_masks, f"--masks {c.masks} is neither data, prior, attention, nor a folder"
          + ("" if some_masks else suggestion(c.masks, [*MASKS, *glob(f"{escape(beside)}/*/")]))),
-        (not classify and c.ssl == "none" and not guided, "--ssl none learns from a --prior alone: name one"),
+        (not classify and c.ssl == "none" and not guided, "--ssl none learns from a --prior only: set one"),
         (c.isnet and not classify, "--isnet needs --task classify"),
         (c.baseline and not classify, "--baseline needs --task classify"),
         (c.baseline and (c.isnet or c.relations), "--baseline excludes --isnet and --relations: choose one"),

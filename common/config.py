@@ -51,7 +51,7 @@ class Config:
     """All settings of a run. Raises TypeError for one that does not exist."""
 
     # fmt: off
-    task: str = flag("pretrain", "without labels or with", group="run", choices=["pretrain", "classify"])
+    task: str = flag("pretrain", "without or with labels", group="run", choices=["pretrain", "classify"])
     out: Path = flag(None, "folder for everything that the run writes", "--output-dir")
     overwrite: bool = flag(False, "start again and replace the run in --out")
     resume: bool = flag(False, "continue the run in --out where it stopped")
@@ -65,7 +65,7 @@ class Config:
     findings: tuple[str, ...] = flag(None, "labels to classify, or all (default: the phantom's first, all of "
         "other data)", nargs="+", needs="task=classify")
     marker: float = flag(None, "probability that a marker agrees with the first finding", within=FRACTION)
-    marker_kind: str = flag("corner", "an L in a corner or anywhere, a tint, a frame, or two hospitals",
+    marker_kind: str = flag("corner", "corner, anywhere: an L; tint; border: a frame; two hospitals",
         choices=[*MARKERS, "hospitals"], needs="marker")
     sample: str = flag(None, "name of the reference image (default: the first with all masks)")
     prior: str = flag("sample",
@@ -73,89 +73,89 @@ class Config:
         group="where to look (SPAN)", needs="task=pretrain masks=prior")
     align: str = flag("bend", "registration of priors", choices=["bend", "affine", "none"], needs=REGISTERED)
     follow: bool = flag(True, "keep priors fixed while crops move", needs=f"{VIEWS}&prior")
-    prior_blur: float = flag(0.025, "sigma as a fraction of the width", within=WEIGHT, needs=REGISTERED)
+    prior_blur: float = flag(0.025, "blur of priors: sigma / image width", within=WEIGHT, needs=REGISTERED)
     span_weight: float = flag(3.0, "weight of the SPAN loss", within=WEIGHT, needs="prior")
     span_loss: str = flag("kl", "distance of attention from its prior (each has its own scale)",
         choices=["kl", "mse", "dice"], needs="prior")
     span_layer: int = flag(-1, "the block whose heads are guided, -1 the last", needs="pool=cls")
     ssl: str = flag("dino", "the objective without labels; none: the SPAN loss alone",
         group="self-supervision", choices=["dino", "relvit", "none"], needs="task=pretrain")
-    relations: tuple[str, ...] = flag(None, "RelViT's tasks (default: all), or those to add to labels",
+    relations: tuple[str, ...] = flag(None, "RelViT's tasks (default: all); with labels, tasks to add",
         choices=RELATIONS, nargs="+", needs="ssl=relvit task=classify")
-    in_order: bool = flag(False, "joint RelViT on images whose patches keep their places, as published",
+    in_order: bool = flag(False, "joint RelViT with patches in order and unchanged, as published",
         needs="task=classify&relations")
     mega_patches: int = flag(0, "RelViT's mega-patches per side; 0: patches", within=(0, 10**9),
         needs="ssl=relvit")
-    out_dim: int = flag(256, "prototypes; hundreds for thousands of images", within=(2, 10**9), needs=DINO)
+    out_dim: int = flag(256, "prototypes; hundreds suit thousands of images", within=(2, 10**9), needs=DINO)
     teacher_temp: float = flag(0.02, "softmax temperature of the teacher", within=POSITIVE, needs=DINO)
     momentum: float = flag(0.996, "EMA momentum of the teacher at the start", "--momentum-teacher",
         within=FRACTION, needs=DINO)
     center_momentum: float = flag(0.9, "EMA momentum of the teacher's centre", within=FRACTION, needs=DINO)
-    koleo: float = flag(0.1, "weight near collapse of KoLeo, which keeps features apart; 0: as published",
+    koleo: float = flag(0.1, "weight of KoLeo (spreads features; acts near a collapse); 0: as published",
         within=WEIGHT, needs=DINO)
-    max_entropy: float = flag(0.8, "ceiling near collapse on the entropy of the teacher's outputs, as a "
-        "fraction of log K, enforced by a lower temperature; 1: as published", within=(0.01, 1), needs=DINO)
-    global_scale: tuple[float, float] = flag((0.4, 1.0), "range of the 2 global crops' share of the image",
+    max_entropy: float = flag(0.8, "upper limit on the teacher's entropy, as a fraction of log K (acts "
+        "near a collapse by lowering its temperature); 1: as published", within=(0.01, 1), needs=DINO)
+    global_scale: tuple[float, float] = flag((0.4, 1.0), "area range of the 2 global crops (1: whole image)",
         "--global-crops-scale", nargs=2, needs=VIEWS)
-    local_crops_number: int = flag(0, "local crops, of half the size in whole patches",
+    local_crops_number: int = flag(0, "number of local crops (half as wide, in whole patches)",
         within=(0, 10**9), needs=VIEWS)
-    local_scale: tuple[float, float] = flag((0.1, 0.4), "range of the local crops' share of the image",
+    local_scale: tuple[float, float] = flag((0.1, 0.4), "area range of the local crops (1: whole image)",
         "--local-crops-scale", nargs=2, needs="local_crops_number")
-    flip: float = flag(0.0, "probability of a mirrored view", "--hflip", within=FRACTION, needs=VIEWS)
-    shift: float = flag(None, "largest random shift of images, wrapping around, as a fraction of a side",
+    flip: float = flag(0.0, "probability of a horizontal flip", "--hflip", within=FRACTION, needs=VIEWS)
+    shift: float = flag(None, "largest random (cyclic) shift of images, as a fraction of a side",
         group="classification (ISNet)", within=FRACTION, needs="task=classify")
     isnet: float = flag(0.0, "weight of the ISNet loss", within=WEIGHT)
     preset: str = flag(None, "ISNet's loss as published", choices=PRESETS, needs="task=classify")
     isnet_every: int = flag(3, "add the ISNet loss in every N-th step", within=COUNT, needs="isnet")
     swap: float = flag(1.0, "fraction of images whose background is swapped", within=FRACTION, needs="isnet")
-    swap_margin: float = flag(None, "how much narrower than its mask the kept foreground is, as a fraction "
-        "of a side, a pixel or more (default: 0.0125 if some masks are made, else 0)", within=(0, 0.2),
+    swap_margin: float = flag(None, "shrink the kept foreground by this fraction of a side, at least a "
+        "pixel (default: 0.0125 if some masks are derived, else 0)", within=(0, 0.2),
         needs="isnet&swap baseline=swap")
-    isnet_margin: float = flag(None, "how far around the foreground relevance is not penalised, as a "
+    isnet_margin: float = flag(None, "width of the unpenalised margin around the foreground, as a "
         "fraction of a side", within=(0, 0.5), needs="isnet")
     isnet_end: float = flag(None, "fraction of --isnet left at the end", within=FRACTION, needs="isnet")
-    baseline: str = flag(None, "what to train in place of ISNet; see common/baselines.py", choices=BASELINES)
+    baseline: str = flag(None, "method to train instead of ISNet; see common/baselines.py", choices=BASELINES)
     baseline_weight: float = flag(1.0, "weight of the baseline's penalty", within=WEIGHT, needs=PENALISED)
     masks: str = flag("data", "the foreground: data, prior, attention (of --init), a run, a folder",
         needs=f"isnet {PENALISED}|swap")
-    explain: str = flag("selective", "explain the label's logit, a random one, the least likely's log-odds",
-        choices=["label", "random", "selective"], needs="isnet")
-    isnet_layers: str = flag("all", "what to supervise inside: nothing, blocks, all layers, attention too",
+    explain: str = flag("selective", "explain the label's logit, a random one, or the log-odds of the "
+        "least likely class", choices=["label", "random", "selective"], needs="isnet")
+    isnet_layers: str = flag("all", "inner relevance to penalise: none, blocks, all layers, or + attention",
         choices=["none", "blocks", "relevance", "all"], needs="isnet")
-    isnet_decay: float = flag(0.97, "weight ratio of pixels next in rank", within=(1e-3, 1), needs="isnet")
-    isnet_e: float = flag(0.1, "E in u = h / (h + E); small: punish traces", within=POSITIVE, needs="isnet")
+    isnet_decay: float = flag(0.97, "weight ratio of successive ranks", within=(1e-3, 1), needs="isnet")
+    isnet_e: float = flag(0.1, "E in u = h / (h + E); small: traces count", within=POSITIVE, needs="isnet")
     lrp_epsilon: float = flag(1e-2, "epsilon of LRP", within=POSITIVE, needs="task=classify")
     lrp_gamma: float = flag(None, "gamma of LRP; 0: epsilon rule, larger: toward z+", within=WEIGHT,
         needs="task=classify")
     backbone: str = flag(None, "the encoder", group="model", choices=["vit", "resnet"])
     init: Path = flag(None, "run, or file of published ViT weights, to start from; sets the encoder's sizes")
     patch_size: int = flag(8, "pixels per side of a patch", within=COUNT)
-    embed_dim: int = flag(None, "width; of the ResNet, in its last stage", within=COUNT)
+    embed_dim: int = flag(None, "embedding width (ResNet: last stage)", within=COUNT)
     depth: int = flag(None, "blocks of the ViT", within=COUNT, needs="backbone=vit")
     num_heads: int = flag(None, "attention heads; each prior takes one", within=COUNT)
     registers: int = flag(0, "register tokens of the ViT", within=(0, 1000), needs="backbone=vit")
     drop_path: float = flag(0.0, "stochastic depth of the last block", "--drop-path-rate",
         within=(0, 0.99), needs="backbone=vit")
-    pool: str = flag(None, "pooling of patches: CLS, mean, SimPool", choices=["cls", "gap", "simpool"])
+    pool: str = flag(None, "pooling: CLS token, mean, or SimPool", choices=["cls", "gap", "simpool"])
     simpool_gamma: float = flag(None, "exponent of SimPool's mean", within=(0.1, 10), needs="pool=simpool")
     pool_heads: int = flag(None, "attention heads of SimPool (default: --num-heads if guided, else 1)",
         within=COUNT, needs="pool=simpool")
-    epochs: int = flag(None, "passes over the images (default: 9, with labels 15, a ViT with labels 40, "
-        "small folders more)", group="optimisation", within=COUNT)
+    epochs: int = flag(None, "passes over the images (default: 9; with labels 15, or 40 for a ViT; more "
+        "for small folders)", group="optimisation", within=COUNT)
     batch_size: int = flag(None, "images per step", within=COUNT)
     accumulate: int = flag(1, "parts that a batch is split into, to save memory; DINO's centre, KoLeo and "
         "monitor, SPAN's mean (4), and BatchNorms, see one part at a time")
     amp: bool = flag(False, "compute in bfloat16 where that is safe")
     compile: bool = flag(False, "pretrain with torch.compile")
-    lr: float = flag(None, "highest learning rate (AdamW, cosine)", within=(1e-9, 1e9))
+    lr: float = flag(None, "peak learning rate (AdamW, cosine)", within=(1e-9, 1e9))
     warmup: float = flag(0.1, "fraction of all steps in which the learning rate rises", within=FRACTION)
     weight_decay: float = flag(0.04, "weight decay of matrices; vectors have none", within=WEIGHT)
-    clip_grad: float = flag(None, "largest norm of the gradient, 0: unlimited", within=WEIGHT)
+    clip_grad: float = flag(None, "largest gradient norm; 0: no clipping", within=WEIGHT)
     # fmt: on
 
 
 def as_config(values: dict) -> Config:
-    """A Config of values as JSON has them: text becomes a Path, a list a tuple."""
+    """A Config from JSON values: strings become Paths, lists become tuples."""
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     paths = [f.name for f in fields(Config) if kind_of(f) is Path and values.get(f.name) is not None]
     return Config(**values | {name: Path(values[name]) for name in paths})
@@ -186,7 +186,7 @@ def parse(argv: list[str], doc: str = "") -> tuple[Config, set[str]]:
         raise ValueError(f"{typed['init']} doesn't say how many heads it has: add --num-heads")
     if encoder and given["backbone"] != encoder["backbone"]:
         masks = f"; for its masks alone, --masks {typed['init']}" if typed["init"].is_dir() else ""
-        raise ValueError(f"{typed['init']} is no {given['backbone']}: leave out --backbone{masks}")
+        raise ValueError(f"{typed['init']} is not a {given['backbone']}: leave out --backbone{masks}")
     task = given.get("task", "pretrain")
     backbone = given.get("backbone", DEFAULTS[task]["backbone"])
     values = {f.name: f.default for f in fields(Config)}
@@ -215,7 +215,7 @@ def read_record(path: Path, by: str) -> dict:
 
 
 def read_settings(path: Path, by: str) -> dict:
-    """A run's settings without None and those of a single call. Raises ValueError, as `read_record`."""
+    """A run's settings, except None and per-call flags. Raises ValueError, like `read_record`."""
     record, known = read_record(path, by), {f.name: f for f in fields(Config)}
     left_out = NO_SETTINGS | {"overwrite", "resume", "device"}
     settings = {name: v for name, v in record.items() if v is not None and name not in left_out}

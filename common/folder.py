@@ -95,7 +95,7 @@ def _repeated(splits: dict[str, Data]) -> list[str]:
     for s in ("val", "test"):
         if again := [name for name, x in zip(splits[s].names, pixels[s]) if x in train]:
             line = f"{len(again)} image(s) of {s} are in train as well, such as {again[0]}"
-            notes.append(f"{line}: remove one of each, or figures will be too good")
+            notes.append(f"{line}: remove one of each, or scores will be too high")
     return notes
 
 

@@ -80,11 +80,11 @@ def check_foreground(source: str, train: Data, masks: Tensor, stay: Tensor) -> N
     lost = [name for name, before, now in zip(names, there, kept) if before and not now]
     if lost or stay.sum() < max(2, len(stay) / 10):
         of_class = f", of none labelled {', '.join(lost[:5])}" if lost else ""
-        raise ValueError(f"{line}{of_class}: add masks, or take those of a run by --masks RUN")
+        raise ValueError(f"{line}{of_class}: add masks, or use those of a run (--masks RUN)")
     area = int(masks.count_nonzero()) / (int(stay.sum()) * masks[0].numel())
     covers = f"It covers {100 * area:.0f} % of an image"
     if area > 0.97:
-        raise ValueError(f"{line}. {covers}: almost nothing is background. Look at what made the masks")
+        raise ValueError(f"{line}. {covers}: almost nothing is background. Check the masks")
     few = stay.sum() < 0.9 * len(stay)
     left = "" if stay.all() else "; the others are left out of training" + ": add masks" * few
     print(f"{'warning: ' * few}{line}{left}. {covers}")
@@ -92,7 +92,7 @@ def check_foreground(source: str, train: Data, masks: Tensor, stay: Tensor) -> N
     least, most = min(shares, key=shares.get, default=""), max(shares, key=shares.get, default="")
     if shares and 2 * shares[least] < shares[most]:
         both = " and ".join(f"{100 * shares[name]:.0f} % of {name}" for name in (least, most))
-        print(f"warning: {both} stay, so the classes are learned in other proportions")
+        print(f"warning: {both} stay, so the class balance changes")
 
 
 def registered_masks(images: Tensor, prior: tuple, most: int = 1) -> Tensor:

@@ -48,7 +48,7 @@ def side_by_side(reports: dict[str, Report]) -> dict[str, tuple[list[str], list[
 
 
 def print_tables(reports: dict[str, Report]) -> None:
-    """Print the tables and notes of runs {name: Report}; tables wider than WIDTH in parts."""
+    """Print tables and notes of runs {name: Report}; tables wider than WIDTH are split."""
     for header, rows in side_by_side(reports).values():
         titles = [[line for part in title.split(": ") for line in wrap(part, 15)] for title in header]
         lines = [*zip_longest(*map(reversed, titles), fillvalue="")][::-1]  # a title's last line is lowest

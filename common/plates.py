@@ -1,4 +1,4 @@
-"""Synthetic industrial plates under a fixed camera, with defects and exact masks: visual quality assurance.
+"""Synthetic industrial plates under a fixed camera, with defects and exact masks: visual inspection.
 
 A brushed plate with a bore, four holes and a sticker lies on a dark belt, shifted by up to two pixels and
 turned by up to two degrees. So the statistics of unlabelled images show where to look (`--prior statistics`).

@@ -70,7 +70,7 @@ class Collapse(RuntimeError):
 
 
 def fail(script: str, said: Exception | str, status: int) -> NoReturn:
-    """End a script with a one-line message, printed by the first process, or by each that may fail alone."""
+    """Exit with a one-line message from the first process, or from each process that may fail alone."""
     if not rank() or status == 1 and not isinstance(said, Collapse):
         print(f"{script}: {said}", file=sys.stderr)
     sys.exit(status)

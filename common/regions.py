@@ -98,7 +98,7 @@ def priors_over(
     if heads is not None and (lost := int((sure < 0.5).sum())):
         counts = f"{lost} of {len(images)} images"
         name = f"the reference image {printable(reference)}"
-        print(f"note: {name} is hardly found in {counts}; their priors get less weight")
+        print(f"note: {name} is not clearly found in {counts}; their priors count less")
     return lambda index: (carry(priors, theta[index], flow[index]), sure[index], alike[index])
 
 

@@ -8,11 +8,11 @@ As published, SPAN's priors are the same for all images. Here they are warped to
     T_i   = argmax_T s_i,  T a shift and a scale                                               (4) `find`
     l_i   = NCC(c(image_i), c(reference) o (T_i + f_i)) over the warped regions                (5) `likeness`
 
-(1) and (2) need images of one scene, which overlap from the start. Where they fail, (4) searches everywhere,
-and then (1) to (3) leave out the images' rim: a bright frame has more contrast than all that it surrounds.
-d is c and its local energy, which may be all that, say, two different digits share. The T_i with the largest
-s_i is taken. Where it is small, the regions are not found, and `confidence` is low. If there are several
-reference images, an image takes the regions of the one that is most like it, with the largest l_i.
+(1) and (2) need images of one scene that overlap from the start. Where they fail, (4) searches everywhere,
+and then (1) to (3) ignore the border, as a bright frame has more contrast than everything inside it. d is c
+and its local energy; two different digits, for example, may share only the energy. The T_i with the largest
+s_i is used. If it is small, the regions are not found, and `confidence` is low. With several reference
+images, an image gets the regions of the one that is most like it, with the largest l_i.
 """
 
 import torch
@@ -116,8 +116,8 @@ def agreement(reference: Tensor, priors: Tensor, images: Tensor, theta: Tensor) 
 def register(reference: Tensor, priors: Tensor, images: Tensor, deformable: bool) -> tuple[Tensor, ...]:
     """Register a reference image (C, H, W) with priors (R, H, W) to images (B, C, H, W).
 
-    Returns theta (B, 2, 3), flow (B, 2, k, k), 0 where `find` won or without deformation, and s (B,) before
-    bending, by which the ways to register are compared; it is of the images without rim where these won.
+    Returns theta (B, 2, 3), flow (B, 2, k, k) (0 where `find` won, or if not deformable), and s (B,) before
+    bending. The way with the highest s wins; if that left out a rim, so does s.
     """
     theta, flow, s = _overlapping(reference, priors, images, deformable)
     for rim in (0, *RIMS):  # 0: search everywhere

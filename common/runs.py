@@ -67,8 +67,8 @@ def load_all(
         if run.config.data in DRAWN and data != run.config.data:
             raise ValueError(f"{path} learned from {run.config.data}, which is drawn: leave out --data")
         if data not in DRAWN and not Path(data).is_dir():
-            learned = f"{path} learned from {data}, which is no folder: say by --data where it is now"
-            raise ValueError(f"--data {data} is no folder" if moved else learned)
+            learned = f"{path} learned from {data}, which is not a folder: give its path by --data"
+            raise ValueError(f"--data {data} is not a folder" if moved else learned)
         runs[path] = run._replace(config=replace(run.config, data=data))
     shared = next((run.config for run in runs.values()), None)
     configs = {p: runs[p].config if p in runs else weights_config(p, flags, shared) for p in paths}

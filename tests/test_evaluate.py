@@ -154,7 +154,7 @@ def test_a_run_finds_its_data_where_they_have_moved_and_no_others(tmp_path, refu
     trained(tmp_path / "run", f"--data {data} --img-size 16 --batch-size 2", SMALL)
     evaluate.main([run, "--data", f"{data}/", "--only", "bias"])
     moved = data.rename(tmp_path / "moved")
-    assert f"{data}, which is no folder: say by --data where it is now" in refused(evaluate.main, run)
+    assert f"{data}, which is not a folder: give its path by --data" in refused(evaluate.main, run)
     evaluate.main([run, "--data", str(moved), "--only", "bias"])
     (moved / "images" / "0.png").rename(moved / "images" / "9.png")
     table = moved / "labels.csv"
