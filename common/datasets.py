@@ -96,7 +96,14 @@ def pets(source: Path) -> Iterator[Example]:
             yield f"{name}.jpg", source / "images" / f"{name}.jpg", {"animal": trimap != 2}, row
 
 
-DATASETS = {f.__name__: f for f in (montgomery, shenzhen, jsrt, nih14, covid_qu_ex, mvtec, pets)}
+def weizmann(source: Path) -> Iterator[Example]:
+    """rgb/<name>.jpg of horses, figure_ground/<name>.jpg of another size (Borenstein & Ullman 2002)."""
+    for path in sorted((source / "rgb").glob("*.jpg")):
+        with Image.open(path) as image, Image.open(source / "figure_ground" / path.name) as mask:
+            yield path.name, path, {"horse": np.asarray(mask.convert("L").resize(image.size)) > 127}, {}
+
+
+DATASETS = {f.__name__: f for f in (montgomery, shenzhen, jsrt, nih14, covid_qu_ex, mvtec, pets, weizmann)}
 
 
 def write(examples: Iterator[Example], out: Path) -> int:

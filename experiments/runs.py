@@ -76,10 +76,10 @@ def train(names: list[str]) -> None:
     Runs on real images are left out where these are missing.
     """
     (ROOT / "runs").mkdir(exist_ok=True)
-    real = [name for name in names if "data/chest" in RUNS[name]]
-    if real and not (ROOT / "data/chest").is_dir():
-        print("note: no runs on real X-rays: lay them out by python -m experiments.real SOURCE")
-        names = [name for name in names if name not in real]
+    real = {name: found[0] for name in names if (found := re.search(r"data/(chest\w*|horses)", RUNS[name]))}
+    if missing := {folder for folder in real.values() if not (ROOT / folder).is_dir()}:
+        print(f"note: no runs on {', '.join(sorted(missing))}: docs/data.md says how to lay them out")
+        names = [name for name in names if real.get(name) not in missing]
     flags = " ".join(RUNS[name] for name in names)
     names_of_folders = r"(data/(symbols|scenes|grounds|digits|leaves|hearts)(\d+)(?:m(\d+))?-(\d+))"
     for folder, kind, n, masks, seed in sorted(set(re.findall(names_of_folders, flags))):

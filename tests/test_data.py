@@ -663,6 +663,18 @@ def test_pets_take_the_border_of_the_animal_for_animal(source):
     assert splits["test"].masks[0, 0].float().mean() == pytest.approx(9 / 16, abs=0.05)
 
 
+def test_weizmann_s_masks_take_the_size_of_their_pictures(source):
+    """They are JPEGs, in which white is not quite white."""
+    for i in range(9):
+        save(source / "rgb" / f"horse{i}.jpg", SMALL)
+        save(source / "figure_ground" / f"horse{i}.jpg", np.kron(MASK, np.ones((4, 4), dtype=np.uint8)))
+    datasets.main(["weizmann", str(source), str(source.parent / "horses")])
+    splits, *_ = load_folder(source.parent / "horses", 16)
+    assert splits["train"].regions == ["horse"] and all(data.has_masks.all() for data in splits.values())
+    exact = np.asarray(Image.fromarray(MASK).resize((16, 16), Image.NEAREST)) > 0
+    assert (splits["test"].masks[0, 0].numpy() != exact).mean() < 0.1
+
+
 @pytest.mark.parametrize("name, out, words", [("mvtec", "new", "no image was found"), ("pets", "", "exists")])
 def test_a_source_of_another_layout_and_an_existing_folder_are_refused(name, out, words, tmp_path, refused):
     assert words in refused(datasets.main, name, str(tmp_path), str(tmp_path / out))
