@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from attention_priors import blurred, follow, priors_from_masks, priors_from_statistics
-from common.data import BATCH, SPLITS, Data, at_a_time, printable, rows_at, to_device
+from common.data import BATCH, SPLITS, Data, at_a_time, printable, rows_at, select, to_device
 from common.explain import attention_of
 from common.folder import by_stem, image_size
+from common.metrics import localisation_ap
 from common.registration import carry, confidence, likeness, register
 from common.splits import DRAWN
 
@@ -111,18 +112,33 @@ def prior_maps(
     runs on the device; the maps are in host memory.
     """
 
-    def on_grid(priors: Tensor) -> Tensor:  # (B, R, S, S) to (B, R, h * w)
-        return follow(priors, torch.eye(2, 3).expand(len(priors), 2, 3), grid)[0]
-
     prior = make_priors("sample", train, reference, blur)[0][None]  # (1, R, S, S)
-    maps = {"prior": (on_grid(prior).expand(len(images), -1, -1), grid)}
+    maps = {"prior": (_on_grid(prior, grid).expand(len(images), -1, -1), grid)}
     if how != "none":
         over = priors_over(images, "sample", train, reference, blur, how, device)
         parts = torch.arange(len(images)).split(at_a_time(BATCH, images))
         registered = torch.cat([over(index)[0].cpu() for index in parts])
         maps["aligned prior, every pixel"] = registered.flatten(2), tuple(registered.shape[2:])
-        maps["aligned prior"] = torch.cat([on_grid(part) for part in registered.split(BATCH)]), grid
+        maps["aligned prior"] = torch.cat([_on_grid(p, grid) for p in registered.split(BATCH)]), grid
     return maps
+
+
+def best_statistics(
+    images: Tensor, train: Data, val: Data, blur: float, grid: tuple[int, int]
+) -> dict[str, tuple[Tensor, tuple[int, int]]]:
+    """As `prior_maps`, from statistics of images: for each region the one that is best on validation images."""
+    priors, maps = make_priors("statistics", train, None, blur)[0][None], {}  # (1, P, S, S)
+    val, every = select(val, val.has_masks), tuple(priors.shape[2:])
+    shown = {"prior, every pixel": (priors.flatten(2), every), "prior": (_on_grid(priors, grid), grid)}
+    for name, (m, size) in shown.items():
+        ap = localisation_ap(m.expand(len(val.names), -1, -1), val.masks, size).nanmean(dim=0)  # (P, R)
+        maps[name] = m[:, ap.nan_to_num(-1).argmax(dim=0)].expand(len(images), -1, -1), size
+    return maps
+
+
+def _on_grid(priors: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Priors (B, R, S, S) on a grid of patches, (B, R, h * w)."""
+    return follow(priors, torch.eye(2, 3).expand(len(priors), 2, 3), grid)[0]
 
 
 # Masks from attention

@@ -19,7 +19,7 @@ from common.measure import QUICK, report
 from common.models import build_encoder, load_model, lrp_rule, start_from
 from common.page import Looks, print_tables
 from common.plots import curves, draw_maps
-from common.regions import make_priors, mass_held, prior_maps, warn_if_unguided
+from common.regions import best_statistics, make_priors, mass_held, prior_maps, warn_if_unguided
 from common.splits import DRAWN, load
 from dino import DINO
 from relvit import RelViT
@@ -105,6 +105,8 @@ def measured_by(run: Loaded, splits: dict, reference: str | None, known: dict) -
         return {"layer": config.span_layer, "multiclass": run.spec.multiclass, "rule": lrp_rule(config)}
 
     def priors(images: Tensor) -> dict:
+        if config.prior == "statistics":
+            return best_statistics(images, splits["train"], splits["val"], config.prior_blur, model.grid(images))
         settings = config.prior_blur, config.align, model.grid(images)
         if settings not in known:
             device = str(next(model.parameters()).device)
@@ -112,7 +114,7 @@ def measured_by(run: Loaded, splits: dict, reference: str | None, known: dict) -
         return known[settings]
 
     guided = {"layer": config.span_layer, "guided": config.prior in ("sample", "masks")}
-    return guided | ({"priors": priors} if config.prior == "sample" else {})
+    return guided | ({"priors": priors} if config.prior in ("sample", "statistics") else {})
 
 
 def worth_showing(splits: dict[str, Data]) -> tuple[str, Data]:

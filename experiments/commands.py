@@ -11,7 +11,7 @@ WEIGHTS = {  # of baselines, chosen on seed 10 with the ResNet; the ViT keeps th
 }  # fmt: skip
 LABELS = "--task classify --backbone"
 CLASSIFIERS = {"resnet": f"{LABELS} resnet", "vit": f"{LABELS} vit --epochs 15 --shift 0"}  # beside ISNet
-UNTRAINED = "--prior none --epochs 1 --lr 1e-9"  # hardly moves a weight
+UNTRAINED = "--epochs 1 --lr 1e-9"  # hardly moves a weight
 BEFORE = "--batch-size 64 --lr 2e-3"  # the defaults of DINO's older runs
 PLATES = "--data parts --keep-going --batch-size 64 --lr 5e-4 --teacher-temp 0.01 --global-scale 0.7 1"
 LOSSES = {"steady": "", "published": "--koleo 0 --max-entropy 1"}  # DINO's
@@ -109,7 +109,8 @@ def against_backgrounds() -> dict[str, str]:
     kinds = "corner", "anywhere", "tint", "border"
     runs = {f"marked_{kind}": f"--marker 1 --marker-kind {kind}" for kind in kinds}
     for backbone in CLASSIFIERS:
-        ways = {"blind": BLIND} | ({"published": "--preset published"} if backbone == "resnet" else {})
+        others = {"published": "--preset published", "swap": "--baseline swap"}
+        ways = {"blind": BLIND} | (others if backbone == "resnet" else {})
         for kind in kinds:
             label = f"{LABELS} {backbone} --marker 1 --marker-kind {kind}"
             runs |= {f"{way}_{backbone}_{kind}": f"{label} {flags}" for way, flags in ways.items()}
@@ -119,6 +120,7 @@ def against_backgrounds() -> dict[str, str]:
                 "flush_one": f"{one} --swap-margin 0", "blind_attention": f"{attention} --swap-margin 0.0125",
             }.items():  # fmt: skip
                 runs[f"{way}_{backbone}_{kind}"] = f"{label} {BLIND} {masks}"
+            runs[f"swap_close_{backbone}_{kind}"] = f"{label} --baseline swap {one} --swap-margin 0.0125"
         for way, flags in ({"plain": ""} | baselines_of(backbone) | ways).items():
             label = f"{LABELS} {backbone} --marker 1 --marker-kind hospitals"
             runs[f"{way}_{backbone}_hospitals"] = f"{label} {flags}".strip()
@@ -149,17 +151,23 @@ def at_equal_length() -> dict[str, str]:
         "wide_long": f"--prior none {long}",
         "plates_dino": f"{PLATES} --prior none --epochs 60",  # settings that suit DINO alone
         "plates_span": f"{PLATES} --prior statistics --epochs 60",
-        "untrained": UNTRAINED,
-        "untrained_plates": f"--data parts {UNTRAINED}",
+        "untrained": f"--prior none {UNTRAINED}",
+        "untrained_plates": f"--data parts --prior statistics {UNTRAINED}",
     }
 
 
 def on_real_images() -> dict[str, str]:
-    """Chest X-rays: without a shortcut, with a marker, or with the hospital as a shortcut; see real.py."""
+    """Chest X-rays: without a shortcut, with a marker, or with the hospital as one, see real.py; horses."""
     label, one = f"{LABELS} resnet --data data/", "--masks prior --swap-margin 0.0125"
     ways = {"plain": "", "swap": "--baseline swap", "pipeline": "--baseline pipeline", "blind": BLIND}
-    runs = {"span_chest": "--data data/chest", "dino_chest": "--data data/chest --prior none"}
-    runs["untrained_chest"] = f"--data data/chest {UNTRAINED}"
+    runs = {"plain_resnet_chest_masks": f"{label}chest_masks"}
+    for data in ("chest", "horses"):  # each seed has another horse as its reference image
+        flags = f"--data data/{data}" + " --sample horse01{seed}.jpg" * (data == "horses")
+        alone = f"--data data/{data} --prior none"
+        runs |= {f"span_{data}": flags, f"dino_{data}": alone, f"untrained_{data}": f"{alone} {UNTRAINED}"}
+        runs[f"fixed_{data}"] = f"{flags} --align none"
+    runs["long_span_chest"] = "--data data/chest --epochs 120"
+    runs["long_dino_chest"] = "--data data/chest --prior none --epochs 120"
     for way, flags in (ways | {"blind_close": f"{BLIND} {one}"}).items():
         for data in ("chest", "chest_marker", "chest_hospitals"):
             runs[f"{way}_resnet_{data}"] = f"{label}{data} {flags}".strip()

@@ -40,8 +40,10 @@ LOCALISATION = {  # title: experiment, and what is measured
     "registered prior, at every pixel": ("long_span", "aligned_prior_every_pixel"),
     "**60 epochs: attention, one reference image**": ("long_span", "attention"),
     "60 epochs: attention, prior not registered (as published)": ("long_published", "attention"),
-    "60 epochs: DINO, best head chosen on validation images": ("dino_long", "attention"),
-    "60 epochs: DINO, mean of all heads": ("dino_long", "mean_of_heads"),
+    "60 epochs: DINO, best head chosen on validation images": ("long_dino", "attention"),
+    "60 epochs: DINO, published loss, best head": ("dino_long", "attention"),
+    "60 epochs: DINO, mean of all heads": ("long_dino", "mean_of_heads"),
+    "untrained encoder, best head": ("untrained", "attention"),
     "9 epochs, the default: attention, one reference image": ("phantom_span", "attention"),
     "9 epochs, the default: attention, all masks": ("phantom_masks", "attention"),
     "9 epochs, the default: SimPool's attention": ("simpool_span", "attention"),
@@ -56,8 +58,10 @@ FEW_MASKS = {  # of digits, leaves and hearts
     "blind_all": "all masks: default",
 }
 BLIND = {  # ways against backgrounds
-    "blind": "**ISNet with swapping (default)**", "published": "ISNet as published",
+    "blind": "**ISNet with swapping (default)**", "swap": "backgrounds swapped",
+    "published": "ISNet as published",
     "blind_close": "**default, one mask, registered**",
+    "swap_close": "backgrounds swapped, one mask, registered",
     "blind_one": "default, one mask, registered, twice the margin",
     "flush_one": "default, one mask, registered, no margin",
     "blind_attention": "**default, one mask, SPAN's attention**",
@@ -93,10 +97,10 @@ def of_guidance() -> Tables:
     ]
     equal = [
         Row("untrained encoder", "untrained", of_features),
-        Row("DINO, published loss", "dino_long", of_features),
-        Row("**SPAN with DINO: default loss**", "long_span", of_features, "dino_long"),
-        Row("SPAN with DINO, priors not registered", "long_published", of_features, "dino_long"),
-        Row("DINO, default loss", "long_dino", of_features, "dino_long"),
+        Row("DINO, default loss", "long_dino", of_features),
+        Row("**SPAN with DINO, default loss**", "long_span", of_features, "long_dino"),
+        Row("SPAN with DINO, priors not registered", "long_published", of_features, "long_dino"),
+        Row("DINO, published loss", "dino_long", of_features, "long_dino"),
         Row("DINO, published loss, then SPAN for 9 epochs (default)", "after_dino", of_features, "dino_long"),
         Row("plates: untrained encoder", "untrained_plates", of_features),
         Row("plates, DINO's settings: DINO", "plates_dino", of_features),
@@ -106,9 +110,15 @@ def of_guidance() -> Tables:
     figures = ["attention_mAP", "linear_mAUC"]
     ablation = [Row("none", "phantom_span", figures)]
     ablation += [Row(f"`{flag}`", run, figures, "phantom_span") for run, flag in SPAN_CHANGES.items()]
-    parts = [f"attention_{x}" for x in ("AP_plate", "AP_holes", "AP_defect", "mAP")]
-    plates = [Row("DINO", "plates_dino", parts)]
-    plates.append(Row("**SPAN, priors from statistics**", "plates_span", parts, "plates_dino"))
+    parts = "AP_plate", "AP_holes", "AP_defect", "mAP"
+    of_parts = {  # title: experiment, what is measured, reference
+        "prior on the grid of patches": ("untrained_plates", "prior", ""),
+        "prior at every pixel": ("untrained_plates", "prior_every_pixel", ""),
+        "untrained encoder": ("untrained_plates", "attention", ""),
+        "DINO": ("plates_dino", "attention", ""),
+        "**SPAN, priors from statistics**": ("plates_span", "attention", "plates_dino"),
+    }
+    plates = [Row(k, run, [f"{of}_{x}" for x in parts], to) for k, (run, of, to) in of_parts.items()]
     transfer = []
     for how, readout in READOUTS.items():
         figures = [f"{how}_mAUC{n}" for n in ("_1_percent", "_5_percent", "_10_percent", "_25_percent", "")]
@@ -121,7 +131,7 @@ def of_guidance() -> Tables:
         "equal_length": ("60 epochs, batches of 64, unless noted | k-NN, mAUC | linear layer, mAUC", equal),
         "ablation": ("added flag | attention mAP | linear layer, mAUC", ablation),
         "transfer": (labels, transfer),
-        "parts": ("attention AP, heads chosen on validation images | plate | holes | defect | mAP", plates),
+        "parts": ("AP, heads and priors chosen on validation images | plate | holes | defect | mAP", plates),
     }
 
 
@@ -176,13 +186,21 @@ def of_backgrounds() -> Tables:
 
 
 def of_real_images() -> Tables:
-    """Chest X-rays: SPAN and DINO; classifiers with a marker, or the hospital, as a shortcut."""
-    features = ["prior_mAP", "aligned_prior_mAP", "attention_mAP", "knn_mAUC", "linear_mAUC"]
-    guided = [Row("untrained encoder", "untrained_chest", features)]
-    guided.append(Row("DINO, best head chosen on validation images", "dino_chest", features))
-    guided.append(Row("**SPAN, one reference image**", "span_chest", features, "dino_chest"))
+    """Horses and chest X-rays: SPAN and DINO; classifiers with a marker, or the hospital, as a shortcut."""
+    maps = ["prior_mAP", "aligned_prior_mAP", "attention_mAP"]
+    features, guided, horses = [*maps, "knn_mAUC", "linear_mAUC"], [], []
+    for data, rows, figures in (("chest", guided, features), ("horses", horses, maps)):
+        rows.append(Row("untrained encoder", f"untrained_{data}", figures))
+        for steps, long in {350: "", 1440: "long_"}.items() if data == "chest" else [(350, "")]:
+            dino = f"{long}dino_{data}"
+            rows.append(Row(f"{steps} steps: DINO, best head chosen on validation images", dino, figures))
+            rows.append(
+                Row(f"**{steps} steps: SPAN, one reference image**", f"{long}span_{data}", figures, dino)
+            )
+        rows.append(Row("350 steps: SPAN, prior not registered", f"fixed_{data}", figures, f"dino_{data}"))
     inside, hospitals = ["auc_removed", "relevance_share_same", "mask_dice"], []
-    marker, unmarked = [], ["no_L", "auc_same", *inside[1:]]
+    unmarked = ["no_L", "auc_same", *inside[1:]]
+    marker = [Row("masks of the lungs as images: plain", "plain_resnet_chest_masks", unmarked[:2])]
     for way, title in (SHORTCUT | BLIND).items():
         marker.append(Row(f"no L in training: {title}", f"{way}_resnet_chest", unmarked))
     for way, title in (SHORTCUT | BLIND).items():
@@ -191,6 +209,7 @@ def of_real_images() -> Tables:
         hospitals.append(Row(title, f"{way}_resnet_chest_hospitals", [*at, "relevance_share_same"]))
     where = "AUC | as in training | flipped | within Shenzhen | within Montgomery | relevance inside"
     return {
+        "horses": ("AP of horses | prior | registered prior | attention", horses),
         "chest": ("mAP of lungs, AUC | prior | registered prior | attention | k-NN | linear layer", guided),
         "chest_marker": ("AUC | L flipped | no L in the test | relevance inside | Dice of masks", marker),
         "chest_hospitals": (where, hospitals),

@@ -1,8 +1,8 @@
 """Real chest X-rays: tuberculosis at two hospitals, with masks of the lungs. Nothing is downloaded here.
 
-    python -m experiments.real SOURCE             lays out data/chest, data/chest_marker, data/chest_hospitals
-    python -m experiments.runs --only chest       trains and measures
-    python -m experiments.real runs/NAME          measures more of a run on the last two, as `runs` does
+    python -m experiments.real SOURCE         lays out data/chest, chest_marker, chest_hospitals, chest_masks
+    python -m experiments.runs --only chest   trains and measures
+    python -m experiments.real runs/NAME      measures more of a run on the second or third, as `runs` does
 
 SOURCE holds cxr/ and masks/, both with NAME_0.png (normal) and NAME_1.png (tuberculosis) in equal size: 566
 images of Shenzhen (CHNCXR_*) and 138 of Montgomery County (MCUCXR_*), as in the folder data of the repository
@@ -28,7 +28,7 @@ from common.metrics import auc
 from common.runs import load_all
 from experiments.runs import ROOT
 
-SHORTCUTS = "", "_marker", "_hospitals"  # what tells the label in training
+SHORTCUTS = "", "_marker", "_hospitals", "_masks"  # what gives the label away in training
 PAIRS = {  # hospitals of images with tuberculosis, and of those without
     "trained": ("CHN", "MCU"), "flipped": ("MCU", "CHN"),
     "Shenzhen": ("CHN", "CHN"), "Montgomery": ("MCU", "MCU"),
@@ -60,6 +60,7 @@ def examples(source: Path, shortcut: str) -> Iterator[Example]:
 
     "_marker": in training an L marks tuberculosis, in the test all other images. "_hospitals": in training
     all images with tuberculosis are from Shenzhen, all others from Montgomery; the test has all the rest.
+    "_masks": each image is replaced by the masks of its lungs, white on black.
     """
     for path in sorted((source / "cxr").glob("*.png")):
         sick, part = path.stem.endswith("_1"), zlib.crc32(path.name.encode()) % 10
@@ -69,8 +70,10 @@ def examples(source: Path, shortcut: str) -> Iterator[Example]:
             split = "test"
         if shortcut == "_marker" and sick == (split != "test"):
             image = marked(path)
-        row = {"tuberculosis": str(int(sick)), "split": split}
-        yield path.name, image, lungs(source / "masks" / path.name), row
+        row, masks = {"tuberculosis": str(int(sick)), "split": split}, lungs(source / "masks" / path.name)
+        if shortcut == "_masks":
+            image = np.logical_or(*masks.values()).astype(np.uint8) * 255
+        yield path.name, image, masks, row
 
 
 def by_hospital(run: Path) -> dict[str, float]:

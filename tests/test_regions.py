@@ -19,7 +19,15 @@ from common.data import Data
 from common.foreground import are_made, check_foreground, foreground
 from common.foreground import mask_dice, masks_compared, masks_of_run, references_for, registered_masks
 from common.phantom import REGIONS, phantom
-from common.regions import make_priors, masks_held, mass_held, prior_maps, priors_over, warn_if_unguided
+from common.regions import (
+    best_statistics,
+    make_priors,
+    masks_held,
+    mass_held,
+    prior_maps,
+    priors_over,
+    warn_if_unguided,
+)
 from common.splits import load
 from vit import ViT
 
@@ -152,6 +160,22 @@ def test_a_class_whose_images_would_all_be_left_out_is_named():
     with pytest.raises(ValueError, match="3 of 40 training images is known"):
         labelled = many._replace(labels=torch.ones(40, 1), findings=["ill"])
         check_foreground("prior", labelled, many.masks[:, :1], torch.arange(40) < 3)
+
+
+def test_a_region_gets_the_statistic_that_is_best_on_validation_images():
+    """Priors of half images: the mean is bright on the left, the deviation high on the right."""
+    images = torch.zeros(8, 1, 16, 16, dtype=torch.uint8)
+    images[..., :8], images[::2, ..., 8:] = 250, 200
+    masks = torch.zeros(8, 2, 16, 16, dtype=torch.bool)
+    masks[:, 0, :, :8] = masks[:, 1, :, 8:] = True
+    data = Data(images, masks, torch.ones(8, dtype=torch.bool), None, [""] * 8, ["left", "right"], [])
+    for val, order in ((data, (0, 1)), (data._replace(masks=masks.flip(1)), (1, 0))):
+        maps = best_statistics(images[:3], data, val, 0.0, (4, 4))
+        for name, n in (("prior, every pixel", 256), ("prior", 16)):
+            m = maps[name][0].unflatten(2, (n // round(n**0.5), -1))  # (3, R, h, w)
+            half = m.shape[3] // 2
+            left = m[0, :, :, :half].sum(dim=(1, 2)) > m[0, :, :, half:].sum(dim=(1, 2))
+            assert m.shape[:2] == (3, 2) and left[list(order)].tolist() == [True, False]
 
 
 def test_masks_that_leave_no_background_stop_the_run_and_classes_that_lose_unevenly_are_named(capsys):
