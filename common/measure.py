@@ -132,7 +132,7 @@ def add_probe(
         rows[f"{100 * f:g} % of labels ({len(draw_labelled(splits['train'].labels, f, 0))})"] = means[name]
     if fractions and what in ("knn", "linear"):  # on small data, training can make features worse
         control = probe(untrained(encoder), splits, what, features=x.setdefault("untrained", {}))[1.0]
-        found.metrics[f"{what}_{name}_untrained"] = rows["untrained encoder"] = control[name][0]
+        found.metrics[f"{what}_{name}_untrained"] = rows["untrained encoder, 100 %"] = control[name][0]
 
 
 def measure_attention(

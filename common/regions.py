@@ -126,7 +126,7 @@ def prior_maps(
 def best_statistics(
     images: Tensor, train: Data, val: Data, blur: float, grid: tuple[int, int]
 ) -> dict[str, tuple[Tensor, tuple[int, int]]]:
-    """As `prior_maps`, from statistics of images: for each region the one that is best on validation images."""
+    """As `prior_maps`, from statistics of images: for each region the best one on validation images."""
     priors, maps = make_priors("statistics", train, None, blur)[0][None], {}  # (1, P, S, S)
     val, every = select(val, val.has_masks), tuple(priors.shape[2:])
     shown = {"prior, every pixel": (priors.flatten(2), every), "prior": (_on_grid(priors, grid), grid)}

@@ -105,9 +105,10 @@ def measured_by(run: Loaded, splits: dict, reference: str | None, known: dict) -
         return {"layer": config.span_layer, "multiclass": run.spec.multiclass, "rule": lrp_rule(config)}
 
     def priors(images: Tensor) -> dict:
+        grid = model.grid(images)
         if config.prior == "statistics":
-            return best_statistics(images, splits["train"], splits["val"], config.prior_blur, model.grid(images))
-        settings = config.prior_blur, config.align, model.grid(images)
+            return best_statistics(images, splits["train"], splits["val"], config.prior_blur, grid)
+        settings = config.prior_blur, config.align, grid
         if settings not in known:
             device = str(next(model.parameters()).device)
             known[settings] = prior_maps(images, splits["train"], reference, *settings, device)
