@@ -36,7 +36,6 @@ OF_FOREGROUND = {  # {table: what in it is measured only on images with a foregr
 }  # fmt: skip
 QUICK = ["attention", "bias", "knn", "linear"]  # seconds a run
 Table = dict[str, dict[str, float]]  # {column: {row: value}}
-Maps = dict[str, tuple[Tensor, tuple[int, int]]]  # {name: (maps (M, R, N), their grid (h, w))}
 
 
 class Report(NamedTuple):
@@ -57,13 +56,13 @@ def applicable(measures: list[str], classifier: bool) -> list[str]:
 def report(
     model: nn.Module, splits: dict[str, Data], measures: list[str], fractions: tuple[float, ...] = (1.0,), *,
     multiclass: bool | None = None, rule: dict | None = None, layer: int = -1, guided: bool = False,
-    priors: Callable[[Tensor], Maps] | None = None,
+    priors: Callable | None = None,
 ) -> Report:  # fmt: skip
     """Measure a model on test images, as far as there are masks and labels; notes say what can't be measured.
 
     measures: from MEASURES. fractions: of labels, to probe pretrained encoders. multiclass: None for these,
     else whether labels are classes. rule: arguments of `relevance`. layer: the block whose attention counts.
-    guided: whether masks guided the first heads. priors: a function from images to maps of priors.
+    guided: whether masks guided the first heads. priors: from images to {name: (maps (M, R, N), grid)}.
     """
     classifier = multiclass is not None
     encoder = model.encoder if classifier else model
@@ -107,9 +106,8 @@ def report(
         except CannotMeasure as error:
             if what != "attention" or not pools_evenly(encoder):  # else it is said already
                 found.notes.append(str(error))
-    for title, what in OF_FOREGROUND.items():
-        if title in found.tables and 0 < masked < n:
-            found.notes.append(f"{what}: on the {masked} of {n} test images with a foreground")
+    partly = [what for title, what in OF_FOREGROUND.items() if title in found.tables and 0 < masked < n]
+    found.notes.extend(f"{what}: on the {masked} of {n} test images with a foreground" for what in partly)
     if unknown := [name for name, value in found.metrics.items() if math.isnan(value)]:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         few = "(too few test images of a kind, or validation images)"
@@ -133,6 +131,8 @@ def add_probe(
     if fractions and what in ("knn", "linear"):  # on small data, training can make features worse
         control = probe(untrained(encoder), splits, what, features=x.setdefault("untrained", {}))[1.0]
         found.metrics[f"{what}_{name}_untrained"] = rows["untrained encoder, 100 %"] = control[name][0]
+        if found.metrics[f"{what}_{name}"] <= control[name][0]:
+            found.notes.append(f"{what}: no better than an untrained encoder; train longer (--epochs)")
 
 
 def measure_attention(

@@ -119,7 +119,7 @@ def test_init_brings_the_encoder_s_sizes_and_typed_ones_win(tmp_path):
     config, _ = parse(["--task", "classify", "--init", str(run), "--depth", "1"])
     assert (config.backbone, config.embed_dim, config.depth, config.patch_size) == ("vit", 24, 1, 4)
     assert config.lr == 5e-4 and config.init == run  # the defaults of a ViT that classifies
-    with pytest.raises(ValueError, match="is not a resnet: leave out --backbone; for its masks alone, --masks"):
+    with pytest.raises(ValueError, match="is not a resnet: leave out --backbone; for its masks alone"):
         parse(["--task", "classify", "--init", str(run), "--backbone", "resnet"])
     run_folder(tmp_path, "", depth=None, pool=None)
     with pytest.raises(ValueError, match=f"--init {run}: its config.json lacks depth, pool; restore it"):

@@ -272,6 +272,7 @@ def test_features_are_measured_beside_those_of_an_untrained_encoder():
         assert (found.metrics.pop(f"{how}_mAUC"), found.metrics.pop(f"{how}_mAUC_untrained")) == (0.5, 1)
         assert found.tables["probes, in %"][f"{how} mAUC"]["untrained encoder, 100 %"] == 1
     assert not found.metrics  # that is all, and a classifier has no such control
+    assert found.notes[0] == "knn: no better than an untrained encoder; train longer (--epochs)"
     assert list(measure.report(model, splits, ["knn"], multiclass=False).metrics) == ["knn_mAUC"]
 
 
