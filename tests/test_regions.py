@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL, image_folder, save, trained
+from conftest import SMALL, image_folder, save, seeded, trained
 from torch import nn
 
 import train
@@ -65,6 +65,18 @@ def test_priors_are_registered_to_each_image_unless_told_otherwise(monkeypatch):
     assert {name: tuple(m.shape) for name, (m, _) in maps.items()} == {
         "prior": (8, 3, 64), "aligned prior, every pixel": (8, 3, 4096), "aligned prior": (8, 3, 64),
     }  # fmt: skip
+
+
+def test_a_note_names_the_remedy_if_the_reference_is_found_in_few_images(capsys):
+    splits, reference, _ = load("phantom", 64, 0, 8)
+    noise, given = torch.randint(256, (9, 1, 64, 64), generator=seeded()).byte(), (0.025, "bend", "cpu")
+    for shown, others in ((6, 2), (2, 9)):
+        images = torch.cat([splits["test"].images[:shown], noise[:others]])
+        over = priors_over(images, "sample", splits["train"], reference, *given, heads=3)
+        assert (over(torch.arange(len(images)))[1][shown:] < 0.5).all()
+        said = capsys.readouterr().out
+        assert f"is not clearly found in {others} of" in said
+        assert ("--align none" in said) == (others > shown)
 
 
 def test_the_fewest_pixels_that_hold_the_mass_are_kept():
