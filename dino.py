@@ -9,7 +9,7 @@ teacher's distribution over K prototypes; the teacher's weights are a moving ave
     theta_t <- lambda theta_t + (1 - lambda) theta_s
 
 Centring (c) and sharpening (small tau_t) balance each other. Without this balance DINO collapses: all images
-get the same output, which the loss does not show. Two additions, off by default, prevent this on small data.
+get the same output, which the loss does not show. Two additions, off unless asked for, work against it.
 KoLeo (1806.03198, used by DINOv2) spreads the features z of a batch. The entropy of P_t is about
 log K - (s / tau_t)^2 / 2, where s is the standard deviation of scores; tau_t is lowered to limit it. A slow c
 would then leave the same offset in all scores, and one prototype would win. So (8) moves c faster.

@@ -1,6 +1,6 @@
-"""The demo of each concept file: `python vit.py` prints a few facts and writes vit.png.
+"""The chapter (demo) of each concept file: `python vit.py` prints a few facts and writes vit.png.
 
-A demo takes at most 20 seconds on a CPU. It trains on synthetic images or not at all.
+A chapter takes at most 20 seconds on a CPU. It trains on synthetic images or not at all.
 """
 
 from collections.abc import Callable

@@ -119,7 +119,7 @@ def check_pairs(c: Config) -> None:
         (c.masks == "attention" and not from_run, "--masks attention needs --init RUN; or use --masks RUN"),
         (not some_masks, f"--masks {c.masks} is neither data, prior, attention, nor a folder"
          + ("" if some_masks else suggestion(c.masks, [*MASKS, *glob(f"{escape(beside)}/*/")]))),
-        (not classify and c.ssl == "none" and not guided, "--ssl none learns from a --prior only: set one"),
+        (not classify and c.ssl == "none" and not guided, "--ssl none learns from a --prior alone: set one"),
         (c.isnet and not classify, "--isnet needs --task classify"),
         (c.baseline and not classify, "--baseline needs --task classify"),
         (c.baseline and (c.isnet or c.relations), "--baseline excludes --isnet and --relations: choose one"),

@@ -65,7 +65,7 @@ class Config:
     findings: tuple[str, ...] = flag(None, "labels to classify, or all (default: the phantom's first, all of "
         "other data)", nargs="+", needs="task=classify")
     marker: float = flag(None, "probability that a marker agrees with the first finding", within=FRACTION)
-    marker_kind: str = flag("corner", "corner, anywhere: an L; tint; border: a frame; two hospitals",
+    marker_kind: str = flag("corner", "an L in a corner or anywhere, a tint, a frame (border), two hospitals",
         choices=[*MARKERS, "hospitals"], needs="marker")
     sample: str = flag(None, "name of the reference image (default: the first with all masks)")
     prior: str = flag("sample",
@@ -120,7 +120,7 @@ class Config:
         needs=f"isnet {PENALISED}|swap")
     explain: str = flag("selective", "explain the label's logit, a random one, or the log-odds of the "
         "least likely class", choices=["label", "random", "selective"], needs="isnet")
-    isnet_layers: str = flag("all", "inner relevance to penalise: none, blocks, all layers, or + attention",
+    isnet_layers: str = flag("all", "inner relevance to penalise: none, blocks, relevance (every layer), all",
         choices=["none", "blocks", "relevance", "all"], needs="isnet")
     isnet_decay: float = flag(0.97, "weight ratio of successive ranks", within=(1e-3, 1), needs="isnet")
     isnet_e: float = flag(0.1, "E in u = h / (h + E); small: traces count", within=POSITIVE, needs="isnet")

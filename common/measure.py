@@ -7,8 +7,8 @@ bias       a classifier's AUC and accuracy on test images as in training and, if
            it removed, flipped, and flipped to an unseen kind. These show whether it relies on the marker.
            The share of relevance in the foreground does not: a heatmap can look right and be wrong.
 objects    how well maps outline the one object of an image, see `objects.py`
-others     how good features are, beside an untrained encoder's, see `probe.py`; or a classifier's AUC and
-           accuracy on exchanged `backgrounds`, see `backgrounds.py`
+backgrounds: a classifier's AUC and accuracy with exchanged backgrounds, see `backgrounds.py`
+others     how good an encoder's features are, see `probe.py`
 """
 
 import math
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, nn
 
 from common.backgrounds import exchanged
 from common.baselines import Pipeline
@@ -25,8 +25,8 @@ from common.explain import attention_of, pools_evenly, relevance_of, scores_of
 from common.foreground import mask_dice
 from common.metrics import CannotMeasure, auc, best_threshold, dice
 from common.metrics import known_mean, localisation_ap, relevance_share
-from common.objects import measure_objects, shows_one, untrained
-from common.probe import PROBES, draw_labelled, probe
+from common.objects import measure_objects, shows_one
+from common.probe import PROBES, draw_labelled, probe, untrained_probe
 
 MEASURES = ["attention", "objects", "bias", "backgrounds", *PROBES]
 NOT_OF = {True: ["finetune"], False: ["bias", "backgrounds"]}  # for classifiers, for pretrained encoders
@@ -45,7 +45,7 @@ class Report(NamedTuple):
     tables: dict[str, Table]  # by title
     curves: dict[str, dict[float, list[float]]]  # {probe: {label fraction: one value per draw}}
     heads: dict[str, int]  # {region: the head that looks at it}
-    notes: list[str]  # what can't be measured
+    notes: list[str]  # what can't be measured, and warnings
 
 
 def applicable(measures: list[str], classifier: bool) -> list[str]:
@@ -116,23 +116,23 @@ def report(
 
 
 def add_probe(
-    found: Report, what: str, encoder: nn.Module, splits: dict[str, Data], fractions: tuple | None, x: dict
+    found: Report, what: str, encoder: nn.Module, splits: dict, fractions: tuple | None, caches: dict
 ) -> None:
-    """Probe an encoder; fractions: None for classifiers. x: caches features. Raises CannotMeasure."""
-    probed = probe(encoder, splits, what, fractions or (1.0,), x.setdefault("trained", {}))
+    """Add a probe and its control; fractions: None for classifiers, which have none. Raises CannotMeasure."""
+    probed = probe(encoder, splits, what, fractions or (1.0,), caches.setdefault("trained", {}))
     name = list(probed[max(probed)])[-1]  # accuracy of classes, mAUC of findings
     found.curves[f"{what} {name}"] = {f: draws[name] for f, draws in probed.items()}
     rows = found.tables.setdefault("probes, in %", {})[f"{what} {name}"] = {}
     for f, draws in probed.items():
-        means = {metric: known_mean(values) for metric, values in draws.items()}
         part = "" if f == 1 else f"_{100 * f:g}_percent"
+        means = {metric: known_mean(values) for metric, values in draws.items()}
         found.metrics.update({f"{what}_{metric}{part}": mean for metric, mean in means.items()})
         rows[f"{100 * f:g} % of labels ({len(draw_labelled(splits['train'].labels, f, 0))})"] = means[name]
-    if fractions and what in ("knn", "linear"):  # on small data, training can make features worse
-        control = probe(untrained(encoder), splits, what, features=x.setdefault("untrained", {}))[1.0]
-        found.metrics[f"{what}_{name}_untrained"] = rows["untrained encoder, 100 %"] = control[name][0]
-        if found.metrics[f"{what}_{name}"] <= control[name][0]:
-            found.notes.append(f"{what}: no better than an untrained encoder; train longer (--epochs)")
+    if fractions and 1.0 in probed and what in ("knn", "linear"):
+        control = untrained_probe(encoder, splits, what, caches.setdefault("untrained", {}))[name]
+        found.metrics[f"{what}_{name}_untrained"] = rows["untrained encoder, 100 %"] = control
+        if found.metrics[f"{what}_{name}"] < control:
+            found.notes.append(f"{what}: an untrained encoder does better; training has not helped")
 
 
 def measure_attention(

@@ -99,8 +99,8 @@ def priors_over(
     if heads is not None and (lost := int((sure < 0.5).sum())):
         counts = f"{lost} of {len(images)} images"
         name = f"the reference image {printable(reference)}"
-        why = ". Try --align none as well" if 2 * lost > len(images) else ""
-        print(f"note: {name} is not clearly found in {counts}; their priors count less{why}")
+        compare = ". Unless it may lie anywhere, compare --align none" if 2 * lost > len(images) else ""
+        print(f"note: {name} is not clearly found in {counts}; their priors count less{compare}")
     return lambda index: (carry(priors, theta[index], flow[index]), sure[index], alike[index])
 
 

@@ -136,6 +136,8 @@ def of_isnet() -> list[tuple]:
     without = "AUC with an L flipped, minus a plain one's without any L"
     unmarked = "plain_resnet_chest auc_same"
     rows.append((5, f"{real}, ResNet: {without}", -5, "blind_resnet_chest_marker auc_same", unmarked))
+    hospitals = "blind_resnet_chest_hospitals auc_hospitals_flipped"
+    rows.append((5, f"{real}, ResNet: AUC with two hospitals flipped", 70, hospitals))
     one = "blind_close_resnet_chest_marker auc_same"
     rows.append((8, f"{real}, one mask, registered, ResNet: {without}", -5, one, unmarked))
     return rows

@@ -2,7 +2,7 @@
 
     python -m experiments.real SOURCE         lays out data/chest, chest_marker, chest_hospitals, chest_masks
     python -m experiments.runs --only chest   trains and measures
-    python -m experiments.real runs/NAME      measures more of a run on the second or third, as `runs` does
+    python -m experiments.real runs/NAME      measures more of a run on chest_marker or chest_hospitals
 
 SOURCE holds cxr/ and masks/, both with NAME_0.png (normal) and NAME_1.png (tuberculosis) in equal size: 566
 images of Shenzhen (CHNCXR_*) and 138 of Montgomery County (MCUCXR_*), as in the folder data of the repository
@@ -28,7 +28,7 @@ from common.metrics import auc
 from common.runs import load_all
 from experiments.runs import ROOT
 
-SHORTCUTS = "", "_marker", "_hospitals", "_masks"  # what gives the label away in training
+SHORTCUTS = "", "_marker", "_hospitals", "_masks"  # see `examples`
 PAIRS = {  # hospitals of images with tuberculosis, and of those without
     "trained": ("CHN", "MCU"), "flipped": ("MCU", "CHN"),
     "Shenzhen": ("CHN", "CHN"), "Montgomery": ("MCU", "MCU"),

@@ -139,7 +139,8 @@ def of_claims(runs: dict) -> dict[str, str]:
         number, *_, holds = row
         if first.setdefault(number, row) is not row:
             held, _, seeds = holds.partition(" of ")
-            others.setdefault(number, []).extend([held == seeds] * (int(seeds) >= 3))
+            if int(seeds) >= 3:
+                others.setdefault(number, []).append(held == seeds)
     counts = {number: f"{sum(held)} of {len(held)}" for number, held in others.items()}
     summary = [[*row, counts.get(number, "")] for number, row in first.items()]
     also = f"{header} | others of three or more seeds that hold in all"

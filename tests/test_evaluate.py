@@ -103,7 +103,8 @@ def test_the_expected_time_is_the_sum_over_the_models_of_what_applies_to_them(mo
     def seconds(runs: list, *measures: str) -> float:
         return evaluate.expected_seconds(runs, splits, measures, False)
 
-    assert seconds([pretrained], "knn") == 16 and seconds([pretrained, other], "knn") == 16 + 3 * 16
+    assert seconds([pretrained], "knn") == 32 and seconds([pretrained, other], "knn") == 32 + 3 * 32
+    assert seconds([classifier], "knn") == 16  # it is compared with no untrained encoder
     assert seconds([pretrained], "bias") == seconds([classifier], "finetune") == 0
     assert seconds([pretrained], "finetune") > 0 < seconds([classifier], "bias")
 

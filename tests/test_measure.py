@@ -1,6 +1,7 @@
 """Metrics against worked examples; what is reported of a model, by choices on validation images only."""
 
 import math
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -257,7 +258,7 @@ def test_the_untrained_control_shares_no_weight_and_leaves_the_model_alone():
         assert not (drawn == 3).any() and float(drawn.std()) == pytest.approx(float(weight.std()), rel=0.5)
 
 
-def test_features_are_measured_beside_those_of_an_untrained_encoder():
+def test_features_are_measured_beside_those_of_an_untrained_encoder(monkeypatch):
     """This one tells nothing about images: training has made its features worse than none."""
     labels = (torch.arange(24) % 2)[:, None].float()
     images = (100 * labels[..., None, None] + 20 * torch.rand(24, 1, 16, 16)).to(torch.uint8)
@@ -266,13 +267,16 @@ def test_features_are_measured_beside_those_of_an_untrained_encoder():
     with torch.no_grad():
         for weight in model.parameters():
             weight.zero_()
+    made = Mock(side_effect=untrained)
+    monkeypatch.setattr("common.probe.untrained", made)
     found = measure.report(model.encoder, splits, ["knn", "linear", "heads"])
+    assert made.call_count == 1  # one control, whose features are kept
     assert found.metrics.pop("heads_mAUC") == 0.5
     for how in ("knn", "linear"):
         assert (found.metrics.pop(f"{how}_mAUC"), found.metrics.pop(f"{how}_mAUC_untrained")) == (0.5, 1)
         assert found.tables["probes, in %"][f"{how} mAUC"]["untrained encoder, 100 %"] == 1
     assert not found.metrics  # that is all, and a classifier has no such control
-    assert found.notes[0] == "knn: no better than an untrained encoder; train longer (--epochs)"
+    assert found.notes[0] == "knn: an untrained encoder does better; training has not helped"
     assert list(measure.report(model, splits, ["knn"], multiclass=False).metrics) == ["knn_mAUC"]
 
 

@@ -19,15 +19,8 @@ from common.data import Data
 from common.foreground import are_made, check_foreground, foreground
 from common.foreground import mask_dice, masks_compared, masks_of_run, references_for, registered_masks
 from common.phantom import REGIONS, phantom
-from common.regions import (
-    best_statistics,
-    make_priors,
-    masks_held,
-    mass_held,
-    prior_maps,
-    priors_over,
-    warn_if_unguided,
-)
+from common.regions import make_priors, masks_held, mass_held, prior_maps, priors_over, warn_if_unguided
+from common.runs import Loaded
 from common.splits import load
 from vit import ViT
 
@@ -181,8 +174,14 @@ def test_a_region_gets_the_statistic_that_is_best_on_validation_images():
     masks = torch.zeros(8, 2, 16, 16, dtype=torch.bool)
     masks[:, 0, :, :8] = masks[:, 1, :, 8:] = True
     data = Data(images, masks, torch.ones(8, dtype=torch.bool), None, [""] * 8, ["left", "right"], [])
-    for val, order in ((data, (0, 1)), (data._replace(masks=masks.flip(1)), (1, 0))):
-        maps = best_statistics(images[:3], data, val, 0.0, (4, 4))
+    swapped = data._replace(masks=masks.flip(1), has_masks=torch.arange(8) > 4)
+    swapped.masks[:5] = masks[:5]  # not known
+    run = Loaded(
+        parse(["--prior", "statistics", "--prior-blur", "0"])[0], None, ViT(16, 4, 1, 12, 1, 2), [], "", {}
+    )
+    for val, order in ((data, (0, 1)), (swapped, (1, 0))):
+        splits = {"train": data, "val": val, "test": data}
+        maps = runs.measured_by(run, splits, None, {})["priors"](images[:3])
         for name, n in (("prior, every pixel", 256), ("prior", 16)):
             m = maps[name][0].unflatten(2, (n // round(n**0.5), -1))  # (3, R, h, w)
             half = m.shape[3] // 2
