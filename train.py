@@ -1,9 +1,9 @@
 """Train DINO or RelViT with attention guided by SPAN, or a classifier that ISNet keeps off the background.
 
-    python train.py                                 one labelled image guides three heads, on drawn X-rays
+    python train.py                                 one labelled image guides three heads, on synthetic X-rays
     python train.py --prior none --out runs/dino    the same without guidance: plain DINO
     python train.py --data DIR --out runs/mine      your own images; docs/data.md shows how to lay them out
-    python train.py --ssl relvit --out runs/relvit  relations between patches in place of DINO
+    python train.py --ssl relvit --out runs/relvit  relations between patches instead of DINO
     python train.py --task classify --marker 1 --isnet 0.3 --out runs/isnet     ignore a hospital's marker
 
 The file reads from top to bottom: set-up, objectives, the loop, the command line. An objective is a
