@@ -107,11 +107,12 @@ DATASETS = {f.__name__: f for f in (montgomery, shenzhen, jsrt, nih14, covid_qu_
 
 
 def write(examples: Iterator[Example], out: Path) -> int:
-    """Write examples into a new folder; returns how many. Raises ValueError if there are none."""
-    rows = []
-    (out / "images").mkdir(parents=True)
+    """Write examples into a new folder, all or none; returns how many. Raises ValueError for none."""
+    rows, part = [], out.with_name(f"{out.name}.part")  # what is half done must not be mistaken for a dataset
+    shutil.rmtree(part, ignore_errors=True)
+    (part / "images").mkdir(parents=True)
     for name, image, masks, row in examples:
-        target = out / "images" / name
+        target = part / "images" / name
         if isinstance(image, np.ndarray):
             Image.fromarray(image).save(target)
         else:
@@ -120,7 +121,7 @@ def write(examples: Iterator[Example], out: Path) -> int:
             except OSError:  # another file system, or one without links
                 shutil.copy(image, target)
         for region, mask in masks.items():
-            path = out / "masks" / region / f"{target.stem}.png"
+            path = part / "masks" / region / f"{target.stem}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(mask.astype(np.uint8) * 255).save(path)
         rows.append({"file": name, **row})
@@ -131,10 +132,11 @@ def write(examples: Iterator[Example], out: Path) -> int:
         for row, patient in zip(rows, patients):
             if row["split"] == "train" and zlib.crc32(patient.encode()) % 10 == 0:
                 row["split"] = "val"
-    with (out / "labels.csv").open("w", newline="") as file:
+    with (part / "labels.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, list(rows[0]))
         table.writeheader()
         table.writerows(rows)
+    part.rename(out)
     return len(rows)
 
 
@@ -149,13 +151,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.out.exists():
         parser.error(f"{args.out} exists; name a new folder")
-    half_done = args.out.with_name(args.out.name + ".part")  # must not be mistaken for a dataset
-    shutil.rmtree(half_done, ignore_errors=True)
     try:
-        written = write(DATASETS[args.dataset](args.source), half_done)
+        written = write(DATASETS[args.dataset](args.source), args.out)
     except (ValueError, OSError, LookupError) as error:
         parser.error(f"{args.source}: {error}; expected {DATASETS[args.dataset].__doc__}")
-    half_done.rename(args.out)
     print(f"wrote {written} images into {args.out}")
 
 

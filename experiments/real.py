@@ -12,7 +12,6 @@ rochadiego/MultiResUNet-lung-segmentation, at 512 px. Images: Jaeger et al. 2014
 
 import argparse
 import json
-import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,13 +111,10 @@ def main() -> None:
             out = ROOT / f"data/chest{shortcut}"
             if out.exists():
                 parser.error(f"{out.relative_to(ROOT)} exists: delete it first")
-            half_done = out.with_name(f"{out.name}.part")  # must not be mistaken for the data
-            shutil.rmtree(half_done, ignore_errors=True)
             try:
-                written = write(examples(path, shortcut), half_done)
+                written = write(examples(path, shortcut), out)
             except (ValueError, OSError) as error:
                 parser.error(f"{path}: {error}; it must hold cxr/ and masks/ with files of the same names")
-            half_done.rename(out)
             print(f"wrote {written} images into {out.relative_to(ROOT)}")
     else:
         parser.error(f"{path} has neither cxr/ and masks/ nor metrics.json")
