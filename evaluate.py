@@ -57,7 +57,7 @@ def expected_seconds(runs: list[Loaded], splits: dict[str, Data], measures: list
         steps = max(100, 5 * n // 32) + 125 * (draws - 1)  # of 32 images, forward and backward
         passes = {"attention": 2 * test, "bias": 25 * test, "finetune": 32 * 3 * steps}  # others: all images
         if config.task == "pretrain" and len({"knn", "linear"}.intersection(measures)) == 1:
-            passes |= dict.fromkeys(("knn", "linear"), 2 * (n + test))  # both share those of the control
+            passes |= dict.fromkeys(("knn", "linear"), 2 * (n + test))  # else they share both reads
         all_fits = {"attention": 5, "linear": 2 + draws, "heads": 11 + 4 * draws}  # seconds, of 1500 images
         fits = {what: s * min(1, n / 1500) for what, s in all_fits.items()}
         fits["objects"] = test / 6  # boxes of 3 or 4 maps an image at 20 thresholds

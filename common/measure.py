@@ -1,8 +1,8 @@
 """What is reported about a model: measured on test images, with choices made on validation images.
 
 attention  pixel average precision (AP) and Dice of one attention head per region: the one that masks guided,
-           or else the best on validation images, beside the mean over all heads, which needs no masks; and
-           the prior's AP, see `regions.prior_maps`. Of an even pooling, only metrics.json has the AP.
+           or else the best on validation images, beside the mean over all heads, which needs no masks. The
+           prior has its own AP, see `prior_maps` and `best_statistics`. Even pooling: only in metrics.json.
 bias       a classifier's AUC and accuracy on test images as in training and, if these have a marker, with
            it removed, flipped, and flipped to an unseen kind. These show whether it relies on the marker.
            The share of relevance in the foreground does not: a heatmap can look right and be wrong.

@@ -158,7 +158,7 @@ def draw_labelled(labels: Tensor, fraction: float, draw: int) -> Tensor:
 def untrained_probe(
     encoder: nn.Module, splits: dict[str, Data], how: str, features: dict[str, Tensor]
 ) -> dict[str, float]:
-    """{metric: value} of an untrained copy of the encoder, by all labels: the control of a frozen encoder.
+    """{metric: value} of an untrained copy of the encoder, with all labels: the control of a frozen encoder.
 
     features: caches its pooled features. Training on few images can make features worse than random ones.
     """
