@@ -118,10 +118,11 @@ def of_isnet() -> list[tuple]:
             rows.append((5, f"{alone}, {name}: {FLIPPED} ({shortcut})", 85, f"{experiment} auc_flipped"))
     rows += on_all_shortcuts(8, "ISNet by default, one mask, registered", "blind_close")
     for number, way, who in ((5, "", "ISNet"), (8, "_close", "ISNet, one mask, registered")):
-        for kind, shortcut in SHORTCUTS.items():
-            text = f"{who}, ResNet: {FLIPPED} ({shortcut}), minus that of swapping alone"
-            run = f"resnet_{kind}"
-            rows.append((number, text, 0, f"blind{way}_{run} auc_flipped", f"swap{way}_{run}"))
+        for run, name in BACKBONES.items():
+            for kind, shortcut in SHORTCUTS.items():
+                text = f"{who}, {name}: {FLIPPED} ({shortcut}), minus that of swapping alone"
+                isnet, swapping = f"blind{way}_{run}_{kind} auc_flipped", f"swap{way}_{run}_{kind}"
+                rows.append((number, text, 0, isnet, swapping))
     attention = on_all_shortcuts(8, "ISNet by default, one mask, SPAN's attention", "blind_attention")
     rows += [row for row in attention if "_resnet_" in row[3]]
     of_hearts = {"one": "one mask, of an enlarged heart", "two": "two masks, one of each class"}

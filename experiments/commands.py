@@ -115,15 +115,15 @@ def against_backgrounds() -> dict[str, str]:
     kinds = "corner", "anywhere", "tint", "border"
     runs = {f"marked_{kind}": f"--marker 1 --marker-kind {kind}" for kind in kinds}
     for backbone in CLASSIFIERS:
-        others = {"published": "--preset published", "swap": "--baseline swap"}
-        ways = {"blind": BLIND} | (others if backbone == "resnet" else {})
+        ways = {"blind": BLIND, "swap": "--baseline swap"}
+        ways |= {"published": "--preset published"} if backbone == "resnet" else {}
         for kind in kinds:
             label = f"{LABELS} {backbone} --marker 1 --marker-kind {kind}"
             runs |= {f"{way}_{backbone}_{kind}": f"{label} {flags}" for way, flags in ways.items()}
             one, attention = "--masks prior", f"--masks runs/marked_{kind}-{{seed}}"
-            made = {"blind_close": f"{BLIND} {one} {CLOSE}"}
+            made = {"blind_close": f"{BLIND} {one} {CLOSE}", "swap_close": f"--baseline swap {one} {CLOSE}"}
             if backbone == "resnet":
-                made |= {"blind_one": f"{BLIND} {one} {WIDE}", "swap_close": f"--baseline swap {one} {CLOSE}"}
+                made["blind_one"] = f"{BLIND} {one} {WIDE}"
                 made["blind_attention"] = f"{BLIND} {attention} {CLOSE}"
             runs |= {f"{way}_{backbone}_{kind}": f"{label} {flags}" for way, flags in made.items()}
         for way, flags in ({"plain": ""} | baselines_of(backbone) | ways).items():
