@@ -95,7 +95,7 @@ def test_a_view_counts_by_the_share_that_it_sees():
         torch.testing.assert_close(found, expected)
 
 
-def test_guidance_weighs_resolutions_by_the_share_that_their_views_see():
+def test_guidance_weighs_resolutions_by_the_share_that_views_see_and_images_by_confidence():
     priors, large, small = torch.rand(2, 3, 64, 64), torch.rand(4, 3, 64), torch.rand(6, 3, 16)
     whole, half = torch.eye(2, 3).repeat(4, 1, 1), torch.eye(2, 3).repeat(6, 1, 1)
     half[:, 0] *= 0.5
@@ -107,12 +107,8 @@ def test_guidance_weighs_resolutions_by_the_share_that_their_views_see():
     torch.testing.assert_close(both, (share.sum() * one + seen * other) / (share.sum() + seen))
     # Where priors do not follow, a view gets the whole prior, whatever it sees.
     torch.testing.assert_close(guidance([large], priors, None, [(8, 8)]), one)
-
-
-def test_an_image_without_confidence_does_not_guide_any_of_its_views():
-    priors, attention = torch.rand(2, 1, 16, 16), torch.rand(4, 1, 16)  # two views of two images
-    found = guidance([attention], priors, None, [(4, 4)], confidence=torch.tensor([1.0, 0.0]))
-    torch.testing.assert_close(found, guidance([attention[::2]], priors[:1], None, [(4, 4)]))
+    sure = guidance([large], priors, None, [(8, 8)], confidence=torch.tensor([1.0, 0.0]))
+    torch.testing.assert_close(sure, guidance([large[::2]], priors[:1], None, [(8, 8)]))
 
 
 @pytest.mark.parametrize("small", [0.0, 1e-4])

@@ -3,10 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL, metrics_of, seeded, slope_error, trained, with_statistics_of
+from conftest import seeded, slope_error, with_statistics_of
 from torch import nn
 
-import evaluate
 from common import baselines
 from common.backgrounds import exchanged, without_foreground
 from common.classify import Classifier
@@ -179,17 +178,6 @@ def test_multitask_learning_teaches_the_encoder_where_the_mask_is():
         model.segmenter = lambda patches, logits=logits: logits.flatten(2).mT
         found.append(baselines.multitask(model, x, m, y, True)[1].mean())
     assert found[0] < 0.01 < min(found[1:])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("flags", ["multitask", "pipeline", "gated --backbone vit"])
-def test_evaluate_builds_the_same_model_again(flags, few_test_images, tmp_path):
-    out, words = tmp_path / "run", "--marker 1 --train-images 32 --embed-dim 16 --epochs 1 --baseline"
-    before = trained(out, f"{words} {flags}", SMALL[:2])
-    (out / "metrics.json").unlink()
-    evaluate.main([str(out), "--only", "bias"])
-    after = metrics_of(out)
-    assert after == {name: before[name] for name in after} and "auc_flipped" in after
 
 
 def has_the_letter(images):

@@ -203,13 +203,6 @@ def test_what_the_cls_token_and_all_tokens_attend_to_in_each_block_is_seen_and_c
         assert len(seen) == count and (encoder not in simpools or seen[-1] is features.attention)
 
 
-@pytest.mark.parametrize("flags", ["--pool gap", "--pool simpool", "--pool gap --registers 2"])
-def test_isnet_trains_vits_of_every_pooling_and_with_registers(flags):
-    model, losses = losses_of(f"{VIT} {flags}")
-    losses(torch.arange(4), seeded(), 0, 1)[0].backward()
-    assert model.encoder.patch_embed.proj.weight.grad.abs().sum() > 0
-
-
 @pytest.mark.parametrize("words", [RESNET, VIT])
 def test_isnet_s_foreground_for_a_vit_is_made_of_whole_patches(words, monkeypatch):
     """A patch's embedding is linear: it can't leave out those of its pixels that lie in the background."""

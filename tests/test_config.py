@@ -2,14 +2,12 @@
 
 import json
 import re
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from common.checks import check
-from common.config import Config, as_json, epochs_for, parse
-from common.flags import option
+from common.config import as_json, parse
 
 
 def test_defaults_follow_the_task_and_the_backbone():
@@ -38,27 +36,11 @@ def test_a_misspelt_flag_gets_a_suggestion(refused):
     assert refused(parse, "--quux").endswith("unknown argument --quux")
 
 
-def test_help_shows_every_flag_with_its_default(capsys):
-    with pytest.raises(SystemExit):
-        parse(["--help"], "What it does.\n\n    an example\n\nmore")
-    text = " ".join(capsys.readouterr().out.split())
-    assert "What it does." in text and "an example" in text
-    assert all(option(f) in text for f in fields(Config))
-    assert "(default: pretrain 32, classify 16)" in text and "(default: 0.4, 1.0)" in text
-
-
 def run_folder(tmp_path: Path, words: str, **edited) -> Path:
     """The folder of a run that was started with these flags, its config.json perhaps edited."""
     record = as_json(parse(words.split())[0]) | {"command": f"python train.py {words}", "channels": 1}
     (tmp_path / "config.json").write_text(json.dumps(record | edited))
     return tmp_path
-
-
-def test_a_folder_is_learned_from_for_some_steps_at_least_and_a_vit_s_labels_for_more():
-    assert epochs_for("pretrain", "vit") == 9 and epochs_for("classify", "resnet") == 15
-    assert epochs_for("classify", "vit") == 40
-    assert epochs_for("pretrain", "resnet", 10) == 35  # epochs of 10 steps
-    assert epochs_for("classify", "resnet", 53) == 53 and epochs_for("classify", "vit", 53) == 142
 
 
 def test_config_repeats_a_run_but_not_over_it_and_what_is_typed_beside_it_wins(tmp_path):

@@ -127,13 +127,6 @@ def test_a_folder_without_images_is_refused(tmp_path):
     assert "1 images lie beside each other; move them to" in refusal(tmp_path / "flat")
     (tmp_path / "images" / "a.png").write_bytes(b"")
     assert "none of 1 images can be read" in refusal(tmp_path) and "a.png" in refusal(tmp_path)
-
-
-def test_images_that_are_not_used_are_named_with_their_folder(folder, tmp_path):
-    for name in ("images/more/g.png", "cat/h.png", "cat/i.png", "images/.cache/j.png", "masks/k/a.png"):
-        save(folder / name, GREY)
-    (line,) = everything(folder)[2][:1]
-    assert f"images not used: 2 in {folder / 'cat'}, 1 in {folder / 'images' / 'more'}; expected" in line
     save(tmp_path / "sets" / "train" / "cat" / "a.png", GREY)
     assert f"1 in {tmp_path / 'sets' / 'train' / 'cat'}; expected" in refusal(tmp_path / "sets")
 
@@ -161,15 +154,6 @@ SEVERAL = {  # masks that show two regions, and what the error says of them
 }
 
 
-@pytest.mark.parametrize("kind", SEVERAL)
-def test_a_mask_that_shows_several_regions_is_refused(folder, kind):
-    picture, values = SEVERAL[kind]
-    save(folder / "masks" / "heart" / "b.png", picture)
-    size = Image.open(folder / "masks" / "heart" / "b.png").size
-    save(folder / "images" / "b.png", noise(*size[::-1]))
-    assert f"b.png holds the values {values}; give each region its own mask" in refusal(folder)
-
-
 def soft_masks() -> dict[str, Image.Image]:
     square, line = np.zeros((2, 256, 256), np.uint8)
     square[80:101, 80:101] = line[:, 70:73] = 255
@@ -182,14 +166,6 @@ def soft_masks() -> dict[str, Image.Image]:
         "a probability": Image.fromarray(blurred / 255),
         "blocks of a JPEG": Image.fromarray(blocks),
     }
-
-
-@pytest.mark.parametrize("kind", soft_masks())
-def test_soft_outlines_and_the_traces_of_a_jpeg_are_no_regions(kind, folder):
-    mask = soft_masks()[kind]
-    save(folder / "masks" / "heart" / "b.tif", mask)
-    save(folder / "images" / "b.png", noise(*mask.size))
-    assert everything(folder)[0]["b.png"].masks.any()
 
 
 def test_a_region_that_is_too_small_for_the_image_size_keeps_a_pixel(tmp_path):
@@ -213,17 +189,6 @@ def test_folders_are_classes_but_not_those_of_runs_and_none_may_be_named_like_sp
         save(tmp_path / name, GREY)
     line = "Train, val are splits, not classes: move all images to images/, add the split to labels.csv"
     assert line in refusal(tmp_path)
-
-
-def test_masks_that_lie_too_deep_or_bear_other_names_are_noted(folder):
-    add_masks(folder, "heart/a.png", "heart/more/b.png", *(f"heart/{name}_mask.png" for name in "bcdef"))
-    deep, *others = everything(folder)[2]
-    heart = folder / "masks" / "heart"
-    assert others[-1].startswith(f"images not used: 1 in {heart / 'more'}; expected")
-    assert deep == f"{heart / 'b_mask.png'} is not used: no image has this name"
-    assert others[-2] == "... and 2 more of this kind" and len(others) == 4
-    (folder / "labels.csv").unlink(missing_ok=True)
-    assert f"holds the images of {folder}: name that folder" in refusal(folder / "images")
 
 
 def test_suffixes_of_any_case_are_read_and_hidden_files_are_not(tmp_path):
@@ -342,16 +307,20 @@ MASKS = {  # pictures, and the mask that they mean
     "full": (np.ones((16, 16), np.uint8), LEFT | True),
     "empty, sixteen bit": (np.zeros((16, 16), np.uint16), LEFT & False),
 }
+MASKS |= SEVERAL | {kind: (picture, None) for kind, picture in soft_masks().items()}
 
 
 @pytest.mark.parametrize("kind", MASKS)
-def test_masks_of_every_kind_are_understood(folder, kind):
-    picture, expected = MASKS[kind]
+def test_masks_of_every_kind_are_understood_and_those_of_several_regions_refused(folder, kind):
+    picture, meant = MASKS[kind]
     path = save(folder / "masks" / "heart" / "a.tif", picture)
-    save(folder / "images" / "a.png", noise(*[Image.open(path).width] * 2))
+    save(folder / "images" / "a.png", noise(*Image.open(path).size[::-1]))
+    if isinstance(meant, str):
+        assert f"a.tif holds the values {meant}; give each region its own mask" in refusal(folder)
+        return
     found, reference, _ = everything(folder)
     assert reference == "a.png" and found["a.png"].has_masks[0]
-    assert torch.equal(found["a.png"].masks[0, 0], torch.from_numpy(expected))
+    assert meant is None or torch.equal(found["a.png"].masks[0, 0], torch.from_numpy(meant))
 
 
 def test_an_image_has_masks_if_it_has_one_of_every_region_by_its_own_name(folder):
@@ -360,8 +329,6 @@ def test_an_image_has_masks_if_it_has_one_of_every_region_by_its_own_name(folder
     found, reference, notes = everything(folder)
     assert reference == "b.png" and found["a.png"].regions == ["heart", "lung"] and notes == []
     assert [name for name, data in found.items() if data.has_masks[0]] == ["b.png"]
-    add_masks(folder, "c.png")
-    assert "masks beside the regions' folders are not used" in everything(folder)[2][0]
     assert found["a.png"].masks[0].any(dim=2).any(dim=1).tolist() == [True, False]
     assert not found["c.png"].masks.any() and not found["a.jpg"].masks.any()
     add_masks(folder, "heart/b.bmp")
@@ -415,10 +382,6 @@ def test_the_reference_is_the_first_of_train_with_all_masks_else_moves_there_els
     (folder / "masks" / "lung").mkdir()
     _, reference, (note,) = load_folder(folder, 16)
     assert reference is None and "heart has 3, lung has 0; to complete one, add masks/lung/b.png" in note
-    (folder / "masks.bak").mkdir()  # beside what it is like: no mistake
-    assert not any("did you mean" in note for note in load_folder(folder, 16)[2])
-    (folder / "masks").rename(folder / "mask")
-    assert f"{folder / 'mask'} is not used: did you mean masks?" in load_folder(folder, 16)[2]
     (folder / "images").rename(folder / "Image")
     assert "Image: did you mean images/?" in refusal(folder)
 
@@ -444,14 +407,25 @@ def test_a_label_column_becomes_one_hot_over_the_sorted_classes_and_no_labels_wi
     assert everything(folder)[0]["a.png"].labels is None
 
 
-def test_a_class_that_no_training_image_has_is_noted(folder):
-    table(folder, "file,label,split\na.png,cat,train\nb.png,dog,train\nc.png,catt,test\n")
-    assert "no training image has `catt`" in everything(folder)[2]
-    for i in range(7):  # and of many, some are named
-        save(folder / "images" / f"{i}.png", GREY)
-    rows = [f"{i}.png,only {i},test" for i in range(7)]
-    table(folder, "\n".join(["file,label,split", "a.png,cat,train", *rows]))
-    assert [note for note in everything(folder)[2] if "only 4` and 2 more" in note and "only 5" not in note]
+NOTES = [  # pictures beside a.png to f.png, rows of labels.csv, and what is noted
+    ("masks/c.png", "", "masks beside the regions' folders are not used: move them to"),
+    ("mask/heart/a.png", "", "{0}/mask is not used: did you mean masks?"),
+    ("masks/heart/b_mask.png", "", "{0}/masks/heart/b_mask.png is not used: no image has this name"),
+    (" ".join(f"masks/heart/{name}_mask.png" for name in "bcdef"), "", "... and 2 more of this kind"),
+    ("masks/heart/more/b.png", "", "images not used: 1 in {0}/masks/heart/more; expected"),
+    ("cat/h.png cat/i.png images/more/g.png images/.cache/j.png masks/k/a.png", "",
+        "images not used: 2 in {0}/cat, 1 in {0}/images/more; expected"),
+    ("", "a.png,cat,train b.png,dog,train c.png,catt,test", "no training image has `catt`"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pictures, rows, note", NOTES)
+def test_what_is_not_used_or_never_trained_on_is_noted(pictures, rows, note, folder):
+    for name in pictures.split():
+        save(folder / name, GREY)
+    if rows:
+        table(folder, "\n".join(["file,label,split", *rows.split()]))
+    assert any(line.startswith(note.format(folder)) for line in load_folder(folder, 16)[2])
 
 
 def test_headers_may_be_capitalised_and_umlauts_written_in_two_ways(folder):
@@ -463,21 +437,12 @@ def test_headers_may_be_capitalised_and_umlauts_written_in_two_ways(folder):
     assert found["u\u0308.png"].labels.tolist() == [[1, 0]] and found["a.png"].labels.tolist() == [[0, 1]]
 
 
-@pytest.mark.parametrize(
-    "rows, classes",
-    [
-        ("1,0,train 0,1,train 1,1,test 0,0,val 1,0,test 0,1,val", True),
-        ("1,0,train 0,1,train 1,0,test 0,1,val 1,0,test 0,1,val", False),  # of all images: no surprise
-        ("1,,train 0,1,train ,1,train 1,1,test 0,0,val 1,0,test", False),  # unknown: no classes
-        (",,train ,,train 1,1,test 0,0,val 1,0,test 0,1,val", False),
-    ],
-)
-def test_findings_that_exclude_each_other_in_training_alone_are_noted(rows, classes, folder):
-    lines = [f"{name}.png,{row},1" for name, row in zip("abcdef", rows.split())]
-    table(folder, "\n".join(["file,wet,dry,split,red", *lines]).replace("train,1", "train,"))
+@pytest.mark.parametrize("of_test, noted", [("1,1", True), ("1,0", False)])
+def test_findings_that_exclude_each_other_in_training_alone_are_noted(of_test, noted, folder):
+    table(folder, f"file,wet,dry,split\na.png,1,0,train\nb.png,0,1,train\nc.png,{of_test},test")
     notes = load(str(folder), 16, findings=["wet", "dry"])[2]
-    note = "each labelled training image shows one of wet, dry, so these are classes; 2 other image(s) show"
-    assert any(line.startswith(note) for line in notes) == classes
+    line = "each labelled training image shows one of wet, dry, so these are classes; 1 other image(s) show"
+    assert any(note.startswith(line) for note in notes) == noted
 
 
 def test_finding_columns_are_multi_label_and_blank_is_unknown_and_skipped_images_are_ignored(folder):

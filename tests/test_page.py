@@ -22,7 +22,7 @@ from common.checkpoint import DataSpec
 from common.config import parse
 from common.data import Data
 from common.measure import Report
-from common.page import WIDTH, Looks, _about, _run, page, print_tables
+from common.page import Looks, _about, _run, page
 
 EVIL = "</script><img src=//x onerror=alert(1)>"
 
@@ -34,15 +34,6 @@ def data_in(text: str) -> dict:
 
 def numbers(text: str, kind: str) -> np.ndarray:
     return np.frombuffer(base64.b64decode(text), kind)
-
-
-def test_a_table_wider_than_the_terminal_goes_on_below_with_its_rows_named_again(capsys):
-    columns = {f"heads of kind {k}": {"left lung": k / 10, "heart": 0.5} for k in range(9)}
-    print_tables({"run": Report({}, {"AP in %": columns}, {}, {}, ["a note"])})
-    lines = capsys.readouterr().out.splitlines()
-    rows = [line.split() for line in lines if line.startswith("left lung")]
-    assert len(rows) == 2 and [float(x) for row in rows for x in row[2:]] == [10.0 * k for k in range(9)]
-    assert WIDTH - 17 < max(map(len, lines)) <= WIDTH and lines[-1] == "a note"
 
 
 @pytest.fixture
@@ -145,10 +136,3 @@ def test_names_are_drawn_as_they_are(tmp_path):
     assert min(Image.open(path).size) > 100
     plots.curves(path, {name: [{"epoch": 1, name: 2.0}] for name in NAMES})
     plots.low_data(path, {name: {name: {0.1: [0.5], 1.0: [0.6]}} for name in NAMES})
-
-
-def test_epochs_are_whole_numbers(monkeypatch):
-    drawn = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
-    plots.curves(None, {"run": [{"epoch": epoch, "loss": 1.0} for epoch in (1, 2, 3)]})
-    assert [tick for tick in drawn[0].axes[0].get_xticks() if 1 <= tick <= 3] == [1, 2, 3]
