@@ -13,24 +13,22 @@ import argparse
 import json
 import math
 import sys
-import time
 from pathlib import Path
 
 import torch
 
 from common.baselines import Pipeline
 from common.checkpoint import DataSpec, load_run, write_file
-from common.checks import check_device
-from common.data import Data, DataError, at_a_time, prepared
+from common.data import DataError
 from common.explain import decisions, explained_class, has_attention
 from common.flags import Parser
-from common.measure import MEASURES, QUICK, applicable, report
+from common.measure import MEASURES, QUICK, report
 from common.models import build_encoder, load_model, lrp_rule, start_from
 from common.page import page, print_tables
 from common.pictures import read_picture
 from common.plots import curves, draw_maps, low_data, map_grid
-from common.probe import DRAWS, FRACTIONS
-from common.processes import fail, keep_freed_memory, lacks_memory
+from common.probe import FRACTIONS
+from common.processes import check_device, fail, keep_freed_memory, lacks_memory
 from common.regions import attention_masks, check_masses, export_masks, write_mask
 from common.runs import Loaded, heads_of, images_to_show, load_all, looks_of, maps_of, measured_by
 from common.runs import weights_config
@@ -39,31 +37,6 @@ from resnet import ResNet
 from vit import ViT
 
 MASS = 0.6  # share of attention that the masks of unguided heads hold, as in DINO's figures
-
-
-def expected_seconds(runs: list[Loaded], splits: dict[str, Data], measures: list[str], few: bool) -> float:
-    """Estimate how long the measures take, from the time of one batch and typical times of fits."""
-    n, test, seconds = len(splits["train"].names), len(splits["test"].names), 0.0
-    some = next(d.images[: at_a_time(64, d.images)] for d in splits.values() if d.names)
-    for config, _, model, *_ in runs:
-        x = prepared(some.to(next(model.parameters()).device))
-        with torch.no_grad():
-            model.eval()(x)[0].cpu()
-            started = time.perf_counter()
-            model(x)[0].cpu()  # .cpu() waits for the GPU
-        an_image = (time.perf_counter() - started) / len(x)
-        fractions = FRACTIONS if few and config.task == "pretrain" else (1.0,)
-        draws = max(1, sum(DRAWS if f < 1 else 1 for f in fractions if f * n >= 2))
-        steps = max(100, 5 * n // 32) + 125 * (draws - 1)  # of 32 images, forward and backward
-        passes = {"attention": 2 * test, "bias": 25 * test, "finetune": 32 * 3 * steps}  # others: all images
-        if config.task == "pretrain" and len({"knn", "linear"}.intersection(measures)) == 1:
-            passes |= dict.fromkeys(("knn", "linear"), 2 * (n + test))  # else they share both reads
-        all_fits = {"attention": 5, "linear": 2 + draws, "heads": 11 + 4 * draws}  # seconds, of 1500 images
-        fits = {what: s * min(1, n / 1500) for what, s in all_fits.items()}
-        fits["objects"] = test / 6  # boxes of 3 or 4 maps an image at 20 thresholds
-        for measure in applicable(measures, config.task == "classify"):
-            seconds += an_image * passes.get(measure, n + test) + fits.get(measure, 0)
-    return seconds
 
 
 def read_metrics(out: Path) -> dict[str, float]:
@@ -82,9 +55,8 @@ def compare(args: argparse.Namespace) -> None:
     runs = {str(path) if alike else path.name: run for path, run in loaded.items()}
     before = {name: read_metrics(run.out) for name, run in runs.items()}
     first, *_ = runs.values()
-    seconds = expected_seconds([*runs.values()], splits, args.measures, args.all)
     size = f"{len(splits['test'].names)} test images of {first.config.img_size} px"
-    print(f"{first.config.data}: {size}; this takes about {seconds:.0f} s", flush=True)
+    print(f"{first.config.data}: {size}", flush=True)
     shown, rule = images_to_show(first.config, splits, args.rows), lrp_rule(first.config)  # the same for all
     reports, maps, registered, fractions = {}, {}, {}, FRACTIONS if args.all else (1.0,)
     for name, run in runs.items():

@@ -36,8 +36,8 @@ from common.config import Config, epochs_for, parse
 from common.data import Data, normalise, prepared, rows_at, to_device
 from common.foreground import are_made, check_foreground, foreground, keep_masks, kept_masks
 from common.models import build_model, decayed, lrp_rule, make_encoder
-from common.processes import Collapse, average_gradients, command_to_resume, fail, from_first, join
-from common.processes import keep_freed_memory, rank, remedy_for, share_batch_norms, stop_requests
+from common.processes import Collapse, average_gradients, fail, from_first, join, keep_freed_memory
+from common.processes import rank, remedy_for, share_batch_norms, stop_requests
 from common.regions import priors_over
 from common.runs import data_of, finish, masses_of
 from common.splits import load
@@ -250,8 +250,7 @@ def train(
                         save(config, spec, model, optimizer, generator, history, masses_now(), within)
                     if processes > 1:
                         dist.barrier()  # the first process that ends makes torchrun end the others
-                    flags = ["--keep-going"] * config.keep_going + ["--strict"] * config.strict
-                    raise KeyboardInterrupt(f"{command_to_resume(config.out, flags)} continues from here")
+                    raise KeyboardInterrupt(f"--out {config.out} --resume continues from here")
             means = {name: whole / n for name, (whole, n) in sums.items()}
             speed = (steps - first) * batch / (time.perf_counter() - started)
             history.append({"epoch": epoch + 1, **means, "images_per_s": round(speed, 1)})
@@ -333,7 +332,7 @@ def begin(argv: list[str]) -> tuple:
     processes = dist.get_world_size() if dist.is_initialized() else 1
     check_step(config, len(train.names), processes)  # before masks are made, which may take minutes
     if run:
-        check_spec(config.out, run.spec, spec, config.data)
+        check_spec(config.out, run, spec, train.regions, config.data)
     torch.manual_seed(config.seed)
     encoder = make_encoder(config, spec.channels)
     masks, kept = foreground_masks(config, splits, reference)

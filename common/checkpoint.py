@@ -128,17 +128,25 @@ def data_spec(train: Data, classify: bool, data: str) -> DataSpec:
     return DataSpec(train.images.shape[1], tuple(train.findings), is_multiclass(labels), images)
 
 
-def check_spec(run: Path, then: DataSpec, now: DataSpec, data: str, goes_on: bool = True) -> None:
-    """Raise ValueError if the data no longer have the channels, classes or images that a run was trained on.
-    If the run is only measured, not continued, different images only cause a printed note."""
-    for name, was, there in zip(DataSpec._fields, then[:4], now[:4]):
+def check_spec(
+    folder: Path, run: Run, now: DataSpec, regions: list[str], data: str, goes_on: bool = True
+) -> None:
+    """Raise ValueError if the data no longer have the channels, classes or images that a run was trained on,
+    or have other regions than guided its heads. regions: of the data now. If the run is only measured, not
+    continued, different images only cause a printed note.
+    """
+    for name, was, there in zip(DataSpec._fields, run.spec[:4], now[:4]):
         if was != there:
             was, there = (", ".join(x) if isinstance(x, tuple) else x for x in (was, there))
-            learned = f"{run} learned {name} {was}, but {data} has {there}"
+            learned = f"{folder} learned {name} {was}, but {data} has {there}"
             if name == "images" and not goes_on:
                 print(f"note: {learned}; it may have been trained on some of the test images")
                 continue
             raise ValueError(f"{learned}: name its own --data, restore its files, or train again")
+    if run.masses and regions and list(run.masses) != regions:  # else a head counts for another's region
+        was, there = ", ".join(run.masses), ", ".join(regions)
+        heads = f"the heads of {folder} were guided to {was}, but {data} has masks of {there}"
+        raise ValueError(f"{heads}: restore its masks, or train again")
 
 
 def save(

@@ -1,16 +1,13 @@
 """Invalid settings stop with a one-line error that names the value, the limit and the remedy."""
 
-import os
 from dataclasses import fields
-from glob import escape, glob
 from pathlib import Path
-
-import torch
 
 from common.baselines import PENALTIES
 from common.config import Config
 from common.flags import option, suggestion
 from common.folder import LAYOUT
+from common.processes import rank
 from common.splits import DRAWN
 
 PRIORS, MASKS = ("sample", "masks", "statistics", "none"), ("data", "prior", "attention")
@@ -41,8 +38,7 @@ def check(config: Config, typed: set[str]) -> None:
             line = "give two fractions of the area, 0 < a <= b <= 1"
             raise ValueError(f"--{flag}-scale {low:g} {high:g}: {line}")
     check_pairs(config)
-    first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
-    if first and "train_images" in typed and config.data not in DRAWN:
+    if not rank() and "train_images" in typed and config.data not in DRAWN:
         print(f"note: --train-images is for synthetic images; all images of {config.data} are used")
 
 
@@ -55,23 +51,6 @@ def met(config: Config, need: str) -> bool:
     if values:
         return value in values.split("|")
     return value not in (None, 0, "none") or name == "marker" and value == 0
-
-
-def check_device(device: str) -> None:
-    """Raise ValueError if a device can't be used; a GPU with a number becomes the process's current one.
-
-    TF32, PyTorch's default for convolutions on GPUs, is off: 10 bits are too few for ISNet's gradient.
-    """
-    torch.backends.cudnn.allow_tf32 = False
-    if device.split(":")[0] not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"--device {device} is unknown: choose auto, cpu, cuda or mps")
-    try:
-        if device.startswith("cuda:") and torch.cuda.is_available():
-            torch.cuda.set_device(device)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].split(". ")[0][:150]
-        raise ValueError(f"--device {device} can't be used, try --device cpu ({reason})") from None
 
 
 def check_step(c: Config, images: int, processes: int) -> None:
@@ -101,7 +80,6 @@ def check_pairs(c: Config) -> None:
     plain = not (c.isnet or c.baseline in PENALTIES or c.relations)
     guided = not classify and c.prior != "none"
     from_run = c.resume or c.init and c.init.is_dir()
-    beside = str(Path(c.masks).parent)
     some_masks = c.masks in MASKS or c.resume or Path(c.masks).is_dir()
     known_prior = c.prior in PRIORS or Path(c.prior).is_file()
     heads_fit = c.pool != "simpool" or c.embed_dim % c.pool_heads == 0
@@ -110,15 +88,13 @@ def check_pairs(c: Config) -> None:
         (c.mega_patches > most, f"--mega-patches {c.mega_patches}: more than the {most} patches per side"),
         (c.data not in DRAWN and not Path(c.data).is_dir(), f"--data {c.data} is not a folder; {LAYOUT}"
          + suggestion(c.data, DRAWN)),
-        (not known_prior, f"--prior {c.prior} is not sample, masks, statistics, none, or a .npy file "
-         "that exists" + suggestion(c.prior, PRIORS)),
+        (not known_prior, f"--prior {c.prior} is not {', '.join(PRIORS)}, or a .npy file that exists"),
         (not heads_fit, f"--pool-heads {c.pool_heads} must divide --embed-dim {c.embed_dim}: change either"),
         (c.masks == "prior" and c.prior == "none", "--masks prior needs a prior: leave out --prior none"),
         (c.masks == "prior" and c.prior == "masks",
          "--masks prior --prior masks are the data's own masks: leave out both"),
         (c.masks == "attention" and not from_run, "--masks attention needs --init RUN; or use --masks RUN"),
-        (not some_masks, f"--masks {c.masks} is neither data, prior, attention, nor a folder"
-         + ("" if some_masks else suggestion(c.masks, [*MASKS, *glob(f"{escape(beside)}/*/")]))),
+        (not some_masks, f"--masks {c.masks} is not {', '.join(MASKS)}, or a folder"),
         (not classify and c.ssl == "none" and not guided, "--ssl none learns from a --prior alone: set one"),
         (c.isnet and not classify, "--isnet needs --task classify"),
         (c.baseline and not classify, "--baseline needs --task classify"),

@@ -6,7 +6,6 @@ encoder of --init, the flags.
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from common.baselines import BASELINES, PENALTIES
 from common.flags import flag, kind_of, may_be, parser_of
 from common.phantom import FINDINGS, MARKERS
+from common.processes import rank
 from common.splits import DRAWN
 from common.weights import read_weights, sizes
 from relvit import TASKS as RELATIONS
@@ -222,8 +222,7 @@ def read_settings(path: Path, by: str) -> dict:
     for name, value in settings.items():
         if name not in known or not may_be(known[name], value):
             raise ValueError(f"{by} {path} has {name} {json.dumps(value)[:80]}, which train.py doesn't know")
-    first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
-    if first and by == "--config" and (newer := known.keys() - record.keys()):
+    if not rank() and by == "--config" and (newer := known.keys() - record.keys()):
         print(f"note: {by} {path} is older than {', '.join(sorted(newer))}: today's defaults are used")
     return settings
 

@@ -25,8 +25,8 @@ from common.explain import attention_of, pools_evenly, relevance_of, scores_of
 from common.foreground import mask_dice
 from common.metrics import CannotMeasure, auc, best_threshold, dice
 from common.metrics import known_mean, localisation_ap, relevance_share
-from common.objects import measure_objects, shows_one
-from common.probe import PROBES, draw_labelled, probe, untrained_probe
+from common.objects import measure_objects, shows_one, untrained
+from common.probe import PROBES, draw_labelled, probe
 
 MEASURES = ["attention", "objects", "bias", "backgrounds", *PROBES]
 NOT_OF = {True: ["finetune"], False: ["bias", "backgrounds"]}  # for classifiers, for pretrained encoders
@@ -48,11 +48,6 @@ class Report(NamedTuple):
     notes: list[str]  # what can't be measured, and warnings
 
 
-def applicable(measures: list[str], classifier: bool) -> list[str]:
-    """The measures that apply: no fine-tuning of classifiers, no bias or backgrounds of encoders."""
-    return [what for what in measures if what not in NOT_OF[classifier]]
-
-
 def report(
     model: nn.Module, splits: dict[str, Data], measures: list[str], fractions: tuple[float, ...] = (1.0,), *,
     multiclass: bool | None = None, rule: dict | None = None, layer: int = -1, guided: bool = False,
@@ -66,9 +61,12 @@ def report(
     """
     classifier = multiclass is not None
     encoder = model.encoder if classifier else model
-    found, features, apply = Report({}, {}, {}, {}, []), {}, applicable(measures, classifier)
+    found, features = Report({}, {}, {}, {}, []), {}
+    apply = [what for what in measures if what not in NOT_OF[classifier]]
+    others = "pretrained runs" if classifier else "classifiers"
+    if isinstance(model, Pipeline):  # its encoder has never seen a background
+        apply, others = [what for what in apply if what in NOT_OF[False]], "encoders of whole images"
     if list(measures) not in (MEASURES, QUICK):
-        others = "pretrained runs" if classifier else "classifiers"
         found.notes.extend(f"{what} is only for {others}" for what in measures if what not in apply)
     test, n, masked = splits["test"], len(splits["test"].names), len(shows_one(splits["test"]).names)
     if "attention" in apply and pools_evenly(encoder):
@@ -129,7 +127,8 @@ def add_probe(
         found.metrics.update({f"{what}_{metric}{part}": mean for metric, mean in means.items()})
         rows[f"{100 * f:g} % of labels ({len(draw_labelled(splits['train'].labels, f, 0))})"] = means[name]
     if fractions and 1.0 in probed and what in ("knn", "linear"):
-        control = untrained_probe(encoder, splits, what, caches.setdefault("untrained", {}))[name]
+        kept = caches.setdefault("untrained", {})  # the features of one control, which serves both probes
+        control = probe(encoder if kept else untrained(encoder), splits, what, features=kept)[1.0][name][0]
         found.metrics[f"{what}_{name}_untrained"] = rows["untrained encoder, 100 %"] = control
         if found.metrics[f"{what}_{name}"] < control:
             found.notes.append(f"{what}: an untrained encoder does better; training has not helped")

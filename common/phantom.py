@@ -71,15 +71,13 @@ def stamp(
     corner: a bright L in the upper right corner, a tenth of the width; anywhere: the L at a random place
     outside all regions; tint: everything outside the regions 10 % of the range brighter; border: a bright
     frame; disc: a bright disc in the lower left corner. anywhere and tint need masks (n, R, S, S) bool.
-    Raises ValueError for another kind, missing masks, images under 24 px, or if regions leave no place.
+    Raises ValueError for another kind, images under 24 px, or if regions leave no place.
     """
     n, S = len(images), images.shape[-1]
     if kind not in [*MARKERS, UNSEEN]:
         raise ValueError(f"marker {kind} is not one of {', '.join(MARKERS)}, {UNSEEN}")
     if S < 24:
         raise ValueError(f"images of {S} px are too small for a marker: use 24 px or more")
-    if kind in ("anywhere", "tint") and masks is None:
-        raise ValueError(f"marker {kind} lies outside the regions: give masks")
     if kind == "tint":
         outside = ~masks.any(dim=1, keepdim=True) & present[:, None, None, None]
         return (images + 25 * outside.int()).clamp(max=255).to(torch.uint8)

@@ -87,7 +87,8 @@ def draw_maps(path: Path, shown: Data, maps: dict[str, Tensor], signed: bool) ->
 
 def curves(path: Path, histories: dict[str, list[dict]]) -> Path:
     """Write training curves of {run: [{"epoch": e, name: value}, ...]}: a panel per name, a line per run."""
-    names = list(dict.fromkeys(name for history in histories.values() for name in history[-1]))
+    rows = [row for history in histories.values() for row in history]
+    names = list(dict.fromkeys(name for row in rows for name in row))  # DINO's end with its collapse
     names = [name for name in names if name not in ("epoch", "images_per_s")]
     figure, axes = plt.subplots(1, len(names), figsize=(2.4 * len(names), 2.1), **GRID)
     for ax, name in zip(axes[0], names):
@@ -117,6 +118,7 @@ def low_data(path: Path, runs: dict[str, dict[str, dict[float, list[float]]]]) -
             low, mean, high = ([100 * f(v) for v in values.values()] for f in (np.min, np.mean, np.max))
             ax.plot(x, mean, color=colour, marker="o", markersize=3)
             ax.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+        x = sorted({100 * fraction for found in runs.values() for fraction in found.get(probe, {})})
         ax.set_xscale("log")
         ax.set_xticks(x, [f"{percent:g}" for percent in x])
         ax.minorticks_off()

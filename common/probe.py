@@ -22,7 +22,6 @@ from common.classify import Classifier, classification_loss, is_multiclass
 from common.data import BATCH, SPLITS, Data, at_a_time, batches, prepared
 from common.explain import scores_of
 from common.metrics import CannotMeasure, auc, known_mean
-from common.objects import untrained
 
 PROBES = ["knn", "linear", "heads", "finetune"]
 DECAYS = [10.0**n for n in range(-5, 1)]
@@ -153,18 +152,6 @@ def draw_labelled(labels: Tensor, fraction: float, draw: int) -> Tensor:
     known = (~labels.isnan()).any(dim=1).nonzero()[:, 0]
     order = torch.randperm(len(known), generator=Generator().manual_seed(draw))
     return known[order[: round(fraction * len(known))]]
-
-
-def untrained_probe(
-    encoder: nn.Module, splits: dict[str, Data], how: str, features: dict[str, Tensor]
-) -> dict[str, float]:
-    """{metric: value} of an untrained copy of the encoder, with all labels: the control of a frozen encoder.
-
-    features: caches its pooled features. Training on few images can make features worse than random ones.
-    """
-    control = encoder if features else untrained(encoder)  # with cached features it is not used
-    found = probe(control, splits, how, features=features)[1.0]
-    return {metric: value for metric, (value,) in found.items()}
 
 
 def probe(

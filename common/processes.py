@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -16,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from common.checks import check_device
 from dino import over_processes
 
 
@@ -35,6 +33,23 @@ def keep_freed_memory() -> None:
 def rank() -> int:
     """The number of this process among those that torchrun started; 0 if it is alone."""
     return int(os.environ.get("RANK", 0))
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError if a device can't be used; a GPU with a number becomes the process's current one.
+
+    TF32, PyTorch's default for convolutions on GPUs, is off: 10 bits are too few for ISNet's gradient.
+    """
+    torch.backends.cudnn.allow_tf32 = False
+    if device.split(":")[0] not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {device} is unknown: choose auto, cpu, cuda or mps")
+    try:
+        if device.startswith("cuda:") and torch.cuda.is_available():
+            torch.cuda.set_device(device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0][:150]
+        raise ValueError(f"--device {device} can't be used, try --device cpu ({reason})") from None
 
 
 def join(device: str, batch_size: int) -> str:
@@ -161,10 +176,3 @@ def stop_requests() -> Iterator[Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def command_to_resume(out: os.PathLike, flags: list[str]) -> str:
-    """The command line that continues the run in `out`."""
-    torchrun = ["torchrun", "--standalone", "--nproc-per-node", os.environ.get("WORLD_SIZE", "1")]
-    words = torchrun if "RANK" in os.environ else ["python"]
-    return shlex.join([*words, "train.py", "--out", str(out), "--resume", *flags])

@@ -88,7 +88,7 @@ def load_all(
     spec, loaded = data_spec(splits["train"], first.task == "classify", first.data), {}
     for path, config in configs.items():
         if run := runs.get(path):
-            check_spec(path, run.spec, spec, config.data, goes_on=moved)
+            check_spec(path, run, spec, splits["train"].regions, config.data, goes_on=moved)
             model, history = load_model(path, run).to(device), run.checkpoint["history"]
             loaded[path] = Loaded(config, run.spec, model, history, path, run.masses)
         else:

@@ -26,12 +26,11 @@ from torch import Generator, Tensor
 from torch.optim import AdamW
 
 from common.checkpoint import DataSpec, write_file
-from common.checks import check_device
 from common.config import parse
 from common.data import prepared
 from common.models import build_classifier, build_encoder, build_model, decayed
 from common.phantom import phantom
-from common.processes import keep_freed_memory
+from common.processes import check_device, keep_freed_memory
 from crops import crop, distort, multi_crop, random_crops
 from experiments.costs import kept_bytes, operations, written_out
 from experiments.runs import ROOT

@@ -101,13 +101,10 @@ def of_isnet() -> list[tuple]:
     rows = on_all_shortcuts(5, "ISNet by default", "blind")
     at_c = "ResNet, third hospital: AUC minus that of"
     for way, name in AT_HOSPITALS.items():
-        by_default, published = (
-            f"{isnet}_resnet_hospitals auc_hospital_C" for isnet in ("blind", "published")
-        )
-        rows.append((5, f"ISNet by default, {at_c} {name}", 1, by_default, f"{way}_resnet_hospitals"))
-        if way != "published":
-            text = f"ISNet as published, {at_c} {name}"
-            rows.append((5, text, 1, published, f"{way}_resnet_hospitals"))
+        for isnet, who in {"blind": "ISNet by default", "published": "ISNet as published"}.items():
+            if isnet != way:
+                auc, other = f"{isnet}_resnet_hospitals auc_hospital_C", f"{way}_resnet_hospitals"
+                rows.append((5, f"{who}, {at_c} {name}", 1, auc, other))
     alone = "ISNet alone (no swapping)"
     for run, name in BACKBONES.items():
         flipped, unmarked = f"isnet_{run} auc_flipped", f"unmarked_{run} auc_same"
@@ -133,15 +130,14 @@ def of_isnet() -> list[tuple]:
         for run, name in BACKBONES.items():
             who, flipped = f"{alone}, one mask, {made}, {name}", f"isnet_{masks}_{run} auc_flipped"
             rows.append((8, f"{who}: {FLIPPED} (an L in a corner)", 85, flipped))
-    real = "Real X-rays, ISNet by default"
-    without = "AUC with an L flipped, minus a plain one's without any L"
-    unmarked = "plain_resnet_chest auc_same"
-    rows.append((5, f"{real}, ResNet: {without}", -5, "blind_resnet_chest_marker auc_same", unmarked))
-    hospitals = "blind_resnet_chest_hospitals auc_hospitals_flipped"
-    rows.append((5, f"{real}, ResNet: AUC with two hospitals flipped", 70, hospitals))
-    one = "blind_close_resnet_chest_marker auc_same"
-    rows.append((8, f"{real}, one mask, registered, ResNet: {without}", -5, one, unmarked))
-    return rows
+    real, unmarked = "Real X-rays, ISNet by default", "plain_resnet_chest auc_same"
+    flipped = "ResNet: AUC with an L flipped, minus a plain one's without any L"
+    marker, hospitals = "resnet_chest_marker auc_same", "resnet_chest_hospitals auc_hospitals_flipped"
+    return rows + [
+        (5, f"{real}, {flipped}", -5, f"blind_{marker}", unmarked),
+        (5, f"{real}, ResNet: AUC with two hospitals flipped", 70, f"blind_{hospitals}"),
+        (8, f"{real}, one mask, registered, {flipped}", -5, f"blind_close_{marker}", unmarked),
+    ]
 
 
 def of_relations_and_poolings() -> list[tuple]:

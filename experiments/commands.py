@@ -118,14 +118,12 @@ def against_backgrounds() -> dict[str, str]:
         ways = {"blind": BLIND, "swap": "--baseline swap"}
         ways |= {"published": "--preset published"} if backbone == "resnet" else {}
         for kind in kinds:
-            label = f"{LABELS} {backbone} --marker 1 --marker-kind {kind}"
-            runs |= {f"{way}_{backbone}_{kind}": f"{label} {flags}" for way, flags in ways.items()}
-            one, attention = "--masks prior", f"--masks runs/marked_{kind}-{{seed}}"
+            label, one = f"{LABELS} {backbone} --marker 1 --marker-kind {kind}", "--masks prior"
             made = {"blind_close": f"{BLIND} {one} {CLOSE}", "swap_close": f"--baseline swap {one} {CLOSE}"}
             if backbone == "resnet":
                 made["blind_one"] = f"{BLIND} {one} {WIDE}"
-                made["blind_attention"] = f"{BLIND} {attention} {CLOSE}"
-            runs |= {f"{way}_{backbone}_{kind}": f"{label} {flags}" for way, flags in made.items()}
+                made["blind_attention"] = f"{BLIND} --masks runs/marked_{kind}-{{seed}} {CLOSE}"
+            runs |= {f"{way}_{backbone}_{kind}": f"{label} {flags}" for way, flags in (ways | made).items()}
         for way, flags in ({"plain": ""} | baselines_of(backbone) | ways).items():
             label = f"{LABELS} {backbone} --marker 1 --marker-kind hospitals"
             runs[f"{way}_{backbone}_hospitals"] = f"{label} {flags}".strip()

@@ -192,11 +192,9 @@ def of_real_images() -> Tables:
     for data, rows, figures in (("chest", guided, features), ("horses", horses, maps)):
         rows.append(Row("untrained encoder", f"untrained_{data}", figures))
         for steps, long in {350: "", 1440: "long_"}.items() if data == "chest" else [(350, "")]:
-            dino = f"{long}dino_{data}"
+            span, dino = f"{long}span_{data}", f"{long}dino_{data}"
             rows.append(Row(f"{steps} steps: DINO, best head chosen on validation images", dino, figures))
-            rows.append(
-                Row(f"**{steps} steps: SPAN, one reference image**", f"{long}span_{data}", figures, dino)
-            )
+            rows.append(Row(f"**{steps} steps: SPAN, one reference image**", span, figures, dino))
         rows.append(Row("350 steps: SPAN, prior not registered", f"fixed_{data}", figures, f"dino_{data}"))
     inside, hospitals = ["auc_removed", "relevance_share_same", "mask_dice"], []
     unmarked = ["no_L", "auc_same", *inside[1:]]

@@ -21,10 +21,9 @@ from torch import Generator
 from torch.optim import AdamW
 
 from common.checkpoint import DataSpec, write_file
-from common.checks import check_device
 from common.config import parse
 from common.models import build_encoder, build_model, decayed
-from common.processes import remedy_for
+from common.processes import check_device, remedy_for
 from crops import multi_crop
 from experiments.benchmark import RESNET, VIT, VIT_S, classifier, images_a_second, timed
 from experiments.costs import operations

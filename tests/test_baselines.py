@@ -265,7 +265,7 @@ def test_no_image_keeps_its_own_background_and_one_whose_label_no_other_has_is_l
         measure_backgrounds(model, {"test": striped(2), "val": data}, True)
 
 
-def test_of_a_pipeline_the_segmenter_s_dice_is_measured_on_each_kind_of_test_images():
+def test_of_a_pipeline_the_segmenter_is_measured_and_its_encoder_is_shown_no_whole_image():
     data = striped(8)
 
     class Half(baselines.Pipeline):
@@ -277,3 +277,5 @@ def test_of_a_pipeline_the_segmenter_s_dice_is_measured_on_each_kind_of_test_ima
     model = Half(classifier, nn.Identity())
     table = measure_bias(model, {"test": data, "val": data}, True, {"epsilon": 0.1})
     assert table["same"]["segmentation Dice"] == pytest.approx(2 / 3)  # half of each mask
+    found = report(model, {"test": data, "val": data}, ["attention", "knn"], multiclass=True)
+    assert found.notes == [f"{what} is only for encoders of whole images" for what in ("attention", "knn")]

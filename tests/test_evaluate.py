@@ -17,7 +17,7 @@ from common.data import Data
 from common.folder import read_masks
 from common.models import load_model
 from common.regions import attention_masks, make_priors
-from common.runs import Loaded, images_to_show
+from common.runs import images_to_show
 from common.splits import load
 from common.weights import exported
 from vit import ViT
@@ -35,7 +35,7 @@ def test_runs_are_compared_side_by_side_on_the_same_images(two_runs, capsys):
     evaluate.main([*two_runs, "--rows", "2", "--only", "attention", "linear"])
     table = capsys.readouterr().out
     assert "100 % of labels (32)" in table and "25 % of labels" not in table
-    assert "8 test images of 64 px; this takes about" in table
+    assert "8 test images of 64 px" in table
     lines = table[: table.index("left lung")].splitlines()
     assert [line.split()[-1] for line in lines[-2:]] == ["dino", "attention"] and "mean" in table
     assert min(Image.open(Path(two_runs[0]) / "compare.png").size) > 100
@@ -84,28 +84,6 @@ def test_weights_beside_runs_take_their_data_and_keep_earlier_metrics(two_runs, 
         evaluate.main([*argv, "--only", measure])
     assert {"attention_mAP", "knn_mAUC"} <= set(metrics_of(tmp_path / "vit.pth-phantom-64"))
     assert "differ in img_size: compare runs on the same" in refused(evaluate.main, *argv, "--img-size", "32")
-
-
-def test_the_expected_time_is_the_sum_over_the_models_of_what_applies_to_them(monkeypatch):
-    class Slow(torch.nn.Linear):
-        def forward(self, x):
-            clock[0] += self.out_features * len(x)
-            return x
-
-    clock, images = [0.0], torch.zeros(8, 1, 4, 4, dtype=torch.uint8)
-    monkeypatch.setattr(evaluate.time, "perf_counter", lambda: clock[0])
-    splits = dict.fromkeys(("train", "val", "test"), Data(images, *[None] * 3, [""] * 8, [], []))
-    kinds = ("pretrain", 1), ("pretrain", 3), ("classify", 1)  # task, seconds an image
-    loaded = [Loaded(parse(["--task", task])[0], None, Slow(1, cost), [], Path(), {}) for task, cost in kinds]
-    pretrained, other, classifier = loaded
-
-    def seconds(runs: list, *measures: str) -> float:
-        return evaluate.expected_seconds(runs, splits, measures, False)
-
-    assert seconds([pretrained], "knn") == 32 and seconds([pretrained, other], "knn") == 32 + 3 * 32
-    assert seconds([classifier], "knn") == 16  # it is compared with no untrained encoder
-    assert seconds([pretrained], "bias") == seconds([classifier], "finetune") == 0
-    assert seconds([pretrained], "finetune") > 0 < seconds([classifier], "bias")
 
 
 def test_metrics_keep_a_run_s_own_relevance_rule_when_runs_are_compared(tmp_path):
@@ -203,10 +181,11 @@ def test_masks_cover_the_reference_s_prior_and_come_back_as_they_went(span_run, 
 
 def test_regions_that_are_no_file_names_and_unguided_runs_make_no_masks(two_runs, tmp_path, refused):
     (span, dino), out = two_runs, ("--export-masks", str(tmp_path / "masks"))
-    checkpoint = torch.load(f"{span}/last.pt")
+    checkpoint, picture = torch.load(f"{span}/last.pt"), str(save(tmp_path / "a.png", noise(64, 64)))
     for name in ("../heart", "..", ""):
         torch.save(checkpoint | {"masses": {name: 0.5}}, tmp_path / "last.pt")
-        assert "can't be file names" in refused(evaluate.main, str(tmp_path), *out)
+        assert "can't be file names" in refused(evaluate.main, str(tmp_path), "--image", picture)
+        assert "restore its masks" in refused(evaluate.main, str(tmp_path), *out)
     bias = "student.norm.bias"
     weights = checkpoint["model"] | {bias: torch.full_like(checkpoint["model"][bias], torch.inf)}
     for change in ({"masses": {"heart": 7.0}}, {"masses": [1]}, {"history": None}, {"model": weights}):

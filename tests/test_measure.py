@@ -268,7 +268,7 @@ def test_features_are_measured_beside_those_of_an_untrained_encoder(monkeypatch)
         for weight in model.parameters():
             weight.zero_()
     made = Mock(side_effect=untrained)
-    monkeypatch.setattr("common.probe.untrained", made)
+    monkeypatch.setattr("common.measure.untrained", made)
     found = measure.report(model.encoder, splits, ["knn", "linear", "heads"])
     assert made.call_count == 1  # one control, whose features are kept
     assert found.metrics.pop("heads_mAUC") == 0.5

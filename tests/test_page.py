@@ -136,3 +136,10 @@ def test_names_are_drawn_as_they_are(tmp_path):
     assert min(Image.open(path).size) > 100
     plots.curves(path, {name: [{"epoch": 1, name: 2.0}] for name in NAMES})
     plots.low_data(path, {name: {name: {0.1: [0.5], 1.0: [0.6]}} for name in NAMES})
+
+
+def test_a_measure_that_ends_with_a_collapse_keeps_its_panel(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    plots.curves(None, {"run": [{"epoch": 1, "loss": 1.0, "kl": 0.1}, {"epoch": 2, "loss": 2.0}]})
+    assert [ax.get_ylabel() for ax in drawn[0].axes] == ["loss", "kl"]
