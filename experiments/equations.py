@@ -8,48 +8,8 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TESTS = {  # file: {numbers: the test that checks them}
-    "vit.py": {"1 2 3 4 5 6 7": "test_features_and_attention_equal_those_of_the_published_vit"},
-    "resnet.py": {"1 2": "test_the_shortcut_is_the_identity_unless_the_shape_changes"},
-    "simpool.py": {"12 13 14 15 16 17": "test_pooled_and_attention_equal_the_published_ones"},
-    "attention_priors.py": {
-        "1": "test_a_prior_drawn_into_an_image_and_cropped_with_it_equals_the_followed_prior",
-        "2": "test_the_share_is_how_much_of_a_prior_the_view_sees_and_outside_the_image_there_is_none",
-        "3": "test_kl_is_the_formula_with_attention_renormalised_and_heads_without_a_prior_stay_free",
-        "4": "test_a_view_counts_by_the_share_that_it_sees",
-    },
-    "dino.py": {
-        "1 3 4": "test_three_steps_of_the_loss_and_its_centre_equal_the_published_ones",
-        "5": "test_koleo_is_the_mean_log_distance_to_the_nearest_neighbour_and_keeps_features_apart",
-        "6": "test_the_temperature_falls_so_that_the_entropy_of_the_teacher_has_a_ceiling",
-        "7 8": "test_near_collapse_koleo_is_added_the_centre_follows_and_the_temperature_falls",
-    },
-    "lrp.py": {
-        "1 2 9": "test_the_epsilon_and_z_box_rules_equal_zennit_s",
-        "3 4": "test_the_gamma_rules_equal_a_computation_contribution_by_contribution",
-        "5 6 8": "test_the_rules_for_transformers_equal_lxt_s",
-        "7": "test_in_training_the_batch_s_statistics_are_constants",
-    },
-    "isnet_lrp.py": {
-        "1": "test_inner_layers_and_attention_count_as_background_where_they_cover_no_foreground",
-        "2 3 4": "test_background_and_foreground_loss_equal_the_published_ones",
-        "5": "test_patches_log_odds_and_the_range_of_relevance",
-        "6": "test_the_attention_loss_is_span_s_toward_the_even_prior",
-    },
-    "common/registration.py": {
-        "1": "test_alignment_recovers_a_known_affine_map_whatever_the_exposure",
-        "2": "test_bending_fits_what_no_affine_map_can",
-        "3": "test_priors_count_little_in_images_without_the_object",
-        "4": "test_a_shift_and_a_scale_are_found_exactly",
-        "5": "test_likeness_compares_what_lies_around_the_regions_and_nothing_else",
-    },
-    "common/regions.py": {"7": "test_the_fewest_pixels_that_hold_the_mass_are_kept"},
-    "common/baselines.py": {
-        "1": "test_an_attention_gate_pools_as_its_formula_says",
-        "2": "test_grad_cam_weighs_the_last_block_s_maps_by_their_mean_gradient",
-        "3": "test_rrr_punishes_the_gradient_at_the_input_outside_the_mask",
-    },
-}
+FILES = "vit.py resnet.py simpool.py attention_priors.py dino.py lrp.py isnet_lrp.py".split()
+FILES += ["common/registration.py", "common/regions.py", "common/baselines.py"]
 HEAD = """# From equation to line
 
 Each numbered equation in the files' docstrings, the function that computes it, and the test that checks it.
@@ -99,18 +59,24 @@ def places(source: str) -> dict[str, tuple[str, int]]:
     return classes | functions
 
 
+def tested(source: str) -> dict[str, str]:
+    """{number: name} of the tests whose docstring begins with the equations that they check."""
+    tests = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    docs = {test.name: ast.get_docstring(test) or "" for test in tests}
+    checks = {name: numbers(doc.split(".")[0]) for name, doc in docs.items() if doc.startswith("Equation")}
+    return {n: name for name, found in checks.items() for n in found}
+
+
 def page() -> str:
     """The text of docs/equations.md. Raises KeyError if a number lacks its line or its test."""
     parts = [HEAD]
-    for file, checked in TESTS.items():
-        source = (ROOT / file).read_text()
-        tree, place = ast.parse(source), places(source)
-        tests = {n: test for of, test in checked.items() for n in of.split()}
+    for file in FILES:
+        source, of = (ROOT / file).read_text(), f"tests/test_{Path(file).name}"
+        tree, place, tests = ast.parse(source), places(source), tested((ROOT / of).read_text())
         rows = ["| no. | equation | computed by | checked by |", "| ---: | --- | --- | --- |"]
         found = formulas(ast.get_docstring(tree, clean=False))
         for n, formula in sorted(found.items(), key=lambda e: int(e[0])):
             name, line = place[n]
-            of = f"tests/test_{Path(file).name}"
             formula = formula.replace("|", "\\|")
             rows.append(f"| {n} | `{formula}` | [`{name}`](../{file}#L{line}) | `{of}::{tests.pop(n)}` |")
         if tests:

@@ -13,6 +13,7 @@ from crops import crop, random_crops
 @pytest.mark.parametrize("flip", [0.0, 1.0])
 @pytest.mark.parametrize("scale", [(0.4, 1.0), (0.05, 0.3)])
 def test_a_prior_drawn_into_an_image_and_cropped_with_it_equals_the_followed_prior(flip, scale):
+    """Equation (1)."""
     prior = torch.rand(2, 32, 32, generator=seeded())
     theta = random_crops(6, scale, seeded(), flip=flip)
     cropped = crop(prior.expand(6, 2, 32, 32), theta, 32)  # the prior as an image of two channels
@@ -23,6 +24,7 @@ def test_a_prior_drawn_into_an_image_and_cropped_with_it_equals_the_followed_pri
 
 
 def test_the_share_is_how_much_of_a_prior_the_view_sees_and_outside_the_image_there_is_none():
+    """Equation (2)."""
     prior, quarter = torch.ones(1, 16, 16), torch.tensor([[[0.5, 0, 0.2], [0, 0.5, -0.3]]])
     torch.testing.assert_close(follow(prior, quarter, (4, 4))[1], torch.tensor([[0.25]]))
     wide = torch.tensor([[[2.0, 0, 0], [0, 2, 0]]])  # the view is twice as wide as the image
@@ -69,6 +71,7 @@ def distributions(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_kl_is_the_formula_with_attention_renormalised_and_heads_without_a_prior_stay_free():
+    """Equation (3)."""
     prior, attention = distributions(2, 1, 5), 0.7 * distributions(2, 3, 5, seed=1)  # 0.3 on the CLS token
     expected = (prior * (prior / (attention[:, :1] / 0.7)).log()).sum(dim=2).mean()
     loss = span_loss(attention.requires_grad_(), prior, torch.ones(2, 1).double())
@@ -88,6 +91,7 @@ def test_the_loss_is_zero_where_attention_equals_the_prior_and_its_gradient_is_r
 
 
 def test_a_view_counts_by_the_share_that_it_sees():
+    """Equation (4)."""
     attention, prior = distributions(2, 1, 6), distributions(2, 1, 6, seed=1)
     one, other = (span_loss(a[None], p[None], torch.ones(1, 1).double()) for a, p in zip(attention, prior))
     for share, expected in (((0.75, 0.25), 0.75 * one + 0.25 * other), ((1, 0), one), ((0, 0), 0 * one)):

@@ -34,6 +34,7 @@ def batch(n: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def test_an_attention_gate_pools_as_its_formula_says():
+    """Equation (1)."""
     gate, x = baselines.AttentionGate(6), torch.randn(3, 5, 6)
     pooled, attention = gate(x)
     for b in range(3):
@@ -44,7 +45,7 @@ def test_an_attention_gate_pools_as_its_formula_says():
 
 @pytest.mark.parametrize("kind", ["resnet", "vit"])
 def test_grad_cam_weighs_the_last_block_s_maps_by_their_mean_gradient(kind):
-    """Of a convnet its output; of a ViT its input's patches, row by row, without the CLS token."""
+    """Equation (2). Of a convnet its output; of a ViT its input's patches, by rows, without the CLS token."""
     model, (x, _, y), seen = classifier(kind), batch(), []
     model.encoder.blocks[-1].register_forward_hook(lambda *called: seen.append(called))
     A = baselines.grad_cam(model, x, y)
@@ -73,6 +74,7 @@ def test_gain_adds_the_map_s_distance_from_the_mask_and_the_label_s_probability_
 
 @pytest.mark.parametrize("kind", ["resnet", "vit"])
 def test_rrr_punishes_the_gradient_at_the_input_outside_the_mask(kind):
+    """Equation (3)."""
     model, (x, m, y) = classifier(kind), batch()
     _, penalty = baselines.rrr(model, x, m, y, True)
     (gradient,) = torch.autograd.grad(model(x.requires_grad_()).log_softmax(dim=1).sum(), x)

@@ -29,6 +29,7 @@ def test_the_head_equals_the_published_one_under_its_published_names():
 
 
 def test_three_steps_of_the_loss_and_its_centre_equal_the_published_ones():
+    """Equations (1), (3), (4)."""
     numbers, _ = golden("dino_loss.npz")
     loss = DINOLoss(64, float(numbers["student_temp"]), float(numbers["center_momentum"]))
     for step in ("step0", "step1", "step2"):
@@ -67,6 +68,7 @@ def test_a_teacher_s_batch_norms_normalise_by_its_own_batch_and_nothing_else_in_
 
 
 def test_koleo_is_the_mean_log_distance_to_the_nearest_neighbour_and_keeps_features_apart():
+    """Equation (5)."""
     x = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     distances = torch.cdist(F.normalize(x, dim=1), F.normalize(x, dim=1)) + 9 * torch.eye(5)
     torch.testing.assert_close(koleo_loss(x), -distances.min(dim=1).values.log().mean())
@@ -77,6 +79,7 @@ def test_koleo_is_the_mean_log_distance_to_the_nearest_neighbour_and_keeps_featu
 
 
 def test_the_temperature_falls_so_that_the_entropy_of_the_teacher_has_a_ceiling():
+    """Equation (6)."""
     loss, generator = DINOLoss(256), torch.Generator().manual_seed(0)
     for spread in (1e-4, 0.1):
         scores = spread * torch.randn(2, 64, 256, generator=generator) + torch.randn(256, generator=generator)
@@ -95,7 +98,7 @@ def test_the_temperature_falls_so_that_the_entropy_of_the_teacher_has_a_ceiling(
 
 @pytest.mark.parametrize("floors, w", [(0, 1), (2, 1), (2.5, 0.5), (3, 0), (20, 0)])
 def test_near_collapse_koleo_is_added_the_centre_follows_and_the_temperature_falls(floors, w):
-    """floors: the KL of the outputs so far, in units of the lowest that is allowed."""
+    """Equations (7), (8). floors: the KL of the outputs so far, in units of the lowest that is allowed."""
     views, plain = [torch.rand(6, 1, 16, 16)], small_dino()
     with_koleo, with_ceiling, used = copy.deepcopy(plain), copy.deepcopy(plain), []
     with_koleo.koleo, with_ceiling.max_entropy = 0.5, 0.8

@@ -16,6 +16,7 @@ GRID = (4, 4)
 
 @pytest.mark.parametrize("name", ["mean", "gwrp", "foreground", "hybrid"])
 def test_background_and_foreground_loss_equal_the_published_ones(name):
+    """Equations (2) to (4)."""
     R, masks, expected = (golden("isnet_loss.npz")[0][key] for key in ("heatmaps", "masks", name))
     decay, weight = {"gwrp": (0.9, 0), "foreground": (1.0, 1), "hybrid": (0.97, 3)}.get(name, (1.0, 0))
     losses = []
@@ -36,6 +37,7 @@ def test_each_channel_is_pooled_by_itself_as_published_or_with_the_others():
 
 @pytest.mark.parametrize("empty", [False, True])
 def test_the_attention_loss_is_span_s_toward_the_even_prior(empty):
+    """Equation (6)."""
     foreground = torch.rand(3, 1, 16).round().double()
     foreground[0] *= not empty
     attention = torch.randn(3, 2, 16).double().softmax(dim=2) * 0.8  # the rest went to the CLS token
@@ -45,6 +47,7 @@ def test_the_attention_loss_is_span_s_toward_the_even_prior(empty):
 
 
 def test_inner_layers_and_attention_count_as_background_where_they_cover_no_foreground():
+    """Equation (1)."""
     maps, tokens = HEATMAPS[:, :2, ::2, ::2], torch.randn(2, 17, 5).double()  # a CLS token and a 4 x 4 grid
     attention = [torch.rand(2, 3, T).double() for T in (16, 17)]
     covers = whole_patches(MASK, 2)[:, :, ::2, ::2]
@@ -71,6 +74,7 @@ def test_as_published_each_layer_has_both_losses_and_the_worst_layer_counts_most
 
 
 def test_patches_log_odds_and_the_range_of_relevance():
+    """Equation (5)."""
     grown = whole_patches(MASK, 4)
     assert grown[0, 0, ::4, ::4].tolist() == [[1, 1], [1, 1]] and torch.equal(whole_patches(grown, 4), grown)
     logits = HEATMAPS[0, 0, :, :4]

@@ -29,6 +29,7 @@ def logit(output: torch.Tensor, target: torch.Tensor = TARGET) -> torch.Tensor:
 
 @pytest.mark.parametrize("epsilon, zbox", [("1e-06", ""), ("0.25", ""), ("0.25", "zbox.")])
 def test_the_epsilon_and_z_box_rules_equal_zennit_s(epsilon, zbox):
+    """Equations (1), (2), (9)."""
     numbers, weights = golden("lrp_cnn.npz")
     layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 12, 3, padding=1)]
     layers += [nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(192, 10), nn.ReLU(), nn.Linear(10, 4)]
@@ -41,6 +42,7 @@ def test_the_epsilon_and_z_box_rules_equal_zennit_s(epsilon, zbox):
 
 
 def test_the_rules_for_transformers_equal_lxt_s():
+    """Equations (5), (6), (8)."""
     (_, weights), (numbers, _) = golden("dino_vit.npz"), golden("lrp_vit_attnlrp.npz")
     vit = ViT(32, 8, 3, 48, 3, 3)
     vit.load_state_dict(weights)
@@ -51,7 +53,10 @@ def test_the_rules_for_transformers_equal_lxt_s():
 
 @pytest.mark.parametrize("signed", [False, True])
 def test_the_gamma_rules_equal_a_computation_contribution_by_contribution(signed):
-    """R_i = sum_j R_j c_ij (1 + gamma [c_ij is favoured]) / (the same summed over i, biases included)."""
+    """Equations (3), (4).
+
+    R_i = sum_j R_j c_ij (1 + gamma [c_ij is favoured]) / (the same summed over i, biases included)
+    """
     layer, gamma, x, weights = nn.Linear(6, 5).double(), 0.7, doubles(4, 6), doubles(4, 5)
     x = x if signed else x.abs()
     c = torch.cat([x[:, None] * layer.weight, layer.bias.expand(4, 5)[:, :, None]], dim=2)  # (B, 5, 7)
@@ -114,7 +119,7 @@ def test_without_biases_the_relevance_of_images_and_inner_layers_sums_to_the_log
 
 
 def test_in_training_the_batch_s_statistics_are_constants():
-    """The heatmap is that of the same network with the batch's mean and deviation as fixed numbers."""
+    """Equation (7). The heatmap is that of the same network with the batch's mean and deviation fixed."""
     model, images = cnn().double().train(), doubles(4, 3, 8, 8)
     for norm in (model[1], model[5]):
         nn.init.normal_(norm.bias)

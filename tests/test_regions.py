@@ -73,6 +73,7 @@ def test_a_note_names_the_remedy_if_the_reference_is_found_in_few_images(capsys)
 
 
 def test_the_fewest_pixels_that_hold_the_mass_are_kept():
+    """Equation (7)."""
     attention = torch.tensor([[[0.5, 0.2, 0.2, 0.1], [0.1, 0.1, 0.1, 0.7]]])  # (1, 2, 4), a 2x2 grid
     found = masks_held(attention, (2, 2), (2, 2), torch.tensor([0.65, 0.7]))
     assert found[0, 0, 0, 0] and found[0, 0].sum() == 2  # 0.5 + 0.2 suffices, 0.5 does not

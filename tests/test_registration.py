@@ -24,6 +24,7 @@ def dice(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def test_alignment_recovers_a_known_affine_map_whatever_the_exposure():
+    """Equation (1)."""
     image = phantom(1, seed=5)[0].float() / 255
     first, second = [[1.08, 0.06, 0.1], [-0.08, 0.94, -0.08]], [[0.92, -0.05, -0.06], [0.04, 1.06, 0.12]]
     known = torch.tensor([first, second])
@@ -44,6 +45,7 @@ def test_registration_of_an_image_does_not_depend_on_its_batch_nor_on_grad_mode(
 
 
 def test_bending_fits_what_no_affine_map_can():
+    """Equation (2)."""
     image, masks, _ = phantom(1, seed=5)
     identity = torch.eye(2, 3)[None]
     x, y = F.affine_grid(identity, (1, 1, 64, 64), align_corners=False).unbind(-1)
@@ -99,6 +101,7 @@ def test_a_bright_frame_does_not_hide_the_regions():
 
 
 def test_likeness_compares_what_lies_around_the_regions_and_nothing_else():
+    """Equation (5)."""
     images, masks, _ = phantom(2, seed=0)
     heart, theta, flow = masks[0, 2:], torch.tensor([[[1.0, 0, 0.25], [0, 1, 0]]]), torch.zeros(1, 2, 1, 1)
     moved = crop(images[:1].float(), theta, 64)
@@ -114,6 +117,7 @@ def test_likeness_compares_what_lies_around_the_regions_and_nothing_else():
 
 
 def test_a_shift_and_a_scale_are_found_exactly():
+    """Equation (4)."""
     images, masks = digits(1)
     known = torch.tensor([[[1 / 1.25, 0, -0.3], [0, 1 / 1.25, 0.2]], [[1 / 0.8, 0, 0.25], [0, 1 / 0.8, 0.0]]])
     seen = sample(images, known) + 0.02 * torch.randn(2, 1, 64, 64, generator=seeded())
@@ -124,6 +128,7 @@ def test_a_shift_and_a_scale_are_found_exactly():
 
 
 def test_priors_count_little_in_images_without_the_object():
+    """Equation (3)."""
     images, masks = digits(12)
     noise = 0.25 + 0.08 * torch.randn(30, 1, 64, 64, generator=seeded())
     reference, priors = images[1], priors_from_masks(masks[1])

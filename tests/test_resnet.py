@@ -20,6 +20,7 @@ def test_features_are_the_last_map_row_by_row_and_its_mean(size):
 
 
 def test_the_shortcut_is_the_identity_unless_the_shape_changes():
+    """Equations (1), (2)."""
     encoder = ResNet(3, 16, (2, 1))
     assert [len(block.shortcut) for block in encoder.blocks] == [0, 0, 2]
     block, x = encoder.blocks[0].eval(), torch.rand(1, 8, 4, 4)

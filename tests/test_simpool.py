@@ -12,6 +12,7 @@ B, N, D = X.shape
 
 @pytest.mark.parametrize("gamma", [None, 1.25, 2.0])
 def test_pooled_and_attention_equal_the_published_ones(gamma):
+    """Equations (12) to (17)."""
     (numbers, weights), model = golden(f"simpool_gamma_{gamma}.npz"), SimPool(32, gamma)
     model.load_state_dict(weights, strict=True)
     pooled, attention = model(numbers["tokens"])
