@@ -13,7 +13,7 @@ import train
 from common.baselines import PENALTIES
 from common.checkpoint import DataSpec
 from common.classify import attention_seen, classification_loss, constant_loss, explained_target
-from common.classify import is_multiclass, natural_range, shifted, supervised_layers
+from common.classify import is_multiclass, natural_range, shifted, supervised_layers, warn_if_constant
 from common.config import parse
 from common.models import build_classifier, build_encoder, lrp_rule
 from isnet_lrp import log_odds
@@ -246,3 +246,15 @@ def test_a_step_swaps_the_backgrounds_of_all_images_or_of_a_share(monkeypatch):
     every, half, isnet, plain = (step_of(f)[0] for f in flags)
     assert not torch.equal(every, plain) and not torch.equal(half, isnet)
     assert margins == [2, 0, 0]  # of 16 px
+
+
+REMEDIES = [({}, "or more --epochs"), ({"background": 1}, "or a smaller --isnet")]
+
+
+@pytest.mark.parametrize("losses, remedy", REMEDIES)
+def test_a_classifier_no_better_than_a_constant_is_named_with_a_remedy_that_it_has(losses, remedy, capsys):
+    for loss in (0.7, 0.6):  # of two classes that are equally frequent a constant has 0.69
+        warn_if_constant({"loss": 0.9, "classification": loss} | losses, torch.tensor([[0.0], [1]]), False)
+    said = capsys.readouterr().out
+    assert said.startswith("warning: classification loss 0.70 is no better") and said.endswith(f"{remedy}\n")
+    assert "0.60" not in said

@@ -395,6 +395,7 @@ def test_the_reference_must_be_readable_and_have_every_mask_and_unused_masks_are
     assert "masks/heart/c.png" in refusal(folder, reference="c.png")
     for name in ("nobody.png", "broken.png", "b"):
         assert f"`{name}` is no readable image" in refusal(folder, reference=name)
+    assert f"holds the images of {folder}: name that folder" in refusal(folder / "images")
 
 
 def test_a_label_column_becomes_one_hot_over_the_sorted_classes_and_no_labels_without_any(folder):

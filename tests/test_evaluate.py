@@ -14,6 +14,7 @@ import train
 from common.checkpoint import load_run
 from common.config import parse
 from common.data import Data
+from common.explain import decisions
 from common.folder import read_masks
 from common.models import load_model
 from common.regions import attention_masks, make_priors
@@ -242,6 +243,15 @@ def test_a_classifier_s_decision_gets_a_heatmap_and_its_probability(wide, tmp_pa
     what, first, *others = title.split("\n")
     assert heatmap.shape == (1, 64, 144) and what == "relevance for enlarged heart"
     assert first.startswith("enlarged heart ") and len(others) == 3
+
+
+@pytest.mark.parametrize("multiclass, said", [(False, "afed"), (True, "fedc")])
+def test_what_is_explained_is_said_even_if_it_is_unlikely(multiclass, said):
+    model = torch.nn.Linear(1, 1)
+    model.forward = lambda images: torch.arange(6.0).expand(len(images), -1)
+    images = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+    (words,) = decisions(model, images, multiclass, list("abcdef"))
+    assert "".join(word[0] for word in words) == said
 
 
 @pytest.mark.parametrize("channels", [1, 3])
