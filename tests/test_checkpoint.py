@@ -134,6 +134,9 @@ def test_a_run_goes_on_though_its_data_moved_but_not_with_edited_settings(tmp_pa
     train.main([*resume, "--data", str(tmp_path / "moved")])
     assert len(load_run(out).checkpoint["history"]) == 2
     train.main(list(resume))  # it remembers where the data lie now
+    for name in ("labels.csv", "images/3.png"):
+        (tmp_path / "moved" / name).unlink()
+    assert "learned images" in refused(train.main, *resume)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_usable_and_ends_in_one_line(tmp_path, monkeypatch, capfd):
