@@ -55,8 +55,8 @@ def compare(args: argparse.Namespace) -> None:
     runs = {str(path) if alike else path.name: run for path, run in loaded.items()}
     before = {name: read_metrics(run.out) for name, run in runs.items()}
     first, *_ = runs.values()
-    size = f"{len(splits['test'].names)} test images of {first.config.img_size} px"
-    print(f"{first.config.data}: {size}", flush=True)
+    n = len(splits["test"].names)
+    print(f"{first.config.data}: {n} test images of {first.config.img_size} px", flush=True)
     shown, rule = images_to_show(first.config, splits, args.rows), lrp_rule(first.config)  # the same for all
     reports, maps, registered, fractions = {}, {}, {}, FRACTIONS if args.all else (1.0,)
     for name, run in runs.items():

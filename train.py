@@ -250,7 +250,8 @@ def train(
                         save(config, spec, model, optimizer, generator, history, masses_now(), within)
                     if processes > 1:
                         dist.barrier()  # the first process that ends makes torchrun end the others
-                    raise KeyboardInterrupt(f"--out {config.out} --resume continues from here")
+                    flags = " --keep-going" * config.keep_going + " --strict" * config.strict
+                    raise KeyboardInterrupt(f"--out {config.out} --resume{flags} continues from here")
             means = {name: whole / n for name, (whole, n) in sums.items()}
             speed = (steps - first) * batch / (time.perf_counter() - started)
             history.append({"epoch": epoch + 1, **means, "images_per_s": round(speed, 1)})

@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 
 from common.classify import is_multiclass
 from common.config import KEYWORDS, PER_CALL, PLACES, Config, as_config, as_json, read_record
-from common.data import Data
+from common.data import Data, printable
 from common.flags import option
 from common.weights import reason
 
@@ -132,8 +132,8 @@ def check_spec(
     folder: Path, run: Run, now: DataSpec, regions: list[str], data: str, goes_on: bool = True
 ) -> None:
     """Raise ValueError if the data no longer have the channels, classes or images that a run was trained on,
-    or have other regions than guided its heads. regions: of the data now. If the run is only measured, not
-    continued, different images only cause a printed note.
+    or other regions than those whose masks of one image guided its heads (other priors are not checked).
+    regions: of the data now. If the run is only measured, not continued, different images only cause a note.
     """
     for name, was, there in zip(DataSpec._fields, run.spec[:4], now[:4]):
         if was != there:
@@ -143,10 +143,11 @@ def check_spec(
                 print(f"note: {learned}; it may have been trained on some of the test images")
                 continue
             raise ValueError(f"{learned}: name its own --data, restore its files, or train again")
-    if run.masses and regions and list(run.masses) != regions:  # else a head counts for another's region
-        was, there = ", ".join(run.masses), ", ".join(regions)
+    guided = list(run.masses) if run.config.prior == "sample" else []  # other priors are of no region
+    if guided and regions and guided != regions:  # else a head counts for another's region
+        was, there = (", ".join(map(printable, names)) for names in (guided, regions))
         heads = f"the heads of {folder} were guided to {was}, but {data} has masks of {there}"
-        raise ValueError(f"{heads}: restore its masks, or train again")
+        raise ValueError(f"{heads}: name its own --data, restore its masks, or train again")
 
 
 def save(

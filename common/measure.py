@@ -65,7 +65,7 @@ def report(
     apply = [what for what in measures if what not in NOT_OF[classifier]]
     others = "pretrained runs" if classifier else "classifiers"
     if isinstance(model, Pipeline):  # its encoder has never seen a background
-        apply, others = [what for what in apply if what in NOT_OF[False]], "encoders of whole images"
+        apply, others = [x for x in apply if x in ("bias", "backgrounds")], "encoders of whole images"
     if list(measures) not in (MEASURES, QUICK):
         found.notes.extend(f"{what} is only for {others}" for what in measures if what not in apply)
     test, n, masked = splits["test"], len(splits["test"].names), len(shows_one(splits["test"]).names)

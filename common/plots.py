@@ -94,7 +94,7 @@ def curves(path: Path, histories: dict[str, list[dict]]) -> Path:
     for ax, name in zip(axes[0], names):
         for history, colour in zip(histories.values(), cycle(LINES)):
             values = [row.get(name, np.nan) for row in history]
-            dot = "o" if len(values) == 1 else None  # a line of one point can't be seen
+            dot = "o" if np.isfinite(values).sum() == 1 else None  # a line of one point can't be seen
             ax.plot([row["epoch"] for row in history], values, color=colour, marker=dot)
         ax.set_xlabel("epoch")
         ax.locator_params("x", integer=True)

@@ -1,4 +1,4 @@
-"""The process and its memory, processes that train together (torchrun), and requests to stop."""
+"""The process, its device and memory, processes that train together (torchrun), and requests to stop."""
 
 import ctypes
 import os

@@ -89,7 +89,7 @@ def on_other_data() -> dict[str, str]:
         for kind, data in (drawn | folders).items():
             for way, flags in (LOSSES | REMEDIES).items():
                 if n > 200 and kind != "digits" and way not in ("steady", "always", "wide"):
-                    continue  # other remedies only on few images, or on those that collapse
+                    continue  # the published loss and other remedies: on 200 images, and on all of digits
                 today = way in ("steady", "wide")
                 steps = f"--epochs {epochs}" if today else f"--epochs {before} {BEFORE}"
                 runs[f"{way}_{kind}_{n}"] = f"{data} --prior none --keep-going {steps} {flags}".strip()

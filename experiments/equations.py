@@ -60,7 +60,7 @@ def places(source: str) -> dict[str, tuple[str, int]]:
 
 
 def tested(source: str) -> dict[str, str]:
-    """{number: name} of the tests whose docstring begins with the equations that they check."""
+    """{number: name} of tests whose docstring begins with the equations that they check; the last counts."""
     tests = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
     docs = {test.name: ast.get_docstring(test) or "" for test in tests}
     checks = {name: numbers(doc.split(".")[0]) for name, doc in docs.items() if doc.startswith("Equation")}

@@ -48,7 +48,7 @@ LOCALISATION = {  # title: experiment, and what is measured
     "9 epochs, the default: attention, all masks": ("phantom_masks", "attention"),
     "9 epochs, the default: SimPool's attention": ("simpool_span", "attention"),
 }
-FEW_MASKS = {  # of digits, leaves and hearts
+FEW_MASKS = {  # of digits; some also of leaves and hearts
     "plain": "plain",
     "swap_one": "1 mask: backgrounds swapped, masks registered, twice the margin",
     "blind_one": "**1 mask: ISNet with swapping (default), masks registered**",

@@ -8,11 +8,14 @@ from torch import nn
 
 from common import baselines
 from common.backgrounds import exchanged, without_foreground
+from common.checkpoint import DataSpec, Run
 from common.classify import Classifier
+from common.config import parse
 from common.data import SPLITS, Data
 from common.hospitals import HOSPITALS, mixed, taken_at
 from common.measure import measure_backgrounds, measure_bias, report
 from common.metrics import CannotMeasure
+from common.models import build_classifier, build_encoder, load_model
 from common.phantom import phantom
 from common.splits import load
 from resnet import ResNet
@@ -281,3 +284,12 @@ def test_of_a_pipeline_the_segmenter_is_measured_and_its_encoder_is_shown_no_who
     assert table["same"]["segmentation Dice"] == pytest.approx(2 / 3)  # half of each mask
     found = report(model, {"test": data, "val": data}, ["attention", "knn"], multiclass=True)
     assert found.notes == [f"{what} is only for encoders of whole images" for what in ("attention", "knn")]
+
+
+@pytest.mark.parametrize("flags", ["multitask", "pipeline", "gated --backbone vit"])
+def test_a_baseline_s_model_is_loaded_as_it_was_built(flags, tmp_path):
+    config = parse(f"--task classify --embed-dim 16 --baseline {flags}".split())[0]
+    model = build_classifier(config, build_encoder(config, 1), 2, 1)
+    run = Run(config, DataSpec(1, ("no", "yes"), True, ""), {}, {"model": model.state_dict()})
+    assert [*load_model(tmp_path, run).state_dict()] == [*model.state_dict()]
+    assert ("gated" in flags) == any("pool" in name for name in model.state_dict())

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from common.checks import check
-from common.config import as_json, parse
+from common.config import as_json, epochs_for, parse
 
 
 def test_defaults_follow_the_task_and_the_backbone():
@@ -19,6 +19,7 @@ def test_defaults_follow_the_task_and_the_backbone():
     assert config.findings == ("enlarged heart",)
     assert parse("--task classify --data folder".split())[0].findings is None
     assert parse("--task classify --backbone vit".split())[0].lr == 5e-4
+    assert epochs_for("pretrain", "resnet", 10) == 35 and epochs_for("classify", "vit", 53) == 142
 
 
 def test_underscores_and_the_names_in_dino_s_and_timm_s_scripts_are_understood():

@@ -200,6 +200,14 @@ def test_a_ratio_is_of_the_second_over_the_first_without_the_first_pair(monkeypa
     assert benchmark.ratio(lambda: None, lambda: None, runs=3) == (2, 3, 4)
 
 
+@pytest.mark.parametrize("name", [name for name in benchmark.CLASSIFIERS if "ViT-S" not in name])
+def test_classifiers_can_be_compared(name):
+    flags, added, (_, *shape) = benchmark.CLASSIFIERS[name]
+    plain = benchmark.classifier(f"{flags} --embed-dim 16", (4, *shape), "cpu")
+    other = benchmark.classifier(f"{flags} {added} --embed-dim 16", (4, *shape), "cpu")
+    assert benchmark.kept_bytes(other[0]) > 0 and plain[1]().shape == other[1]().shape == (4, 2)
+
+
 def test_a_step_of_dino_as_released_changes_the_weights_as_ours_does(monkeypatch):
     """Without clipping, which the release does weight by weight."""
     made, build = [], benchmark.build_model
@@ -295,6 +303,16 @@ def test_a_worse_mask_scores_less(few_test_images):
     true = wrong_mask.scores(train, 0, train.masks[0], test)
     moved = wrong_mask.scores(train, 0, wrong_mask.wrong(train.masks[0], 0.1, 1.0), test)
     assert all(a > b + 10 for a, b in zip(true, moved)) and min(true) > 70
+
+
+def test_runs_on_real_images_that_are_missing_are_left_out_with_a_note(tmp_path, monkeypatch, capsys):
+    started = {}
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    monkeypatch.setattr(runs, "two_at_a_time", started.update)
+    (tmp_path / "data/chest").mkdir(parents=True)
+    runs.train(["span_chest-0", "span_horses-0", "plain_resnet_chest_masks-0"])
+    assert list(started) == ["span_chest-0"]
+    assert capsys.readouterr().out.startswith("note: no runs on data/chest_masks, data/horses: docs/data.md")
 
 
 @pytest.fixture

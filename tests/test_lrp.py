@@ -280,8 +280,9 @@ def test_a_layer_s_relevance_is_that_of_its_output_before_changes_in_place_and_c
 
 def test_layers_come_in_the_order_asked_for():
     first, last, x = nn.Linear(6, 5).double(), nn.Linear(5, 3).double(), doubles(4, 6)
-    (_, *found), _ = relevance(nn.Sequential(first, nn.GELU(), last), x, TARGET[:4], layers=[last, first])
-    assert [R.shape for R in found] == [(4, 3), (4, 5)]
+    model, asked = nn.Sequential(first, nn.GELU(), last), [first, last, first]
+    (_, *found), _ = relevance(model, x, TARGET[:4], layers=asked)
+    assert [R.shape for R in found] == [(4, 5), (4, 3), (4, 5)]
 
 
 def test_a_change_in_place_that_the_context_does_not_see_is_refused():

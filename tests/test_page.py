@@ -143,3 +143,4 @@ def test_a_measure_that_ends_with_a_collapse_keeps_its_panel(monkeypatch):
     monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
     plots.curves(None, {"run": [{"epoch": 1, "loss": 1.0, "kl": 0.1}, {"epoch": 2, "loss": 2.0}]})
     assert [ax.get_ylabel() for ax in drawn[0].axes] == ["loss", "kl"]
+    assert drawn[0].axes[1].lines[0].get_marker() == "o"

@@ -68,7 +68,9 @@ def test_priors_may_be_every_image_s_masks_statistics_or_a_file(tmp_path):
     np.save(tmp_path / "priors.npy", phantom(1, seed=9)[1][0].numpy().astype(np.float32))
     for prior in ("masks", "statistics", str(tmp_path / "priors.npy")):
         words = f"--num-heads 4 --epochs 1 --prior {prior}"
-        assert trained(tmp_path / Path(prior).stem, words)["span_loss"] > 0
+        assert trained(out := tmp_path / Path(prior).stem, words)["span_loss"] > 0
+        evaluate.main([str(out), "--only", "attention"])
+        train.main(["--resume", "--out", str(out)])
 
 
 def test_an_existing_run_is_neither_overwritten_nor_resumed_unless_asked_to(span_run, tmp_path, refused):
@@ -251,7 +253,11 @@ def test_a_batch_in_even_parts_gives_the_same_step(images, sizes):
     for parts in (1, 7):
         model, config = torch.nn.Linear(1, 1, bias=False), parse(["--accumulate", str(parts)])[0]
         torch.nn.init.ones_(model.weight)
-        losses = lambda i, *_, m=model: (m(x[i]).square().mean(), seen.append(len(i)) or {})  # noqa: E731
+
+        def losses(i: torch.Tensor, *_, model=model) -> tuple[torch.Tensor, dict]:
+            seen.append(len(i))
+            return model(x[i]).square().mean(), {}
+
         optimizer, index = torch.optim.SGD(model.parameters()), torch.arange(images)
         train.train_step(config, model, losses, optimizer, index, seeded(), 0, 10)
         weights.append(model.weight.item())
@@ -276,8 +282,7 @@ def test_memory_that_was_freed_is_used_again_without_new_pages():
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
         pages = new_pages()
         keep_freed_memory()
-        new_pages(), new_pages()
-        print(pages, new_pages())"""
+        print(pages, min(new_pages() for _ in range(9)))"""  # the heap settles after some rounds
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     before, after = map(int, said.stdout.split())
     assert after < before / 4
@@ -445,13 +450,14 @@ def test_a_run_is_not_resumed_on_other_classes_images_labels_or_regions_than_it_
         data = Data(images, None, torch.zeros(3).bool(), labels, list(names), [], findings.split())
         return data_spec(data, True, "mine")
 
-    def checked(now: DataSpec, *regions: str) -> None:
-        run = Run(None, spec("abc", "cat dog"), {"heart": 0.6}, {})
+    def checked(now: DataSpec, *regions: str, words: str = "") -> None:
+        run = Run(parse(words.split())[0], spec("abc", "cat dog"), {"heart": 0.6}, {})
         check_spec(Path("run"), run, now, [*regions], "mine")
 
     checked(spec("abc", "cat dog"), "heart")
     checked(spec("abc", "cat dog"))  # all masks are gone: the heads can't be mistaken
-    with pytest.raises(ValueError, match="guided to heart, but mine has masks of aorta, heart: restore"):
+    checked(spec("abc", "cat dog"), "aorta", words="--prior statistics")
+    with pytest.raises(ValueError, match="guided to heart, but mine has masks of aorta, heart: name its"):
         checked(spec("abc", "cat dog"), "aorta", "heart")
     with pytest.raises(ValueError, match="run learned classes cat, dog, but mine has dog, cat"):
         checked(spec("abc", "dog cat"))
