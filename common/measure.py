@@ -29,7 +29,9 @@ from common.objects import measure_objects, shows_one, untrained
 from common.probe import PROBES, draw_labelled, probe
 
 MEASURES = ["attention", "objects", "bias", "backgrounds", *PROBES]
-NOT_OF = {True: ["finetune"], False: ["bias", "backgrounds"]}  # for classifiers, for pretrained encoders
+NOT_OF = {  # what is not measured of a model, and of whom it is; a pipeline's encoder sees no background
+    "encoder": (["bias", "backgrounds"], "classifiers"), "classifier": (["finetune"], "pretrained runs"),
+    "pipeline": (["attention", "objects", *PROBES], "encoders of whole images")}  # fmt: skip
 OF_FOREGROUND = {  # {table: what in it is measured only on images with a foreground}
     "AP in %": "AP and Dice", "objects, in %": "objects", "exchanged backgrounds, in %": "backgrounds",
     "test images (same = unchanged), in %": "relevance share",
@@ -62,10 +64,9 @@ def report(
     classifier = multiclass is not None
     encoder = model.encoder if classifier else model
     found, features = Report({}, {}, {}, {}, []), {}
-    apply = [what for what in measures if what not in NOT_OF[classifier]]
-    others = "pretrained runs" if classifier else "classifiers"
-    if isinstance(model, Pipeline):  # its encoder has never seen a background
-        apply, others = [x for x in apply if x in ("bias", "backgrounds")], "encoders of whole images"
+    kind = "pipeline" if isinstance(model, Pipeline) else "classifier" if classifier else "encoder"
+    left_out, others = NOT_OF[kind]
+    apply = [what for what in measures if what not in left_out]
     if list(measures) not in (MEASURES, QUICK):
         found.notes.extend(f"{what} is only for {others}" for what in measures if what not in apply)
     test, n, masked = splits["test"], len(splits["test"].names), len(shows_one(splits["test"]).names)
