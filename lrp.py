@@ -9,7 +9,7 @@ an operation, so one backward pass computes all relevance:
                            w' = w + gamma max(w, 0), b' likewise
     or, if signed          z' = z + gamma (z + sign(z) (|w| |x| + |b|)) / 2, the rest as in (3)      (4)
     elementwise            y = f(x)            g <- g f(x) / x instead of g f'(x)                    (5)
-    layer and group norm   the deviation is a constant; subtracting the mean stays linear            (6)
+    layer, group, RMS norm the deviation is a constant; subtracting the mean stays linear            (6)
     batch norm             mean and deviation are constants; not folded into the layer before it     (7)
     a @ b, a * b           both depend on the input: g <- g / 2, half of the relevance to each       (8)
     input layer            z' = z - max(w, 0) low - min(w, 0) high for pixels in [low, high]         (9)
@@ -256,10 +256,12 @@ FAMILIES = {
     "addmm baddbmm": lambda self, f, b, x, w, **k: self.linear(lambda x, w, b: f(b, x, w, **k), x, w, b),
     "einsum": LRP._einsum,
     "mul rmul multiply": lambda self, func, a, b, *args, **kw: self.half(func(a, b, *args, **kw), a, b),
+    "addcmul": lambda s, f, x, a, b, **k: s.route(f(x, a, b, **k), x + s.half(f(0 * x, a, b, **k), a, b)),
     "div truediv divide true_divide": lambda s, f, a, b, **k: f(a, s.constant(b) if s.active(b) else b, **k),
     "relu6 elu selu celu gelu silu mish sigmoid logsigmoid tanh softplus softsign hardtanh hardswish "
     "hardsigmoid clamp clamp_min clamp_max threshold square sqrt exp log pow": LRP._elementwise,
     "layer_norm group_norm": LRP._norm,
+    "rms_norm": LRP._elementwise,  # it subtracts nothing, so y / x is (6), but for x = 0
     "batch_norm": LRP._batch_norm,
     "scaled_dot_product_attention": LRP._attention,
 }
@@ -267,12 +269,12 @@ RULES = {name: rule for names, rule in FAMILIES.items() for name in names.split(
 NO_RULE = "Its gradient is kept: exact if it is piecewise linear, else relevance is lost or counted twice."
 KEEPS_GRADIENT = set(
     # Views, copies, choices of elements ("get" stands for properties such as x.T)
-    "get getitem setitem reshape reshape_as view view_as flatten unflatten ravel transpose permute movedim t "
-    "squeeze unsqueeze expand expand_as broadcast_to contiguous clone to type type_as float double half cpu "
-    "bfloat16 cuda requires_grad unbind split split_with_sizes tensor_split chunk narrow select unfold fold "
-    "diagonal tril triu flip roll tile repeat repeat_interleave stack cat concat hstack vstack pad where "
-    "index_select index_copy index_add index_put gather scatter scatter_add masked_select masked_fill "
-    "copy fill zero pixel_shuffle pixel_unshuffle channel_shuffle interpolate nan_to_num "
+    "get getitem setitem reshape reshape_as view view_as flatten unflatten transpose swapaxes permute "
+    "movedim t squeeze unsqueeze expand expand_as broadcast_to contiguous clone to type type_as float double "
+    "half cpu bfloat16 cuda requires_grad unbind split split_with_sizes tensor_split chunk ravel narrow "
+    "select unfold fold diagonal tril triu flip roll tile repeat repeat_interleave stack cat concat hstack "
+    "vstack pad where index_select index_copy index_add index_put gather scatter scatter_add masked_select "
+    "masked_fill copy fill zero pixel_shuffle pixel_unshuffle channel_shuffle interpolate nan_to_num "
     # Sums, means and other piecewise linear functions; pooling is added below
     "add radd sub rsub subtract neg positive sum mean cumsum diff relu leaky_relu prelu rrelu abs sign round "
     "max min amax amin maximum minimum cummax cummin sort topk median dropout dropout1d dropout2d dropout3d "

@@ -78,7 +78,7 @@ def cnn() -> nn.Module:
 
 
 class Mixed(nn.Module):
-    """A reused ReLU and a sum in place, group norm, a gate, functional calls, normalisation."""
+    """A reused ReLU and a sum in place, group and RMS norm, a gate, functional calls, normalisation."""
 
     def __init__(self):
         super().__init__()
@@ -91,7 +91,8 @@ class Mixed(nn.Module):
         y = self.norm(self.conv2(x))
         y += x
         y = F.silu(self.relu(y)) * torch.sigmoid(self.gate(y.mean((2, 3))))[:, :, None, None]
-        return self.head(torch.cat([y.amax((2, 3)), F.normalize(F.avg_pool2d(y, 2).mean((2, 3)))], 1))
+        largest = F.rms_norm(torch.addcmul(y, x, y, value=0.5).amax((2, 3)), (6,))
+        return self.head(torch.cat([largest, F.normalize(F.avg_pool2d(y, 2).mean((2, 3)))], 1))
 
 
 def transformer() -> nn.Module:
@@ -194,6 +195,8 @@ CONSERVED = {
     "maxima": lambda x: torch.stack([x.amax(1), x.max(1)[0], x.sort(1)[0][:, 3], x.median(1)[0]], 1),
     "pooling": lambda x: F.max_pool1d(F.avg_pool1d(F.interpolate(x[:, None], size=12), 2), 2)[:, 0],
     "rectifiers": lambda x: F.leaky_relu(x) + x.abs() + torch.where(x > 0, x, 0) + F.relu(-x),
+    "addcmul": lambda x: torch.addcmul(x[:, :3], x[:, 3:], x[:, :3], value=2),
+    "rms_norm": lambda x: F.rms_norm(x.swapaxes(0, 1).mT, (6,), w[0]),
     "normalize": lambda x: F.gelu(F.normalize(F.linear(x, w))),
     "norm": lambda x: x.norm(dim=1, keepdim=True).expand(-1, 3),
     "in place": lambda x: write(lambda c: (c.add_(x), c.mul_(2), c.masked_fill_(x > 1, 0), F.relu_(c)), x),
