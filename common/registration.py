@@ -10,8 +10,9 @@ As published, SPAN's priors are the same for all images. Here they are warped to
 
 (1) and (2) need images of one scene that overlap from the start. Where they fail, (4) searches everywhere,
 and then (1) to (3) ignore the border, as a bright frame has more contrast than everything inside it. d is c
-and its local energy; two different digits, for example, may share only the energy. The T_i with the largest
-s_i is used. If it is small, the regions are not found, and `confidence` is low. With several reference
+and its local energy; two different digits, for example, may share only the energy. Among thousands of places
+one may fit by chance: a find counts SEARCHED less, and only if the search back, in the reference, ends at the
+regions. The T_i with the largest s_i is used. If it is small, `confidence` is low. With several reference
 images, an image gets the regions of the one that is most like it, with the largest l_i.
 """
 
@@ -27,7 +28,8 @@ SCALES = (0.7, 0.8, 0.9, 1.0, 1.12, 1.25, 1.4)  # of objects in an image, relati
 SEARCH_BELOW = 0.6  # s_i under which `find`, and then RIMS are tried
 RIMS = 3, 6  # pixels at WORKING_SIZE, left out at each border
 AROUND = 3  # pixels beside the regions that `likeness` compares
-NOTHING, CERTAIN = 0.4, 0.5  # s_i is 0.2 to 0.4 in noise, but up to 0.6 where another object lies
+SEARCHED = 0.2  # how much larger s_i is by chance if the whole image is searched
+NOTHING, CERTAIN = 0.3, 0.4  # priors count from the first s_i on, in full from the second
 
 
 def align(reference: Tensor, images: Tensor, steps: int = 50) -> Tensor:
@@ -46,8 +48,7 @@ def align(reference: Tensor, images: Tensor, steps: int = 50) -> Tensor:
         centres = F.pad(centres, (0, 1), value=1.0).to(target).flatten(0, 2).T  # (3, h * w): x, y, 1
 
         def points(theta: Tensor) -> tuple[Tensor, float]:  # F.affine_grid makes the centres anew each time
-            moved = (theta.flatten(0, 1) @ centres).view(-1, 2, *target.shape[2:])
-            return moved.permute(0, 2, 3, 1), 0.0
+            return (theta.flatten(0, 1) @ centres).view(-1, 2, *target.shape[2:]).permute(0, 2, 3, 1), 0.0
 
         theta = _register(source, target, theta, points, steps, lr=0.03)
     return theta
@@ -69,32 +70,20 @@ def bend(reference: Tensor, images: Tensor, theta: Tensor, steps: int = 40) -> T
     return _register(source, target, flat, points, steps, lr=0.02)
 
 
-def find(reference: Tensor, priors: Tensor, images: Tensor) -> Tensor:
+def find(reference: Tensor, priors: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
     """Search images (B, C, H, W) for the box around priors (R, H, W) of a reference (C, H, W), equation (4).
 
-    Returns theta (B, 2, 3), shifts and scales (SCALES), from an image's coordinates to the reference's.
+    Returns theta (B, 2, 3), shifts and scales (SCALES), from an image's coordinates to the reference's, and
+    s_i - SEARCHED (B,), or -1 where the search back, for what was found in the reference, ends elsewhere.
     """
-    x, y, width, height = _box(priors)
-    source, target = _detail(reference[None]), _detail(images)  # (1 or B, 2 C, h, w)
-    best, theta = torch.full((len(images),), -1.0).to(target), torch.zeros(len(images), 2, 3).to(target)
-    for scale in SCALES:
-        points = _points(x, y, width, height, scale * target.shape[-1]).to(target)  # (rows, columns, 2)
-        template = F.grid_sample(source, points[None], padding_mode="border", align_corners=False)
-        template = template - template.mean(dim=(2, 3), keepdim=True)
-        rows, columns = template.shape[2:]
-        margins = [columns // 2] * 2 + [rows // 2] * 2  # rows and columns are odd
-        padded = F.pad(target, margins, mode="replicate")
-        down = (F.avg_pool2d(v, (rows, 1), 1) for v in (padded, padded.square()))
-        mean, square = (F.avg_pool2d(v, (1, columns), 1) for v in down)  # one side at a time is faster
-        variance = (square - mean.square()).sum(dim=1, keepdim=True).clamp_min(1e-12) * rows * columns
-        ncc = F.conv2d(padded, template) / (variance * template.square().sum()).sqrt()  # (B, 1, h, w)
-        (h, w), (value, place) = ncc.shape[2:], ncc.flatten(1).max(dim=1)
-        there = torch.stack([(place % w + 0.5) / w, (place // w + 0.5) / h], dim=1) * 2 - 1  # (B, 2)
-        shift = torch.tensor([x, y]).to(there) - there / scale
-        found = torch.cat([torch.eye(2).to(shift).expand(len(shift), 2, 2) / scale, shift[:, :, None]], dim=2)
-        theta = torch.where((value > best)[:, None, None], found, theta)
-        best = torch.maximum(value, best)
-    return theta
+    box, source, target = _box(priors), _detail(reference[None]), _detail(images)
+    same = torch.eye(2, 3)[None].to(target)
+    there, scale = _search(target, source, same, box)
+    centre, half = box.to(target)
+    theta = torch.cat([same[:, :, :2] / scale[:, :, None], (centre - there / scale)[:, :, None]], dim=2)
+    back, _ = _search(source, target, theta, box)
+    returned = ((back - centre).abs() < (half / 4).clamp_min(2 / source.shape[-1])).all(dim=1)
+    return theta, torch.where(returned, agreement(reference, priors, images, theta) - SEARCHED, -1)
 
 
 def agreement(reference: Tensor, priors: Tensor, images: Tensor, theta: Tensor) -> Tensor:
@@ -102,37 +91,33 @@ def agreement(reference: Tensor, priors: Tensor, images: Tensor, theta: Tensor) 
 
     reference (C, H, W); priors (R, H, W), around whose box the images are compared.
     """
-    source, target = _detail(reference[None]), _detail(images)
-    points = _points(*_box(priors), target.shape[-1]).to(target)  # (rows, columns, 2)
-    back = torch.linalg.pinv(theta[:, :, :2])  # from the reference to the image; of nothing, 0
-    moved = (points.flatten(0, 1) - theta[:, None, :, 2]) @ back.transpose(1, 2)  # (B, rows * columns, 2)
-    moved = moved.view(len(theta), *points.shape)
-    source = F.grid_sample(source, points[None], padding_mode="border", align_corners=False)
-    target = F.grid_sample(target, moved, padding_mode="border", align_corners=False)
-    a, b = ((v - v.mean(dim=(2, 3), keepdim=True)).flatten(1) for v in (source, target))
-    return F.cosine_similarity(a, b, dim=1)
+    same = torch.eye(2, 3, device=images.device)[None]
+    a, b = (_inside(_detail(v), _box(priors), 1.0, t) for v, t in ((reference[None], same), (images, theta)))
+    return (a * b).sum(dim=(1, 2, 3))
 
 
 def register(reference: Tensor, priors: Tensor, images: Tensor, deformable: bool) -> tuple[Tensor, ...]:
     """Register a reference image (C, H, W) with priors (R, H, W) to images (B, C, H, W).
 
     Returns theta (B, 2, 3), flow (B, 2, k, k) (0 where `find` won, or if not deformable), and s (B,) before
-    bending. The way with the highest s wins; if that left out a rim, so does s.
+    bending. The way with the highest s wins, a find with SEARCHED less; if that left out a rim, so does s.
     """
     theta, flow, s = _overlapping(reference, priors, images, deformable)
+    discount = torch.zeros_like(s)
     for rim in (0, *RIMS):  # 0: search everywhere
-        hard = (s < SEARCH_BELOW).nonzero()[:, 0]
+        hard = (s + discount < SEARCH_BELOW).nonzero()[:, 0]
         if not len(hard):
             break
         if rim:
             inner = _without_rim(torch.cat([reference[None], images[hard]]), rim)
             tried = _overlapping(inner[0], priors, inner[1:], deformable)
         else:
-            found = find(reference, priors, images[hard])
-            tried = found, torch.zeros_like(flow[hard]), agreement(reference, priors, images[hard], found)
+            theta_i, s_i = find(reference, priors, images[hard])
+            tried = theta_i, torch.zeros_like(flow[hard]), s_i
         better = tried[2] > s[hard]
         for best, new in zip((theta, flow, s), tried):
             best[hard[better]] = new[better]
+        discount[hard[better]] = 0 if rim else SEARCHED
     return theta, flow, s
 
 
@@ -174,26 +159,46 @@ def carry(priors: Tensor, theta: Tensor, flow: Tensor | None = None) -> Tensor:
     return F.grid_sample(priors.float().expand(shape), points, padding_mode="zeros", align_corners=False)
 
 
-def _box(priors: Tensor) -> tuple[float, float, float, float]:
-    """Centre x, y and half width, height of the box around priors (R, H, W), in [-1, 1], with a margin."""
-    inside = (priors > priors.amax(dim=(1, 2), keepdim=True) / 2).any(dim=0)  # (H, W)
-    box = []
-    for dim in (0, 1):  # x, then y
-        covered = inside.any(dim=dim).nonzero()
-        first, last = covered.min() / inside.shape[1 - dim], (covered.max() + 1) / inside.shape[1 - dim]
-        box.append((float(first + last - 1), float(last - first)))
-    (x, width), (y, height) = box
-    return x, y, 1.5 * width + 0.03, 1.5 * height + 0.03
+def _box(priors: Tensor) -> Tensor:
+    """The box around priors (R, H, W), with a margin, in [-1, 1]: [[x, y] of its centre, half its sides]."""
+    inside = (priors > priors.amax(dim=(1, 2), keepdim=True) / 2).any(dim=0).cpu()  # (H, W)
+    at, sides = inside.nonzero().flip(1), torch.tensor(inside.shape[::-1])  # x, y
+    first, last = at.amin(dim=0) / sides, (at.amax(dim=0) + 1) / sides
+    return torch.stack([first + last - 1, 1.5 * (last - first) + 0.03])
 
 
-def _points(x: float, y: float, width: float, height: float, size: float) -> Tensor:
-    """Points (rows, columns, 2), both odd, over a box, as dense as the pixels of an image of `size` px."""
-    sides = []
-    for centre, half in ((y, height), (x, width)):
+def _inside(maps: Tensor, box: Tensor, scale: float, theta: Tensor) -> Tensor:
+    """Maps (B, C, h, w) in a box of the reference, which theta (B, 2, 3) maps them to: (B, C, rows, columns).
+
+    Each map has mean 0, all of an image have norm 1. rows and columns are odd. scale: points a pixel.
+    """
+    size, sides = scale * maps.shape[-1], []
+    for centre, half in box.T.flip(0).tolist():  # y, then x
         n = max(3, round(half * size) | 1)
         sides.append(centre + torch.linspace(1 - n, n - 1, n) / size)
-    down, across = torch.meshgrid(*sides, indexing="ij")
-    return torch.stack([across, down], dim=2)
+    points = torch.cartesian_prod(*sides).flip(1).to(maps)  # (rows * columns, 2): x, y
+    back = torch.linalg.pinv(theta[:, :, :2])  # from the reference to the image; of nothing, 0
+    moved = ((points - theta[:, None, :, 2]) @ back.mT).unflatten(1, [len(side) for side in sides])
+    part = F.grid_sample(maps, moved, padding_mode="border", align_corners=False)
+    return F.normalize(part - part.mean(dim=(2, 3), keepdim=True), dim=(1, 2, 3))
+
+
+def _search(maps: Tensor, others: Tensor, theta: Tensor, box: Tensor) -> tuple[Tensor, Tensor]:
+    """Where maps are most like the box in others, (B or 1, C, h, w) both: x, y (B, 2), and scale (B, 1)."""
+    (h, w), best = maps.shape[2:], None
+    for scale in SCALES:
+        template = _inside(others, box, scale, theta)
+        rows, columns = template.shape[2:]
+        padded = F.pad(maps, [columns // 2] * 2 + [rows // 2] * 2, mode="replicate")
+        down = (F.avg_pool2d(v, (rows, 1), 1) for v in (padded, padded.square()))
+        mean, square = (F.avg_pool2d(v, (1, columns), 1) for v in down)  # one side at a time is faster
+        energy = (square - mean.square()).sum(dim=1, keepdim=True) * rows * columns
+        ncc = F.conv2d(padded, template) / energy.clamp_min(1e-12).sqrt()  # (B, 1, h, w) or (1, B, h, w)
+        value, place = ncc.flatten(0, 1).flatten(1).max(dim=1, keepdim=True)  # (B, 1)
+        there = torch.cat([(place % w + 0.5) / w, (place // w + 0.5) / h], dim=1) * 2 - 1
+        found = torch.cat([value, there, torch.full_like(value, scale)], dim=1)  # (B, 4)
+        best = found if best is None else torch.where(value > best[:, :1], found, best)
+    return best[:, 1:3], best[:, 3:]
 
 
 def _detail(images: Tensor) -> Tensor:
@@ -208,8 +213,7 @@ def _contrast(images: Tensor, blur: float, window: float = 8.0) -> Tensor:
 
     It does not depend on exposure; borders of faint organs count as much as the bright outline of the body.
     """
-    x = F.interpolate(images.float(), size=(WORKING_SIZE, WORKING_SIZE), mode="area")
-    x = gaussian_blur(x, blur)
+    x = gaussian_blur(F.interpolate(images.float(), size=(WORKING_SIZE, WORKING_SIZE), mode="area"), blur)
     noise = 0.3 * x.std(dim=(1, 2, 3), keepdim=True) + 1e-6  # weaker structures are not amplified
     x = x - gaussian_blur(x, window)
     x = x / (gaussian_blur(x.square(), window) + noise**2).sqrt()

@@ -5,9 +5,12 @@ import torch
 import torch.nn.functional as F
 from conftest import digits, seeded
 
-from attention_priors import priors_from_masks
+from attention_priors import gaussian_blur, priors_from_masks
+from common import registration
 from common.phantom import phantom
-from common.registration import _between, agreement, align, bend, carry, confidence, find, likeness, register
+from common.registration import (
+    CERTAIN, NOTHING, SEARCHED, _between, agreement, align, bend, carry, confidence, find, likeness, register,
+)  # fmt: skip
 from crops import crop, random_crops
 
 
@@ -76,13 +79,17 @@ def test_local_contrast_finds_organs_where_the_outline_of_the_body_would_mislead
         assert dice(found, masks[:12]).mean() > 0.75
 
 
-def test_an_object_is_found_anywhere_where_an_affine_start_fails():
+def test_an_object_is_found_anywhere_where_an_affine_start_fails(monkeypatch):
     images, masks = digits(21)
+    again, without_rim = [0], registration._without_rim
+    count = lambda images, rim: again.append(len(images)) or without_rim(images, rim)  # noqa: E731
+    monkeypatch.setattr(registration, "_without_rim", count)
     reference, priors = images[0], priors_from_masks(masks[0])
     theta, flow, s = register(reference, priors, images[1:], deformable=True)
     found = dice(carry(priors, theta, flow), masks[1:])
     assert dice(carry(priors, align(reference, images[1:])), masks[1:]).mean() < 0.6
     assert found.mean() > 0.85 and confidence(s).mean() > 0.8
+    assert max(again) < 8  # a clear find is not tried without rims
     moved = (flow == 0).flatten(1).all(dim=1)  # a shift and a scale, which nothing bends
     assert moved.sum() > 10 and (theta[moved][:, 0, 1] == 0).all()
 
@@ -122,9 +129,24 @@ def test_a_shift_and_a_scale_are_found_exactly():
     known = torch.tensor([[[1 / 1.25, 0, -0.3], [0, 1 / 1.25, 0.2]], [[1 / 0.8, 0, 0.25], [0, 1 / 0.8, 0.0]]])
     seen = sample(images, known) + 0.02 * torch.randn(2, 1, 64, 64, generator=seeded())
     priors = priors_from_masks(masks[0])
-    theta = find(images[0], priors, seen)
+    theta, s = find(images[0], priors, seen)
     assert (theta - known).abs().max() < 0.06  # two pixels
-    assert agreement(images[0], priors, seen, theta).min() > 0.6
+    assert s.min() > 0.6 - SEARCHED
+    torch.testing.assert_close(s + SEARCHED, agreement(images[0], priors, seen, theta))
+    torch.testing.assert_close(find(images[0], priors, seen[1:]), (theta[1:], s[1:]))
+    priors = F.pad(torch.ones(1, 1, 1), (30, 33, 30, 33))  # one pixel
+    image = gaussian_blur(torch.rand(1, 1, 64, 64, generator=seeded()), 2.0)
+    assert find(image[0], priors, image)[1].item() > 0.7 - SEARCHED
+
+
+def test_what_is_more_like_another_object_of_the_reference_image_is_not_found():
+    images, masks = digits(23)  # image i shows the digit i % 10
+    for labelled in (0, 1):
+        reference = torch.where(masks[2] > 0, images[2], images[labelled])  # a 2 beside it, without a mask
+        seen = images[[2, 12, 22, 10 + labelled, 20 + labelled]]
+        theta, s = find(reference, masks[labelled], seen)
+        assert (s[:3] == -1).all() and s[3:].min() > 0.4
+        assert agreement(reference, masks[labelled], seen, theta)[:3].min() > 0.6
 
 
 def test_priors_count_little_in_images_without_the_object():
@@ -135,5 +157,7 @@ def test_priors_count_little_in_images_without_the_object():
     _, flow, nothing = register(reference, priors, noise, deformable=False)
     _, _, something = register(reference, priors, images[2:], deformable=False)
     assert nothing.max() < something.min() and confidence(nothing).mean() < 0.2
-    assert confidence(torch.tensor([-1.0, 0.45, 1.0])).tolist() == pytest.approx([0, 0.5, 1])
+    assert confidence(torch.tensor([-1.0, (NOTHING + CERTAIN) / 2, 1.0])).tolist() == pytest.approx(
+        [0, 0.5, 1]
+    )
     assert flow.shape == (30, 2, 1, 1)
