@@ -103,7 +103,15 @@ def weizmann(source: Path) -> Iterator[Example]:
             yield path.name, path, {"horse": np.asarray(mask.convert("L").resize(image.size)) > 127}, {}
 
 
-DATASETS = {f.__name__: f for f in (montgomery, shenzhen, jsrt, nih14, covid_qu_ex, mvtec, pets, weizmann)}
+def ph2(source: Path) -> Iterator[Example]:
+    """<name>/{<name>_Dermoscopic_Image/<name>,<name>_lesion/<name>_lesion}.bmp (Mendonca et al. 2013)."""
+    for path in sorted(source.glob("*/*_Dermoscopic_Image/*.bmp")):
+        lesion = path.parents[1] / f"{path.stem}_lesion" / f"{path.stem}_lesion.bmp"
+        yield path.name, path, {"lesion": mask_in(lesion)}, {}
+
+
+RECIPES = montgomery, shenzhen, jsrt, nih14, covid_qu_ex, mvtec, pets, weizmann, ph2
+DATASETS = {recipe.__name__: recipe for recipe in RECIPES}
 
 
 def write(examples: Iterator[Example], out: Path) -> int:

@@ -651,6 +651,17 @@ def test_weizmann_s_masks_take_the_size_of_their_pictures(source):
     assert (splits["test"].masks[0, 0].numpy() != exact).mean() < 0.1
 
 
+def test_ph2_s_lesions(source):
+    for i in range(9):
+        name = f"IMD00{i}"
+        save(source / name / f"{name}_Dermoscopic_Image" / f"{name}.bmp", SMALL)
+        save(source / name / f"{name}_lesion" / f"{name}_lesion.bmp", MASK)
+        save(source / name / f"{name}_roi" / f"{name}_R1_Label4.bmp", MASK)  # a colour in the lesion
+    datasets.main(["ph2", str(source), str(source.parent / "skin")])
+    splits, *_ = load_folder(source.parent / "skin", 16)
+    assert splits["train"].regions == ["lesion"] and sum(int(d.has_masks.sum()) for d in splits.values()) == 9
+
+
 @pytest.mark.parametrize("name, out, words", [("mvtec", "new", "no image was found"), ("pets", "", "exists")])
 def test_a_source_of_another_layout_and_an_existing_folder_are_refused(name, out, words, tmp_path, refused):
     assert words in refused(datasets.main, name, str(tmp_path), str(tmp_path / out))
