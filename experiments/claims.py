@@ -75,13 +75,14 @@ def of_guidance() -> list[tuple]:
             (2, f"{real} k-NN mAUC minus DINO's", 2.2, f"{long}span_chest knn_mAUC", alone),
             (2, f"{real} {never}", 2.2, features, "untrained_chest"),
         ]
-    horses, ap = "Horses, 350 steps each, one mask: SPAN's AP", "span_horses attention_mAP"
-    rows += [
-        (1, f"{horses} minus {best}", 0, ap, "dino_horses"),
-        (1, f"{horses} minus the unregistered prior's", 0, ap, "span_horses prior_mAP"),
-        (1, f"{horses} {on_grid}", 0, ap, "span_horses aligned_prior_mAP"),
-        (1, f"{horses} minus its AP if priors are not registered", 0, ap, "fixed_horses"),
-    ]
+    for data in ("horses", "lesions"):
+        text, ap = f"{data.title()}, 350 steps each, one mask: SPAN's AP", f"span_{data} attention_mAP"
+        rows += [
+            (1, f"{text} minus {best}", 0, ap, f"dino_{data}"),
+            (1, f"{text} minus the unregistered prior's", 0, ap, f"span_{data} prior_mAP"),
+            (1, f"{text} {on_grid}", 0, ap, f"span_{data} aligned_prior_mAP"),
+            (1, f"{text} minus its AP if priors are not registered", 0, ap, f"fixed_{data}"),
+        ]
     for how, name in {"linear": "linear mAUC", "heads": "mAUC of each head's patches"}.items():
         for n in (5, 10, 1):
             text = f"{equal}, {n} % of labels: SPAN's {name} minus {published}"

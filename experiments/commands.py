@@ -163,13 +163,13 @@ def at_equal_length() -> dict[str, str]:
 
 
 def on_real_images() -> dict[str, str]:
-    """Chest X-rays: without a shortcut, with a marker, or with the hospital as one, see real.py; horses."""
+    """Horses, skin lesions, and X-rays without a shortcut, with a marker, or the hospital as one (real.py)."""
     label, one = f"{LABELS} resnet --data data/", f"--masks prior {CLOSE}"
     ways = {"plain": "", "swap": "--baseline swap", "pipeline": "--baseline pipeline", "blind": BLIND}
     runs = {"plain_resnet_chest_masks": f"{label}chest_masks"}
-    for data in ("chest", "horses"):  # each seed has another horse as its reference image
-        flags = f"--data data/{data}" + " --sample horse01{seed}.jpg" * (data == "horses")
-        alone = f"--data data/{data} --prior none"
+    references = {"horses": "--sample horse01{seed}.jpg", "lesions": "--sample IMD04{seed}.bmp", "chest": ""}
+    for data, sample in references.items():
+        flags, alone = f"--data data/{data} {sample}".strip(), f"--data data/{data} --prior none"
         runs |= {f"span_{data}": flags, f"dino_{data}": alone, f"untrained_{data}": f"{alone} {UNTRAINED}"}
         runs[f"fixed_{data}"] = f"{flags} --align none"
     runs["long_span_chest"] = "--data data/chest --epochs 120"

@@ -186,10 +186,11 @@ def of_backgrounds() -> Tables:
 
 
 def of_real_images() -> Tables:
-    """Horses and chest X-rays: SPAN and DINO; classifiers with a marker, or the hospital, as a shortcut."""
+    """Horses, lesions and X-rays: SPAN and DINO; classifiers with a marker, or the hospital, as a shortcut."""
     maps = ["prior_mAP", "aligned_prior_mAP", "attention_mAP"]
-    features, guided, horses = [*maps, "knn_mAUC", "linear_mAUC"], [], []
-    for data, rows, figures in (("chest", guided, features), ("horses", horses, maps)):
+    features, guided = [*maps, "knn_mAUC", "linear_mAUC"], {"chest": [], "horses": [], "lesions": []}
+    for data, rows in guided.items():
+        figures = features if data == "chest" else maps
         rows.append(Row("untrained encoder", f"untrained_{data}", figures))
         for steps, long in {350: "", 1440: "long_"}.items() if data == "chest" else [(350, "")]:
             span, dino = f"{long}span_{data}", f"{long}dino_{data}"
@@ -205,10 +206,12 @@ def of_real_images() -> Tables:
         marker.append(Row(title, f"{way}_resnet_chest_marker", ["auc_same", *inside]))
         at = [f"auc_hospitals_{x}" for x in ("trained", "flipped", "Shenzhen", "Montgomery")]
         hospitals.append(Row(title, f"{way}_resnet_chest_hospitals", [*at, "relevance_share_same"]))
+    columns = "prior | registered prior | attention"
     where = "AUC | as in training | flipped | within Shenzhen | within Montgomery | relevance inside"
     return {
-        "horses": ("AP of horses | prior | registered prior | attention", horses),
-        "chest": ("mAP of lungs, AUC | prior | registered prior | attention | k-NN | linear layer", guided),
+        "horses": (f"AP of horses | {columns}", guided["horses"]),
+        "lesions": (f"AP of lesions | {columns}", guided["lesions"]),
+        "chest": (f"mAP of lungs, AUC | {columns} | k-NN | linear layer", guided["chest"]),
         "chest_marker": ("AUC | L flipped | no L in the test | relevance inside | Dice of masks", marker),
         "chest_hospitals": (where, hospitals),
     }

@@ -76,7 +76,8 @@ def train(names: list[str]) -> None:
     Runs on real images are left out where these are missing.
     """
     (ROOT / "runs").mkdir(exist_ok=True)
-    real = {name: found[0] for name in names if (found := re.search(r"data/(chest\w*|horses)", RUNS[name]))}
+    folders = r"data/(chest\w*|horses|lesions)"
+    real = {name: found[0] for name in names if (found := re.search(folders, RUNS[name]))}
     if missing := {folder for folder in real.values() if not (ROOT / folder).is_dir()}:
         print(f"note: no runs on {', '.join(sorted(missing))}: docs/data.md says how to lay them out")
         names = [name for name in names if real.get(name) not in missing]
