@@ -11,9 +11,9 @@ As published, SPAN's priors are the same for all images. Here they are warped to
 (1) and (2) need images of one scene that overlap from the start. Where they fail, (4) searches everywhere,
 and then (1) to (3) ignore the border, as a bright frame has more contrast than everything inside it. d is c
 and its local energy; two different digits, for example, may share only the energy. Among thousands of places
-one may fit by chance: a find counts SEARCHED less, and only if the search back, in the reference, ends at the
-regions. The T_i with the largest s_i is used. If it is small, `confidence` is low. With several reference
-images, an image gets the regions of the one that is most like it, with the largest l_i.
+one may fit by chance, so a find counts SEARCHED less, and only if searching the reference for what was found
+leads back to the regions. The T_i with the largest s_i is used. If it is small, `confidence` is low. With
+several reference images, an image gets the regions of the one that is most like it, with the largest l_i.
 """
 
 import torch
@@ -73,8 +73,8 @@ def bend(reference: Tensor, images: Tensor, theta: Tensor, steps: int = 40) -> T
 def find(reference: Tensor, priors: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
     """Search images (B, C, H, W) for the box around priors (R, H, W) of a reference (C, H, W), equation (4).
 
-    Returns theta (B, 2, 3), shifts and scales (SCALES), from an image's coordinates to the reference's, and
-    s_i - SEARCHED (B,), or -1 where the search back, for what was found in the reference, ends elsewhere.
+    Returns shifts and scales theta (B, 2, 3), from an image's coordinates to the reference's, and s (B,):
+    s_i - SEARCHED, or -1 where searching the reference for what was found ends elsewhere.
     """
     box, source, target = _box(priors), _detail(reference[None]), _detail(images)
     same = torch.eye(2, 3)[None].to(target)
@@ -124,13 +124,12 @@ def register(reference: Tensor, priors: Tensor, images: Tensor, deformable: bool
 def _overlapping(reference: Tensor, priors: Tensor, images: Tensor, deformable: bool) -> tuple[Tensor, ...]:
     """theta, flow and s of `register` by equations (1) to (3)."""
     theta = align(reference, images)
-    s = agreement(reference, priors, images, theta)
     flow = bend(reference, images, theta) if deformable else torch.zeros(len(images), 2, 1, 1).to(theta)
-    return theta, flow, s
+    return theta, flow, agreement(reference, priors, images, theta)
 
 
 def confidence(agreement: Tensor) -> Tensor:
-    """Weights in [0, 1] of priors by their agreement (B,): 0 up to NOTHING, 1 from CERTAIN on."""
+    """Weights in [0, 1] of priors by s (B,) of `register`: 0 up to NOTHING, 1 from CERTAIN on."""
     return ((agreement - NOTHING) / (CERTAIN - NOTHING)).clamp(0, 1)
 
 

@@ -310,9 +310,10 @@ def test_runs_on_real_images_that_are_missing_are_left_out_with_a_note(tmp_path,
     monkeypatch.setattr(runs, "ROOT", tmp_path)
     monkeypatch.setattr(runs, "two_at_a_time", started.update)
     (tmp_path / "data/chest").mkdir(parents=True)
-    runs.train(["span_chest-0", "span_horses-0", "plain_resnet_chest_masks-0"])
+    runs.train(["span_chest-0", "span_horses-0", "span_lesions-0", "plain_resnet_chest_masks-0"])
     assert list(started) == ["span_chest-0"]
-    assert capsys.readouterr().out.startswith("note: no runs on data/chest_masks, data/horses: docs/data.md")
+    missing = "data/chest_masks, data/horses, data/lesions"
+    assert capsys.readouterr().out.startswith(f"note: no runs on {missing}: docs/data.md")
 
 
 @pytest.fixture
