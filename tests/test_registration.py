@@ -157,7 +157,6 @@ def test_priors_count_little_in_images_without_the_object():
     _, flow, nothing = register(reference, priors, noise, deformable=False)
     _, _, something = register(reference, priors, images[2:], deformable=False)
     assert nothing.max() < something.min() and confidence(nothing).mean() < 0.2
-    assert confidence(torch.tensor([-1.0, (NOTHING + CERTAIN) / 2, 1.0])).tolist() == pytest.approx(
-        [0, 0.5, 1]
-    )
+    middle = (NOTHING + CERTAIN) / 2
+    assert confidence(torch.tensor([-1.0, middle, 1.0])).tolist() == pytest.approx([0, 0.5, 1])
     assert flow.shape == (30, 2, 1, 1)
