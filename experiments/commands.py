@@ -6,25 +6,21 @@ from collections.abc import Iterable
 BLIND = "--isnet 0.3"  # with swapped backgrounds; chosen on seed 10
 CLOSE, WIDE = "--swap-margin 0.0125", "--swap-margin 0.025"  # the default for made masks, and a former one
 PENALTY = "--swap 0 --isnet-every 1 --isnet-margin 0"  # on every step, without swapped backgrounds
-ISNET = {"resnet": f"--isnet 3 --isnet-end 0.1 {PENALTY}", "vit": f"--isnet 1 {PENALTY}"}  # seeds 10 and 11
+ALONE = {"resnet": f"--isnet 3 --isnet-end 0.1 {PENALTY}", "vit": f"--isnet 1 {PENALTY}"}  # seeds 10 and 11
 WEIGHTS = {  # of baselines, chosen on seed 10 with the ResNet; the ViT keeps those of an older version
     "resnet": {"multitask": 100, "gain": 0.3, "rrr": 30}, "vit": {"multitask": 100, "gain": 10, "rrr": 1}
 }  # fmt: skip
 LABELS = "--task classify --backbone"
-CLASSIFIERS = {"resnet": f"{LABELS} resnet", "vit": f"{LABELS} vit --epochs 15 --shift 0"}  # beside ISNet
+OLDER = {"resnet": f"{LABELS} resnet", "vit": f"{LABELS} vit --epochs 15 --shift 0"}  # plain, and ISNet alone
 UNTRAINED = "--epochs 1 --lr 1e-9"  # hardly moves a weight
 BEFORE = "--batch-size 64 --lr 2e-3"  # the defaults of DINO's older runs
 PLATES = "--data parts --keep-going --batch-size 64 --lr 5e-4 --teacher-temp 0.01 --global-scale 0.7 1"
-LOSSES = {"steady": "", "published": "--koleo 0 --max-entropy 1"}  # DINO's
-REMEDIES = {  # of experiments/remedies.py
-    "always": "", "koleo": "--max-entropy 1", "sinkhorn": LOSSES["published"],
-    "warmed": f"{LOSSES['published']} --teacher-temp 0.07", "followed": LOSSES["published"], "wide": "",
-}  # fmt: skip
+PUBLISHED = "--koleo 0 --max-entropy 1"  # DINO's loss
 SPAN_CHANGES = {  # one thing changed at a time in `python train.py`, at seed 0
     "affine_alignment": "--align affine", "no_alignment": "--align none", "no_following": "--no-follow",
     "mse": "--span-loss mse", "dice": "--span-loss dice", "layer_before": "--span-layer -2",
     "local_crops": "--local-crops-number 2", "no_blur": "--prior-blur 0",
-    "published_loss": LOSSES["published"],
+    "published_loss": PUBLISHED,
 }  # fmt: skip
 RESNET_CHANGES = {
     "pixels_only": "--isnet-layers none", "epsilon_rule": "--lrp-gamma 0", "one_logit": "--explain label",
@@ -57,42 +53,17 @@ def few_labels() -> dict[str, str]:
     return runs
 
 
-def of_isnet_alone() -> dict[str, str]:
-    """ISNet without swapped backgrounds, its baselines, other shortcuts, and masks from one image."""
-    runs = {"span_marked": f"--marker 1 {BEFORE} --epochs 15 {LOSSES['published']}"}
-    for backbone, label in CLASSIFIERS.items():
-        baselines = baselines_of(backbone) | {"swap": "--baseline swap --swap-margin 0"}
-        isnet, marked = ISNET[backbone], f"{label} --marker 1"
-        runs |= {f"unmarked_{backbone}": label, f"plain_{backbone}": marked}
-        runs |= {f"{how}_{backbone}": f"{marked} {flags}" for how, flags in baselines.items()}
-        runs[f"isnet_{backbone}"] = f"{marked} {isnet}"
-        runs[f"isnet_prior_{backbone}"] = f"{marked} {isnet} --masks prior"
-        attention = f"{marked} --masks runs/span_marked-{{seed}}"
-        runs[f"isnet_attention_{backbone}"] = f"{attention} {isnet}"
-        for how in ("swap", "pipeline"):
-            runs[f"{how}_attention_{backbone}"] = f"{attention} {baselines[how]}"
-        for kind in ("anywhere", "tint", "border"):
-            of_kind, name = f"{marked} --marker-kind {kind}", "" if backbone == "resnet" else "vit_"
-            runs |= {f"{name}plain_{kind}": of_kind, f"{name}isnet_{kind}": f"{of_kind} {isnet}"}
-            if backbone == "resnet":
-                runs |= {f"{way}_{kind}": f"{of_kind} {baselines[way]}" for way in ("swap", "pipeline")}
-    return runs
-
-
 def on_other_data() -> dict[str, str]:
     """DINO on four kinds of images, in sets of three sizes; a shortcut, with masks of 1, 10 or all images."""
     runs = {"phantom_span": "", "phantom_masks": "--prior masks", "simpool_span": "--pool simpool"}
     runs["plates_default"] = "--data parts --prior statistics"
-    for n, (epochs, before) in {200: (58, 117), 850: (14, 27), 3000: (4, 8)}.items():  # 350 steps each
+    for n, epochs in {200: 58, 850: 14, 3000: 4}.items():  # 350 steps each
         drawn = {kind: f"--data {kind} --train-images {n}" for kind in ("phantom", "parts")}
         folders = {kind: f"--data data/{kind}{n // 10}-{{seed}}" for kind in ("symbols", "digits")}
         for kind, data in (drawn | folders).items():
-            for way, flags in (LOSSES | REMEDIES).items():
-                if n > 200 and kind != "digits" and way not in ("steady", "always", "wide"):
-                    continue  # the published loss and other remedies: on 200 images, and on all of digits
-                today = way in ("steady", "wide")
-                steps = f"--epochs {epochs}" if today else f"--epochs {before} {BEFORE}"
-                runs[f"{way}_{kind}_{n}"] = f"{data} --prior none --keep-going {steps} {flags}".strip()
+            runs[f"steady_{kind}_{n}"] = f"{data} --prior none --keep-going --epochs {epochs}"
+            if n == 200:
+                runs[f"published_{kind}_{n}"] = f"{runs[f'steady_{kind}_{n}']} {PUBLISHED}"
     # No default was chosen on leaves.
     for kind, n in {"digits": 85, "leaves": 400, "hearts": 1500}.items():
         data = f"--data data/{kind}{n}-{{seed}}"
@@ -111,28 +82,28 @@ def on_other_data() -> dict[str, str]:
 
 
 def against_backgrounds() -> dict[str, str]:
-    """ISNet by default and as published on four shortcuts; all methods on hospitals, and on grounds."""
+    """ISNet by default, alone and as published on four shortcuts; all methods at hospitals and on grounds."""
     kinds = "corner", "anywhere", "tint", "border"
     runs = {f"marked_{kind}": f"--marker 1 --marker-kind {kind}" for kind in kinds}
-    for backbone in CLASSIFIERS:
+    for backbone, older in OLDER.items():
         ways = {"blind": BLIND, "swap": "--baseline swap"}
         ways |= {"published": "--preset published"} if backbone == "resnet" else {}
         for kind in kinds:
-            label, one = f"{LABELS} {backbone} --marker 1 --marker-kind {kind}", "--masks prior"
+            marked, one = f"--marker 1 --marker-kind {kind}", "--masks prior"
+            label = f"{LABELS} {backbone} {marked}"
+            runs[f"plain_{backbone}_{kind}"] = f"{older} {marked}"
+            runs[f"alone_{backbone}_{kind}"] = f"{older} {marked} {ALONE[backbone]}"
             made = {"blind_close": f"{BLIND} {one} {CLOSE}", "swap_close": f"--baseline swap {one} {CLOSE}"}
             if backbone == "resnet":
-                made["blind_one"] = f"{BLIND} {one} {WIDE}"
                 made["blind_attention"] = f"{BLIND} --masks runs/marked_{kind}-{{seed}} {CLOSE}"
+                made["pipeline"] = "--baseline pipeline"
             runs |= {f"{way}_{backbone}_{kind}": f"{label} {flags}" for way, flags in (ways | made).items()}
         for way, flags in ({"plain": ""} | baselines_of(backbone) | ways).items():
             label = f"{LABELS} {backbone} --marker 1 --marker-kind hospitals"
             runs[f"{way}_{backbone}_hospitals"] = f"{label} {flags}".strip()
             label = f"{LABELS} {backbone} --data data/grounds200-{{seed}}"
             runs[f"{way}_{backbone}_grounds"] = f"{label} {flags}".strip()
-    return runs | {
-        "flush_one_resnet_corner": f"{runs['blind_resnet_corner']} --masks prior --swap-margin 0",
-        "tight_resnet_grounds": f"{runs['blind_resnet_grounds']} --isnet-margin 0",
-    }
+    return runs | {"tight_resnet_grounds": f"{runs['blind_resnet_grounds']} --isnet-margin 0"}
 
 
 def poolings_of_objects() -> dict[str, str]:
@@ -152,9 +123,7 @@ def at_equal_length() -> dict[str, str]:
         "long_span": long,
         "long_published": f"--align none {long}",
         "after_dino": "--init runs/dino_long-{seed}",
-        "dino_long": f"{LOSSES['published']} --prior none {long}",
-        "always_long": f"--prior none {long}",
-        "wide_long": f"--prior none {long}",
+        "dino_long": f"{PUBLISHED} --prior none {long}",
         "plates_dino": f"{PLATES} --prior none --epochs 60",  # settings that suit DINO alone
         "plates_span": f"{PLATES} --prior statistics --epochs 60",
         "untrained": f"--prior none {UNTRAINED}",
@@ -163,7 +132,7 @@ def at_equal_length() -> dict[str, str]:
 
 
 def on_real_images() -> dict[str, str]:
-    """Horses, skin lesions, and X-rays without a shortcut, with a marker, or the hospital as one (real.py)."""
+    """Horses, skin lesions, and X-rays: without a shortcut, with a marker, the hospital as one (real.py)."""
     label, one = f"{LABELS} resnet --data data/", f"--masks prior {CLOSE}"
     ways = {"plain": "", "swap": "--baseline swap", "pipeline": "--baseline pipeline", "blind": BLIND}
     runs = {"plain_resnet_chest_masks": f"{label}chest_masks"}
@@ -190,9 +159,9 @@ TODAY = on_other_data() | against_backgrounds() | poolings_of_objects() | at_equ
 TODAY |= on_real_images()
 CHANGED = dict(SPAN_CHANGES)
 for backbone, changes in {"resnet": RESNET_CHANGES, "vit": VIT_CHANGES}.items():
-    isnet = f"{CLASSIFIERS[backbone]} --marker 1 {ISNET[backbone]}"
+    isnet = TODAY[f"alone_{backbone}_corner"]
     CHANGED |= {name: f"{isnet} {flags}" for name, flags in changes.items()}
-RUNS = seeded(TODAY, range(5)) | seeded(of_isnet_alone(), range(3)) | seeded(CHANGED, [0])
+RUNS = seeded(TODAY, range(5)) | seeded(CHANGED, [0])
 # With seed 4 DINO's published loss collapses, so the comparison with SPAN has a sixth seed.
 RUNS |= seeded({name: TODAY[name] for name in ("dino_long", "long_span", "after_dino", "untrained")}, [5])
 # The runs that a run starts from, or whose attention becomes its masks.

@@ -2,19 +2,9 @@
 
 from typing import NamedTuple
 
-from experiments.claims import BACKBONES, KINDS, SHORTCUTS
+from experiments.claims import BACKBONES, SHORTCUTS
 from experiments.commands import RESNET_CHANGES, SPAN_CHANGES, VIT_CHANGES
 
-AUC = ["auc_same", "auc_removed", "auc_flipped", "auc_unseen"]
-SHORTCUT = {
-    "unmarked": "no marker in training", "plain": "plain", "multitask": "multi-task",
-    "gated": "attention-gated", "gain": "GAIN", "rrr": "right for the right reasons",
-    "pipeline": "segmenter, then classifier", "swap": "backgrounds swapped", "isnet": "**ISNet, true masks**",
-    "isnet_prior": "**ISNet, one mask, registered**",
-    "isnet_attention": "**ISNet, one mask, SPAN's attention**",
-    "pipeline_attention": "segmenter, then classifier, one mask, SPAN's attention",
-    "swap_attention": "backgrounds swapped, one mask, SPAN's attention",
-}  # fmt: skip
 OBJECTS = {  # title: experiment, and the map that is measured
     "ViT, CLS: mean of its heads": ("vit_cls", "mean_of_heads"),
     "ViT, CLS: best head, chosen by masks": ("vit_cls", "best_head"),
@@ -57,13 +47,13 @@ FEW_MASKS = {  # of digits; some also of leaves and hearts
     "blind_ten": "10 masks: default, the others registered, twice the margin",
     "blind_all": "all masks: default",
 }
-BLIND = {  # ways against backgrounds
-    "blind": "**ISNet with swapping (default)**", "swap": "backgrounds swapped",
-    "published": "ISNet as published",
+WAYS = {  # against backgrounds
+    "plain": "plain", "multitask": "multi-task", "gated": "attention-gated", "gain": "GAIN",
+    "rrr": "right for the right reasons", "pipeline": "segmenter, then classifier",
+    "swap": "backgrounds swapped", "published": "ISNet as published", "alone": "ISNet alone",
+    "blind": "**ISNet with swapping (default)**", "tight": "default, `--isnet-margin 0`",
     "blind_close": "**default, one mask, registered**",
     "swap_close": "backgrounds swapped, one mask, registered",
-    "blind_one": "default, one mask, registered, twice the margin",
-    "flush_one": "default, one mask, registered, no margin",
     "blind_attention": "**default, one mask, SPAN's attention**",
 }  # fmt: skip
 NONE, ROW, WHOLE = "no attention exposed", "one row exposed", "attention written out"  # of curves.py
@@ -88,13 +78,6 @@ def of_guidance() -> Tables:
     regions = ["AP_left_lung", "AP_right_lung", "AP_heart", "mAP"]
     where = [Row(title, run, [f"{of}_{x}" for x in regions]) for title, (run, of) in LOCALISATION.items()]
     of_features = ["knn_mAUC", "linear_mAUC"]
-    lengths = [
-        Row("DINO, 60 epochs: published loss", "dino_long", of_features),
-        Row("DINO, 60 epochs: both additions in every step", "always_long", of_features, "dino_long"),
-        Row("DINO, 60 epochs: both additions, up to a larger KL", "wide_long", of_features, "dino_long"),
-        Row("**DINO, 60 epochs: both near collapse (default loss)**", "long_dino", of_features, "dino_long"),
-        Row("`python train.py`: SPAN with DINO, 9 epochs, batches of 32", "phantom_span", of_features),
-    ]
     equal = [
         Row("untrained encoder", "untrained", of_features),
         Row("DINO, default loss", "long_dino", of_features),
@@ -127,7 +110,6 @@ def of_guidance() -> Tables:
     labels = "mean AUC of findings; labels: | 1 % | 5 % | 10 % | 25 % | all"
     return {
         "localisation": ("pixel AP | left lung | right lung | heart | mAP", where),
-        "lengths": ("1500 phantoms | k-NN, mAUC | linear layer, mAUC", lengths),
         "equal_length": ("60 epochs, batches of 64, unless noted | k-NN, mAUC | linear layer, mAUC", equal),
         "ablation": ("added flag | attention mAP | linear layer, mAUC", ablation),
         "transfer": (labels, transfer),
@@ -136,42 +118,33 @@ def of_guidance() -> Tables:
 
 
 def of_shortcuts() -> Tables:
-    """Classifiers and markers: published settings, single changes, folders with few masks."""
-    shortcut, kinds, masks = [], [], []
-    for backbone, name in BACKBONES.items():
-        for how, title in SHORTCUT.items():
-            figures = [*AUC, "relevance_share_same", "mask_dice"]
-            shortcut.append(Row(f"{name}: {title}", f"{how}_{backbone}", figures))
-            for kind, words in KINDS.items():
-                run = f"{how}_{kind}" if backbone == "resnet" else f"{backbone}_{how}_{kind}"
-                kinds.append(Row(f"{words}, {name}: {title}", run, AUC))
-    kinds.sort(key=lambda row: row.experiment.rpartition("_")[2])
-    changes = {"plain_resnet": "ResNet without ISNet", "isnet_resnet": "ResNet, ISNet"}
-    changes |= {run: f"ResNet, ISNet `{flag}`" for run, flag in RESNET_CHANGES.items()}
-    changes["isnet_vit"] = "ViT, ISNet"
-    changes |= {run: f"ViT, ISNet `{flag}`" for run, flag in VIT_CHANGES.items()}
-    failures = [Row(title, run, [*AUC[:3], "relevance_share_same"]) for run, title in changes.items()]
+    """Classifiers and markers: single changes of ISNet alone, folders with few masks."""
+    changes = {"plain_resnet_corner": "ResNet without ISNet", "alone_resnet_corner": "ResNet, ISNet alone"}
+    changes |= {run: f"ResNet, ISNet alone `{flag}`" for run, flag in RESNET_CHANGES.items()}
+    changes["alone_vit_corner"] = "ViT, ISNet alone"
+    changes |= {run: f"ViT, ISNet alone `{flag}`" for run, flag in VIT_CHANGES.items()}
+    figures = ["auc_same", "auc_removed", "auc_flipped", "relevance_share_same"]
+    failures, masks = [Row(title, run, figures) for run, title in changes.items()], []
     of_few = ["auc_same", "accuracy_same", "relevance_share_same", "mask_dice"]
     for kind in ("digits", "leaves", "hearts"):
         masks += [Row(f"{kind}, {title}", f"{kind}_{run}", of_few) for run, title in FEW_MASKS.items()]
-    header = "AUC | shortcut as in training | removed | flipped | flipped, unseen kind"
     return {
-        "shortcut": (f"{header} | relevance in lungs and heart | Dice of masks", shortcut),
-        "kinds": (header, kinds),
         "failures": ("AUC | as in training | removed | flipped | relevance in lungs and heart", failures),
         "few_masks": ("marker flipped | AUC | accuracy | relevance in the mask | Dice of masks", masks),
     }
 
 
 def of_backgrounds() -> Tables:
-    """ISNet by default and as published, on all shortcuts; all methods at hospitals and on grounds."""
+    """ISNet by default, alone and as published on all shortcuts; all methods at hospitals and on grounds."""
     blind, hospitals, grounds = [], [], []
     exchanged = ("original", "mixed_same", "mixed_rand", "no_foreground", "only_background")
     for backbone, name in BACKBONES.items():
         for kind, words in SHORTCUTS.items():
-            figures = ["auc_same", "auc_flipped", "auc_unseen", "relevance_share_same", "mask_dice"]
-            blind += [Row(f"{words}, {name}: {BLIND[w]}", f"{w}_{backbone}_{kind}", figures) for w in BLIND]
-        for way, title in (SHORTCUT | BLIND | {"tight": "default, `--isnet-margin 0`"}).items():
+            figures = ["auc_same", "auc_flipped", "auc_unseen", "relevance_share_same"]
+            for way, title in WAYS.items():
+                dice = "mask_dice" if "one mask" in title else "no_dice"
+                blind.append(Row(f"{words}, {name}: {title}", f"{way}_{backbone}_{kind}", [*figures, dice]))
+        for way, title in WAYS.items():
             at = [f"auc_{x}" for x in ("same", "flipped", "hospital_A", "hospital_B", "hospital_C")]
             at += ["relevance_share_hospital_C", "segmentation_Dice_hospital_C"]
             hospitals.append(Row(f"{name}: {title}", f"{way}_{backbone}_hospitals", at))
@@ -186,7 +159,7 @@ def of_backgrounds() -> Tables:
 
 
 def of_real_images() -> Tables:
-    """Horses, lesions and X-rays: SPAN and DINO; classifiers with a marker, or the hospital, as a shortcut."""
+    """Horses, lesions and X-rays: SPAN and DINO; classifiers with a marker or the hospital as a shortcut."""
     maps = ["prior_mAP", "aligned_prior_mAP", "attention_mAP"]
     features, guided = [*maps, "knn_mAUC", "linear_mAUC"], {"chest": [], "horses": [], "lesions": []}
     for data, rows in guided.items():
@@ -200,9 +173,9 @@ def of_real_images() -> Tables:
     inside, hospitals = ["auc_removed", "relevance_share_same", "mask_dice"], []
     unmarked = ["no_L", "auc_same", *inside[1:]]
     marker = [Row("masks of the lungs as images: plain", "plain_resnet_chest_masks", unmarked)]
-    for way, title in (SHORTCUT | BLIND).items():
+    for way, title in WAYS.items():
         marker.append(Row(f"no L in training: {title}", f"{way}_resnet_chest", unmarked))
-    for way, title in (SHORTCUT | BLIND).items():
+    for way, title in WAYS.items():
         marker.append(Row(title, f"{way}_resnet_chest_marker", ["auc_same", *inside]))
         at = [f"auc_hospitals_{x}" for x in ("trained", "flipped", "Shenzhen", "Montgomery")]
         hospitals.append(Row(title, f"{way}_resnet_chest_hospitals", [*at, "relevance_share_same"]))

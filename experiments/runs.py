@@ -19,12 +19,12 @@ from typing import IO
 
 from common.symbols import MARKED
 from experiments.claims import claims
-from experiments.commands import NEEDED, REMEDIES, RUNS
+from experiments.commands import NEEDED, RUNS
 
 ROOT = Path(__file__).parents[1]
 CLAIMED = {words.split()[0] for claim in claims() for words in claim[3:5] if words}  # experiments
 MAIN = [name for name in RUNS if name.rpartition("-")[0] in CLAIMED and name.endswith(("-0", "-1"))]
-QUICK = ["phantom_span-0", "plain_resnet-0", "blind_resnet_corner-0", "blind_close_resnet_corner-0"]
+QUICK = ["phantom_span-0", "plain_resnet_corner-0", "blind_resnet_corner-0", "blind_close_resnet_corner-0"]
 # Part of a name: what is measured after the run, and a figure that shows whether it was measured.
 AFTER = {
     "_grounds-": ("evaluate.py RUN --only backgrounds", "mixed_rand"),
@@ -35,9 +35,7 @@ AFTER = {
 PROBED = {"dino_long": "long_span", "plates_dino": "plates_span"}  # pairs whose features are compared
 PICTURES = {  # results/NAME.png: what evaluate.py measures, and the runs that stand side by side
     "compare": "attention long_span-0 dino_long-0",
-    "isnet": "bias isnet_resnet-0 plain_resnet-0 pixels_only-0",
-    "one_mask": "bias isnet_attention_resnet-0 pipeline_resnet-0 swap_resnet-0 rrr_resnet-0 gain_resnet-0"
-    " multitask_resnet-0 gated_resnet-0",
+    "isnet": "bias alone_resnet_corner-0 plain_resnet_corner-0 pixels_only-0",
 }
 
 
@@ -46,9 +44,7 @@ def command(name: str, folder: Path) -> list[str] | None:
     if (folder / "metrics.json").exists():
         return None
     how = "--resume" if (folder / "last.pt").exists() else "--overwrite"
-    way = name.split("_")[0]
-    script = ["-m", "experiments.remedies", way] if way in REMEDIES else ["train.py"]
-    return [*script, "--out", f"runs/{name}", how, *RUNS[name].split()]
+    return ["train.py", "--out", f"runs/{name}", how, *RUNS[name].split()]
 
 
 def python(*words: str, log: IO | None = None) -> int:

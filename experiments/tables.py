@@ -1,4 +1,4 @@
-"""The tables of README.md, results/README.md and docs/isnet.md, from measured figures: no number is typed.
+"""The tables of README.md, results/README.md and docs/collapse.md, from measured figures: no number is typed.
 
     python -m experiments.tables runs                  collect the finished runs in a folder; fill all tables
     python -m experiments.tables                       fill the tables from results/ as it is
@@ -18,11 +18,11 @@ from statistics import mean, stdev
 from common.checkpoint import Run, load_run, write_file
 from common.config import PER_CALL, as_json, parse
 from experiments.claims import Claim, claims
-from experiments.commands import REMEDIES, RUNS
+from experiments.commands import RUNS
 from experiments.layout import NONE, PATCHES, ROW, WHOLE, Row, layout
 from experiments.runs import ROOT
 
-FILES = ["README.md", "results/README.md", "docs/isnet.md", "docs/collapse.md"]
+FILES = ["README.md", "results/README.md", "docs/collapse.md"]
 FLOOR = 0.02 * log(256)  # of the KL: lower is a collapse, see dino.CollapseMonitor
 STUDENT = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # 97.5 % quantile; 2 to 10 seeds
 # {table: what the names of its rows contain}; the first that fits
@@ -32,13 +32,10 @@ COSTS = {
 }  # fmt: skip
 
 
-def why_not(name: str, run: Run, record: dict) -> str:
+def why_not(name: str, run: Run) -> str:
     """Why a run is not the one that today's run list has under its name; empty if it is."""
     if name not in RUNS:
         return "the run list does not name it"
-    way = name.split("_")[0]
-    if (f"experiments.remedies {way} " if way in REMEDIES else " train.py ") not in record["command"]:
-        return f"it was started by {record['command'][:40]} ..."
     asked, found = as_json(parse(RUNS[name].split())[0]), as_json(run.config)
     of_data = ("epochs", "swap_margin")  # None until the images are counted
     other = [key for key, x in asked.items() if found[key] != x and (x is not None or key not in of_data)]
@@ -56,7 +53,7 @@ def collect(runs: Path) -> dict[str, dict]:
         name = path.parent.name
         record, metrics = (json.loads(file.read_text()) for file in (path.parent / "config.json", path))
         try:
-            wrong = why_not(name, load_run(path.parent), record)
+            wrong = why_not(name, load_run(path.parent))
         except ValueError as error:  # written by another version, or a run that it starts from is missing
             wrong = str(error)
         if wrong:
@@ -150,11 +147,7 @@ def of_claims(runs: dict) -> dict[str, str]:
 def of_steadiness(runs: dict) -> dict[str, str]:
     """DINO alone, by kind and number of images: how many seeds collapsed, and the lowest KL, in nats."""
     rows = []
-    titles = {"published": "published loss", "koleo": "KoLeo in every step"}
-    titles |= {"always": "both additions in every step", "wide": "both additions, up to a larger KL"}
-    titles |= {"steady": "**both near collapse, default**", "sinkhorn": "Sinkhorn-Knopp"}
-    titles |= {"warmed": "temperature warmed up", "followed": "entropy held at half its maximum"}
-    for loss, title in titles.items():
+    for loss, title in {"published": "published loss", "steady": "**default loss**"}.items():
         for kind in ("phantom", "parts", "symbols", "digits"):
             cells = []
             for n in (200, 850, 3000):
