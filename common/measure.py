@@ -16,15 +16,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Generator, nn
+from torch import nn
 
-from common.backgrounds import exchanged
+from common.backgrounds import Table, classified, measure_backgrounds
 from common.baselines import Pipeline
 from common.data import SPLITS, Data, batches, select
-from common.explain import attention_of, pools_evenly, relevance_of, scores_of
+from common.explain import attention_of, pools_evenly, relevance_of
 from common.foreground import mask_dice
-from common.metrics import CannotMeasure, auc, best_threshold, dice
-from common.metrics import known_mean, localisation_ap, relevance_share
+from common.metrics import CannotMeasure, dice, known_mean, localisation_ap, relevance_share
 from common.objects import measure_objects, shows_one, untrained
 from common.probe import PROBES, draw_labelled, probe
 
@@ -37,7 +36,6 @@ OF_FOREGROUND = {  # {table: what in it is measured only on images with a foregr
     "test images (same = unchanged), in %": "relevance share",
 }  # fmt: skip
 QUICK = ["attention", "bias", "knn", "linear"]  # seconds a run
-Table = dict[str, dict[str, float]]  # {column: {row: value}}
 
 
 class Report(NamedTuple):
@@ -75,33 +73,17 @@ def report(
     for what in apply:
         try:
             if what == "bias":
-                table = measure_bias(model, splits, multiclass, rule)
-                if (m := int((~test.labels.isnan()).any(dim=1).sum())) < 50:
-                    worth = f"each is worth up to {100 / m:.0f} points of accuracy"
-                    found.notes.append(f"only {m} test images with labels: {worth}")
-                found.tables["test images (same = unchanged), in %"] = table
-                found.metrics.update(flatten(table, name_of_bias))
+                add_bias(found, measure_bias(model, splits, multiclass, rule), test)
             elif what == "backgrounds":
-                table, m = measure_backgrounds(model, splits, multiclass)
-                found.tables["exchanged backgrounds, in %"] = table
-                found.metrics.update(flatten(table, name_of_bias))
-                if m < masked:
-                    found.notes.append(f"mixed same: on the {m} of {masked} images with labels that recur")
-            elif what == "objects":
-                if list(measures) != MEASURES or len(test.regions) == 1:
-                    found.tables["objects, in %"] = measure_objects(model, splits, layer)
-                    found.metrics.update(flatten(found.tables["objects, in %"], lambda of, x: f"{of}_{x}"))
+                add_backgrounds(found, *measure_backgrounds(model, splits, multiclass), masked)
             elif what == "attention":
-                table, overlap, heads = measure_attention(encoder, splits, layer, guided, priors)
-                for score, scores in {"AP": table, "Dice": overlap}.items():
-                    means = {of: {"": known_mean(row.values())} for of, row in scores.items()}
-                    found.metrics.update(flatten(scores, lambda of, region: f"{of}_{score}_{region}"))
-                    found.metrics.update(flatten(means, lambda of, _: f"{of}_m{score}"))
-                if not pools_evenly(encoder):
-                    found.tables.update({"AP in %": table, "Dice in %": overlap})
-                    found.heads.update(heads)
-            else:
+                maps = measure_attention(encoder, splits, layer, guided, priors)
+                add_attention(found, *maps, shown=not pools_evenly(encoder))
+            elif what != "objects":
                 add_probe(found, what, encoder, splits, None if classifier else fractions, features)
+            elif list(measures) != MEASURES or len(test.regions) == 1:
+                found.tables["objects, in %"] = measure_objects(model, splits, layer)
+                found.metrics.update(flatten(found.tables["objects, in %"], lambda of, x: f"{of}_{x}"))
         except CannotMeasure as error:
             if what != "attention" or not pools_evenly(encoder):  # else it is said already
                 found.notes.append(str(error))
@@ -112,6 +94,34 @@ def report(
         few = "(too few test images of a kind, or validation images)"
         found.notes.append(f"not defined {few}: {', '.join(unknown[:5])}{more}")
     return found
+
+
+def add_bias(found: Report, table: Table, test: Data) -> None:
+    """Add what `measure_bias` returns, and a note if few images have labels."""
+    if (m := int((~test.labels.isnan()).any(dim=1).sum())) < 50:
+        worth = f"each is worth up to {100 / m:.0f} points of accuracy"
+        found.notes.append(f"only {m} test images with labels: {worth}")
+    found.tables["test images (same = unchanged), in %"] = table
+    found.metrics.update(flatten(table, name_of_bias))
+
+
+def add_backgrounds(found: Report, table: Table, paired: int, masked: int) -> None:
+    """Add what `measure_backgrounds` returns, and a note if some images are not "mixed same"."""
+    found.tables["exchanged backgrounds, in %"] = table
+    found.metrics.update(flatten(table, name_of_bias))
+    if paired < masked:
+        found.notes.append(f"mixed same: on the {paired} of {masked} images with labels that recur")
+
+
+def add_attention(found: Report, ap: Table, overlap: Table, heads: dict[str, int], shown: bool) -> None:
+    """Add what `measure_attention` returns, and means over regions; tables and heads only if shown."""
+    for score, table in {"AP": ap, "Dice": overlap}.items():
+        means = {of: {"": known_mean(row.values())} for of, row in table.items()}
+        found.metrics.update(flatten(table, lambda of, region: f"{of}_{score}_{region}"))
+        found.metrics.update(flatten(means, lambda of, _: f"{of}_m{score}"))
+        if shown:
+            found.tables[f"{score} in %"] = table
+    found.heads.update(heads if shown else {})
 
 
 def add_probe(
@@ -187,54 +197,6 @@ def measure_bias(model: nn.Module, splits: dict[str, Data], multiclass: bool, ru
                 with torch.no_grad():
                     found = torch.cat([model.foreground(x).cpu() for x in batches(masked.images, model)])
                 table[name]["segmentation Dice"] = mask_dice(found, masked)
-    return table
-
-
-def measure_backgrounds(model: nn.Module, splits: dict[str, Data], multiclass: bool) -> tuple[Table, int]:
-    """AUC and accuracy on exchanged backgrounds, see `backgrounds.py`, and how many images are "mixed same".
-
-    Those share their labels, not all unknown, with another. Raises CannotMeasure without masks or labels.
-    """
-    test = shows_one(splits["test"])
-    if not test.names or not test.has_masks.all():
-        raise CannotMeasure("no test image has masks that show something: backgrounds can't be exchanged")
-    labels = torch.zeros(len(test.names), 1) if test.labels is None else test.labels
-    label, n = labels.nan_to_num(-1).unique(dim=0, return_inverse=True, return_counts=True)[1:]
-    paired = (n[label] > 1) & ~labels.isnan().all(dim=1)
-    if not paired.any():
-        raise CannotMeasure("no two test images with masks have equal labels: backgrounds can't be exchanged")
-    m = test.masks.any(dim=1, keepdim=True).float()
-    made = exchanged(test.images.float(), m, label, Generator().manual_seed(0))
-    kinds = {name: test._replace(images=images.to(torch.uint8)) for name, images in made.items()}
-    kinds["mixed same"] = select(kinds["mixed same"], paired)
-    return classified(model, splits["val"], {"original": test} | kinds, multiclass), int(paired.sum())
-
-
-def classified(model: nn.Module, val: Data, kinds: dict[str, Data], multiclass: bool) -> Table:
-    """AUC and accuracy on kinds of test images, {kind: {metric: value}}, NaN if unknown.
-
-    Of three or more classes, accuracy counts the likeliest; otherwise it takes the thresholds that are best
-    on validation images. Raises CannotMeasure without labels.
-    """
-    test, table = next(iter(kinds.values())), {}
-    if test.labels is None or test.labels.isnan().all():
-        raise CannotMeasure("no test image has a label: AUC can't be measured")
-    findings = dict(enumerate(test.findings))
-    if multiclass and len(findings) == 2:  # the second is "X", the first is "no X"
-        del findings[0]
-    chosen_on = scores_of(model, val.images, multiclass)
-    known = [k for k in findings if val.labels is not None and not val.labels[:, k].isnan().all()]
-    thresholds = {k: best_threshold(chosen_on[:, k], val.labels[:, k]) for k in known}
-    for name, data in kinds.items():
-        scores, labels = scores_of(model, data.images, multiclass), data.labels
-        each = {f"AUC {finding}": auc(scores[:, k], labels[:, k]) for k, finding in findings.items()}
-        if multiclass and len(findings) > 1:
-            one = labels.sum(dim=1) == 1  # known, and of one class
-            right = (scores.argmax(dim=1) == labels.argmax(dim=1))[one]
-        else:
-            columns = [(scores[:, k] > t, labels[:, k]) for k, t in thresholds.items()]
-            right = torch.cat([torch.zeros(0), *((said == y)[~y.isnan()] for said, y in columns)])
-        table[name] = {"AUC": known_mean(each.values()), **each, "accuracy": float(right.double().mean())}
     return table
 
 

@@ -6,7 +6,9 @@ BACKBONES = {"resnet": "ResNet", "vit": "ViT"}
 SHORTCUTS = {
     "corner": "an L in a corner", "anywhere": "an L anywhere", "tint": "a tint", "border": "a frame",
 }  # fmt: skip
-FLIPPED = "AUC with the marker flipped"
+FLIPPED, EQUAL = "AUC with the marker flipped", "60 epochs each"
+BEST, ON_GRID = "that of DINO's heads (best on validation)", "minus the registered prior's on the same grid"
+UNTRAINED = "linear mAUC minus an untrained encoder's"
 AT_HOSPITALS = {  # ways that ISNet is compared with
     "pipeline": "a segmenter, then a classifier", "multitask": "multi-task learning", "gain": "GAIN",
     "gated": "an attention gate", "rrr": "right for the right reasons", "swap": "swapped backgrounds alone",
@@ -36,60 +38,69 @@ def on_all_shortcuts(number: int, who: str, way: str) -> list[tuple]:
 
 
 def of_guidance() -> list[tuple]:
-    """Claims 1 to 4: SPAN against DINO with the same loss, DINO with its published loss, and no training."""
-    equal, dino, best = "60 epochs each", "long_dino", "that of DINO's heads (best on validation)"
-    published, never = "DINO's (published loss)", "linear mAUC minus an untrained encoder's"
+    """Claims 1 and 2 on drawn X-rays: SPAN against DINO with both losses, and against no training."""
+    dino, published = "long_dino", "DINO's (published loss)"
     span, early = "long_span attention_mAP", "phantom_span attention_mAP"  # early: 9 epochs, the default
     raw, linear, knn = "long_published", "long_span linear_mAUC", "long_span knn_mAUC"
     later = f"DINO (published loss), then 9 epochs of SPAN: linear mAUC minus {published}"
-    on_grid = "minus the registered prior's on the same grid"
     at_pixels = "minus the registered prior's at every pixel"
-    rows: list[tuple] = [
-        (1, f"{equal}, priors registered (ours): SPAN's mAP minus {best}", 58.7, span, dino, "+58.7"),
-        (1, f"{equal}, not registered (as published): mAP minus {best}", 58.7, f"{raw} attention_mAP", dino),
-        (1, f"{equal}: mAP minus that of DINO's heads (published loss)", 58.7, span, "dino_long"),
-        (1, f"{equal}: mAP minus that of DINO's averaged heads", 58.7, span, f"{dino} mean_of_heads_mAP"),
-        (1, f"SPAN's mAP after 9 epochs minus {best} after 60", 58.7, early, dino),
+    return [
+        (1, f"{EQUAL}, priors registered (ours): SPAN's mAP minus {BEST}", 58.7, span, dino, "+58.7"),
+        (1, f"{EQUAL}, not registered (as published): mAP minus {BEST}", 58.7, f"{raw} attention_mAP", dino),
+        (1, f"{EQUAL}: mAP minus that of DINO's heads (published loss)", 58.7, span, "dino_long"),
+        (1, f"{EQUAL}: mAP minus that of DINO's averaged heads", 58.7, span, f"{dino} mean_of_heads_mAP"),
+        (1, f"SPAN's mAP after 9 epochs minus {BEST} after 60", 58.7, early, dino),
         (1, "60 epochs: mAP minus the unregistered prior's", 15, span, "long_span prior_mAP"),
-        (1, f"60 epochs: mAP {on_grid}", 0, span, "long_span aligned_prior_mAP"),
+        (1, f"60 epochs: mAP {ON_GRID}", 0, span, "long_span aligned_prior_mAP"),
         (1, f"60 epochs: mAP {at_pixels}", 0, span, "long_span aligned_prior_every_pixel_mAP"),
-        (1, f"9 epochs: mAP {on_grid}", 0, early, "phantom_span aligned_prior_mAP"),
+        (1, f"9 epochs: mAP {ON_GRID}", 0, early, "phantom_span aligned_prior_mAP"),
         (1, f"9 epochs: mAP {at_pixels}", 0, early, "phantom_span aligned_prior_every_pixel_mAP"),
         (1, "9 epochs: mAP with one image's masks minus all images'", -1, early, "phantom_masks"),
-        (2, f"{equal}: SPAN's linear mAUC minus DINO's", 2.2, linear, dino, "+2.2"),
-        (2, f"{equal}: k-NN mAUC minus DINO's", 2.2, knn, dino),
-        (2, f"{equal}: SPAN's {never}", 2.2, linear, "untrained"),
-        (2, f"{equal}: linear mAUC minus {published}", 2.2, linear, "dino_long"),
-        (2, f"{equal}: k-NN mAUC minus {published}", 2.2, knn, "dino_long"),
-        (2, f"{equal}: fine-tuned mAUC minus {published}", 2.2, "long_span finetune_mAUC", "dino_long"),
-        (2, f"{equal}: mAUC of heads' patches minus {published}", 2.2, "long_span heads_mAUC", "dino_long"),
-        (2, f"{equal}, not registered: linear mAUC minus DINO's", 2.2, f"{raw} linear_mAUC", dino),
+        (2, f"{EQUAL}: SPAN's linear mAUC minus DINO's", 2.2, linear, dino, "+2.2"),
+        (2, f"{EQUAL}: k-NN mAUC minus DINO's", 2.2, knn, dino),
+        (2, f"{EQUAL}: SPAN's {UNTRAINED}", 2.2, linear, "untrained"),
+        (2, f"{EQUAL}: linear mAUC minus {published}", 2.2, linear, "dino_long"),
+        (2, f"{EQUAL}: k-NN mAUC minus {published}", 2.2, knn, "dino_long"),
+        (2, f"{EQUAL}: fine-tuned mAUC minus {published}", 2.2, "long_span finetune_mAUC", "dino_long"),
+        (2, f"{EQUAL}: mAUC of heads' patches minus {published}", 2.2, "long_span heads_mAUC", "dino_long"),
+        (2, f"{EQUAL}, not registered: linear mAUC minus DINO's", 2.2, f"{raw} linear_mAUC", dino),
         (2, later, 2.2, "after_dino linear_mAUC", "dino_long"),
         (2, "SPAN's linear mAUC after 9 epochs minus DINO's after 60", 2.2, "phantom_span linear_mAUC", dino),
     ]
+
+
+def of_real_images() -> list[tuple]:
+    """Claims 1 and 2: SPAN against DINO with the same loss, on X-rays, horses and lesions."""
+    rows = []
     for steps, long in ((350, ""), (1440, "long_")):
         real, alone = f"Real X-rays, {steps} steps each: SPAN's", f"{long}dino_chest"
         mAP, features = f"{long}span_chest attention_mAP", f"{long}span_chest linear_mAUC"
         rows += [
-            (1, f"{real} mAP minus {best}", 58.7, mAP, alone),
-            (1, f"{real} mAP {on_grid}", 0, mAP, f"{long}span_chest aligned_prior_mAP"),
+            (1, f"{real} mAP minus {BEST}", 58.7, mAP, alone),
+            (1, f"{real} mAP {ON_GRID}", 0, mAP, f"{long}span_chest aligned_prior_mAP"),
             (2, f"{real} linear mAUC minus DINO's", 2.2, features, alone),
             (2, f"{real} k-NN mAUC minus DINO's", 2.2, f"{long}span_chest knn_mAUC", alone),
-            (2, f"{real} {never}", 2.2, features, "untrained_chest"),
+            (2, f"{real} {UNTRAINED}", 2.2, features, "untrained_chest"),
         ]
     for data in ("horses", "lesions"):
         text, ap = f"{data.title()}, 350 steps each, one mask: SPAN's AP", f"span_{data} attention_mAP"
         rows += [
-            (1, f"{text} minus {best}", 0, ap, f"dino_{data}"),
+            (1, f"{text} minus {BEST}", 0, ap, f"dino_{data}"),
             (1, f"{text} minus the unregistered prior's", 0, ap, f"span_{data} prior_mAP"),
-            (1, f"{text} {on_grid}", 0, ap, f"span_{data} aligned_prior_mAP"),
+            (1, f"{text} {ON_GRID}", 0, ap, f"span_{data} aligned_prior_mAP"),
             (1, f"{text} minus its AP if priors are not registered", 0, ap, f"fixed_{data}"),
         ]
+    return rows
+
+
+def of_few_labels_and_plates() -> list[tuple]:
+    """Claims 3 and 4: SPAN's features with few labels, and its priors from statistics."""
+    rows = []
     for how, name in {"linear": "linear mAUC", "heads": "mAUC of each head's patches"}.items():
         for n in (5, 10, 1):
-            text = f"{equal}, {n} % of labels: SPAN's {name} minus {published}"
+            text = f"{EQUAL}, {n} % of labels: SPAN's {name} minus DINO's (published loss)"
             rows.append((3, text, 0, f"long_span {how}_mAUC_{n}_percent", "dino_long"))
-    plates = f"Plates, priors from statistics, {equal}: SPAN's"
+    plates = f"Plates, priors from statistics, {EQUAL}: SPAN's"
     for figure in ("linear_mAUC", "knn_mAUC", "attention_mAP"):
         name = figure.replace("_", " ").replace("knn", "k-NN")
         for whose, other in {"DINO's": "plates_dino", "an untrained encoder's": "untrained_plates"}.items():
@@ -164,5 +175,6 @@ def of_relations_and_poolings() -> list[tuple]:
 
 def claims() -> list[Claim]:
     """All claims, in the order of their numbers."""
-    rows = of_guidance() + of_isnet() + of_relations_and_poolings()
+    rows = of_guidance() + of_real_images() + of_few_labels_and_plates()
+    rows += of_isnet() + of_relations_and_poolings()
     return sorted((Claim(*row) for row in rows), key=lambda claim: claim.number)
