@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--quick", action="store_true", help="4 runs; prints their tables")
     which.add_argument("--all", action="store_true", help="all runs, and what they cost")
-    which.add_argument("--only", metavar="PATTERN", help="train matching runs and what they need")
+    which.add_argument("--only", metavar="PATTERN", help="matching runs and what they need; 1 if one fails")
     parser.add_argument("--list", action="store_true", help="print the runs and their flags, and stop")
     args = parser.parse_args(argv)
     names = QUICK if args.quick else list(RUNS) if args.all or args.only else MAIN
@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from here")
     if args.only:
-        return
+        sys.exit(not all((ROOT / f"runs/{name}/metrics.json").exists() for name in names))
     tables = ["-m", "experiments.tables", "runs"]
     if args.quick:
         sys.exit(python(*tables, "--only", "claims", "localisation", "blind"))

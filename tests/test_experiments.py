@@ -170,6 +170,18 @@ def test_a_list_holds_the_asked_runs_and_what_they_start_from(capsys):
         runs.main(["--only", "nothing"])
 
 
+def test_the_exit_status_says_whether_the_asked_runs_have_finished(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    for part in ("train", "measure"):
+        monkeypatch.setattr(runs, part, lambda *_, **__: None)
+    for left in (1, 0):
+        with pytest.raises(SystemExit) as stopped:
+            runs.main(["--only", "^plain_vit_tint-0$"])
+        assert stopped.value.code == left
+        (tmp_path / "runs/plain_vit_tint-0").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "runs/plain_vit_tint-0/metrics.json").touch()
+
+
 def test_a_ratio_is_of_the_second_over_the_first_without_the_first_pair(monkeypatch):
     seconds = [99, 1] + [1, 2] + [2, 6] + [1, 4]  # of a and b, pair by pair: 2, 3 and 4 times
     clock = [t for i in range(len(seconds)) for t in (sum(seconds[:i]), sum(seconds[: i + 1]))]
