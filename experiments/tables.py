@@ -146,16 +146,16 @@ def of_claims(runs: dict) -> dict[str, str]:
 
 def of_steadiness(runs: dict) -> dict[str, str]:
     """DINO alone, by kind and number of images: how many seeds collapsed, and the lowest KL, in nats."""
-    rows = []
+    rows, kinds = [], {"phantom": "phantoms", "parts": "plates", "symbols": "symbols", "digits": "digits"}
     for loss, title in {"published": "published loss", "steady": "**default loss**"}.items():
-        for kind in ("phantom", "parts", "symbols", "digits"):
+        for kind, images in kinds.items():
             cells = []
             for n in (200, 850, 3000):
                 kl = [x / 100 for x in points(runs, f"{loss}_{kind}_{n}", "kl").values()]
                 collapsed = sum(x < FLOOR for x in kl)
                 cells.append(f"{collapsed} of {len(kl)} ({min(kl):.2f})" if kl else "not measured")
             if set(cells) != {"not measured"}:
-                rows.append([f"{title}: {kind}", *cells])
+                rows.append([f"{title}: {images}", *cells])
     return {"steady": markdown("seeds collapsed (lowest KL) | 200 images | 850 | 3000", rows)}
 
 
