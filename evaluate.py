@@ -19,7 +19,6 @@ import torch
 
 from common.baselines import Pipeline
 from common.checkpoint import DataSpec, load_run, write_file
-from common.data import DataError
 from common.explain import decisions, explained_class, has_attention
 from common.flags import Parser
 from common.measure import MEASURES, QUICK, report
@@ -39,21 +38,11 @@ from vit import ViT
 MASS = 0.6  # share of attention that the masks of unguided heads hold, as in DINO's figures
 
 
-def read_metrics(out: Path) -> dict[str, float]:
-    """The metrics in a folder, {} if there are none yet. Raises ValueError for a damaged file."""
-    path = out / "metrics.json"
-    try:
-        return dict(json.loads(path.read_text())) if path.exists() else {}
-    except (ValueError, TypeError, RecursionError):
-        raise ValueError(f"{path} is damaged: remove it and measure again") from None
-
-
 def compare(args: argparse.Namespace) -> None:
     """Measure runs on the same test images, print tables, and draw maps in the first run's folder."""
     loaded, splits, reference = load_all(args.runs, args.flags, args.device)
     alike = len({path.name for path in loaded}) < len(loaded)
     runs = {str(path) if alike else path.name: run for path, run in loaded.items()}
-    before = {name: read_metrics(run.out) for name, run in runs.items()}
     first, *_ = runs.values()
     n = len(splits["test"].names)
     print(f"{first.config.data}: {n} test images of {first.config.img_size} px", flush=True)
@@ -68,8 +57,9 @@ def compare(args: argparse.Namespace) -> None:
         if run.config.marker is None and "flipped" in splits:
             found.notes.append("its metrics are not saved: it was trained without the others' marker")
         else:  # JSON has no NaN
-            finite = {k: v for k, v in (before[name] | found.metrics).items() if math.isfinite(v)}
-            write_file(run.out / "metrics.json", finite)
+            path = run.out / "metrics.json"
+            known = json.loads(path.read_text()) if path.exists() else {}
+            write_file(path, {k: v for k, v in (known | found.metrics).items() if math.isfinite(v)})
         seen = maps_of(run, shown.images, found.heads, rule)
         maps |= {f"{name}\n{title}": m for title, m in seen.items()}
     print_tables(reports)
@@ -88,7 +78,7 @@ def compare(args: argparse.Namespace) -> None:
 
 
 def draw_pictures(run: Path, flags: list[str], paths: list[Path], device: str) -> None:
-    """Draw what a run sees in pictures of any size. Raises ValueError, at the end, for unreadable ones."""
+    """Draw what a run sees in pictures of any size. Raises ValueError for one that can't be read."""
     if run.is_file():
         channels = 1 if read_weights(run)[0][FIRST].shape[1] == 1 else 3
         config, spec = weights_config(run, flags), DataSpec(channels, (), False, "")
@@ -99,18 +89,12 @@ def draw_pictures(run: Path, flags: list[str], paths: list[Path], device: str) -
         if masses:
             check_masses(run, masses)
         model, out = load_model(run, found), run / "looks"
-    loaded, failed = Loaded(config, spec, model.to(device), [], run, masses), []
+    loaded = Loaded(config, spec, model.to(device), [], run, masses)
     alike = len({path.stem for path in paths}) < len(paths)  # a/1.png and b/1.png
     for i, path in enumerate(paths, 1):
         name = f"{i}_{path.stem}" if alike else path.stem
-        try:
-            written = draw_picture(loaded, path, out / name)
-            print(f"{path}: {written} file(s) in {out / name}" if written else f"{path}: no attention map")
-        except DataError as error:
-            why = "it is a folder, name its files" if path.is_dir() else "no such file"
-            failed.append(str(error) if path.is_file() else f"--image {path}: {why}")
-    if failed:
-        raise ValueError("; ".join(failed))
+        written = draw_picture(loaded, path, out / name)
+        print(f"{path}: {written} file(s) in {out / name}" if written else f"{path}: no attention map")
 
 
 @torch.no_grad()

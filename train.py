@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from attention_priors import guidance, span_loss
 from common.baselines import PENALTIES, swapped
-from common.checkpoint import Damaged, DataSpec, check_folder, check_spec, data_spec, restore, resumed, save
+from common.checkpoint import DataSpec, check_folder, check_spec, data_spec, restore, resumed, save
 from common.checkpoint import start_run
 from common.checks import check, check_step
 from common.classify import attention_seen, classification_loss, explained_target, labelled
@@ -211,8 +211,8 @@ def train(
 
     masses_now: returns the attention masses of guided heads (`masses_of`) for each checkpoint. One generator
     draws order and views. Checkpoints hold its state and PyTorch's, so that a resumed run ends with the same
-    weights as an uninterrupted one. Each torchrun process takes its share of a batch. Raises Damaged,
-    Collapse, FloatingPointError (before the weights are damaged) and KeyboardInterrupt (after saving).
+    weights as an uninterrupted one. Each torchrun process takes its share of a batch. Raises Collapse,
+    FloatingPointError (before the weights are damaged) and KeyboardInterrupt (after saving).
     """
     generator = Generator().manual_seed(config.seed)
     optimizer = AdamW(decayed(model, config.weight_decay), config.lr)
@@ -385,8 +385,8 @@ def main(argv: list[str] | None = None) -> None:
             dist.destroy_process_group()  # by all at once: NCCL may wait for the others
         if not rank():
             finish(*run, history)
-    except (Damaged, Collapse, FloatingPointError) as error:
-        fail("train.py", error, 2 if isinstance(error, Damaged) else 1)
+    except (Collapse, FloatingPointError) as error:
+        fail("train.py", error, 1)
     except OSError as error:
         fail("train.py", f"{error}: if the disk is full, free some of it, and continue with --resume", 1)
     except (RuntimeError, MemoryError) as error:

@@ -27,7 +27,7 @@ from torch import Generator, nn
 from torch.optim import Optimizer
 
 from common.classify import is_multiclass
-from common.config import KEYWORDS, PER_CALL, PLACES, Config, as_config, as_json, read_record
+from common.config import KEYWORDS, PER_CALL, PLACES, Config, as_config, as_json
 from common.data import Data, printable
 from common.flags import option
 from common.weights import reason
@@ -54,10 +54,6 @@ class Run(NamedTuple):
     spec: DataSpec
     masses: dict[str, float]  # {region: m_r}, (7) in common/regions.py, if one prior guided heads; else {}
     checkpoint: dict
-
-
-class Damaged(ValueError):
-    """A checkpoint that does not fit its own settings."""
 
 
 def write_file(path: Path, content: str | dict) -> None:
@@ -174,38 +170,28 @@ def load_run(folder: Path) -> Run:
         version = checkpoint["format"]
         if version == FORMAT:
             settings = {name: checkpoint["settings"][name] for name in Config.__dataclass_fields__}
-            masses = {name: float(mass) for name, mass in checkpoint["masses"].items()}
-            if not all(0 <= mass <= 1 for mass in masses.values()):
-                raise ValueError(f"masses {masses} are not in [0, 1]")
-            for name, weights in checkpoint["model"].items():
-                if not weights.isfinite().all():
-                    raise ValueError(f"{name} is not finite")
-            checkpoint["history"]  # must be there
             config = as_config(settings | {"out": str(folder)})
-            return Run(config, DataSpec(**checkpoint["spec"]), masses, checkpoint)
+            return Run(config, DataSpec(**checkpoint["spec"]), checkpoint["masses"], checkpoint)
     except OSError as error:
         why = error.strerror or reason(error)
         raise ValueError(f"{folder} is not a run of train.py: {path} can't be read ({why})") from None
     except Exception as error:  # a damaged or foreign file fails in the unpickler in many ways
-        raise Damaged(f"{path} is damaged ({reason(error)}): restore it, or train again") from None
+        raise ValueError(f"{path} is damaged ({reason(error)}): restore it, or train again") from None
     version = f"another version of train.py (format {version}, here {FORMAT})"
-    raise Damaged(f"{folder} was written by {version}: train again")
+    raise ValueError(f"{folder} was written by {version}: train again")
 
 
 def resumed(config: Config, typed: set[str]) -> Run:
     """The run in --out, to be continued. Raises ValueError if other settings are asked for."""
     run = load_run(config.out)
-    saved, asked, record = as_json(run.config), as_json(config), read_record(config.out, "--resume")
+    saved, asked = as_json(run.config), as_json(config)
     moved = {name for name in PLACES if not {saved[name], asked[name]} & KEYWORDS}
-    for name in saved.keys() - {*PER_CALL, *moved}:
-        edited = name not in PLACES and record.get(name) != saved[name]  # data may have moved
-        if name in typed and asked[name] != saved[name] or edited:
-            wanted = asked[name] if name in typed else record.get(name)
+    for name in typed & saved.keys() - {*PER_CALL, *moved}:
+        if asked[name] != saved[name]:
             flag = option(Config.__dataclass_fields__[name])
-            remedy = f"leave out {flag}" if name in typed else "restore its config.json"
-            then, now = (("off", "on")[v] if isinstance(v, bool) else v for v in (saved[name], wanted))
+            then, now = (("off", "on")[v] if isinstance(v, bool) else v for v in (saved[name], asked[name]))
             begun = f"--resume: {config.out} was started with {name} {then}, not {now}"
-            raise ValueError(f"{begun}: {remedy}, or train in another --out")
+            raise ValueError(f"{begun}: leave out {flag}, or train in another --out")
     changed = {name: asked[name] for name in asked if name in PER_CALL or name in moved and name in typed}
     return run._replace(config=as_config(saved | changed))
 
@@ -213,16 +199,9 @@ def resumed(config: Config, typed: set[str]) -> Run:
 def restore(
     checkpoint: dict, model: nn.Module, optimizer: Optimizer, generator: Generator
 ) -> tuple[list[dict], tuple | None]:
-    """Restore what `save` wrote; returns the history and the epoch that is begun. Raises Damaged."""
-    try:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        generator.set_state(checkpoint["generator"])
-        torch.set_rng_state(checkpoint["torch_rng"])
-        history, begun = [dict(row) for row in checkpoint["history"]], checkpoint["begun"]
-        if begun is not None:
-            order, steps, sums = begun
-            order[:steps], sums.items()  # fail unless they are a Tensor and a dict
-    except Exception as error:  # as in `load_run`
-        raise Damaged(f"last.pt does not fit its settings ({reason(error)}): train again") from None
-    return history, begun
+    """Restore what `save` wrote; returns the history and the epoch that is begun."""
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    generator.set_state(checkpoint["generator"])
+    torch.set_rng_state(checkpoint["torch_rng"])
+    return list(checkpoint["history"]), checkpoint["begun"]

@@ -177,7 +177,7 @@ def read_masks(folder: Path, data: str | None, names: list[str], size: int) -> T
         if i is not None and name[0] != "." and path.suffix.lower() in SUFFIXES and path.is_file():
             known["" if name in wanted else name.partition("/")[0]].add(i)
             shape = image_size(data, names[i]) if data else None
-            masks[i, 0] |= read_mask(path, folder, names[i], shape, size)
+            masks[i, 0] |= read_mask(path, names[i], shape, size)
     if not known:
         raise DataError(f"{folder} holds no mask of any training image; name them like `{names[0]}`")
     whole = known.pop("", set())  # a single mask for all regions
@@ -197,7 +197,7 @@ def _read_images(paths: dict[str, Path], masks: dict[str, dict], size: int, note
         own = torch.zeros(len(masks), size, size, dtype=torch.bool)
         for mask, files in zip(own, masks.values()):
             if path := files.get(name):
-                mask[:] = read_mask(path, path.parents[1], str(paths[name]), pixels.shape[:2], size)
+                mask[:] = read_mask(path, str(paths[name]), pixels.shape[:2], size)
         return to_tensor(pixels, size, size), own, min(pixels.shape[:2])
 
     with ThreadPoolExecutor(8) as threads:

@@ -50,15 +50,12 @@ def decode(path: Path, mask: bool = False) -> np.ndarray:
         raise DataError(f"{path}: this image cannot be read ({problem}); repair or remove it") from None
 
 
-def read_mask(path: Path, folder: Path, image: str, shape: tuple[int, int] | None, size: int) -> Tensor:
+def read_mask(path: Path, image: str, shape: tuple[int, int] | None, size: int) -> Tensor:
     """(S, S) bool, S = size: pixels of at least half the mask's maximum, so 0/1, 0/255, soft grey all work.
 
-    A region that is too small for this size keeps the pixels that show most of it. folder: where the file
-    must lie. image: the name of its image. shape: that image's height and width, if the mask must have the
-    same. Raises DataError.
+    A region that is too small for this size keeps the pixels that show most of it. image: the name of its
+    image. shape: that image's height and width, if the mask must have the same. Raises DataError.
     """
-    if not path.resolve().is_relative_to(folder.resolve()):  # the sender of the folder may be malicious
-        raise DataError(f"{path} is a link that leads out of {folder}; replace it by a copy")
     colours = np.atleast_3d(decode(path, mask=True))  # (H, W, 1 or 3)
     pixels = colours.max(axis=2)  # (H, W); not the luminance: blue counts like white
     if shape is not None and pixels.shape != shape:

@@ -117,7 +117,7 @@ def test_a_finished_run_that_is_resumed_is_measured_again_and_not_trained(span_r
     assert metrics_of(tmp_path / "run") == pytest.approx(metrics_of(span_run))
 
 
-def test_a_run_goes_on_though_its_data_moved_but_not_with_edited_settings(tmp_path, monkeypatch, refused):
+def test_a_run_goes_on_though_its_data_moved_but_not_on_other_images(tmp_path, monkeypatch, refused):
     image_folder(tmp_path / "data", "file", *(f"{i}.png" for i in range(12)))
     out = tmp_path / "run"
     words = "--img-size 16 --patch-size 4 --prior none --keep-going --data".split()
@@ -125,12 +125,6 @@ def test_a_run_goes_on_though_its_data_moved_but_not_with_edited_settings(tmp_pa
     (tmp_path / "data").rename(tmp_path / "moved")
     resume = "--out", str(out), "--resume"
     assert "is not a folder" in refused(train.main, *resume)
-    record = (out / "config.json").read_text()
-    (out / "config.json").write_text(record.replace('"lr": 0.0014', '"lr": 0.1'))
-    assert "was started with lr 0.0014, not 0.1: restore its config.json" in refused(train.main, *resume)
-    (out / "config.json").write_text(record[:-3])
-    assert "or it is damaged" in refused(train.main, *resume)
-    (out / "config.json").write_text(record)
     train.main([*resume, "--data", str(tmp_path / "moved")])
     assert len(load_run(out).checkpoint["history"]) == 2
     train.main(list(resume))  # it remembers where the data lie now
@@ -170,9 +164,6 @@ def test_a_run_that_is_stopped_says_what_is_kept_and_how_to_go_on(tmp_path, monk
     "change, line",
     [
         ({"format": 1}, f"written by another version of train.py (format 1, here {FORMAT})"),
-        ({"torch_rng": None}, "last.pt does not fit its settings (TypeError"),
-        ({"model": {}}, "last.pt does not fit its settings (RuntimeError"),
-        ({"begun": 3}, "last.pt does not fit its settings"),
         ({"settings": {"epochs": 3}}, "last.pt is damaged"),
         ({"spec": {}}, "last.pt is damaged"),
         ({"spec": Evil()}, "last.pt is damaged (it holds posix.system, which might run code)"),

@@ -359,16 +359,6 @@ def test_a_mask_must_have_the_size_of_its_image_after_exif_rotation(tmp_path):
     assert "heart/a.png is 32 x 16 px" in message and "images/a.jpg is 16 x 32 px" in message
 
 
-@pytest.mark.parametrize("link", ["heart", "heart/a.png"])
-def test_a_mask_that_is_a_link_out_of_its_folder_is_refused_by_name(folder, link):
-    save(folder / "elsewhere" / "a.png", GREY)
-    (folder / "masks" / link).parent.mkdir(parents=True, exist_ok=True)
-    (folder / "masks" / link).symlink_to(folder / "elsewhere" / Path(link).relative_to("heart"))
-    assert "masks/heart/a.png is a link that leads out of" in refusal(folder)
-    with pytest.raises(DataError, match="is a link that leads out of|holds no mask"):
-        read_masks(folder / "masks", str(folder), ["a.png"], 16)
-
-
 def test_the_reference_is_the_first_of_train_with_all_masks_else_moves_there_else_a_note_says_so(folder):
     table(folder, "file,split\na.png,test\nb.png,test\nc.png,val\nd.png,val\n")
     add_masks(folder, "heart/b.png", "heart/d.png")
@@ -437,23 +427,6 @@ def test_headers_may_be_capitalised_and_umlauts_written_in_two_ways(folder):
     found = everything(folder)[0]
     assert found["u\u0308.png"].has_masks.all()
     assert found["u\u0308.png"].labels.tolist() == [[1, 0]] and found["a.png"].labels.tolist() == [[0, 1]]
-
-
-@pytest.mark.parametrize(
-    "rows, noted",
-    [
-        ("1,0 0,1 1,1", True),
-        ("1,0 0,1 1,0", False),  # of all images: no surprise
-        ("1, 0,1 1,1", False),  # unknown: no classes
-        (", , 1,1", False),
-    ],
-)
-def test_findings_that_exclude_each_other_in_training_alone_are_noted(rows, noted, folder):
-    lines = map("{}.png,{},{}".format, "abc", rows.split(), ("train", "train", "test"))
-    table(folder, "\n".join(["file,wet,dry,split", *lines]))
-    notes = load(str(folder), 16, findings=["wet", "dry"])[2]
-    line = "each labelled training image shows one of wet, dry, so these are classes; 1 other image(s) show"
-    assert any(note.startswith(line) for note in notes) == noted
 
 
 def test_finding_columns_are_multi_label_and_blank_is_unknown_and_skipped_images_are_ignored(folder):

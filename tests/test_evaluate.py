@@ -144,7 +144,6 @@ def test_a_run_finds_its_data_where_they_have_moved_and_no_others(tmp_path, refu
 def test_what_can_not_be_compared_or_asked_is_refused_at_once(two_runs, tmp_path, refused, monkeypatch):
     trained(tmp_path / "other", "--epochs 1 --seed 1 --align none")
     span, dino = two_runs
-    (tmp_path / "dino" / "metrics.json").write_text("[1]")
     monkeypatch.setattr(evaluate, "report", None)
     for argv, line in [
         ([span, f"{tmp_path}/other"], "differ in seed: compare runs on the same images"),
@@ -155,7 +154,6 @@ def test_what_can_not_be_compared_or_asked_is_refused_at_once(two_runs, tmp_path
         ),
         ([span, "nowhere"], "nowhere: no such file or folder"),
         ([span, "--rows", "0"], "--rows 0: draw at least 1"),
-        ([span, dino], f"{dino}/metrics.json is damaged: remove it"),
         ([str(tmp_path)], "is not a run of train.py"),
     ]:
         assert line in refused(evaluate.main, *argv)
@@ -187,12 +185,6 @@ def test_regions_that_are_no_file_names_and_unguided_runs_make_no_masks(two_runs
         torch.save(checkpoint | {"masses": {name: 0.5}}, tmp_path / "last.pt")
         assert "can't be file names" in refused(evaluate.main, str(tmp_path), "--image", picture)
         assert "restore its masks" in refused(evaluate.main, str(tmp_path), *out)
-    bias = "student.norm.bias"
-    weights = checkpoint["model"] | {bias: torch.full_like(checkpoint["model"][bias], torch.inf)}
-    for change in ({"masses": {"heart": 7.0}}, {"masses": [1]}, {"history": None}, {"model": weights}):
-        damaged = {key: value for key, value in (checkpoint | change).items() if value is not None}
-        torch.save(damaged | {"begun": None}, tmp_path / "last.pt")
-        assert "last.pt is damaged" in refused(evaluate.main, str(tmp_path), *out)
     assert not (tmp_path / "masks").exists()
     line = "makes no masks: no single prior guided its heads"
     assert line in refused(evaluate.main, dino, *out)
@@ -264,7 +256,7 @@ def test_heads_of_weights_get_masks_that_hold_most_attention(channels, wide, tmp
     assert image.shape == (1, channels, 48, 104) and 0.3 < masks.float().mean() < 0.7
 
 
-def test_a_picture_of_another_s_name_or_an_unreadable_one_stops_none(tmp_path, monkeypatch, drawn, refused):
+def test_pictures_of_one_name_are_numbered_and_a_missing_one_is_named(tmp_path, monkeypatch, drawn, refused):
     torch.save(ViT(16, 8, 3, 32, 1, 2).state_dict(), tmp_path / "vit.pth")
     monkeypatch.chdir(tmp_path)
     for folder in ("a", "b"):
@@ -273,8 +265,5 @@ def test_a_picture_of_another_s_name_or_an_unreadable_one_stops_none(tmp_path, m
     evaluate.main(["vit.pth", *pictures, "a/1.png", "b/1.png"])
     paths = [args[0] for args, _ in drawn]
     assert paths == [Path(f"vit.pth-looks/{name}/attention.png") for name in ("1_1", "2_1")]
-    (tmp_path / "a" / "2.png").write_text("no picture")
-    line = refused(evaluate.main, "vit.pth", *pictures, "none.png", "a/2.png", "a/1.png")
-    assert "--image none.png: no such file; a/2.png: this image cannot be read" in line
-    assert len(drawn) == 3
-    assert "--image a: it is a folder, name its files" in refused(evaluate.main, "vit.pth", *pictures, "a")
+    line = refused(evaluate.main, "vit.pth", *pictures, "none.png")
+    assert "none.png: this image cannot be read ([Errno 2] No such file or directory" in line
