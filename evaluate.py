@@ -49,7 +49,8 @@ def compare(args: argparse.Namespace) -> None:
     shown, rule = images_to_show(first.config, splits, args.rows), lrp_rule(first.config)  # the same for all
     reports, maps, registered, fractions = {}, {}, {}, FRACTIONS if args.all else (1.0,)
     for name, run in runs.items():
-        settings = measured_by(run, splits, reference, registered)
+        path, settings = run.out / "metrics.json", measured_by(run, splits, reference, registered)
+        known = json.loads(path.read_text()) if path.exists() else {}
         found = reports[name] = report(run.model, splits, args.measures, fractions, **settings)
         run.out.mkdir(parents=True, exist_ok=True)
         if run.history and len(run.history) < run.config.epochs:
@@ -57,8 +58,6 @@ def compare(args: argparse.Namespace) -> None:
         if run.config.marker is None and "flipped" in splits:
             found.notes.append("its metrics are not saved: it was trained without the others' marker")
         else:  # JSON has no NaN
-            path = run.out / "metrics.json"
-            known = json.loads(path.read_text()) if path.exists() else {}
             write_file(path, {k: v for k, v in (known | found.metrics).items() if math.isfinite(v)})
         seen = maps_of(run, shown.images, found.heads, rule)
         maps |= {f"{name}\n{title}": m for title, m in seen.items()}
@@ -178,7 +177,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     alone = {"--export": args.export, "--export-masks": args.export_masks, "--image": args.image}
     alone = [flag for flag, value in alone.items() if value]
     others = args.html or args.measures or args.rows or args.all or len(args.runs) > 1 or len(alone) > 1
-    missing = ", ".join(str(run) for run in args.runs if not run.exists())
+    missing = ", ".join(str(path) for path in [*args.runs, *(args.image or [])] if not path.exists())
     files = any(run.is_file() for run in args.runs)
     flags = "" if files else " ".join(args.flags[2 * bool(args.data) :])
     for wrong, line in [

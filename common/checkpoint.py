@@ -182,11 +182,11 @@ def load_run(folder: Path) -> Run:
 
 
 def resumed(config: Config, typed: set[str]) -> Run:
-    """The run in --out, to be continued. Raises ValueError if other settings are asked for."""
+    """The run in --out, to be continued with the settings in last.pt. Raises ValueError if flags differ."""
     run = load_run(config.out)
     saved, asked = as_json(run.config), as_json(config)
     moved = {name for name in PLACES if not {saved[name], asked[name]} & KEYWORDS}
-    for name in typed & saved.keys() - {*PER_CALL, *moved}:
+    for name in sorted(typed - {*PER_CALL, *moved}):
         if asked[name] != saved[name]:
             flag = option(Config.__dataclass_fields__[name])
             then, now = (("off", "on")[v] if isinstance(v, bool) else v for v in (saved[name], asked[name]))

@@ -18,12 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from common.backgrounds import Table, classified, measure_backgrounds
 from common.baselines import Pipeline
-from common.data import SPLITS, Data, batches, select
-from common.explain import attention_of, pools_evenly, relevance_of
-from common.foreground import mask_dice
-from common.metrics import CannotMeasure, dice, known_mean, localisation_ap, relevance_share
+from common.bias import Table, measure_backgrounds, measure_bias
+from common.data import Data, select
+from common.explain import attention_of, pools_evenly
+from common.metrics import CannotMeasure, dice, known_mean, localisation_ap
 from common.objects import measure_objects, shows_one, untrained
 from common.probe import PROBES, draw_labelled, probe
 
@@ -79,9 +78,9 @@ def report(
             elif what == "attention":
                 maps = measure_attention(encoder, splits, layer, guided, priors)
                 add_attention(found, *maps, shown=not pools_evenly(encoder))
-            elif what != "objects":
+            elif what in PROBES:
                 add_probe(found, what, encoder, splits, None if classifier else fractions, features)
-            elif list(measures) != MEASURES or len(test.regions) == 1:
+            elif list(measures) != MEASURES or len(test.regions) == 1:  # objects
                 found.tables["objects, in %"] = measure_objects(model, splits, layer)
                 found.metrics.update(flatten(found.tables["objects, in %"], lambda of, x: f"{of}_{x}"))
         except CannotMeasure as error:
@@ -178,26 +177,6 @@ def measure_attention(
         reached[of_val[0].isnan()] = torch.nan  # no validation image shows the region: no threshold is best
         overlap["attention"] = dict(zip(test.regions, reached.tolist()))
     return table, overlap, dict(zip(test.regions, heads.tolist()))
-
-
-def measure_bias(model: nn.Module, splits: dict[str, Data], multiclass: bool, rule: dict | None) -> Table:
-    """AUC, accuracy and share of relevance in the foreground: {test images: {metric: value}}, NaN if unknown.
-
-    The test images are unchanged ("same") and, with a marker, also those that `load` adds. For a pipeline the
-    Dice of its segmenter is added. Raises CannotMeasure without labels.
-    """
-    kinds, table = {"same": splits["test"], **{k: d for k, d in splits.items() if k not in SPLITS}}, {}
-    for name, found in classified(model, splits["val"], kinds, multiclass).items():
-        table[name], data = found, kinds[name]
-        if data.has_masks.any() and (masked := shows_one(data)).names:
-            foreground = masked.masks.any(dim=1, keepdim=True)  # (M, 1, S, S)
-            R = relevance_of(model, masked.images, multiclass, rule or {})  # (M, C, S, S)
-            table[name]["relevance share"] = float(relevance_share(R, foreground).nanmean())
-            if isinstance(model, Pipeline):
-                with torch.no_grad():
-                    found = torch.cat([model.foreground(x).cpu() for x in batches(masked.images, model)])
-                table[name]["segmentation Dice"] = mask_dice(found, masked)
-    return table
 
 
 def flatten(table: Table, name: Callable[[str, str], str]) -> dict[str, float]:

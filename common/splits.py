@@ -4,9 +4,11 @@ import numpy as np
 import torch
 
 from common import phantom, plates
+from common.classify import is_multiclass
 from common.data import SPLITS, Data, DataError, LoadedData
 from common.folder import load_folder
 from common.hospitals import HOSPITALS, mixed, taken_at
+from common.labels import of_one_class
 
 DRAWN = {  # name: function, regions, findings
     "phantom": (phantom.phantom, phantom.REGIONS, phantom.FINDINGS),
@@ -46,6 +48,10 @@ def load(
             labels = d.labels[:, keep]
             labels = torch.cat([1 - labels, labels], dim=1) if len(keep) == 1 else labels
             splits[split] = d._replace(labels=labels, findings=chosen)
+        one, shown = of_one_class(torch.cat([d.labels for d in splits.values()])), splits["train"].labels
+        if is_multiclass(shown) and (shown == 1).any() and not one.all():
+            line = f"each labelled training image shows one of {', '.join(chosen)}, so these are classes"
+            notes.append(f"{line}; {int((~one).sum())} other image(s) show none or several of them")
     return splits, reference, notes
 
 

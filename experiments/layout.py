@@ -56,6 +56,7 @@ WAYS = {  # against backgrounds
     "swap_close": "backgrounds swapped, one mask, registered",
     "blind_attention": "**default, one mask, SPAN's attention**",
 }  # fmt: skip
+FROM_ONE_MASK = ["blind_close", "swap_close", "blind_attention"]
 NONE, ROW, WHOLE = "no attention exposed", "one row exposed", "attention written out"  # of curves.py
 PATCHES = "patches (of 8 px)"
 READOUTS = {"linear": "linear layer", "heads": "each head's patches", "finetune": "fine-tuned"}
@@ -142,7 +143,7 @@ def of_backgrounds() -> Tables:
         for kind, words in SHORTCUTS.items():
             figures = ["auc_same", "auc_flipped", "auc_unseen", "relevance_share_same"]
             for way, title in WAYS.items():
-                dice = "mask_dice" if "one mask" in title else "no_dice"
+                dice = "mask_dice" if way in FROM_ONE_MASK else "no_dice"
                 blind.append(Row(f"{words}, {name}: {title}", f"{way}_{backbone}_{kind}", [*figures, dice]))
         for way, title in WAYS.items():
             at = [f"auc_{x}" for x in ("same", "flipped", "hospital_A", "hospital_B", "hospital_C")]

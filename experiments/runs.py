@@ -66,10 +66,10 @@ def two_at_a_time(commands: dict[str, list[str]]) -> None:
         list(pool.map(run, commands, commands.values()))
 
 
-def train(names: list[str]) -> None:
+def train(names: list[str]) -> list[str]:
     """Draw the data that these runs need, and train them; those that start from another run come last.
 
-    Runs on real images are left out where these are missing.
+    Runs on real images are left out where these are missing. Returns the names of the others.
     """
     (ROOT / "runs").mkdir(exist_ok=True)
     folders = r"data/(chest\w*|horses|lesions)"
@@ -88,6 +88,7 @@ def train(names: list[str]) -> None:
     commands = {name: command(name, ROOT / "runs" / name) for name in names}
     for later in (False, True):
         two_at_a_time({n: words for n, words in commands.items() if words and bool(NEEDED[n]) == later})
+    return names
 
 
 def measure(names: list[str], few_labels: bool) -> None:
@@ -126,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--quick", action="store_true", help="4 runs; prints their tables")
     which.add_argument("--all", action="store_true", help="all runs, and what they cost")
-    which.add_argument("--only", metavar="PATTERN", help="matching runs and what they need; 1 if one fails")
+    which.add_argument("--only", metavar="PATTERN", help="matching runs and what they need; fails if one did")
     parser.add_argument("--list", action="store_true", help="print the runs and their flags, and stop")
     args = parser.parse_args(argv)
     names = QUICK if args.quick else list(RUNS) if args.all or args.only else MAIN
@@ -138,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
         print("\n".join(f"{name} {RUNS[name]}" for name in names))
         return
     try:
-        train(names)
+        names = train(names)
         measure(names, few_labels=not (args.only or args.quick))
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from here")

@@ -7,13 +7,14 @@ from conftest import seeded, slope_error, with_statistics_of
 from torch import nn
 
 from common import baselines
-from common.backgrounds import exchanged, measure_backgrounds, without_foreground
+from common.backgrounds import exchanged, without_foreground
+from common.bias import measure_backgrounds, measure_bias
 from common.checkpoint import DataSpec, Run
 from common.classify import Classifier
 from common.config import parse
 from common.data import SPLITS, Data
 from common.hospitals import HOSPITALS, mixed, taken_at
-from common.measure import measure_bias, report
+from common.measure import report
 from common.metrics import CannotMeasure
 from common.models import build_classifier, build_encoder, load_model
 from common.phantom import phantom

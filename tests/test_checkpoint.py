@@ -117,7 +117,7 @@ def test_a_finished_run_that_is_resumed_is_measured_again_and_not_trained(span_r
     assert metrics_of(tmp_path / "run") == pytest.approx(metrics_of(span_run))
 
 
-def test_a_run_goes_on_though_its_data_moved_but_not_on_other_images(tmp_path, monkeypatch, refused):
+def test_a_run_goes_on_though_its_data_moved_but_not_on_others(tmp_path, monkeypatch, capsys, refused):
     image_folder(tmp_path / "data", "file", *(f"{i}.png" for i in range(12)))
     out = tmp_path / "run"
     words = "--img-size 16 --patch-size 4 --prior none --keep-going --data".split()
@@ -126,7 +126,7 @@ def test_a_run_goes_on_though_its_data_moved_but_not_on_other_images(tmp_path, m
     resume = "--out", str(out), "--resume"
     assert "is not a folder" in refused(train.main, *resume)
     train.main([*resume, "--data", str(tmp_path / "moved")])
-    assert len(load_run(out).checkpoint["history"]) == 2
+    assert len(load_run(out).checkpoint["history"]) == 2 and "since --resume" in capsys.readouterr().out
     train.main(list(resume))  # it remembers where the data lie now
     for name in ("labels.csv", "images/3.png"):
         (tmp_path / "moved" / name).unlink()

@@ -429,6 +429,23 @@ def test_headers_may_be_capitalised_and_umlauts_written_in_two_ways(folder):
     assert found["u\u0308.png"].labels.tolist() == [[1, 0]] and found["a.png"].labels.tolist() == [[0, 1]]
 
 
+@pytest.mark.parametrize(
+    "rows, noted",
+    [
+        ("1,0 0,1 1,1", True),
+        ("1,0 0,1 1,0", False),  # of all images: no surprise
+        ("1, 0,1 1,1", False),  # unknown: no classes
+        (", , 1,1", False),
+    ],
+)
+def test_findings_that_exclude_each_other_in_training_alone_are_noted(rows, noted, folder):
+    lines = map("{}.png,{},{}".format, "abc", rows.split(), ("train", "train", "test"))
+    table(folder, "\n".join(["file,wet,dry,split", *lines]))
+    notes = load(str(folder), 16, findings=["wet", "dry"])[2]
+    line = "each labelled training image shows one of wet, dry, so these are classes; 1 other image(s) show"
+    assert any(note.startswith(line) for note in notes) == noted
+
+
 def test_finding_columns_are_multi_label_and_blank_is_unknown_and_skipped_images_are_ignored(folder):
     (folder / "images" / "d.png").write_bytes(b"")
     rows = ["\ufefffile, nodule ,effusion", "a.png,1,1", "b.png, ,0.0", "d.png,1,1", "", ""]

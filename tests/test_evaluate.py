@@ -266,4 +266,4 @@ def test_pictures_of_one_name_are_numbered_and_a_missing_one_is_named(tmp_path, 
     paths = [args[0] for args, _ in drawn]
     assert paths == [Path(f"vit.pth-looks/{name}/attention.png") for name in ("1_1", "2_1")]
     line = refused(evaluate.main, "vit.pth", *pictures, "none.png")
-    assert "none.png: this image cannot be read ([Errno 2] No such file or directory" in line
+    assert "none.png: no such file or folder" in line

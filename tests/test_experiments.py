@@ -21,7 +21,7 @@ from common.phantom import stamp
 from common.splits import load
 from experiments import benchmark, curves, equations, real, runs, tables, throughput, wrong_mask
 from experiments.claims import Claim, claims
-from experiments.layout import layout
+from experiments.layout import WAYS, layout
 
 ROOT = Path(__file__).parents[1]
 RESULTS = json.loads((ROOT / "results/runs.json").read_text())
@@ -87,7 +87,9 @@ def test_every_experiment_that_a_claim_or_table_names_is_run():
     some = "few_masks blind hospitals grounds few_findings chest_marker chest_hospitals".split()
     rows = [row for name, (_, rows) in layout().items() if name not in some for row in rows]
     named |= {experiment for row in rows for experiment in (row.experiment, row.reference)}
-    assert named - {""} <= {name.rpartition("-")[0] for name in runs.RUNS}
+    made = {name.rpartition("-")[0] for name in runs.RUNS}
+    assert named - {""} <= made
+    assert all(any(name.startswith(f"{way}_resnet_") for name in made) for way in WAYS)
     assert {name for words in runs.PICTURES.values() for name in words.split()[1:]} <= runs.RUNS.keys()
 
 
@@ -172,8 +174,7 @@ def test_a_list_holds_the_asked_runs_and_what_they_start_from(capsys):
 
 def test_the_exit_status_says_whether_the_asked_runs_have_finished(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "ROOT", tmp_path)
-    for part in ("train", "measure"):
-        monkeypatch.setattr(runs, part, lambda *_, **__: None)
+    monkeypatch.setattr(runs, "two_at_a_time", lambda commands: None)
     for left in (1, 0):
         with pytest.raises(SystemExit) as stopped:
             runs.main(["--only", "^plain_vit_tint-0$"])
