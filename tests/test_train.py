@@ -212,7 +212,7 @@ def test_too_little_memory_ends_in_one_line_with_a_remedy(where, error, tmp_path
     line = refused(train.main, *TINY, "--align", "none", "--out", str(tmp_path / "run"), status=1)
     assert "not enough memory: raise --accumulate, or lower --batch-size" in line
     monkeypatch.setattr(evaluate, "draw_pictures", Mock(side_effect=error))
-    line = refused(evaluate.main, str(tmp_path), "--image", "x.png", "--device", "cpu", status=1)
+    line = refused(evaluate.main, str(tmp_path), "--image", __file__, "--device", "cpu", status=1)
     assert line == "evaluate.py: cpu does not have enough memory: end other programs"
 
 
