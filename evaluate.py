@@ -38,19 +38,28 @@ from vit import ViT
 MASS = 0.6  # share of attention that the masks of unguided heads hold, as in DINO's figures
 
 
+def read_metrics(out: Path) -> dict[str, float]:
+    """The metrics in a folder, {} if there are none yet. Raises ValueError for a damaged file."""
+    path = out / "metrics.json"
+    try:
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+    except (ValueError, TypeError):
+        raise ValueError(f"{path} is damaged: remove it and measure again") from None
+
+
 def compare(args: argparse.Namespace) -> None:
     """Measure runs on the same test images, print tables, and draw maps in the first run's folder."""
     loaded, splits, reference = load_all(args.runs, args.flags, args.device)
     alike = len({path.name for path in loaded}) < len(loaded)
     runs = {str(path) if alike else path.name: run for path, run in loaded.items()}
+    before = {name: read_metrics(run.out) for name, run in runs.items()}
     first, *_ = runs.values()
     n = len(splits["test"].names)
     print(f"{first.config.data}: {n} test images of {first.config.img_size} px", flush=True)
     shown, rule = images_to_show(first.config, splits, args.rows), lrp_rule(first.config)  # the same for all
     reports, maps, registered, fractions = {}, {}, {}, FRACTIONS if args.all else (1.0,)
     for name, run in runs.items():
-        path, settings = run.out / "metrics.json", measured_by(run, splits, reference, registered)
-        known = json.loads(path.read_text()) if path.exists() else {}
+        settings = measured_by(run, splits, reference, registered)
         found = reports[name] = report(run.model, splits, args.measures, fractions, **settings)
         run.out.mkdir(parents=True, exist_ok=True)
         if run.history and len(run.history) < run.config.epochs:
@@ -58,7 +67,8 @@ def compare(args: argparse.Namespace) -> None:
         if run.config.marker is None and "flipped" in splits:
             found.notes.append("its metrics are not saved: it was trained without the others' marker")
         else:  # JSON has no NaN
-            write_file(path, {k: v for k, v in (known | found.metrics).items() if math.isfinite(v)})
+            finite = {k: v for k, v in (before[name] | found.metrics).items() if math.isfinite(v)}
+            write_file(run.out / "metrics.json", finite)
         seen = maps_of(run, shown.images, found.heads, rule)
         maps |= {f"{name}\n{title}": m for title, m in seen.items()}
     print_tables(reports)

@@ -204,20 +204,17 @@ def parse(argv: list[str], doc: str = "") -> tuple[Config, set[str]]:
     return as_config(values), set(typed)
 
 
-def read_record(path: Path, by: str) -> dict:
-    """The content of a run's config.json, or of that file. by: the flag that names it. Raises ValueError."""
+def read_settings(path: Path, by: str) -> dict:
+    """The settings in a run's config.json, or in that file, except None and per-call flags.
+
+    by: the flag that names it. Raises ValueError if it can't be read, or train.py doesn't know a setting.
+    """
     try:
         record = json.loads((path / "config.json" if path.is_dir() else path).read_text())
         record["command"], record["task"]
-        return record
     except (OSError, ValueError, TypeError, LookupError, RecursionError):
         raise ValueError(f"{by} {path}: there is no config.json of a run, or it is damaged") from None
-
-
-def read_settings(path: Path, by: str) -> dict:
-    """A run's settings, except None and per-call flags. Raises ValueError, like `read_record`."""
-    record, known = read_record(path, by), {f.name: f for f in fields(Config)}
-    left_out = NO_SETTINGS | {"overwrite", "resume", "device"}
+    known, left_out = {f.name: f for f in fields(Config)}, NO_SETTINGS | {"overwrite", "resume", "device"}
     settings = {name: v for name, v in record.items() if v is not None and name not in left_out}
     for name, value in settings.items():
         if name not in known or not may_be(known[name], value):

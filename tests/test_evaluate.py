@@ -144,6 +144,7 @@ def test_a_run_finds_its_data_where_they_have_moved_and_no_others(tmp_path, refu
 def test_what_can_not_be_compared_or_asked_is_refused_at_once(two_runs, tmp_path, refused, monkeypatch):
     trained(tmp_path / "other", "--epochs 1 --seed 1 --align none")
     span, dino = two_runs
+    (tmp_path / "dino" / "metrics.json").write_text("[1]")
     monkeypatch.setattr(evaluate, "report", None)
     for argv, line in [
         ([span, f"{tmp_path}/other"], "differ in seed: compare runs on the same images"),
@@ -154,6 +155,7 @@ def test_what_can_not_be_compared_or_asked_is_refused_at_once(two_runs, tmp_path
         ),
         ([span, "nowhere"], "nowhere: no such file or folder"),
         ([span, "--rows", "0"], "--rows 0: draw at least 1"),
+        ([span, dino], f"{dino}/metrics.json is damaged: remove it"),
         ([str(tmp_path)], "is not a run of train.py"),
     ]:
         assert line in refused(evaluate.main, *argv)
