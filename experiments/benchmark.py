@@ -1,15 +1,15 @@
-"""What DINO, augmentation and ISNet cost on this machine, as ratios.
+"""What exposed attention, DINO and ISNet cost on this machine, as ratios.
 
-    python -m experiments.benchmark [--json FILE] [--device cpu]
+    python -m experiments.benchmark [--only TABLE] [--json FILE] [--device cpu]
 
 Machines drift, so two things are timed in turn, A B A B ..., and the median of the ratios B / A is reported,
-with its quartiles. A classifier's step leaves out the update of its weights.
+with its quartiles. Memory is what a loss keeps for its backward pass. A classifier's step leaves out the
+update of its weights.
 """
 
 import argparse
 import json
 import os
-import random
 import statistics
 import subprocess
 import sys
@@ -21,25 +21,25 @@ from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from torch.optim import AdamW
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from common.checkpoint import DataSpec, write_file
 from common.config import parse
 from common.data import prepared
 from common.models import build_classifier, build_encoder, build_model, decayed
-from common.phantom import phantom
 from common.processes import check_device, keep_freed_memory
-from crops import crop, distort, multi_crop, random_crops
-from experiments.costs import kept_bytes, operations, written_out
+from crops import multi_crop
 from experiments.runs import ROOT
 from train import classifier_objective, train_step
+from vit import Attention, ViT
 
 SMALL, WIDE, LARGE = (16, 1, 64, 64), (8, 3, 64, 64), (2, 3, 224, 224)  # images (B, C, H, W)
 RESNET, VIT = "--backbone resnet", "--backbone vit"
 VIT_S = "--img-size 224 --patch-size 16 --embed-dim 384 --depth 12 --num-heads 6"
 EPSILON = "--isnet 1 --lrp-gamma 0 --isnet-layers none"
+NONE, ROW, WHOLE = "no attention exposed", "one row exposed", "attention written out"
 PRETRAINING = {  # name: flags, local crops, images (B, C, H, W)
     "64 px, 2 crops": ("", 0, (64, 1, 64, 64)),
     "64 px, 2 + 4 crops": ("", 4, (64, 1, 64, 64)),
@@ -75,6 +75,53 @@ def ratio(a: Callable, b: Callable, runs: int) -> tuple[float, ...]:
     """Quartiles of time(b) / time(a) over paired runs, after one pair to warm up."""
     pairs = [(timed(a), timed(b)) for _ in range(runs + 1)]
     return tuple(statistics.quantiles([second / first for first, second in pairs[1:]], n=4))
+
+
+def kept_bytes(loss: Callable) -> int:
+    """The memory that a loss keeps for its backward pass."""
+    kept: list[Tensor] = []  # held, so that no address is used twice
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        loss()
+    storages = [tensor.untyped_storage() for tensor in kept]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def operations(work: Callable) -> int:
+    """Additions and multiplications of matrix products and convolutions, attention on a CPU included."""
+    aten, counts = torch.ops.aten, {}
+    counts[aten._scaled_dot_product_flash_attention_for_cpu] = lambda *x, **_: sdpa_flop_count(*x[:3])
+    backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
+    counts[backward] = lambda *x, **_: sdpa_backward_flop_count(*x[:4])
+    with FlopCounterMode(display=False, custom_mapping=counts) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def written_out(model: nn.Module) -> nn.Module:
+    """Make a model's attention compute the whole matrix, as the releases of 2021 do; returns the model."""
+
+    def forward(self: Attention, x: Tensor, row: bool = False, first: bool = False) -> tuple:
+        q, k, v = self.split(x)
+        A = self.weights(q[:, :, :1] if first else q, k)  # (B, heads, T, T)
+        return self.proj((A @ v).transpose(1, 2).flatten(2)), A[:, :, 0] if row else None
+
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.forward = partial(forward, module)
+    return model
+
+
+def exposed(side: int, line: str, device: str) -> Callable[[], Tensor]:
+    """A loss of a ViT's features, and of the attention that NONE, ROW or WHOLE exposes; side: in patches."""
+    torch.manual_seed(0)
+    vit = ViT(img_size=8 * side, patch_size=8, in_chans=1, embed_dim=96, depth=2, num_heads=6).to(device)
+    vit, images = written_out(vit) if line == WHOLE else vit, torch.rand(2, 1, 8 * side, 8 * side).to(device)
+
+    def loss() -> Tensor:
+        features = vit(images, layer=None if line == NONE else -1)
+        return features.pooled.square().mean() + (0 if line == NONE else features.attention.square().mean())
+
+    return loss
 
 
 def classifier(flags: str, shape: tuple[int, ...], device: str) -> tuple[Callable, Callable]:
@@ -147,29 +194,22 @@ def images_a_second(processes: int, device: str = "cpu") -> float:
     return statistics.median(json.loads(row)["images_per_s"] for row in rows)
 
 
-def pillow_view(picture: Image.Image, size: int) -> Tensor:
-    """A random view of one picture, as data loaders make it: crop, jitter, blur, solarise."""
-    area, aspect = random.uniform(0.4, 1.0), (3 / 4) * (16 / 9) ** random.random()
-    w, h = (min(1.0, side) * size for side in ((area * aspect) ** 0.5, (area / aspect) ** 0.5))
-    left, top = random.uniform(0, size - w), random.uniform(0, size - h)
-    view = picture.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + w, top + h))
-    if random.random() < 0.8:
-        view = ImageEnhance.Brightness(view).enhance(random.uniform(0.6, 1.4))
-        view = ImageEnhance.Contrast(view).enhance(random.uniform(0.6, 1.4))
-        if view.mode == "RGB":
-            view = ImageEnhance.Color(view).enhance(random.uniform(0.8, 1.2))
-            turn, (hue, *others) = random.randint(-25, 25), view.convert("HSV").split()
-            view = Image.merge("HSV", (hue.point(lambda x: (x + turn) % 256), *others)).convert("RGB")
-    if random.random() < 0.55:
-        view = view.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0) * size / 224))
-    if random.random() < 0.1:
-        view = ImageOps.solarize(view)
-    pixels = torch.frombuffer(bytearray(view.tobytes()), dtype=torch.uint8).view(size, size, -1)
-    return pixels.permute(2, 0, 1).float() / 255
+Ratios = Iterator[tuple[str, tuple[float, ...]]]  # name, and lower quartile, median and upper quartile
 
 
-def measured(runs: int, device: str) -> Iterator[tuple[str, tuple[float, float, float]]]:
-    """The name of each ratio, and its lower quartile, median and upper quartile."""
+def of_attention(runs: int, device: str) -> Ratios:
+    """A training step and its memory with exposed attention, over those of the same ViT without."""
+    for side in (8, 16, 32, 64):
+        none = exposed(side, NONE, device)
+        for line in (ROW, WHOLE):
+            loss, name = exposed(side, line, device), f"{line} / {NONE}: {side * side} patches"
+            a, b = (lambda x=x: x().backward() for x in (none, loss))
+            yield f"training step, {name}", ratio(a, b, runs if side < 64 else max(2, runs // 4))
+            yield f"memory, {name}", (kept_bytes(loss) / kept_bytes(none),) * 3
+
+
+def of_dino(runs: int, device: str) -> Ratios:
+    """DINO's step here, beside one as in its release, and with other settings."""
     for name, (flags, V, shape) in PRETRAINING.items():
         size = shape[-1]
         fewer = runs if size == 64 else max(2, runs // 4)  # seconds a step
@@ -185,8 +225,12 @@ def measured(runs: int, device: str) -> Iterator[tuple[str, tuple[float, float, 
             other, _ = dino_steps(f"{flags} {way}", shape, device)
             some = max(2, fewer // 4) if way == "--amp" else fewer  # seconds a step
             yield f"DINO's step, here / with {way}: {name}", ratio(other, ours, some)
-    two = [images_a_second(2) / images_a_second(1) for _ in range(3)]
+    two = [images_a_second(2, device) / images_a_second(1, device) for _ in range(3)]
     yield "images a second of DINO's steps, two processes / one", tuple(statistics.quantiles(two, n=4))
+
+
+def of_classifiers(runs: int, device: str) -> Ratios:
+    """ISNet's and the baselines' training steps and memory, over those of a plain classifier."""
     for name, (flags, added, shape) in CLASSIFIERS.items():
         plain, plain_use = classifier(flags, shape, device)
         other, use = classifier(f"{flags} {added}", shape, device)
@@ -197,31 +241,20 @@ def measured(runs: int, device: str) -> Iterator[tuple[str, tuple[float, float, 
             yield f"memory kept for the backward pass, {name}", (kept_bytes(other) / kept_bytes(plain),) * 3
         if "gated" in name or "pipeline" in name:  # the others leave a plain model
             yield f"use, {name}", ratio(plain_use, use, runs)
-    generator = Generator().manual_seed(0)
-    for size, channels, n in ((64, 1, 64), (64, 3, 64), (224, 3, 16), (224, 3, 64)):
-        images = phantom(n, seed=0, img_size=size)[0].repeat(1, channels, 1, 1)
-        pictures = [Image.fromarray(x.permute(1, 2, 0).squeeze(2).numpy()) for x in images]
-        images = images.to(device)
 
-        def batched() -> Tensor:  # the same views, as train.py makes them
-            views = crop(images.float() / 255, random_crops(n, (0.4, 1.0), generator), size)
-            return distort(views, generator, blur=0.55, solarise=0.1)
 
-        def one_by_one() -> Tensor:
-            return torch.stack([pillow_view(picture, size) for picture in pictures])
-
-        for threads in sorted({1, os.cpu_count()}):
-            torch.set_num_threads(threads)
-            name = f"{n} of {size} px, {channels} channel(s), {threads} thread(s)"
-            yield f"views a second, batched / Pillow one by one: {name}", ratio(batched, one_by_one, runs)
+PARTS = {"attention": of_attention, "dino": of_dino, "classifiers": of_classifiers}
 
 
 def main() -> None:
     """Print the ratios; --json also writes them."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)"
+    )
     parser.add_argument("--runs", type=int, default=20, help="paired runs of each (default: 20)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the ratios here, too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the ratios here, too; others stay")
     args = parser.parse_args()
     try:
         check_device(args.device)  # and make it the current one, which `timed` waits for
@@ -231,12 +264,13 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # as train.py does for classifiers
     keep_freed_memory()  # as train.py does
-    ratios = {}
-    for name, (low, median, high) in measured(args.runs, args.device):
-        print(f"{name:90} {median:7.3f}   ({low:.3f} to {high:.3f})", flush=True)
-        ratios[name] = [round(x, 3) for x in (low, median, high)]
+    known = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
+    for part in args.only:
+        for name, ratios in PARTS[part](args.runs, args.device):
+            low, median, high = known[name] = [round(x, 3) for x in ratios]
+            print(f"{name:90} {median:7.3f}   ({low:.3f} to {high:.3f})", flush=True)
     if args.json:
-        write_file(args.json, ratios)
+        write_file(args.json, known)
 
 
 if __name__ == "__main__":

@@ -57,8 +57,6 @@ WAYS = {  # against backgrounds
     "blind_attention": "**default, one mask, SPAN's attention**",
 }  # fmt: skip
 FROM_ONE_MASK = ["blind_close", "swap_close", "blind_attention"]
-NONE, ROW, WHOLE = "no attention exposed", "one row exposed", "attention written out"  # of curves.py
-PATCHES = "patches (of 8 px)"
 READOUTS = {"linear": "linear layer", "heads": "each head's patches", "finetune": "fine-tuned"}
 
 

@@ -150,7 +150,6 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(python(*tables, "--only", "claims", "localisation", "blind"))
     if args.all:
         python("-m", "experiments.benchmark", "--json", "results/benchmark.json")
-        python("-m", "experiments.curves")
         python("-m", "experiments.wrong_mask")
     python(*tables)
     draw()

@@ -19,7 +19,7 @@ from common.checkpoint import Run, load_run, write_file
 from common.config import PER_CALL, as_json, parse
 from experiments.claims import Claim, claims
 from experiments.commands import RUNS
-from experiments.layout import NONE, PATCHES, ROW, WHOLE, Row, layout
+from experiments.layout import Row, layout
 from experiments.runs import ROOT
 
 FILES = ["README.md", "results/README.md", "docs/collapse.md"]
@@ -28,7 +28,7 @@ STUDENT = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # 97
 # {table: what the names of its rows contain}; the first that fits
 COSTS = {
     "dino_costs": "DINO's step", "default_costs": "three steps", "isnet_costs": "ISNet / plain",
-    "baseline_costs": "/ plain", "views": "views",
+    "baseline_costs": "/ plain", "exposure": "exposed",
 }  # fmt: skip
 
 
@@ -168,16 +168,6 @@ def of_costs(costs: dict[str, list[float]]) -> dict[str, str]:
     return {table: markdown("measured | ratio", lines) for table, lines in rows.items()}
 
 
-def of_curves(curves: dict[str, dict]) -> dict[str, str]:
-    """Time and memory of a ViT's step that exposes attention, over those of one that does not."""
-    made, rows = curves[PATCHES], []
-    for i, patches in enumerate(made["x"]):
-        pairs = [(line, what) for line in (ROW, WHOLE) for what in ("time", "memory")]
-        ratios = [made[what][line][i] / made[what][NONE][i] for line, what in pairs]
-        rows.append([str(patches), *(f"{ratio:.2f}" for ratio in ratios)])
-    return {"exposure": markdown(f"patches | {ROW}: time | memory | {WHOLE}: time | memory", rows)}
-
-
 def of_wrong_masks(found: dict[str, list]) -> dict[str, str]:
     """AP and Dice of registered priors by how wrong the reference's masks are: mean, lowest to highest."""
     titles = {"reference image": "true masks of {n} reference images", "swapped": "masks of other regions"}
@@ -197,12 +187,12 @@ def of_wrong_masks(found: dict[str, list]) -> dict[str, str]:
 
 def tables(runs: dict) -> dict[str, str]:
     """All tables, by name, of runs and of the measured costs in results/."""
-    files = (ROOT / f"results/{name}.json" for name in ("benchmark", "wrong_mask", "curves"))
-    costs, wrong, curves = (json.loads(file.read_text()) for file in files)
+    files = (ROOT / f"results/{name}.json" for name in ("benchmark", "wrong_mask"))
+    costs, wrong = (json.loads(file.read_text()) for file in files)
     seed_0 = {name: run for name, run in runs.items() if run["seed"] == 0}
     made = {name: compared(runs, *table) for name, table in layout().items()}
     made["failures"] = compared(seed_0, *layout()["failures"])
-    measured = of_costs(costs) | of_curves(curves) | of_wrong_masks(wrong)
+    measured = of_costs(costs) | of_wrong_masks(wrong)
     return of_claims(runs) | made | of_steadiness(runs) | measured
 
 

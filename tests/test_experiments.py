@@ -19,7 +19,7 @@ from common.checks import check
 from common.data import select
 from common.phantom import stamp
 from common.splits import load
-from experiments import benchmark, curves, equations, real, runs, tables, throughput, wrong_mask
+from experiments import benchmark, equations, real, runs, tables, wrong_mask
 from experiments.claims import Claim, claims
 from experiments.layout import WAYS, layout
 
@@ -216,40 +216,20 @@ def test_a_step_of_dino_as_released_changes_the_weights_as_ours_does(monkeypatch
 
 def test_the_recorded_costs_are_those_that_the_benchmark_measures(monkeypatch):
     pair = (None, None)
-    parts = {"ratio": 1, "kept_bytes": 1, "classifier": pair, "dino_steps": pair, "os.cpu_count": 2}
-    parts |= {"torch.set_num_threads": 0, "operations": 1, "images_a_second": 1}
+    parts = {"ratio": 1, "kept_bytes": 1, "classifier": pair, "dino_steps": pair}
+    parts |= {"operations": 1, "images_a_second": 1, "exposed": None}
     for part, value in parts.items():
         monkeypatch.setattr(f"experiments.benchmark.{part}", lambda *args, value=value: value)
-    assert [name for name, _ in benchmark.measured(1, "cpu")] == list(COSTS)
+    assert {name for part in benchmark.PARTS.values() for name, _ in part(1, "cpu")} == COSTS.keys()
 
 
-def test_throughput_is_images_and_operations_over_the_seconds_that_they_take(monkeypatch, capsys):
-    tiny = "--embed-dim 24 --depth 1 --num-heads 3 --img-size 32 --out-dim 16 --local-crops-number 1"
-    made = {"SPAN": tiny, "SHAPE": (4, 1, 32, 32), "CLASSIFIERS": {"a ResNet": "--embed-dim 16"}}
-    made |= {"MATRIX": 64, "seconds": lambda work: 2.0, "timed": lambda work: 9.0}
-    for name, value in made.items():
-        monkeypatch.setattr(throughput, name, value)
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: None)  # which imports for seconds
-    found = throughput.measured("cpu")
-    assert found["python train.py: seconds"] == 9 and found["SPAN at 64 px, one step, loss on cpu"] > 5
-    rates = [x for name, x in found.items() if "images a second" in name]
-    assert rates == [2, 2, 2, 2]  # 4 in 2 seconds
-    step, make_views = throughput.span_step(tiny, (4, 1, 32, 32), "cpu")
-    assert found["SPAN: share of the matrix rate"] == throughput.operations(step) / (2 * 64**3)
-    assert "span_loss" in step() and [len(views) for views in make_views()[0]] == [8, 4]
-    monkeypatch.setattr(throughput, "classifier", Mock(side_effect=torch.OutOfMemoryError("CUDA ...")))
-    assert throughput.measured("cpu").keys() == {name for name in found if "ResNet" not in name}
-    assert "a ResNet, ISNet: not enough memory" in capsys.readouterr().out
-
-
-def test_a_cost_curve_is_relative_to_its_first_line_at_its_first_setting(monkeypatch):
-    weights = [torch.ones(n, requires_grad=True) for n in (10, 20, 30, 60)]
-    losses = [lambda step=0, w=w: w.square().sum() for w in weights]
-    monkeypatch.setattr(curves, "seconds", lambda works: [2.0, 4.0, 3.0, 8.0])  # a and b at 5, then at 7
-    made = curves.panel([5, 7], {"a": losses[:2], "b": losses[2:]})
-    assert made["time"] == {"a": [1, 1.5], "b": [2, 4]} and made["memory"] == {"a": [1, 2], "b": [3, 6]}
-    row, whole = (curves.vit_step(32, 8, 2, 3, line)() for line in (curves.ROW, curves.WHOLE))
-    torch.testing.assert_close(row, whole)  # only how it is computed differs
+def test_exposing_a_row_of_attention_keeps_hardly_any_memory_and_changes_no_feature():
+    losses = {
+        line: benchmark.exposed(8, line, "cpu") for line in (benchmark.NONE, benchmark.ROW, benchmark.WHOLE)
+    }
+    torch.testing.assert_close(losses[benchmark.ROW](), losses[benchmark.WHOLE]())  # only how it is computed
+    none, row, whole = map(benchmark.kept_bytes, losses.values())
+    assert none < row < 1.05 * none < 1.1 * none < whole
 
 
 def test_every_numbered_equation_has_its_lines_and_a_test():
