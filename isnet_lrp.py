@@ -25,11 +25,11 @@ A network can satisfy the loss and keep its shortcut. Each part closes one way t
     saturated attention has no relevance     L_att: attention must lie on the foreground
     a patch contains some background         `whole_patches` counts it as foreground: it is one token
 
-On absence: suppose a bias activates a unit and the marker silences it. It has no relevance at the marker.
-Elsewhere its relevance goes to the bias, not to pixels, but L_bg sees it in the unit's own layer. This is not
-a proof: LRP hardly sees evidence that silences units, so a frame or tint around the foreground passes the
-loss. Backgrounds swapped between images, as in `train.py`, say nothing about the label if the masks are
-exact. Test on images where the shortcut contradicts the label.
+On absence: suppose a bias activates a unit and the marker silences it. At the marker the silent unit has no
+relevance. Where it is active, its relevance goes to the bias, not to pixels, but L_bg sees it in the unit's
+own layer. This is no proof: LRP hardly sees what silences units, so a frame or tint around the foreground
+passes the loss. Backgrounds swapped between images, as in `train.py`, say nothing about the label if the
+masks are exact. Test on images where the shortcut contradicts the label.
 
 Grow exact masks by a few pixels for this loss: an outline has relevance on both of its sides, and classes
 that differ in outline are learned far worse if one side is penalised.

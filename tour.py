@@ -106,6 +106,7 @@ def train(model: nn.Module, steps: int, c1: float = 0, c2: float = 0) -> nn.Modu
             batch = batch * m + batch.roll(1, 0) * (1 - m)  # train.py fills the other's foreground first
         if c1 and step % 3 == 0:
             R, logits = relevance(model, batch, torch.ones(16, 1), create_graph=True, **RULE)
+            # train.py: weight 0.3, also on inner layers, and with a margin around the foreground
             isnet = background_loss(R, m, decay=0.97, E=0.1) + foreground_loss(R, m, c1, c2, hybrid=True)
         else:
             logits, isnet = model(batch), torch.zeros(16)
@@ -117,7 +118,7 @@ def train(model: nn.Module, steps: int, c1: float = 0, c2: float = 0) -> nn.Modu
     return model.eval()
 
 
-# The plain classifier needs fewer steps: it reads the L at once, and more would change nothing.
+# The plain classifier reads the L at once, so it gets fewer steps.
 first = Classifier()
 plain = train(copy.deepcopy(first), 600)
 some = x[:200]

@@ -1,6 +1,6 @@
 """What exposed attention, DINO and ISNet cost on this machine, as ratios.
 
-    python -m experiments.benchmark [--only TABLE] [--json FILE] [--device cpu]
+    python -m experiments.benchmark [--only PART] [--json FILE] [--device cpu]
 
 Machines drift, so two things are timed in turn, A B A B ..., and the median of the ratios B / A is reported,
 with its quartiles. Memory is what a loss keeps for its backward pass. A classifier's step leaves out the

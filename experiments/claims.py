@@ -114,29 +114,30 @@ def of_few_labels_and_plates() -> list[tuple]:
 
 def of_isnet() -> list[tuple]:
     """Claims 5 and 8: ISNet with true masks, and with those of one image."""
-    rows = on_all_shortcuts(5, "ISNet by default", "blind")
+    rows = on_all_shortcuts(5, "ISNet with swapping", "blind")
     at_c = "ResNet, third hospital: AUC minus that of"
     for way, name in AT_HOSPITALS.items():
-        for isnet, who in {"blind": "ISNet by default", "published": "ISNet as published"}.items():
+        for isnet, who in {"blind": "ISNet with swapping", "published": "ISNet as published"}.items():
             if isnet != way:
                 auc, other = f"{isnet}_resnet_hospitals auc_hospital_C", f"{way}_resnet_hospitals"
                 rows.append((5, f"{who}, {at_c} {name}", 1, auc, other))
     rows += on_all_shortcuts(5, "ISNet alone (no swapping)", "alone")
     rows += on_all_shortcuts(5, "ISNet as published", "published", ["resnet"])
-    rows += on_all_shortcuts(8, "ISNet by default, one mask, registered", "blind_close")
-    for number, way, who in ((5, "", "ISNet"), (8, "_close", "ISNet, one mask, registered")):
+    rows += on_all_shortcuts(8, "ISNet with swapping, one mask, registered", "blind_close")
+    for number, way, masks in ((5, "", ""), (8, "_close", ", one mask, registered")):
         for run, name in BACKBONES.items():
             for kind, shortcut in SHORTCUTS.items():
-                text = f"{who}, {name}: {FLIPPED} ({shortcut}), minus that of swapping alone"
+                who = f"ISNet with swapping{masks}, {name}"
+                text = f"{who}: {FLIPPED} ({shortcut}), minus that of swapping alone"
                 isnet, swapping = f"blind{way}_{run}_{kind} auc_flipped", f"swap{way}_{run}_{kind}"
                 rows.append((number, text, 0, isnet, swapping))
-    attention = "ISNet by default, one mask, SPAN's attention"
+    attention = "ISNet with swapping, one mask, SPAN's attention"
     rows += on_all_shortcuts(8, attention, "blind_attention", ["resnet"])
     of_hearts = {"one": "one mask, of an enlarged heart", "two": "two masks, one of each class"}
     for masks, who in of_hearts.items():
-        text = f"ISNet by default, {who}, registered, ResNet: AUC with a tint flipped (hearts)"
+        text = f"ISNet with swapping, {who}, registered, ResNet: AUC with a tint flipped (hearts)"
         rows.append((8, text, 95, f"hearts_blind_{masks} auc_same"))
-    real, unmarked = "Real X-rays, ISNet by default", "plain_resnet_chest auc_same"
+    real, unmarked = "Real X-rays, ISNet with swapping", "plain_resnet_chest auc_same"
     flipped = "ResNet: AUC with an L flipped, minus a plain one's without any L"
     marker, hospitals = "resnet_chest_marker auc_same", "resnet_chest_hospitals auc_hospitals_flipped"
     return rows + [
