@@ -3,7 +3,7 @@
 Often we know where things are in an image: lungs and heart in a chest X-ray, the parts of a product under
 a fixed camera. SPAN guides some attention heads of a ViT, each with one prior. The other heads stay free, and
 self-supervised training goes on as before. Priors come from one labelled reference image, or from statistics
-of unlabelled images. There is no public code; the equation numbers are ours (theta: from view to image, see `crops.py`):
+of unlabelled images. There is no public code; equation numbers are ours (theta maps a view to its image):
 
     P_r   = prior_r(theta x), averaged over each patch, normalised to sum 1 over patches       (1) `follow`
     s_r   = fraction of prior_r's mass that the view sees, in [0, 1]                           (2) `follow`

@@ -11,8 +11,8 @@ teacher's distribution over K prototypes; the teacher's weights are a moving ave
 Centring (c) and sharpening (small tau_t) balance each other. Without this balance DINO collapses: all images
 get the same output, which the loss does not show. Two additions, off unless asked for, work against it.
 KoLeo (1806.03198, used by DINOv2) spreads the features z of a batch. The entropy of P_t is about
-log K - (s / tau_t)^2 / 2, where s is the standard deviation of logits; tau_t is lowered to limit it to about
-e log K. A slow c would then leave the same offset in all logits, and one prototype would win: (8) moves c faster.
+log K - (s / tau_t)^2 / 2, where s is the standard deviation of logits; tau_t is lowered to limit it, to about
+e log K. A slow c would leave the same offset in all logits, and one prototype would win: (8) moves c faster.
 
     L_KoLeo = -mean_i log min_(j != i) |z_i - z_j|,  |z| = 1,  weighted by w                             (5)
     tau_t   = min(tau_t, s / sqrt(2 w (1 - e) log K)),  so that mean h(P_t) / log K <~ 1 - w (1 - e)     (6)
@@ -22,9 +22,8 @@ e log K. A slow c would then leave the same offset in all logits, and one protot
 `CollapseMonitor` tracks the entropy h(P_t) (in a collapse: near log K if centring won, low if sharpening
 won), the KL of P_t from the mean P_t (how much an output says about its image: 0 in a collapse, at least f
 log K in a healthy run, f = 0.02), and the number of prototypes in use. `DINOHead` has the published names.
-Where we differ, for short runs: the teacher's temperature has no warm-up; the last layer is not frozen, and
-its rows start shorter and so rotate faster; weight decay is constant; gradients are clipped as a whole; we
-evaluate the student, as the teacher lags.
+Where we differ, for short runs: tau_t has no warm-up; the last layer is not frozen, and its rows start
+shorter, to rotate faster; weight decay is constant; gradients are clipped as a whole; the student is used.
 """
 
 import copy
@@ -46,7 +45,8 @@ class WeightNormLinear(nn.Module):
         nn.init.trunc_normal_(self.weight_v, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=1))
+        with torch.autocast(x.device.type, enabled=False):  # in bfloat16, near scores would be the same
+            return F.linear(x.to(self.weight_v), self.weight_g * F.normalize(self.weight_v, dim=1))
 
 
 class DINOHead(nn.Module):

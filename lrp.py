@@ -12,7 +12,7 @@ an operation, so one backward pass computes all relevance:
     layer, group, RMS norm the deviation is a constant; subtracting the mean stays linear            (6)
     batch norm             mean and deviation are constants; not folded into the layer before it     (7)
     a @ b, a * b           both depend on the input: g <- g / 2, half of the relevance to each       (8)
-    input layer            z' = z - max(w, 0) low - min(w, 0) high for pixels in [low, high]         (9)
+    input layer            z' = w x - max(w, 0) low - min(w, 0) high for pixels in [low, high]       (9)
 
 (2) epsilon, (3) gamma and (9) z^B rule: Montavon et al. 2019. (5), (6), (8): AttnLRP, Achtibat et al. 2024,
 arXiv 2402.05602. As in (6), a divisor is a constant. (3) is made for x, z >= 0, as around a ReLU; elsewhere

@@ -79,7 +79,7 @@ def foreground_masks(
         masks = from_first(foreground(config.masks, splits, config.data, config.init, prior))
     stay = masks.flatten(1).any(dim=1) | train.has_masks & (config.masks == "data")  # (N,)
     check_foreground(config.masks, train, masks, stay)
-    if not masks.any():
+    if not masks[stay & known].any():
         raise ValueError(f"--masks {config.masks}: all masks are empty; draw the foreground in at least one")
     return masks, stay & known
 

@@ -35,7 +35,7 @@ def measure_bias(model: nn.Module, splits: dict[str, Data], multiclass: bool, ru
 
 
 def measure_backgrounds(model: nn.Module, splits: dict[str, Data], multiclass: bool) -> tuple[Table, int]:
-    """AUC and accuracy on exchanged backgrounds, and how many images are "mixed same".
+    """AUC and accuracy on exchanged backgrounds, and how many images are "mixed same" and "mixed rand".
 
     Those share their labels, not all unknown, with another. Raises CannotMeasure without masks or labels.
     """
@@ -50,7 +50,7 @@ def measure_backgrounds(model: nn.Module, splits: dict[str, Data], multiclass: b
     m = test.masks.any(dim=1, keepdim=True).float()
     made = exchanged(test.images.float(), m, label, Generator().manual_seed(0))
     kinds = {name: test._replace(images=images.to(torch.uint8)) for name, images in made.items()}
-    kinds["mixed same"] = select(kinds["mixed same"], paired)
+    kinds |= {name: select(kinds[name], paired) for name in ("mixed same", "mixed rand")}
     return classified(model, splits["val"], {"original": test} | kinds, multiclass), int(paired.sum())
 
 

@@ -141,6 +141,7 @@ def natural_range(
     made for up to 512 images with masks (N, 1, S, S). layers: as in `supervised_layers`; their C1 and C2 come
     after the input's. most: the largest C2 / C1. Raises FloatingPointError if the relevance has no range.
     """
+    print(f"training a plain classifier for {WARM_UP} epochs, for C1 and C2 ...", flush=True)
     plain, generator = copy.deepcopy(model).train(), Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=lr)
     for _ in range(WARM_UP):
@@ -167,5 +168,6 @@ def warn_if_constant(last: dict[str, float], labels: Tensor, multiclass: bool) -
     loss, constant = last.get("classification", last["loss"]), constant_loss(labels, multiclass)
     if loss > 0.97 * constant:
         why = f"classification loss {loss:.2f} is no better than a constant prediction ({constant:.2f})"
-        remedy = "more --epochs, or a smaller --isnet" if "background" in last else "or more --epochs"
+        isnet = {"background", "heatmaps"} & last.keys()  # by default, published
+        remedy = "more --epochs, or a smaller --isnet" if isnet else "or more --epochs"
         print(f"warning: {why}: try another --seed or --lr, {remedy}")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from common.checkpoint import load_run, write_file
-from common.data import BATCH, Data, at_a_time, select
+from common.data import BATCH, Data, at_a_time, printable, select
 from common.folder import read_masks
 from common.models import load_model
 from common.regions import attention_masks, check_masses, priors_over
@@ -104,6 +104,7 @@ def registered_masks(images: Tensor, prior: tuple, most: int = 1) -> Tensor:
     source, train, reference, *how = prior
     masks, best = torch.zeros_like(images[:, :1], dtype=torch.bool), torch.full((len(images),), -2.0)
     for name in references_for(train, reference, most) if most > 1 else [reference]:
+        print(f"registering masks of {printable(name or source)} to {len(images)} images ...", flush=True)
         over = priors_over(images, source, train, name, *how)
         for index in torch.arange(len(images), device=how[-1]).split(at_a_time(BATCH, images)):
             priors, confidence, likeness = (x.cpu() for x in over(index))

@@ -105,11 +105,11 @@ def add_bias(found: Report, table: Table, test: Data) -> None:
 
 
 def add_backgrounds(found: Report, table: Table, paired: int, masked: int) -> None:
-    """Add what `measure_backgrounds` returns, and a note if some images are not "mixed same"."""
+    """Add what `measure_backgrounds` returns, and a note if some images have no mixed ones."""
     found.tables["exchanged backgrounds, in %"] = table
     found.metrics.update(flatten(table, name_of_bias))
     if paired < masked:
-        found.notes.append(f"mixed same: on the {paired} of {masked} images with labels that recur")
+        found.notes.append(f"mixed same and rand: on the {paired} of {masked} images with labels that recur")
 
 
 def add_attention(found: Report, ap: Table, overlap: Table, heads: dict[str, int], shown: bool) -> None:

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.data import at_a_time
+
 
 class CannotMeasure(ValueError):
     """Masks or labels are missing; the message says which."""
@@ -37,7 +39,8 @@ def average_precision(scores: Tensor, targets: Tensor) -> Tensor:
 
 def at_pixels(maps: Tensor, masks: Tensor, grid: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor]]:
     """Parts of maps (B, M, N), upsampled to masks (B, R, H, W), and of these: (b, M or R, H * W)."""
-    for m, k in zip(maps.float().unflatten(2, grid).split(32), masks.split(32)):  # sorting takes memory
+    most = at_a_time(32, masks)  # sorting takes memory
+    for m, k in zip(maps.float().unflatten(2, grid).split(most), masks.split(most)):
         yield F.interpolate(m, size=k.shape[-2:], mode="bilinear").flatten(2), k.flatten(2)
 
 

@@ -41,7 +41,7 @@ def class_activation(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def untrained(model: nn.Module) -> nn.Module:
-    """A copy with new random weights, as its layers and a ViT draw them; drawn on the CPU, for any device."""
+    """A copy with new random weights, as its layers and `vit.ViT` draw them; train.py may scale some."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         copied = copy.deepcopy(model).cpu()

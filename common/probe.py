@@ -53,15 +53,17 @@ def knn_scores(x: Tensor, labels: Tensor, queries: Tensor, k: int = 20, temperat
 
     Only images whose label is known vote on a finding; NaN if there is none.
     """
-    similarity = F.normalize(queries, dim=1) @ F.normalize(x, dim=1).T  # (M, N)
-    votes = torch.full((len(queries), labels.shape[1]), torch.nan, dtype=similarity.dtype)
+    x, queries = F.normalize(x, dim=1), F.normalize(queries, dim=1)
+    votes = torch.full((len(queries), labels.shape[1]), torch.nan, dtype=x.dtype)
     patterns, group = (~labels.isnan()).T.unique(dim=0, return_inverse=True)  # (G, N), (K,)
     for g in patterns.any(dim=1).nonzero()[:, 0].tolist():  # findings known for the same images go together
-        known = patterns[g]
-        near = similarity[:, known].topk(min(k, int(known.sum())), dim=1)
-        weights = (near.values / temperature).softmax(dim=1)
-        for column in (group == g).nonzero()[:, 0].tolist():
-            votes[:, column] = (weights * labels[known, column][near.indices]).sum(dim=1)
+        known, columns = patterns[g], (group == g).nonzero()[:, 0].tolist()
+        own = x[known]
+        for rows in torch.arange(len(queries)).split(1000):  # all M x N similarities may not fit into memory
+            near = (queries[rows] @ own.T).topk(min(k, len(own)), dim=1)
+            weights = (near.values / temperature).softmax(dim=1)
+            for column in columns:
+                votes[rows, column] = (weights * labels[known, column][near.indices]).sum(dim=1)
     return votes
 
 
@@ -124,7 +126,7 @@ def finetuned_scores(
     """Logits (M, K) of test images, after a copy of the encoder was fine-tuned on training images (n,).
 
     Starts from `best_layer`, since a random one would distort the features (Kumar et al. 2022, arXiv
-    2202.10054). Batches of 32, at least STEPS steps and 5 epochs of AdamW, whose lr falls from 1e-4 to 0.
+    2202.10054). Batches of 32, STEPS steps or 5 epochs of AdamW if these are longer; lr from 1e-4 to 1e-7.
     """
     train, layer, device = splits["train"], best_layer(x, splits, index), next(encoder.parameters()).device
     model, unknown = Classifier(copy.deepcopy(encoder), layer.out_features).to(device), layer.bias.isnan()

@@ -91,7 +91,8 @@ def priors_over(
     if prior != "sample" or how == "none":
         return lambda index: (priors.expand(len(index), *priors.shape), *certain[:, index])
     image, registered = train.images[train.names.index(reference)].to(device), []
-    for part in tqdm(images.split(BATCH), desc="registering", leave=False, disable=None):
+    parts = images.split(at_a_time(BATCH, images))
+    for part in tqdm(parts, desc="registering", leave=False, disable=None):
         theta, flow, agreement = register(image, priors, part.to(device), how == "bend")
         alike = likeness(image, priors, part.to(device), theta, flow)
         registered.append((theta, flow, confidence(agreement), alike))

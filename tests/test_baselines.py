@@ -252,7 +252,7 @@ def test_exchanged_backgrounds_tell_what_a_model_reads(reads):
     assert [100 * row["AUC"] for row in table.values()] == pytest.approx(READS[reads], abs=6)
 
 
-def test_no_image_keeps_its_own_background_and_one_whose_label_no_other_has_is_left_out():
+def test_no_image_keeps_its_own_background_and_one_whose_label_no_other_has_is_left_out(monkeypatch):
     n = 5
     x, m = torch.arange(n).view(n, 1, 1, 1).expand(n, 1, 4, 4).float(), torch.zeros(n, 1, 4, 4)
     for seed in range(20):
@@ -266,9 +266,14 @@ def test_no_image_keeps_its_own_background_and_one_whose_label_no_other_has_is_l
     model = nn.Sequential(nn.Flatten(), nn.Linear(256, 2))
     model.encoder = None
     found = report(model, {"test": data, "val": data}, ["backgrounds"], multiclass=True)
-    assert "mixed same: on the 4 of 5 images with labels that recur" in found.notes
+    assert "mixed same and rand: on the 4 of 5 images with labels that recur" in found.notes
     with pytest.raises(CannotMeasure, match="no two test images with masks have equal labels"):
         measure_backgrounds(model, {"test": striped(2), "val": data}, True)
+    monkeypatch.setattr(
+        "common.bias.classified", lambda model, val, kinds, _: {k: len(d.names) for k, d in kinds.items()}
+    )
+    sizes, paired = measure_backgrounds(model, {"test": data, "val": data}, True)
+    assert paired == 4 and list(sizes.values()) == [5, 4, 4, 5, 5]
 
 
 def test_of_a_pipeline_the_segmenter_is_measured_and_its_encoder_is_shown_no_whole_image():

@@ -248,7 +248,8 @@ def test_a_step_swaps_the_backgrounds_of_all_images_or_of_a_share(monkeypatch):
     assert margins == [2, 0, 0]  # of 16 px
 
 
-REMEDIES = [({}, "or more --epochs"), ({"background": 1}, "or a smaller --isnet")]
+REMEDIES = [({}, "or more --epochs")]
+REMEDIES += [({part: 1}, "or a smaller --isnet") for part in ("background", "heatmaps")]
 
 
 @pytest.mark.parametrize("losses, remedy", REMEDIES)

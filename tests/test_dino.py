@@ -28,6 +28,15 @@ def test_the_head_equals_the_published_one_under_its_published_names():
     torch.testing.assert_close(head(numbers["features"]), numbers["output"], rtol=1e-5, atol=1e-6)
 
 
+def test_prototypes_tell_near_features_apart_in_bfloat16_too():
+    """0.5 and 0.5004 are one number in bfloat16."""
+    layer, x = small_dino().student_head.last_layer, torch.zeros(2, 8)
+    x[:, 0] = torch.tensor([0.5, 0.5004])
+    with torch.autocast("cpu", torch.bfloat16):
+        first, second = layer(x)
+    assert first.dtype == torch.float32 and (first != second).all()
+
+
 def test_three_steps_of_the_loss_and_its_centre_equal_the_published_ones():
     """Equations (1), (3), (4)."""
     numbers, _ = golden("dino_loss.npz")

@@ -42,6 +42,8 @@ def test_neighbours_vote_with_weights_by_similarity():
         near = [n for n in cosines.argsort(descending=True).tolist() if not labels[n, k].isnan()][:7]
         weights = (cosines[near] / 0.1).exp()
         assert votes[m, k].item() == pytest.approx(((weights * labels[near, k]).sum() / weights.sum()).item())
+    many = probe.knn_scores(x, labels, queries.repeat(300, 1), k=7, temperature=0.1)
+    torch.testing.assert_close(many, votes.repeat(300, 1))
     few = probe.knn_scores(torch.eye(3), torch.tensor([[1.0, NAN], [0, NAN], [NAN, NAN]]), torch.eye(3)[:1])
     assert 0.99 < few[0, 0] <= 1 and few[0, 1].isnan()  # fewer images than neighbours, or none
 

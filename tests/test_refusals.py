@@ -2,9 +2,10 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
-from conftest import seeded
+from conftest import image_folder, save, seeded
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention as attend
 
@@ -158,3 +159,12 @@ SETTINGS = {
 def test_settings_without_sense_are_refused_before_anything_is_written(words, tmp_path, refused):
     assert SETTINGS[words] in refused(train.main, *words.split(), "--out", str(tmp_path / "new"))
     assert not (tmp_path / "new").exists()
+
+
+def test_masks_of_images_without_a_label_are_no_foreground_to_learn_from(tmp_path, refused):
+    rows = "a.png,0,train", "b.png,1,train", "c.png,,train"
+    data = image_folder(tmp_path / "data", "file,ill,split", *rows)
+    for name in "abc":
+        save(data / "masks" / "lungs" / f"{name}.png", np.eye(16, dtype=np.uint8) * 255 * (name == "c"))
+    words = f"--task classify --isnet 1 --img-size 16 --data {data} --out {tmp_path / 'run'}"
+    assert "all masks are empty; draw the foreground" in refused(train.main, *words.split())
