@@ -27,7 +27,7 @@ from common.page import page, print_tables
 from common.pictures import read_picture
 from common.plots import curves, draw_maps, low_data, map_grid
 from common.probe import FRACTIONS
-from common.processes import check_device, fail, keep_freed_memory, lacks_memory
+from common.processes import check_device, fail, keep_freed_memory, remedy_for
 from common.regions import attention_masks, check_masses, export_masks, write_mask
 from common.runs import Loaded, heads_of, images_to_show, load_all, looks_of, maps_of, measured_by
 from common.runs import weights_config
@@ -226,10 +226,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         fail("evaluate.py", error, 2)
     except (RuntimeError, MemoryError) as error:
-        if not lacks_memory(error):
-            raise
-        remedy = "end other programs" if args.device == "cpu" else "add --device cpu"
-        fail("evaluate.py", f"{args.device} does not have enough memory: {remedy}", 1)
+        fail("evaluate.py", remedy_for(error, "end other programs, or add --device cpu"), 1)
     except KeyboardInterrupt:
         print("\nstopped; metrics of the last run are not saved")
         sys.exit(130)

@@ -42,9 +42,8 @@ def measure_backgrounds(model: nn.Module, splits: dict[str, Data], multiclass: b
     test = shows_one(splits["test"])
     if not test.names or not test.has_masks.all():
         raise CannotMeasure("no test image has masks that show something: backgrounds can't be exchanged")
-    labels = torch.zeros(len(test.names), 1) if test.labels is None else test.labels
-    label, n = labels.nan_to_num(-1).unique(dim=0, return_inverse=True, return_counts=True)[1:]
-    paired = (n[label] > 1) & ~labels.isnan().all(dim=1)
+    label, n = test.labels.nan_to_num(-1).unique(dim=0, return_inverse=True, return_counts=True)[1:]
+    paired = (n[label] > 1) & ~test.labels.isnan().all(dim=1)
     if not paired.any():
         raise CannotMeasure("no two test images with masks have equal labels: backgrounds can't be exchanged")
     m = test.masks.any(dim=1, keepdim=True).float()
@@ -67,7 +66,7 @@ def classified(model: nn.Module, val: Data, kinds: dict[str, Data], multiclass: 
     if multiclass and len(findings) == 2:  # the second is "X", the first is "no X"
         del findings[0]
     chosen_on = scores_of(model, val.images, multiclass)
-    known = [k for k in findings if val.labels is not None and not val.labels[:, k].isnan().all()]
+    known = [k for k in findings if not val.labels[:, k].isnan().all()]
     thresholds = {k: best_threshold(chosen_on[:, k], val.labels[:, k]) for k in known}
     for name, data in kinds.items():
         scores, labels = scores_of(model, data.images, multiclass), data.labels

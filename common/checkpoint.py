@@ -33,7 +33,7 @@ from common.flags import option
 from common.weights import reason
 
 FORMAT = 10  # of last.pt; rises when its content or the meaning of a setting changes
-WRITTEN = "last.pt metrics.jsonl metrics.json attention_mass.json masks.pt report.html".split()
+WRITTEN = "last.pt metrics.jsonl metrics.json masks.pt report.html".split()
 WRITTEN += [f"{name}.png" for name in "attention heatmaps curves compare compare_curves low_data".split()]
 
 

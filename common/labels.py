@@ -2,8 +2,6 @@
 
 import csv
 import math
-import re
-from difflib import get_close_matches
 from pathlib import Path
 from unicodedata import normalize
 
@@ -22,38 +20,12 @@ def one_hot(classes: dict[str, str]) -> tuple[list[str], dict[str, Tensor]]:
     return findings, {name: labels[c] for name, c in classes.items()}
 
 
-def prefixed(long: str, short: str) -> bool:
-    """Whether a name is another with two letters or more before it, as in abnormal, or no effusion."""
-    return long.endswith(short) and len(long) > len(short) + 1
-
-
-def doubtful(findings: list[str], images: list[int]) -> list[str]:
-    """Notes on classes (K) whose name may be a misspelling of another; images (K): how many each has."""
-    known, notes = {}, []
-    for finding, n in sorted(zip(findings, images), key=lambda pair: -pair[1]):
-        lower, letters = finding.lower(), re.sub(r"\d", "", finding.lower())
-        often = [name for name, (_, m) in known.items() if 5 * n <= m and letters != re.sub(r"\d", "", name)]
-        often = [name for name in often if not prefixed(lower, name) and not prefixed(name, lower)]
-        near = [lower] if lower in known else get_close_matches(lower, often, 1, 0.66 if n <= 3 else 0.8)
-        for other, m in (known[name] for name in near):
-            notes.append(f"is `{finding}` ({n} image(s)) a misspelt `{other}` ({m})?")
-        known.setdefault(lower, (finding, n))
-    return notes[:5]
-
-
-def of_one_class(labels: Tensor) -> Tensor:
-    """Which images (N,) have one class, or none that is known, by labels (N, K)."""
-    return (labels.isnan() | (labels.nansum(dim=1, keepdim=True) == 1)).all(dim=1)
-
-
 def notes_on(findings: list[str], labels: Tensor, train: Tensor) -> list[str]:
-    """Notes on what may surprise in labels (N, K); train (N,) bool: which images are for training."""
-    notes = doubtful(findings, (labels == 1).sum(dim=0).tolist()) if of_one_class(labels).all() else []
+    """A note on findings (K) that no image for training, train (N,) bool, has by its labels (N, K)."""
     shown = (labels[train] == 1).any(dim=0).tolist()
-    if lacking := [f"`{finding}`" for finding, there in zip(findings, shown) if not there]:
-        more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
-        notes.append(f"no training image has {', '.join(lacking[:5])}{more}")
-    return notes
+    lacking = [f"`{finding}`" for finding, there in zip(findings, shown) if not there]
+    more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
+    return [f"no training image has {', '.join(lacking[:5])}{more}"] if lacking else []
 
 
 def read_labels(path: Path, images: dict) -> tuple[list[str], dict[str, Tensor], dict[str, str]]:

@@ -1,8 +1,8 @@
 """What is reported about a model: measured on test images, with choices made on validation images.
 
-attention  pixel average precision (AP) and Dice of one attention head per region: the one that masks guided,
-           or else the best on validation images, beside the mean over all heads, which needs no masks. The
-           prior has its own AP, see `prior_maps` and `best_statistics`. Even pooling: only in metrics.json.
+attention  pixel average precision (AP) of one attention head per region: the one that masks guided, or else
+           the best on validation images, beside the mean over all heads, which needs no masks. The prior has
+           its own AP, see `prior_maps` and `best_statistics`. Even pooling: only in metrics.json.
 bias       a classifier's AUC and accuracy on test images as in training and, if these have a marker, with
            it removed, flipped, and flipped to an unseen kind. These show whether it relies on the marker.
            The share of relevance in the foreground does not: a heatmap can look right and be wrong.
@@ -22,7 +22,7 @@ from common.baselines import Pipeline
 from common.bias import Table, measure_backgrounds, measure_bias
 from common.data import Data, select
 from common.explain import attention_of, pools_evenly
-from common.metrics import CannotMeasure, dice, known_mean, localisation_ap
+from common.metrics import CannotMeasure, known_mean, localisation_ap
 from common.objects import measure_objects, shows_one, untrained
 from common.probe import PROBES, draw_labelled, probe
 
@@ -31,7 +31,7 @@ NOT_OF = {  # what is not measured of a model, and of whom it is; a pipeline's e
     "encoder": (["bias", "backgrounds"], "classifiers"), "classifier": (["finetune"], "pretrained runs"),
     "pipeline": (["attention", "objects", *PROBES], "encoders of whole images")}  # fmt: skip
 OF_FOREGROUND = {  # {table: what in it is measured only on images with a foreground}
-    "AP in %": "AP and Dice", "objects, in %": "objects", "exchanged backgrounds, in %": "backgrounds",
+    "AP in %": "AP", "objects, in %": "objects", "exchanged backgrounds, in %": "backgrounds",
     "test images (same = unchanged), in %": "relevance share",
 }  # fmt: skip
 QUICK = ["attention", "bias", "knn", "linear"]  # seconds a run
@@ -112,15 +112,14 @@ def add_backgrounds(found: Report, table: Table, paired: int, masked: int) -> No
         found.notes.append(f"mixed same and rand: on the {paired} of {masked} images with labels that recur")
 
 
-def add_attention(found: Report, ap: Table, overlap: Table, heads: dict[str, int], shown: bool) -> None:
-    """Add what `measure_attention` returns, and means over regions; tables and heads only if shown."""
-    for score, table in {"AP": ap, "Dice": overlap}.items():
-        means = {of: {"": known_mean(row.values())} for of, row in table.items()}
-        found.metrics.update(flatten(table, lambda of, region: f"{of}_{score}_{region}"))
-        found.metrics.update(flatten(means, lambda of, _: f"{of}_m{score}"))
-        if shown:
-            found.tables[f"{score} in %"] = table
-    found.heads.update(heads if shown else {})
+def add_attention(found: Report, ap: Table, heads: dict[str, int], shown: bool) -> None:
+    """Add what `measure_attention` returns, and means over regions; the table and heads only if shown."""
+    means = {of: {"": known_mean(row.values())} for of, row in ap.items()}
+    found.metrics.update(flatten(ap, lambda of, region: f"{of}_AP_{region}"))
+    found.metrics.update(flatten(means, lambda of, _: f"{of}_mAP"))
+    if shown:
+        found.tables["AP in %"] = ap
+        found.heads.update(heads)
 
 
 def add_probe(
@@ -146,23 +145,23 @@ def add_probe(
 
 def measure_attention(
     encoder: nn.Module, splits: dict[str, Data], layer: int, guided: bool, priors: Callable | None
-) -> tuple[Table, Table, dict[str, int]]:
-    """AP {attention or another map: {region: AP}}, Dice {attention: {region: Dice}}, heads {region: number}.
+) -> tuple[Table, dict[str, int]]:
+    """AP {attention or another map: {region: AP}}, and heads {region: number}.
 
-    The threshold for Dice is the best on validation images. Raises CannotMeasure without masks.
+    Raises CannotMeasure without masks.
     """
     val, test = (select(splits[split], splits[split].has_masks) for split in ("val", "test"))
     for split, data in {"test": test, "validation": val}.items():
         if not data.names and not (guided and data is val):
             raise CannotMeasure(f"no {split} image has all masks: AP can't be measured")
     grid, heads = encoder.grid(test.images), torch.arange(len(test.regions))
-    chosen_on = attention_of(encoder, val.images, layer) if val.names else None  # (M, heads, N)
     if not guided:
+        chosen_on = attention_of(encoder, val.images, layer)  # (M, heads, N)
         ap = localisation_ap(chosen_on, val.masks, grid).nanmean(dim=0)  # (heads, R)
         if missing := [region for region, best in zip(val.regions, ap[0]) if best.isnan()]:
             raise CannotMeasure(f"no validation image shows {missing[0]}: no head can be chosen for it")
         heads = ap.argmax(dim=0)  # (R,)
-    all_heads, table, overlap = attention_of(encoder, test.images, layer), {}, {}  # (M, heads, N)
+    all_heads, table = attention_of(encoder, test.images, layer), {}  # (M, heads, N)
     attention, maps = all_heads[:, heads], dict(priors(test.images)) if priors else {}
     if not guided and all_heads.shape[1] > 1:
         maps["mean of heads"] = all_heads.mean(dim=1, keepdim=True).expand_as(attention), grid
@@ -170,13 +169,7 @@ def measure_attention(
     for name, (m, size) in maps.items():
         ap = localisation_ap(m, test.masks, size).diagonal(dim1=1, dim2=2).nanmean(dim=0)  # (R,)
         table[name] = dict(zip(test.regions, ap.tolist()))
-    if chosen_on is not None:
-        of_val = dice(chosen_on[:, heads], val.masks, grid).nanmean(dim=1)  # (T, R)
-        best = of_val.nan_to_num(-1).argmax(dim=0)  # (R,)
-        reached = dice(attention, test.masks, grid).nanmean(dim=1).gather(0, best[None])[0]  # (R,)
-        reached[of_val[0].isnan()] = torch.nan  # no validation image shows the region: no threshold is best
-        overlap["attention"] = dict(zip(test.regions, reached.tolist()))
-    return table, overlap, dict(zip(test.regions, heads.tolist()))
+    return table, dict(zip(test.regions, heads.tolist()))
 
 
 def flatten(table: Table, name: Callable[[str, str], str]) -> dict[str, float]:

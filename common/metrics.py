@@ -9,6 +9,8 @@ from torch import Tensor
 
 from common.data import at_a_time
 
+THRESHOLDS = 20  # of a map, for boxes
+
 
 class CannotMeasure(ValueError):
     """Masks or labels are missing; the message says which."""
@@ -50,20 +52,6 @@ def localisation_ap(maps: Tensor, masks: Tensor, grid: tuple[int, int]) -> Tenso
     return torch.cat([average_precision(m[:, :, None], k[:, None]) for m, k in parts])  # (b, M, R) each
 
 
-def dice(maps: Tensor, masks: Tensor, grid: tuple[int, int], thresholds: int = 19) -> Tensor:
-    """Dice 2 |A and B| / (|A| + |B|) of each map with its own mask: (T, B, R), NaN where a mask is empty.
-
-    maps (B, R, N), masks (B, R, H, W). A: the pixels above t/(T + 1), t = 1 ... T, of a map's largest value.
-    """
-    found = []
-    for m, k in at_pixels(maps, masks, grid):
-        m = m / m.amax(dim=2, keepdim=True).clamp_min(1e-30)
-        A = [m > t / (thresholds + 1) for t in range(1, thresholds + 1)]
-        overlap = torch.stack([2 * (a & k).sum(dim=2) / (a.sum(dim=2) + k.sum(dim=2)) for a in A])
-        found.append(overlap.masked_fill(k.sum(dim=2) == 0, torch.nan))  # (T, b, R)
-    return torch.cat(found, dim=1)
-
-
 def boxes(masks: Tensor) -> Tensor:
     """Boxes (B, K, 4) around the connected components of masks (B, H, W) bool: left, top, right, bottom.
 
@@ -100,17 +88,17 @@ def overlap(a: Tensor, b: Tensor) -> Tensor:
     return both / (sum(areas) - both).clamp_min(1e-12)
 
 
-def box_overlaps(maps: Tensor, masks: Tensor, thresholds: int = 20) -> Tensor:
-    """IoU of the object's box with boxes around what reaches t / thresholds of a map's largest value.
+def box_overlaps(maps: Tensor, masks: Tensor) -> Tensor:
+    """IoU of the object's box with boxes around what reaches t / THRESHOLDS of a map's largest value.
 
     maps (B, H, W), non-negative; masks (B, H, W) bool, one object in each, whose parts need not touch; t =
-    0, 1, ... Returns (2, thresholds, B): the IoU of the best component's box, and of the largest one's.
+    0, 1, ... Returns (2, THRESHOLDS, B): the IoU of the best component's box, and of the largest one's.
     """
     parts = boxes(masks)  # (B, K, 4), missing ones 0
     first = parts[..., :2].masked_fill(parts[..., 2:] == 0, math.inf).amin(dim=1)
     true = torch.cat([first, parts[..., 2:].amax(dim=1)], dim=1)[:, None]  # (B, 1, 4)
     top = maps.amax(dim=(1, 2), keepdim=True)
-    found = (overlap(boxes(maps >= top * max(t / thresholds, 1e-6)), true) for t in range(thresholds))
+    found = (overlap(boxes(maps >= top * max(t / THRESHOLDS, 1e-6)), true) for t in range(THRESHOLDS))
     return torch.stack([torch.stack([of.amax(dim=1), of[:, 0]]) for of in found], dim=1)
 
 
@@ -145,18 +133,12 @@ def auc(scores: Tensor, labels: Tensor) -> float:
 
 
 def best_threshold(scores: Tensor, labels: Tensor) -> float:
-    """The threshold on scores (M,) that gets most labels (M,) right, NaN unknown; 0 if none is known."""
-    scores, order = scores[~labels.isnan()].sort()
-    if not len(scores):
-        return 0.0
-    positive = labels[~labels.isnan()][order].cumsum(dim=0)  # up to each score
-    right = positive[-1] - 2 * positive + torch.arange(1, len(scores) + 1)  # if the threshold is just above
-    ends = F.pad(scores[1:] != scores[:-1], (0, 1), value=True)  # no threshold lies between equal scores
-    right = right.masked_fill(~ends, -1)
-    best = int(right.argmax())
-    if right[best] <= positive[-1]:
-        return float(scores[0]) - 1  # all positive
-    return float(scores[best : best + 2].mean())
+    """The threshold on scores (M,) that gets most labels (M,) right, 0, 1, or NaN for unknown."""
+    scores, labels = scores[~labels.isnan()], labels[~labels.isnan()]
+    values = scores.unique()  # sorted
+    between = torch.cat([values[:1] - 1, (values[:-1] + values[1:]) / 2, values[-1:]])
+    right = torch.stack([((scores > t) == labels).sum() for t in between])
+    return float(between[right.argmax()])
 
 
 def relevance_share(heatmap: Tensor, mask: Tensor) -> Tensor:

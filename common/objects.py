@@ -104,7 +104,7 @@ def outlined(chosen_on: Tensor, maps: Tensor, val: Tensor, test: Tensor, grid: t
         for m, k in at_pixels(maps, masks, grid):  # (b, 1, H * W)
             m = (m - m.amin(dim=2, keepdim=True)).view(len(m), *masks.shape[2:])
             found.append(box_overlaps(m, k.view(m.shape)))
-        return torch.cat(found, dim=2)  # (2, thresholds, M)
+        return torch.cat(found, dim=2)  # (2, THRESHOLDS, M)
 
     (best, largest), (_, of_val) = overlaps(maps, test), overlaps(chosen_on, val)
     ap = float(localisation_ap(maps, test, grid).nanmean())

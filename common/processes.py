@@ -17,6 +17,8 @@ from torch.autograd import Function
 
 from dino import over_processes
 
+SMALLER = "raise --accumulate, or lower --batch-size, --img-size or --embed-dim"
+
 
 def keep_freed_memory() -> None:
     """Let glibc reuse freed memory rather than return it to the system; other C libraries stay as they are.
@@ -91,19 +93,15 @@ def fail(script: str, said: Exception | str, status: int) -> NoReturn:
     sys.exit(status)
 
 
-def lacks_memory(error: Exception) -> bool:
-    """Whether an error says that the CPU or the GPU, or one of its libraries, got no memory."""
-    said = str(error).lower()  # MPS and the driver raise plain RuntimeErrors, as cuBLAS and cuDNN do
-    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return known or any(words in said for words in ("allocate", "out of memory", "alloc_failed"))
-
-
-def remedy_for(error: Exception) -> str:
-    """One line for an error of memory or of torch.compile. Raises any other error again."""
+def remedy_for(error: Exception, of_memory: str = SMALLER) -> str:
+    """One line for an error of torch.compile, or of memory with its remedy. Raises any other error again."""
+    said = " ".join(str(error).split())
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return f"--compile can't be used here ({' '.join(str(error).split())[:150]}): leave it out"
-    if lacks_memory(error):
-        return "not enough memory: raise --accumulate, or lower --batch-size, --img-size or --embed-dim"
+        return f"--compile can't be used here ({said[:150]}): leave it out"
+    # MPS and the driver raise plain RuntimeErrors, as cuBLAS and cuDNN do.
+    lacking = any(words in said.lower() for words in ("allocate", "out of memory", "alloc_failed"))
+    if lacking or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return f"not enough memory: {of_memory}"
     raise error
 
 

@@ -8,7 +8,6 @@ from common.classify import is_multiclass
 from common.data import SPLITS, Data, DataError, LoadedData
 from common.folder import load_folder
 from common.hospitals import HOSPITALS, mixed, taken_at
-from common.labels import of_one_class
 
 DRAWN = {  # name: function, regions, findings
     "phantom": (phantom.phantom, phantom.REGIONS, phantom.FINDINGS),
@@ -48,7 +47,8 @@ def load(
             labels = d.labels[:, keep]
             labels = torch.cat([1 - labels, labels], dim=1) if len(keep) == 1 else labels
             splits[split] = d._replace(labels=labels, findings=chosen)
-        one, shown = of_one_class(torch.cat([d.labels for d in splits.values()])), splits["train"].labels
+        every, shown = torch.cat([d.labels for d in splits.values()]), splits["train"].labels
+        one = (every.isnan() | (every.nansum(dim=1, keepdim=True) == 1)).all(dim=1)  # or none that is known
         if is_multiclass(shown) and (shown == 1).any() and not one.all():
             line = f"each labelled training image shows one of {', '.join(chosen)}, so these are classes"
             notes.append(f"{line}; {int((~one).sum())} other image(s) show none or several of them")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from common.checks import check
 from common.config import as_json, epochs_for, parse
 
 
@@ -107,8 +106,3 @@ def test_init_brings_the_encoder_s_sizes_and_typed_ones_win(tmp_path):
     run_folder(tmp_path, "", depth=None, pool=None)
     with pytest.raises(ValueError, match=f"--init {run}: its config.json lacks depth, pool; restore it"):
         parse(["--init", str(run)])
-
-
-def test_flags_that_have_an_effect_are_not_refused():
-    for words in ("--isnet 1 --align affine --prior-blur 0.1", "--marker 0 --marker-kind tint"):
-        check(*parse(["--task", "classify", *words.split()]))

@@ -129,9 +129,6 @@ def test_near_collapse_koleo_is_added_the_centre_follows_and_the_temperature_fal
     assert all(torch.equal(value, health[key]) for key, value in with_ceiling.health.state_dict().items())
 
 
-# Collapse
-
-
 def monitored(probabilities: torch.Tensor, steps: int = 300) -> CollapseMonitor:
     monitor = CollapseMonitor(probabilities.shape[-1], patience=50)
     for _ in range(steps):
@@ -145,15 +142,6 @@ def test_the_monitor_measures_entropy_kl_and_prototypes_in_use():
     pair = monitored(torch.eye(8)[[0, 0, 0, 1]])
     assert pair.prototypes() == 2 and abs(pair.kl - 0.5623) < 0.01
     assert not pair.collapsed()
-
-
-def test_the_monitor_does_not_judge_by_a_single_image(monkeypatch):
-    """Both views of one image should get the same output, which tells nothing about others."""
-    model = DINO(ViT(16, 4, 1, 24, 1, 3), 24, out_dim=8)
-    monkeypatch.setattr(model.health, "patience", 3)
-    for images, steps in ((1, -200), (2, -199)):
-        model([torch.rand(2 * images, 1, 16, 16)])
-        assert model.health.steps_below == steps
 
 
 def test_a_few_bad_steps_are_not_a_collapse_but_many_are_named_with_a_remedy():

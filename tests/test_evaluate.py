@@ -20,7 +20,6 @@ from common.models import load_model
 from common.regions import attention_masks, make_priors
 from common.runs import images_to_show
 from common.splits import load
-from common.weights import exported
 from vit import ViT
 
 pytestmark = pytest.mark.usefixtures("few_test_images")
@@ -62,18 +61,11 @@ def test_all_labels_are_the_default_and_few_of_them_are_measured_on_request(two_
 
 
 @pytest.mark.slow
-def test_runs_of_which_one_cannot_be_measured_are_shown_on_the_same_images(tmp_path, capsys):
-    """Masks for a training and a test image: enough for a guided run, none to choose another's heads on."""
-    splits = [f"{i}.png,{'train' if i < 4 else 'val' if i < 6 else 'test'}" for i in range(12)]
-    data = image_folder(tmp_path / "data", "file,split", *splits)
-    for i in (0, 9):
-        save(data / "masks" / "heart" / f"{i}.png", np.eye(16, dtype=np.uint8) * 255)
+def test_masks_of_all_images_of_a_folder_are_exported(tmp_path):
+    data = image_folder(tmp_path / "data", "file", *(f"{i}.png" for i in range(12)))
+    save(data / "masks" / "heart" / "0.png", np.eye(16, dtype=np.uint8) * 255)
     words = f"--epochs 1 --img-size 16 --patch-size 4 --keep-going --data {data}"
     trained(tmp_path / "span", words, TINY[2:])
-    trained(tmp_path / "dino", f"{words} --prior none", TINY[2:])
-    for order in (["span", "dino"], ["dino", "span"]):
-        evaluate.main([*(str(tmp_path / name) for name in order), "--only", "attention"])
-        assert "dino: no validation image" in capsys.readouterr().out
     evaluate.main([str(tmp_path / "span"), "--export-masks", str(tmp_path / "out")])
     assert {path.name for path in (tmp_path / "out" / "heart").iterdir()} == {f"{i}.png" for i in range(12)}
 
@@ -149,10 +141,7 @@ def test_what_can_not_be_compared_or_asked_is_refused_at_once(two_runs, tmp_path
     for argv, line in [
         ([span, f"{tmp_path}/other"], "differ in seed: compare runs on the same images"),
         ([span, "--data", "parts"], f"{span} learned from phantom, which is drawn: leave out --data"),
-        (
-            [span, "--img-size", "32"],
-            "--img-size 32 is for files of weights; runs are measured on their own data",
-        ),
+        ([span, "--img-size", "32"], "--img-size 32 is for files of weights; runs are measured on their own"),
         ([span, "nowhere"], "nowhere: no such file or folder"),
         ([span, "--rows", "0"], "--rows 0: draw at least 1"),
         ([span, dino], f"{dino}/metrics.json is damaged: remove it"),
@@ -180,18 +169,12 @@ def test_masks_cover_the_reference_s_prior_and_come_back_as_they_went(span_run, 
     assert "holds something already; name a new folder" in line
 
 
-def test_regions_that_are_no_file_names_and_unguided_runs_make_no_masks(two_runs, tmp_path, refused):
-    (span, dino), out = two_runs, ("--export-masks", str(tmp_path / "masks"))
-    checkpoint, picture = torch.load(f"{span}/last.pt"), str(save(tmp_path / "a.png", noise(64, 64)))
-    for name in ("../heart", "..", ""):
-        torch.save(checkpoint | {"masses": {name: 0.5}}, tmp_path / "last.pt")
-        assert "can't be file names" in refused(evaluate.main, str(tmp_path), "--image", picture)
-        assert "restore its masks" in refused(evaluate.main, str(tmp_path), *out)
-    assert not (tmp_path / "masks").exists()
-    line = "makes no masks: no single prior guided its heads"
-    assert line in refused(evaluate.main, dino, *out)
+def test_an_unguided_run_makes_no_masks(dino_run, tmp_path, refused):
+    dino, line = str(dino_run), "makes no masks: no single prior guided its heads"
+    assert line in refused(evaluate.main, dino, "--export-masks", str(tmp_path / "masks"))
     isnet = *SMALL, "--isnet", "1", "--masks", dino, "--out", str(tmp_path / "run")
     assert line in refused(train.main, *isnet)
+    assert not (tmp_path / "masks").exists()
 
 
 @pytest.fixture
@@ -248,24 +231,17 @@ def test_what_is_explained_is_said_even_if_it_is_unlikely(multiclass, said):
     assert "".join(word[0] for word in words) == said
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_heads_of_weights_get_masks_that_hold_most_attention(channels, wide, tmp_path, drawn, monkeypatch):
-    torch.save(exported(ViT(32, 8, channels, 64, 1, 1)), tmp_path / "vit.pth")
-    monkeypatch.chdir(tmp_path)
-    evaluate.main(["vit.pth", "--image", str(wide), "--img-size", "48", "--num-heads", "1"])
-    path, image, masks, names, _ = drawn[0][0]
-    assert path.parent.parent == Path("vit.pth-looks") and names == ["head 0"]
-    assert image.shape == (1, channels, 48, 104) and 0.3 < masks.float().mean() < 0.7
-
-
 def test_pictures_of_one_name_are_numbered_and_a_missing_one_is_named(tmp_path, monkeypatch, drawn, refused):
     torch.save(ViT(16, 8, 3, 32, 1, 2).state_dict(), tmp_path / "vit.pth")
     monkeypatch.chdir(tmp_path)
     for folder in ("a", "b"):
-        save(tmp_path / folder / "1.png", noise(16, 16))
-    pictures = "--num-heads", "2", "--image"
+        save(tmp_path / folder / "1.png", noise(16, 32))
+    pictures = "--num-heads", "2", "--img-size", "24", "--image"
     evaluate.main(["vit.pth", *pictures, "a/1.png", "b/1.png"])
     paths = [args[0] for args, _ in drawn]
     assert paths == [Path(f"vit.pth-looks/{name}/attention.png") for name in ("1_1", "2_1")]
+    _, image, masks, names, _ = drawn[0][0]
+    assert image.shape == (1, 3, 24, 48) and names == ["head 0", "head 1"]
+    assert 0.3 < masks.float().mean() < 0.7
     line = refused(evaluate.main, "vit.pth", *pictures, "none.png")
     assert "none.png: no such file or folder" in line

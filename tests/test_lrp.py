@@ -110,8 +110,9 @@ def test_without_biases_the_relevance_of_images_and_inner_layers_sums_to_the_log
     model, images = cnn().double().eval(), doubles(4, 3, 8, 8)
     alone, output = relevance(model, images, TARGET, 1e-10, gamma, signed=signed)
     with torch.no_grad():  # relevance switches gradients on for itself
-        inner = {"layers": [model[-1], model[1]]}  # in the order asked for
-        (R, head, first), _ = relevance(model, images, TARGET, 1e-10, gamma, signed=signed, **inner)
+        inner = {"layers": [model[1], model[-1], model[1]]}  # in the order asked for
+        (R, first, head, same), _ = relevance(model, images, TARGET, 1e-10, gamma, signed=signed, **inner)
+    assert first.shape == same.shape == (4, 6, 8, 8) and head.shape == (4, 3)
     for relevances in (R, first):
         torch.testing.assert_close(relevances.sum(dim=(1, 2, 3)), logit(output), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(head, F.one_hot(TARGET, 3) * output)
@@ -232,13 +233,7 @@ def test_the_z_box_rule_is_for_each_layer_that_gets_the_images_and_one_must_get_
 VIEWS = {  # y changed in place, and what comes of it written out
     "a part": (lambda y: (y[:, :2].relu_(), y)[1], lambda y: torch.cat([y[:, :2].relu(), y[:, 2:]], 1)),
     "a shape": (lambda y: (y.flatten().mul_(2), y)[1], lambda y: 2 * y),
-    "the whole of a part": (lambda y: (y[:, :5], F.silu(y, inplace=True))[0], F.silu),
-    "part by part": (
-        lambda y: (y.__setitem__((slice(None), 1), 0), y[:, :1].relu_(), y + y.detach().flip(1))[2],
-        lambda y: (y := torch.cat([y[:, :1].relu(), 0 * y[:, 1:2], y[:, 2:]], 1)) + y.detach().flip(1)),
     "a gate": (lambda y: y.mul_(y.sigmoid()), lambda y: y * y.sigmoid()),
-    "twice": (lambda y: y.cumsum(1).add_(1).mul_(y).clamp_(-1, 1),
-        lambda y: ((y.cumsum(1) + 1) * y).clamp(-1, 1)),
 }  # fmt: skip
 
 
@@ -250,7 +245,7 @@ def test_a_model_may_change_the_images_in_place():
         relevance(lambda x: layer(x.sub_(1)), images, TARGET, input_rule=(-3, 3))
 
 
-ones, linear, silu = torch.ones(4, 5, 6).double(), nn.Linear(6, 6), nn.SiLU(inplace=True)
+ones, linear = torch.ones(4, 5, 6).double(), nn.Linear(6, 6)
 parts = nn.Sequential(nn.Linear(6, 6), nn.Unflatten(2, (2, 3)))
 LAYERS = {  # a module, a model that changes its output in place, and the same model written out
     "attention": (nn.MultiheadAttention(6, 2, batch_first=True), lambda m, x: m(x, x, x)[0].add_(x),
@@ -258,9 +253,6 @@ LAYERS = {  # a module, a model that changes its output in place, and the same m
     "sum": (linear, lambda m, x: m(x).add_(x), lambda m, x: m(x) + x),
     "view": (parts, lambda m, x: m(x).mul_(2).flatten(2), lambda m, x: (2 * m(x)).flatten(2)),
     "same tensor": (nn.Identity(), lambda m, x: (m(y := 2 * x).mul_(2), y)[1], lambda m, x: 2 * m(2 * x)),
-    "ignored": (silu, lambda m, x: (m(y := 2 * x), y.mul_(3))[1], lambda m, x: 3 * m(2 * x)),
-    "detached": (linear, lambda m, x: ((y := m(x)).detach().mul_(0.5), y)[1],
-        lambda m, x: (y := m(x)) - y.detach() / 2),
     "view used twice": (nn.Dropout().eval(), lambda m, x: ((y := (2 * x).mT) + m(y)).mT,
         lambda m, x: ((y := (2 * x).mT.contiguous()) + m(y)).mT),
     "constant": (linear, lambda m, x: x * m(ones).mul_(2), lambda m, x: x * (2 * m(ones))),
@@ -279,13 +271,6 @@ def test_a_layer_s_relevance_is_that_of_its_output_before_changes_in_place_and_c
         found.append([R, *of_layers, output])
     for in_place, written_out in zip(*found):
         torch.testing.assert_close(in_place, written_out)
-
-
-def test_layers_come_in_the_order_asked_for():
-    first, last, x = nn.Linear(6, 5).double(), nn.Linear(5, 3).double(), doubles(4, 6)
-    model, asked = nn.Sequential(first, nn.GELU(), last), [first, last, first]
-    (_, *found), _ = relevance(model, x, TARGET[:4], layers=asked)
-    assert [R.shape for R in found] == [(4, 5), (4, 3), (4, 5)]
 
 
 def test_a_change_in_place_that_the_context_does_not_see_is_refused():

@@ -14,7 +14,7 @@ from common.classify import Classifier
 from common.data import Data, prepared, select
 from common.explain import scores_in
 from common.metrics import CannotMeasure, auc, average_precision, best_threshold, box_overlaps, boxes, corloc
-from common.metrics import dice, localisation_ap, max_box_acc, overlap, relevance_share
+from common.metrics import localisation_ap, max_box_acc, overlap, relevance_share
 from common.objects import class_activation, measure_objects, outlined, untrained
 from common.phantom import phantom
 from common.probe import score
@@ -81,14 +81,11 @@ def test_the_mean_over_the_heads_of_an_unguided_encoder_stands_beside_the_best(l
     assert not any("mean_of_heads" in name for name in guided)
 
 
-def test_the_dice_threshold_is_chosen_on_validation_images(lungs):
+def test_a_region_that_no_test_image_shows_has_no_ap(lungs):
     splits, exact = lungs
-    flat = exact + 1.0  # above half of the largest value: the whole image
-    other, own = (measure.report(Encoder(v, flat), splits, ["attention"]).metrics for v in (exact, flat))
-    assert other["attention_mDice"] < own["attention_mDice"] - 0.2
-    empty = splits | {"val": splits["val"]._replace(masks=torch.zeros(8, 1, 64, 64, dtype=torch.bool))}
-    found = measure.report(Encoder(exact, exact), empty, ["attention"], guided=True)
-    assert math.isnan(found.metrics["attention_mDice"]) and "not defined" in found.notes[-1]
+    empty = splits | {"test": splits["test"]._replace(masks=torch.zeros(8, 1, 64, 64, dtype=torch.bool))}
+    found = measure.report(Encoder(exact), empty, ["attention"], guided=True)
+    assert math.isnan(found.metrics["attention_mAP"]) and "not defined" in found.notes[-1]
     assert not any("test images with a foreground" in note for note in found.notes)
 
 
@@ -101,12 +98,12 @@ def test_guided_heads_belong_to_their_regions_and_stand_beside_the_prior(lungs):
     assert found.metrics["prior_AP_lung"] == found.metrics["prior_mAP"] > 0.9 > found.metrics["attention_mAP"]
     none = splits["val"]._replace(has_masks=torch.zeros(8, dtype=torch.bool))
     found = measure.report(Encoder(maps), splits | {"val": none}, ["attention"], guided=True)
-    assert "attention_mAP" in found.metrics and "attention_mDice" not in found.metrics
+    assert "attention_mAP" in found.metrics
     found = measure.report(Encoder(maps), splits | {"val": none}, ["attention"])
     assert found.notes == ["no validation image has all masks: AP can't be measured"] and not found.metrics
     some = splits["test"]._replace(has_masks=torch.arange(8) < 3)
     found = measure.report(Encoder(maps, maps[:3]), splits | {"test": some}, ["attention"])
-    assert found.notes == ["AP and Dice: on the 3 of 8 test images with a foreground"]
+    assert found.notes == ["AP: on the 3 of 8 test images with a foreground"]
     empty = splits["val"]._replace(masks=torch.zeros_like(splits["val"].masks))
     found = measure.report(Encoder(maps), splits | {"val": empty}, ["attention"])
     assert found.notes == ["no validation image shows lung: no head can be chosen for it"]
@@ -342,21 +339,6 @@ def test_the_best_threshold_gets_as_many_right_as_any():
         known = ~labels.isnan()
         right = [((scores > t) == labels)[known].sum() for t in [best_threshold(scores, labels), -9, *scores]]
         assert right[0] == max(right)
-    assert best_threshold(torch.ones(2), torch.full((2,), NAN)) == 0
-
-
-def test_dice_compares_the_mask_with_the_pixels_above_a_share_of_the_map_s_maximum():
-    maps = torch.tensor([[[0.0, 2.0, 4.0, 8.0]]])  # (1, 1, 4) on a 1x4 grid, at the masks' size
-    mask = torch.tensor([0, 0, 1, 1], dtype=torch.bool).view(1, 1, 1, 4)
-    found = dice(maps, mask, (1, 4), thresholds=3)[:, 0, 0]  # above 2, 4 and 6
-    assert found.tolist() == pytest.approx([1.0, 2 / 3, 2 / 3])
-    torch.testing.assert_close(dice(maps * 1e-3, mask, (1, 4), thresholds=3)[:, 0, 0], found)
-    maps = torch.stack([torch.ones(2, 4), torch.zeros(2, 4)])  # (2, 2, 4), flat
-    masks = torch.zeros(2, 2, 2, 2, dtype=torch.bool)
-    masks[:, 0, 0] = True  # half of the image; the second region is empty
-    found = dice(maps, masks, (2, 2))
-    assert found[:, 0, 0].tolist() == pytest.approx([2 / 3] * 19)
-    assert (found[:, 1, 0] == 0).all() and found[:, :, 1].isnan().all()
 
 
 def test_the_relevance_share_is_the_part_of_absolute_relevance_in_the_mask():

@@ -17,9 +17,10 @@ from common.checkpoint import load_run
 from common.config import parse
 from common.data import Data
 from common.foreground import are_made, check_foreground, foreground
-from common.foreground import mask_dice, masks_compared, masks_of_run, references_for, registered_masks
+from common.foreground import mask_dice, masks_compared, references_for, registered_masks
 from common.phantom import REGIONS, phantom
-from common.regions import make_priors, masks_held, mass_held, prior_maps, priors_over, warn_if_unguided
+from common.regions import check_masses, make_priors, masks_held, mass_held, prior_maps, priors_over
+from common.regions import warn_if_unguided
 from common.runs import Loaded
 from common.splits import load
 from vit import ViT
@@ -108,9 +109,7 @@ def test_a_loss_of_span_that_did_not_fall_is_a_warning(capsys):
 
 
 @pytest.mark.slow
-def test_attention_masks_train_either_classifier_and_their_quality_is_said(
-    span_run, tmp_path, capsys, monkeypatch
-):
+def test_attention_masks_train_either_classifier_and_dice_is_said(span_run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "check_foreground", Mock())  # masks of so short a run leave no background
     for backbone in ("resnet", "vit"):
         words = f"--isnet 1 --epochs 1 --backbone {backbone} --masks {span_run}"
@@ -237,17 +236,15 @@ def plain_folder(path):
     return image_folder(path, "file,sick,split", *rows, size=(20, 30))
 
 
-def mask_file(path, size=(20, 30), value=255):
-    mask = np.zeros(size, np.uint8)
-    mask[5:15, 5:20] = value
-    save(path, mask)
+BOX = np.zeros((20, 30), np.uint8)
+BOX[5:15, 5:20] = 255
 
 
 def test_masks_of_another_tool_serve_data_that_has_none_and_it_is_said_for_how_many(tmp_path, capsys):
     data = plain_folder(tmp_path / "data")
     for name in ("a", "b", "c"):
-        mask_file(tmp_path / "masks" / f"{name}.png")
-    mask_file(tmp_path / "masks" / ".hidden" / "d.png")
+        save(tmp_path / "masks" / f"{name}.png", BOX)
+    save(tmp_path / "masks" / ".hidden" / "d.png", BOX)
     words = f"--isnet 1 --batch-size 2 --img-size 16 --data {data} --masks {tmp_path}/masks"
     assert "mask_dice" not in trained(tmp_path / "run", words, SMALL)
     said, masks = capsys.readouterr().out, tmp_path / "masks"
@@ -258,10 +255,10 @@ def test_masks_of_another_tool_serve_data_that_has_none_and_it_is_said_for_how_m
 @pytest.mark.parametrize(
     "damage, line",
     [
-        (lambda data, masks: mask_file(masks / "a.png", value=0), "the foreground of 0 of 4 training images"),
-        (lambda data, masks: mask_file(masks / "a.png", size=(30, 20)), "is 20 x 30 px but its image"),
+        (lambda data, masks: save(masks / "a.png", 0 * BOX), "the foreground of 0 of 4 training images"),
+        (lambda data, masks: save(masks / "a.png", BOX.T), "is 20 x 30 px but its image"),
         (lambda data, masks: (masks / "images").mkdir(parents=True), "holds images"),
-        (lambda data, masks: mask_file(data / "images" / "a.jpg") or mask_file(masks / "a.png"), "rename"),
+        (lambda data, masks: save(data / "images" / "a.jpg", BOX) and save(masks / "a.png", BOX), "rename"),
     ],
 )  # fmt: skip
 def test_masks_of_another_tool_that_do_not_fit_are_refused(damage, line, tmp_path, refused):
@@ -273,9 +270,7 @@ def test_masks_of_another_tool_that_do_not_fit_are_refused(damage, line, tmp_pat
     assert line in refused(train.main, *argv, "--out", str(tmp_path / "run"))
 
 
-def test_masks_of_a_run_are_made_on_the_device_of_the_training(span_run, monkeypatch):
-    def on_meta(encoder: torch.nn.Module, masses: dict, images: torch.Tensor, layer: int) -> torch.Tensor:
-        return torch.full((len(images), len(masses), 64, 64), next(encoder.parameters()).is_meta)
-
-    monkeypatch.setattr("common.foreground.attention_masks", on_meta)
-    assert masks_of_run(span_run, "phantom", torch.zeros(2, 1, 64, 64).byte(), "meta").all()
+def test_a_region_whose_name_leads_out_of_the_folder_gets_no_mask():
+    for name in ("../heart", "..", ""):
+        with pytest.raises(ValueError, match="can't be file names"):
+            check_masses("run", {name: 0.5})
