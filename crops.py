@@ -11,11 +11,11 @@ product. Colour is a matrix too: saturation, hue and grey are one 3x3 matrix per
 
 Recipe and strengths are those of DINO (Caron et al. 2021, arXiv 2104.14294, from BYOL): jitter, grey, blur,
 solarise. Where we differ: all random numbers come from one CPU generator, so a seed gives the same views on
-every device. A crop larger than the image is clipped to it instead of drawn again, and fades to 0 at the
-image's border. Blur is given for 224 px and scaled to the view. By default there are no flips and no local
-crops; if used, these show at least 10 % of the area (there: 5 %). Contrast uses the mean of all channels, and
-colour changes have a fixed order. Sampling is bilinear without antialiasing, so downscale much larger images
-first.
+every device. A crop larger than the image is clipped to it instead of drawn again. Any crop at the image's
+border fades to 0 there. Blur is given for 224 px and scaled to the view. By default there are no flips and no
+local crops; if used, these show at least 10 % of the area (there: 5 %). Contrast uses the mean of all
+channels, and colour changes have a fixed order. Sampling is bilinear without antialiasing, so downscale much
+larger images first.
 """
 
 import torch

@@ -23,7 +23,7 @@ e log K. A slow c would leave the same offset in all logits, and one prototype w
 won), the KL of P_t from the mean P_t (how much an output says about its image: 0 in a collapse, at least f
 log K in a healthy run, f = 0.02), and the number of prototypes in use. `DINOHead` has the published names.
 Where we differ, for short runs: tau_t has no warm-up; the last layer is not frozen, and its rows start
-shorter, to rotate faster; weight decay is constant; gradients are clipped as a whole; the student is used.
+shorter, to rotate faster; weight decay is constant; gradients are clipped as a whole; we use the student.
 """
 
 import copy

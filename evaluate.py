@@ -226,7 +226,11 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         fail("evaluate.py", error, 2)
     except (RuntimeError, MemoryError) as error:
-        fail("evaluate.py", remedy_for(error, "end other programs, or add --device cpu"), 1)
+        fail(
+            "evaluate.py",
+            remedy_for(error, "end other programs" + ", or add --device cpu" * (args.device != "cpu")),
+            1,
+        )
     except KeyboardInterrupt:
         print("\nstopped; metrics of the last run are not saved")
         sys.exit(130)

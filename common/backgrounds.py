@@ -2,8 +2,8 @@
 
 As in ImageNet-9 (Xiao et al. 2020, arXiv 2006.09994), for all images with masks:
 
-    mixed same      the background is that of another image with the same labels, where there is one
-    mixed rand      the background is that of any other image
+    mixed same      the background is that of another image with the same labels
+    mixed rand      the background is that of any other image (of the same images as mixed same)
     no foreground   black where the foreground was
     only background background where the foreground was
 

@@ -144,7 +144,7 @@ class Config:
         "for small folders)", group="optimisation", within=COUNT)
     batch_size: int = flag(None, "images per step", within=COUNT)
     accumulate: int = flag(1, "parts that a batch is split into, to save memory; DINO's centre, KoLeo and "
-        "monitor, means over known labels or masked images, and BatchNorms see one part at a time")
+        "monitor, SPAN's mean (4), means over known labels or masks, and BatchNorms see one at a time")
     amp: bool = flag(False, "compute in bfloat16 where that is safe")
     compile: bool = flag(False, "pretrain with torch.compile")
     lr: float = flag(None, "peak learning rate (AdamW, cosine)", within=(1e-9, 1e9))

@@ -104,7 +104,8 @@ def registered_masks(images: Tensor, prior: tuple, most: int = 1) -> Tensor:
     source, train, reference, *how = prior
     masks, best = torch.zeros_like(images[:, :1], dtype=torch.bool), torch.full((len(images),), -2.0)
     for name in references_for(train, reference, most) if most > 1 else [reference]:
-        print(f"registering masks of {printable(name or source)} to {len(images)} images ...", flush=True)
+        if source == "sample" and how[1] != "none":
+            print(f"registering masks of {printable(name)} to {len(images)} images ...", flush=True)
         over = priors_over(images, source, train, name, *how)
         for index in torch.arange(len(images), device=how[-1]).split(at_a_time(BATCH, images)):
             priors, confidence, likeness = (x.cpu() for x in over(index))

@@ -182,7 +182,7 @@ def dino_steps(flags: str, shape: tuple[int, ...], device: str) -> tuple[Callabl
     return partial(train_step, config, model, losses, optimizer, index, generator, 0, 100), released
 
 
-def images_a_second(processes: int, device: str = "cpu") -> float:
+def images_a_second(processes: int, device: str) -> float:
     """How many synthetic X-rays per second DINO trains on, in processes of one CPU thread or GPU each."""
     command = f"-m torch.distributed.run --standalone --nproc-per-node {processes} train.py"
     command += f" --prior none --train-images 512 --batch-size 64 --epochs 3 --device {device} --out"
@@ -225,6 +225,8 @@ def of_dino(runs: int, device: str) -> Ratios:
             other, _ = dino_steps(f"{flags} {way}", shape, device)
             some = max(2, fewer // 4) if way == "--amp" else fewer  # seconds a step
             yield f"DINO's step, here / with {way}: {name}", ratio(other, ours, some)
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        return  # a GPU for each
     two = [images_a_second(2, device) / images_a_second(1, device) for _ in range(3)]
     yield "images a second of DINO's steps, two processes / one", tuple(statistics.quantiles(two, n=4))
 
@@ -254,7 +256,7 @@ def main() -> None:
     )
     parser.add_argument("--runs", type=int, default=20, help="paired runs of each (default: 20)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the ratios here, too; others stay")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write them here; with --only, others stay")
     args = parser.parse_args()
     try:
         check_device(args.device)  # and make it the current one, which `timed` waits for
@@ -264,13 +266,13 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # as train.py does for classifiers
     keep_freed_memory()  # as train.py does
-    known = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
+    known = json.loads(args.json.read_text()) if args.only != PARTS and args.json else {}
     for part in args.only:
         for name, ratios in PARTS[part](args.runs, args.device):
             low, median, high = known[name] = [round(x, 3) for x in ratios]
             print(f"{name:90} {median:7.3f}   ({low:.3f} to {high:.3f})", flush=True)
-    if args.json:
-        write_file(args.json, known)
+        if args.json:
+            write_file(args.json, known)
 
 
 if __name__ == "__main__":

@@ -166,12 +166,11 @@ def of_real_images(runs: dict) -> dict[str, str]:
     rows = []
     for data, title in images.items():
         found = [points(runs, f"{run}_{data}", f"{of}_mAP") for run, of in map(str.split, shown)]
-        seeds = f"{min(map(len, found))} to {max(map(len, found))}"
-        rows.append([title, *(spread(list(x.values())) for x in found), seeds.replace("5 to 5", "5")])
-    header = (
-        "AP on test images | **SPAN** | SPAN as published: not registered | registered prior | DINO's best"
-    )
-    return {"real": markdown(f"{header} heads | untrained | seeds", rows)}
+        few, most = min(map(len, found)), max(map(len, found))
+        seeds = f"{few}" if few == most else f"{few} to {most}"
+        rows.append([title, *(spread(list(x.values())) for x in found), seeds])
+    of = "**SPAN** | SPAN, not registered (as published) | registered prior | DINO's best heads | untrained"
+    return {"real": markdown(f"AP on test images | {of} | seeds", rows)}
 
 
 def of_costs(costs: dict[str, list[float]]) -> dict[str, str]:

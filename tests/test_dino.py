@@ -200,3 +200,12 @@ def test_centre_and_monitor_average_over_all_processes(tmp_path):
     for rank in range(2):
         for found, expected in zip(torch.load(tmp_path / f"{rank}.pt"), after(teacher)):
             torch.testing.assert_close(found, expected)
+
+
+def test_the_monitor_does_not_judge_by_a_single_image(monkeypatch):
+    """Both views of one image should get the same output, which tells nothing about others."""
+    model = DINO(ViT(16, 4, 1, 24, 1, 3), 24, out_dim=8)
+    monkeypatch.setattr(model.health, "patience", 3)
+    for images, steps in ((1, -200), (2, -199)):
+        model([torch.rand(2 * images, 1, 16, 16)])
+        assert model.health.steps_below == steps

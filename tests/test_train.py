@@ -210,7 +210,7 @@ def test_too_little_memory_ends_in_one_line_with_a_remedy(where, error, tmp_path
     assert "not enough memory: raise --accumulate, or lower --batch-size" in line
     monkeypatch.setattr(evaluate, "draw_pictures", Mock(side_effect=error))
     line = refused(evaluate.main, str(tmp_path), "--image", __file__, "--device", "cpu", status=1)
-    assert line == "evaluate.py: not enough memory: end other programs, or add --device cpu"
+    assert line == "evaluate.py: not enough memory: end other programs"
 
 
 @pytest.mark.slow
@@ -538,3 +538,14 @@ def test_in_order_a_joint_classifier_sees_its_images_as_they_are_and_else_shuffl
         losses = train.classifier_objective(config, model, images, None, labels, spec)
         found = losses(torch.arange(4), seeded(), 0, 1)[1]["classification"]
         assert torch.equal(found, whole.detach()) == same
+
+
+def test_all_processes_leave_their_group_at_once_before_the_first_measures(tmp_path, monkeypatch):
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    for name, value in alone.items():
+        monkeypatch.setenv(name, value)
+    joined = []
+    monkeypatch.setattr(train, "train", lambda *_: joined.append(dist.is_initialized()) or [{}])
+    monkeypatch.setattr(train, "finish", lambda *_: joined.append(dist.is_initialized()))
+    train.main([*TINY, "--align", "none", "--out", str(tmp_path / "run")])
+    assert joined == [True, False]
