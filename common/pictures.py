@@ -26,12 +26,7 @@ def decode(path: Path, mask: bool = False) -> np.ndarray:
             if min(file.size) < 8 or math.prod(file.size) > most:
                 raise ValueError(f"{file.width} x {file.height} px; the limits are 8 x 8 and {most} px")
             if file.format == "TIFF" and file.n_frames > 1:
-                first = file.size
-                for page in range(1, file.n_frames):
-                    file.seek(page)
-                    if file.size == first:  # smaller ones are overviews
-                        raise ValueError(f"{file.n_frames} pages; save each as a file of its own")
-                file.seek(0)
+                raise ValueError(f"{file.n_frames} pages; save each as a file of its own")
             image = ImageOps.exif_transpose(file)
         if image.mode[0] not in "IF":  # I, I;16, I;16B and F are deeper than 8 bit
             if image.has_transparency_data:

@@ -260,13 +260,6 @@ def test_an_image_that_cannot_be_used_is_skipped_with_a_note(folder, name, monke
     assert notes[0].startswith("skipped ") and f"images/{name}: " in notes[0] and words in notes[0]
 
 
-def test_a_tiff_may_hold_an_overview_of_itself(folder):
-    content = encoded(noise(16, 16), ".tif", noise(8, 8))
-    (folder / "images" / "g.tif").write_bytes(content)
-    found, _, notes = everything(folder)
-    assert notes == [] and torch.equal(found["g.tif"].images[0, 0], torch.from_numpy(noise(16, 16)))
-
-
 ONES = Image.fromarray(LEFT.astype(np.uint8))
 EDGE = Image.fromarray(np.repeat(np.eye(1, 16, dtype=np.uint8), 16, axis=0))  # the first column
 SPECKS = np.kron(LEFT, np.ones((4, 4))).astype(np.uint8)
