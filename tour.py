@@ -1,6 +1,6 @@
 """All steps from top to bottom: one labelled image, a ViT with guided attention, a classifier.
 
-    python tour.py        about 3 minutes on 2 CPU cores; draws tour.png
+    python tour.py    2 to 3 minutes on 2 CPU cores; prints APs of 93 to 95, AUCs of 0 and 97; draws tour.png
 
 A hospital stamps an L on every image with an enlarged heart. A classifier relies on the L unless training
 keeps it off the background. Foreground masks can do that, but only one image has masks.
