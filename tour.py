@@ -136,8 +136,7 @@ for i, row in enumerate(axes):
     shown += [(A, "magma", 0, 0.15) for A in test_gaze[i].unflatten(1, GRID)]
     for R in heat.values():
         picture = R[i, 0].detach()
-        top = float(picture.abs().max())
-        shown.append((picture, "RdBu_r", -top, top))
+        shown.append((picture / picture.abs().mean(), "RdBu_r", -12, 12))  # one scale, in units of the mean
     for axis, (picture, colours, low, high) in zip(row, shown):
         axis.imshow(picture.numpy(), cmap=colours, vmin=low, vmax=high)
         axis.axis("off")
