@@ -226,11 +226,8 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         fail("evaluate.py", error, 2)
     except (RuntimeError, MemoryError) as error:
-        fail(
-            "evaluate.py",
-            remedy_for(error, "end other programs" + ", or add --device cpu" * (args.device != "cpu")),
-            1,
-        )
+        remedy = "end other programs" + ", or add --device cpu" * (args.device != "cpu")
+        fail("evaluate.py", remedy_for(error, remedy), 1)
     except KeyboardInterrupt:
         print("\nstopped; metrics of the last run are not saved")
         sys.exit(130)

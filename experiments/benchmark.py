@@ -21,9 +21,8 @@ from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 from torch.optim import AdamW
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from common.checkpoint import DataSpec, write_file
 from common.config import parse
@@ -31,9 +30,10 @@ from common.data import prepared
 from common.models import build_classifier, build_encoder, build_model, decayed
 from common.processes import check_device, keep_freed_memory
 from crops import multi_crop
+from experiments.costs import kept_bytes, operations, written_out
 from experiments.runs import ROOT
 from train import classifier_objective, train_step
-from vit import Attention, ViT
+from vit import ViT
 
 SMALL, WIDE, LARGE = (16, 1, 64, 64), (8, 3, 64, 64), (2, 3, 224, 224)  # images (B, C, H, W)
 RESNET, VIT = "--backbone resnet", "--backbone vit"
@@ -75,40 +75,6 @@ def ratio(a: Callable, b: Callable, runs: int) -> tuple[float, ...]:
     """Quartiles of time(b) / time(a) over paired runs, after one pair to warm up."""
     pairs = [(timed(a), timed(b)) for _ in range(runs + 1)]
     return tuple(statistics.quantiles([second / first for first, second in pairs[1:]], n=4))
-
-
-def kept_bytes(loss: Callable) -> int:
-    """The memory that a loss keeps for its backward pass."""
-    kept: list[Tensor] = []  # held, so that no address is used twice
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        loss()
-    storages = [tensor.untyped_storage() for tensor in kept]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
-def operations(work: Callable) -> int:
-    """Additions and multiplications of matrix products and convolutions, attention on a CPU included."""
-    aten, counts = torch.ops.aten, {}
-    counts[aten._scaled_dot_product_flash_attention_for_cpu] = lambda *x, **_: sdpa_flop_count(*x[:3])
-    backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
-    counts[backward] = lambda *x, **_: sdpa_backward_flop_count(*x[:4])
-    with FlopCounterMode(display=False, custom_mapping=counts) as counter:
-        work()
-    return counter.get_total_flops()
-
-
-def written_out(model: nn.Module) -> nn.Module:
-    """Make a model's attention compute the whole matrix, as the releases of 2021 do; returns the model."""
-
-    def forward(self: Attention, x: Tensor, row: bool = False, first: bool = False) -> tuple:
-        q, k, v = self.split(x)
-        A = self.weights(q[:, :, :1] if first else q, k)  # (B, heads, T, T)
-        return self.proj((A @ v).transpose(1, 2).flatten(2)), A[:, :, 0] if row else None
-
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.forward = partial(forward, module)
-    return model
 
 
 def exposed(side: int, line: str, device: str) -> Callable[[], Tensor]:
