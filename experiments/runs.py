@@ -22,7 +22,9 @@ from experiments.claims import claims
 from experiments.commands import NEEDED, RUNS
 
 ROOT = Path(__file__).parents[1]
-CLAIMED = {words.split()[0] for claim in claims() for words in claim[3:5] if words}  # experiments
+CLAIMED = {
+    words.split()[0] for claim in claims() for words in (claim.figure, claim.minus) if words
+}  # experiments
 MAIN = [name for name in RUNS if name.rpartition("-")[0] in CLAIMED and name.endswith(("-0", "-1"))]
 QUICK = ["phantom_span-0", "plain_resnet_corner-0", "blind_resnet_corner-0", "blind_close_resnet_corner-0"]
 # Part of a name: what is measured after the run, and a figure that shows whether it was measured.
@@ -32,7 +34,7 @@ AFTER = {
     "_chest_hospitals-": ("-m experiments.real RUN", "auc_hospitals_flipped"),
     "_chest_marker-": ("-m experiments.real RUN", "auc_removed"),
 }
-PROBED = {"dino_long": "long_span", "plates_dino": "plates_span"}  # pairs whose features are compared
+PROBED = {"dino_long": "long_span"}  # pairs whose features are compared
 PICTURES = {  # results/NAME.png: what evaluate.py measures, and the runs that stand side by side
     "compare": "attention long_span-0 dino_long-0",
     "isnet": "bias alone_resnet_corner-0 plain_resnet_corner-0 pixels_only-0",
@@ -134,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     names = [name for name in names if re.search(args.only or "", name)]
     if not names:
         parser.error(f"--only {args.only}: no run has such a name, see --all --list")
-    names = sorted({*names}.union(*(NEEDED[name] for name in names)))
+    names = asked = sorted({*names}.union(*(NEEDED[name] for name in names)))
     if args.list:
         print("\n".join(f"{name} {RUNS[name]}" for name in names))
         return
@@ -144,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from here")
     if args.only:
-        sys.exit(not all((ROOT / f"runs/{name}/metrics.json").exists() for name in names))
+        sys.exit(not all((ROOT / f"runs/{name}/metrics.json").exists() for name in asked))
     tables = ["-m", "experiments.tables", "runs"]
     if args.quick:
         sys.exit(python(*tables, "--only", "claims", "localisation", "blind"))

@@ -24,7 +24,7 @@ from experiments.runs import ROOT
 
 FILES = ["README.md", "results/README.md", "docs/collapse.md"]
 FLOOR = 0.02 * log(256)  # of the KL: lower is a collapse, see dino.CollapseMonitor
-STUDENT = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # 97.5 % quantile; 2 to 10 seeds
+STUDENT = [4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # 97.5 % quantile; 3 to 10 seeds
 # {table: what the names of its rows contain}; the first that fits
 COSTS = {
     "dino_costs": "DINO's step", "default_costs": "three steps", "isnet_costs": "ISNet / plain",
@@ -38,8 +38,10 @@ def why_not(name: str, run: Run) -> str:
         return "the run list does not name it"
     asked, found = as_json(parse(RUNS[name].split())[0]), as_json(run.config)
     of_data = ("epochs", "swap_margin")  # None until the images are counted
-    other = [key for key, x in asked.items() if found[key] != x and (x is not None or key not in of_data)]
-    other = [key for key in other if key not in PER_CALL]
+    compared = {
+        key: x for key, x in asked.items() if key not in PER_CALL and not (x is None and key in of_data)
+    }
+    other = [key for key, x in compared.items() if found[key] != x]
     return f"the run list has another {', '.join(other)}" if other else ""
 
 
@@ -80,15 +82,15 @@ def gaps(a: dict[int, float], b: dict[int, float]) -> list[float]:
 def spread(values: list[float], sign: str = "") -> str:
     """Mean ± standard deviation; a single value alone; "" without values."""
     deviation = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{mean(values):{sign}.1f}{deviation}" if values else ""
+    return f"{mean(values):{sign}z.1f}{deviation}" if values else ""
 
 
 def interval(values: list[float], sign: str = "") -> str:
-    """The 95 % confidence interval of the mean by Student's t; "" for fewer than two values."""
-    if len(values) < 2:
+    """The 95 % confidence interval of the mean by Student's t; "" for fewer than three values."""
+    if len(values) < 3:
         return ""
-    half = STUDENT[len(values) - 2] * stdev(values) / len(values) ** 0.5
-    return f"{mean(values) - half:{sign}.1f} to {mean(values) + half:{sign}.1f}"
+    half = STUDENT[len(values) - 3] * stdev(values) / len(values) ** 0.5
+    return f"{mean(values) - half:{sign}z.1f} to {mean(values) + half:{sign}z.1f}"
 
 
 def markdown(header: str, rows: list[list[str]], words: int = 1) -> str:
@@ -102,14 +104,14 @@ def compared(runs: dict, header: str, rows: list[Row]) -> str:
     """The rows that were measured: figures, in brackets their differences to the reference, and seeds."""
     lines = []
     for row in rows:
-        measured = [points(runs, row.experiment, figure) for figure in row.figures]
-        cells = [spread(list(values.values())) for values in measured]
+        found = [points(runs, row.experiment, figure) for figure in row.figures]
+        cells = [spread(list(values.values())) for values in found]
         for i, figure in enumerate(row.figures):
-            gap = gaps(measured[i], points(runs, row.reference, figure))
-            fewer = f", {len(gap)} seed{'s' * (len(gap) > 1)}" if len(gap) < len(measured[i]) else ""
+            gap = gaps(found[i], points(runs, row.reference, figure))
+            fewer = f", {len(gap)} seed{'s' * (len(gap) > 1)}" if len(gap) < len(found[i]) else ""
             cells[i] += f" ({spread(gap, '+')}{fewer})" if gap else ""
-        if any(measured):
-            seeds = [len(values) for values in measured if values]
+        if any(found):
+            seeds = [len(values) for values in found if values]
             few, most = min(seeds), max(seeds)
             lines.append([row.title, *cells, f"{few}" if few == most else f"{few} to {most}"])
     return markdown(f"{header} | seeds", lines)
@@ -129,19 +131,12 @@ def measured(runs: dict, claim: Claim) -> list[str]:
 
 
 def of_claims(runs: dict) -> dict[str, str]:
-    """All claims; also the first of each number, with how many of its others hold in every seed measured."""
+    """All claims, and the first of each number that was measured."""
     header = "no. | claim, in points | paper | at least | here | 95 % interval | holds in seeds"
-    rows, first, others = [measured(runs, claim) for claim in claims()], {}, {}
+    rows, first = [measured(runs, claim) for claim in claims()], {}
     for row in (row for row in rows if row[-1] != "not measured"):
-        number, *_, holds = row
-        if first.setdefault(number, row) is not row:
-            held, _, seeds = holds.partition(" of ")
-            if int(seeds) >= 3:
-                others.setdefault(number, []).append(held == seeds)
-    counts = {number: f"{sum(held)} of {len(held)}" for number, held in others.items()}
-    summary = [[*row, counts.get(number, "")] for number, row in first.items()]
-    also = f"{header} | others of three or more seeds that hold in all"
-    return {"claims": markdown(header, rows, 2), "summary": markdown(also, summary, 2)}
+        first.setdefault(row[0], row)
+    return {"claims": markdown(header, rows, 2), "summary": markdown(header, [*first.values()], 2)}
 
 
 def of_steadiness(runs: dict) -> dict[str, str]:
@@ -162,15 +157,16 @@ def of_steadiness(runs: dict) -> dict[str, str]:
 def of_real_images(runs: dict) -> dict[str, str]:
     """AP of SPAN's attention on real images, beside the prior it learned from and DINO's heads."""
     images = {"lesions": "30 skin lesions", "horses": "49 horses", "chest": "lungs in 243 chest X-rays"}
-    shown = "span attention", "fixed attention", "span aligned_prior", "dino attention", "untrained attention"
-    rows = []
+    shown = "span attention", "fixed attention", "span prior", "span aligned_prior"
+    rows, shown = [], [*shown, "dino attention", "untrained attention"]
     for data, title in images.items():
         found = [points(runs, f"{run}_{data}", f"{of}_mAP") for run, of in map(str.split, shown)]
         few, most = min(map(len, found)), max(map(len, found))
         seeds = f"{few}" if few == most else f"{few} to {most}"
         rows.append([title, *(spread(list(x.values())) for x in found), seeds])
-    of = "**SPAN** | SPAN, not registered (as published) | registered prior | DINO's best heads | untrained"
-    return {"real": markdown(f"AP on test images | {of} | seeds", rows)}
+    of = "**SPAN** | SPAN, not registered (as published) | prior | registered prior"
+    header = f"AP on test images | {of} | DINO's best heads | untrained, best heads | seeds"
+    return {"real": markdown(header, rows)}
 
 
 def of_costs(costs: dict[str, list[float]]) -> dict[str, str]:
@@ -187,8 +183,8 @@ def of_wrong_masks(found: dict[str, list]) -> dict[str, str]:
     titles = {"reference image": "true masks of {n} reference images", "swapped": "masks of other regions"}
     titles |= {"shift": "shifted by {amount} % of a side", "scale": "{amount} % as wide and high"}
     rows, hearts = [], []
-    for what, measured in found.items():
-        for amount, each in measured:
+    for what, amounts in found.items():
+        for amount, each in amounts:
             cells = [f"{mean(x):.1f} ({min(x):.1f} to {max(x):.1f})" for x in zip(*each)]
             if what == "hearts":
                 hearts.append([amount, *cells])
@@ -204,10 +200,9 @@ def tables(runs: dict) -> dict[str, str]:
     files = (ROOT / f"results/{name}.json" for name in ("benchmark", "wrong_mask"))
     costs, wrong = (json.loads(file.read_text()) for file in files)
     seed_0 = {name: run for name, run in runs.items() if run["seed"] == 0}
-    made = {name: compared(runs, *table) for name, table in layout().items()}
-    made["failures"] = compared(seed_0, *layout()["failures"])
-    measured = of_costs(costs) | of_wrong_masks(wrong)
-    return of_claims(runs) | made | of_steadiness(runs) | of_real_images(runs) | measured
+    made = {name: compared(seed_0 if name == "failures" else runs, *x) for name, x in layout().items()}
+    made |= of_steadiness(runs) | of_real_images(runs)
+    return of_claims(runs) | made | of_costs(costs) | of_wrong_masks(wrong)
 
 
 def fill(text: str, made: dict[str, str]) -> str:
