@@ -42,8 +42,8 @@ def read_metrics(out: Path) -> dict[str, float]:
     """The metrics in a folder, {} if there are none yet. Raises ValueError for a damaged file."""
     path = out / "metrics.json"
     try:
-        return dict(json.loads(path.read_text())) if path.exists() else {}
-    except (ValueError, TypeError):
+        return {k: float(v) for k, v in json.loads(path.read_text()).items()} if path.exists() else {}
+    except (ValueError, TypeError, AttributeError):
         raise ValueError(f"{path} is damaged: remove it and measure again") from None
 
 
@@ -62,7 +62,7 @@ def compare(args: argparse.Namespace) -> None:
         settings = measured_by(run, splits, reference, registered)
         found = reports[name] = report(run.model, splits, args.measures, fractions, **settings)
         run.out.mkdir(parents=True, exist_ok=True)
-        if run.history and len(run.history) < run.config.epochs:
+        if (run.out / "last.pt").exists() and len(run.history) < run.config.epochs:  # no file of weights
             found.notes.append(f"it stopped after {len(run.history)} of {run.config.epochs} epochs")
         if run.config.marker is None and "flipped" in splits:
             found.notes.append("its metrics are not saved: it was trained without the others' marker")

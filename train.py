@@ -33,13 +33,13 @@ from common.checks import check, check_step
 from common.classify import attention_seen, classification_loss, explained_target, labelled
 from common.classify import natural_range, shifted, supervised_layers
 from common.config import Config, epochs_for, parse
-from common.data import Data, normalise, prepared, rows_at, to_device
+from common.data import Data, normalise, prepared, printable, rows_at, to_device
 from common.foreground import are_made, check_foreground, foreground, keep_masks, kept_masks
 from common.models import build_model, decayed, lrp_rule, make_encoder
 from common.processes import Collapse, average_gradients, fail, from_first, join, keep_freed_memory
 from common.processes import rank, remedy_for, share_batch_norms, stop_requests
 from common.regions import priors_over
-from common.runs import data_of, finish, masses_of
+from common.runs import data_of, finish, guided_regions, masses_of
 from common.splits import load
 from crops import multi_crop
 from dino import DINO, over_processes
@@ -55,7 +55,7 @@ def load_data(config: Config) -> tuple[dict[str, Data], str | None]:
     """Images by split and the reference image's name. Raises ValueError."""
     splits, reference, notes = load(**data_of(config), marker=config.marker, marker_kind=config.marker_kind)
     sizes = ", ".join(f"{len(data.names)} {split}" for split, data in splits.items())
-    print(*(f"note: {note}" for note in notes), f"{config.data}: {sizes} images", sep="\n")
+    print(*(f"note: {note}" for note in notes), printable(f"{config.data}: {sizes} images"), sep="\n")
     if not splits["train"].names:
         raise ValueError(f"{config.data}: no training images; look at the column split in labels.csv")
     return splits, reference
@@ -73,11 +73,10 @@ def foreground_masks(
     if config.task != "classify" or not config.isnet and config.baseline in (None, "gated"):
         return None, known
     if config.resume:
-        masks = kept_masks(config.out, (*train.images[:, :1].shape,))
+        masks, stay = kept_masks(config.out, train.images[:, :1].shape)
     else:
         prior = config.prior, train, reference, config.prior_blur, config.align, config.device
-        masks = from_first(foreground(config.masks, splits, config.data, config.init, prior))
-    stay = masks.flatten(1).any(dim=1) | train.has_masks & (config.masks == "data")  # (N,)
+        masks, stay = from_first(foreground(config.masks, splits, config.data, config.init, prior))
     check_foreground(config.masks, train, masks, stay)
     if not masks[stay & known].any():
         raise ValueError(f"--masks {config.masks}: all masks are empty; draw the foreground in at least one")
@@ -329,7 +328,7 @@ def begin(argv: list[str]) -> tuple:
         torch.set_flush_denormal(True)  # relevance has denormal numbers, which make a CPU slow
     splits, reference = load_data(config)
     train = splits["train"]
-    spec = data_spec(train, config.task == "classify", config.data)
+    spec = data_spec(train, config.task == "classify", config.data, config.prior, reference)
     processes = dist.get_world_size() if dist.is_initialized() else 1
     check_step(config, len(train.names), processes)  # before masks are made, which may take minutes
     if run:
@@ -365,7 +364,7 @@ def begin(argv: list[str]) -> tuple:
     if not run and not rank():
         start_run(config, spec, argv)
         if masks is not None:
-            keep_masks(config.out, masks)
+            keep_masks(config.out, masks, kept)
     return config, spec, model, splits, reference, masks, images, losses, run and run.checkpoint
 
 
@@ -377,7 +376,7 @@ def main(argv: list[str] | None = None) -> None:
         except (ValueError, OSError) as error:
             fail("train.py", error, 2)
         (config, spec, model, splits, reference, _), started = run, time.perf_counter()
-        masses_now = partial(masses_of, config, model, splits["train"], reference)
+        masses_now = partial(masses_of, config, model, guided_regions(config, splits["train"], reference))
         history = train(config, spec, model, images, losses, saved, masses_now)
         if not saved or len(saved["history"]) < len(history):
             print(f"trained in {time.perf_counter() - started:.0f} s{' since --resume' * bool(saved)}")

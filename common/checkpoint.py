@@ -7,8 +7,8 @@
     metrics.json   final metrics, {name: number}
     masks.pt       the foreground of a classifier's training images
 
-Every file is written under another name and then renamed: if the process is killed, the old file or the new
-one is there. Checkpoints are read with `weights_only=True`: one that would run code is refused.
+Each of these is written under another name and then renamed: if the process is killed, the old file or the
+new one is there. Checkpoints are read with `weights_only=True`: one that would run code is refused.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from typing import NamedTuple
 from zipfile import ZipFile
 
 import torch
-from torch import Generator, nn
+from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
 from common.classify import is_multiclass
@@ -32,7 +32,7 @@ from common.data import Data, printable
 from common.flags import option
 from common.weights import reason
 
-FORMAT = 10  # of last.pt; rises when its content or the meaning of a setting changes
+FORMAT = 11  # of last.pt; rises when its content or the meaning of a setting changes
 WRITTEN = "last.pt metrics.jsonl metrics.json masks.pt report.html".split()
 WRITTEN += [f"{name}.png" for name in "attention heatmaps curves compare compare_curves low_data".split()]
 
@@ -45,6 +45,7 @@ class DataSpec(NamedTuple):
     multiclass: bool  # each image has one of the classes
     images: str  # how many training images there were, and a hash of their names and, of classifiers, labels
     relevance_range: tuple[float, ...] | None = None  # C1, C2 of ISNet; if published, also of inner layers
+    priors: str = ""  # if they are masks: the reference image, and a hash of regions and masks
 
 
 class Run(NamedTuple):
@@ -95,7 +96,8 @@ def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
         stopped = "it stopped before its first epoch ended, --overwrite starts again"
         raise ValueError(f"--resume: there is no {out}/last.pt; {'drop --resume' if empty else stopped}")
     if not (empty or resume or overwrite):
-        raise ValueError(f"--out {out} holds a run: --resume continues it, --overwrite starts again")
+        goes_on = "--resume continues it, " * (out / "last.pt").exists()
+        raise ValueError(f"--out {out} holds a run: {goes_on}--overwrite starts again")
 
 
 def start_run(config: Config, spec: DataSpec, argv: list[str]) -> None:
@@ -110,13 +112,27 @@ def start_run(config: Config, spec: DataSpec, argv: list[str]) -> None:
     write_file(config.out / "config.json", record)
 
 
-def data_spec(train: Data, classify: bool, data: str) -> DataSpec:
-    """What a run takes from its training images. Raises ValueError if they can't be classified."""
-    labels, names = train.labels, "\n".join(train.names).encode("utf-8", "surrogateescape")
-    mark = hashlib.sha256(names + (labels.numpy().tobytes() if classify and labels is not None else b""))
-    images = f"{len(train.names)} (hash of names{' and labels' * classify}: {mark.hexdigest()[:8]})"
+def _hash(names: list[str], values: Tensor | None) -> str:
+    content = "\n".join(names).encode("utf-8", "surrogateescape")
+    return hashlib.sha256(content + (b"" if values is None else values.numpy().tobytes())).hexdigest()[:8]
+
+
+def data_spec(
+    train: Data, classify: bool, data: str, prior: str = "none", reference: str | None = None
+) -> DataSpec:
+    """What a run takes from its training images; prior, reference: those of pretraining. Raises ValueError if
+    they can't be classified.
+    """
+    labels, priors = train.labels if classify else None, ""
+    images = f"{len(train.names)} (hash of names{' and labels' * classify}: {_hash(train.names, labels)})"
     if not classify:
-        return DataSpec(train.images.shape[1], (), False, images)
+        if prior == "sample" and reference is not None:
+            mark = _hash(train.regions, train.masks[train.names.index(reference)])
+            priors = f"{printable(reference)} (hash of its masks: {mark})"
+        elif prior == "masks" and train.masks is not None:
+            mark = _hash(train.regions, train.masks & train.has_masks[:, None, None, None])
+            priors = f"all masks (hash: {mark})"
+        return DataSpec(train.images.shape[1], (), False, images, priors=priors)
     if labels is None or labels.isnan().all():
         raise ValueError(f"--task classify: no training image of {data} has a label; add labels.csv")
     if not ((labels == 1).any(dim=0) & (labels == 0).any(dim=0)).any():
@@ -128,11 +144,12 @@ def check_spec(
     folder: Path, run: Run, now: DataSpec, regions: list[str], data: str, goes_on: bool = True
 ) -> None:
     """Raise ValueError if the data no longer have the channels, classes or images that a run was trained on,
-    or other regions than those whose masks of one image guided its heads (other priors are not checked).
-    regions: of the data now. If the run is only measured, not continued, different images only cause a note.
+    or other regions than those whose masks of one image guided its heads; if `now` has priors, also for other
+    masks. regions: of the data now. If a run is only measured, where it was, other images only cause a note.
     """
-    for name, was, there in zip(DataSpec._fields, run.spec[:4], now[:4]):
-        if was != there:
+    for name in ("channels", "classes", "multiclass", "images", "priors"):
+        was, there = getattr(run.spec, name), getattr(now, name)
+        if was != there and (name != "priors" or there):
             was, there = (", ".join(x) if isinstance(x, tuple) else x for x in (was, there))
             learned = f"{folder} learned {name} {was}, but {data} has {there}"
             if name == "images" and not goes_on:

@@ -93,6 +93,8 @@ def check_pairs(c: Config) -> None:
         (c.masks == "prior" and c.prior == "none", "--masks prior needs a prior: leave out --prior none"),
         (c.masks == "prior" and c.prior == "masks",
          "--masks prior --prior masks are the data's own masks: leave out both"),
+        (c.masks == "prior" and c.prior == "statistics",
+         "--masks prior --prior statistics would cover the whole image, which its clusters divide"),
         (c.masks == "attention" and not from_run, "--masks attention needs --init RUN; or use --masks RUN"),
         (not some_masks, f"--masks {c.masks} is not {', '.join(MASKS)}, or a folder"),
         (not classify and c.ssl == "none" and not guided, "--ssl none learns from a --prior alone: set one"),

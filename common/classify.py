@@ -111,7 +111,7 @@ def attention_seen(encoder: nn.Module) -> Iterator[list[Tensor]]:
     """Collects two maps (B, heads, T) for each attention layer of an encoder that runs inside this context.
 
     They hold how much the CLS token attends to each token, and how much all tokens do on average. An encoder
-    without CLS gives, in place of the first, the attention (B, heads, N) of its pooling, if that is learned.
+    without CLS lacks the first; if its pooling is learned, it gives that attention (B, heads, N) once.
     """
     seen: list[Tensor] = []
 
@@ -147,15 +147,18 @@ def natural_range(
     for _ in range(WARM_UP):
         order = torch.randperm(len(images), generator=generator).to(labels.device)
         for index in order.split(batch_size):
-            if len(index) == 1:  # has no variance to normalise by
+            if len(index) == 1 < batch_size:  # a small rest
                 continue
             loss = classification_loss(plain(prepared(rows_at(images, index))), labels[index], multiclass)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
     inner, totals = supervised_layers(plain.eval().encoder, layers), []
-    masked = masks.flatten(1).any(dim=1).nonzero()[:512, 0].to(labels.device)
-    for index in masked.split(at_a_time(64, images)):
+    masked = masks.flatten(1).any(dim=1).nonzero()[:, 0]
+    masked = masked[torch.randperm(len(masked), generator=generator)[:512]].to(
+        labels.device
+    )  # of all classes
+    for index in masked.split(at_a_time(min(64, batch_size), images)):
         target = explained_target(labels[index], multiclass, explain, generator)
         heatmaps, _ = relevance(plain, prepared(rows_at(images, index)), target, layers=inner, **rule)
         heatmaps = heatmaps if inner else [heatmaps]

@@ -40,7 +40,7 @@ ENCODER = "backbone img_size patch_size embed_dim depth num_heads registers pool
 PER_CALL = ("out", "overwrite", "resume", "keep_going", "strict", "device")  # --resume may change these
 PLACES = ("data", "init", "masks", "prior")  # ... and these, if a file or folder that they name has moved
 KEYWORDS = {*"phantom parts data prior attention sample masks statistics none".split(), None}  # no paths
-NO_SETTINGS = {*"command versions machine channels classes multiclass images relevance_range".split()}
+NO_SETTINGS = {*"command versions machine channels classes multiclass images priors relevance_range".split()}
 COUNT, FRACTION, WEIGHT, POSITIVE = (1, 10**9), (0, 1), (0, 1e9), (1e-12, 1e9)  # limits
 DINO, VIEWS, PENALISED = "ssl=dino", "ssl=dino|none", "baseline=" + "|".join(PENALTIES)
 REGISTERED = "prior masks=prior isnet&masks=data baseline&masks=data"  # to images without masks

@@ -3,7 +3,8 @@
     python -m common.datasets mvtec mvtec_anomaly_detection/bottle data/bottle
 
 Images are hard links where possible. If a release has test images but no validation images, a tenth of the
-training images becomes the validation split, chosen by patient if patients are known.
+training images becomes the validation split, chosen by patient if patients are known (of mvtec, a third of
+the test images).
 """
 
 import argparse

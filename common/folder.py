@@ -155,24 +155,24 @@ def by_stem(names: list[str]) -> dict[str, int]:
     """{name without suffix: its index}, as masks name images. Raises DataError if two are alike."""
     stems: dict[str, int] = {}
     for i, name in enumerate(names):
-        first = stems.setdefault(Path(name).with_suffix("").as_posix(), i)
+        first = stems.setdefault(normalize("NFC", Path(name).with_suffix("").as_posix()), i)
         if first != i:
             raise DataError(f"{names[first]} and {name} would share a mask's name; rename one of them")
     return stems
 
 
-def read_masks(folder: Path, data: str | None, names: list[str], size: int) -> Tensor:
+def read_masks(folder: Path, data: str | None, names: list[str], size: int) -> tuple[Tensor, Tensor]:
     """Masks (N, 1, S, S) bool of the images `names`: the union of the files <name> and <region>/<name>.
 
-    data: the folder of the images, or None for synthetic ones, whose masks may have any size. Images without
-    a mask of every region get an empty one. Raises DataError, also if all lack some.
+    data: the folder of the images, or None for synthetic ones, whose masks may have any size. Also returns
+    which images have a mask of every region, (N,) bool; the others' are empty. Raises DataError without any.
     """
     if (folder / "images").is_dir() or data and folder.resolve() == Path(data).resolve():
         raise DataError(f"{folder} holds images, not masks; name the folder of the masks")
     wanted, known = by_stem(names), defaultdict(set)  # region: images that have a mask of it
     masks = torch.zeros(len(names), 1, size, size, dtype=torch.bool)
     for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).with_suffix("").as_posix()
+        name = normalize("NFC", path.relative_to(folder).with_suffix("").as_posix())
         i = wanted.get(name, wanted.get(name.partition("/")[2]))
         if i is not None and name[0] != "." and path.suffix.lower() in SUFFIXES and path.is_file():
             known["" if name in wanted else name.partition("/")[0]].add(i)
@@ -181,10 +181,11 @@ def read_masks(folder: Path, data: str | None, names: list[str], size: int) -> T
     if not known:
         raise DataError(f"{folder} holds no mask of any training image; name them like `{names[0]}`")
     whole = known.pop("", set())  # a single mask for all regions
-    if partly := (set.union(set(), *known.values()) - set.intersection(*known.values() or [set()])) - whole:
+    whole |= set.intersection(*known.values() or [set()])
+    if partly := set.union(set(), *known.values()) - whole:
         print(f"note: {len(partly)} image(s) have masks of some regions only: their foreground is unknown")
         masks[list(partly)] = False
-    return masks
+    return masks, torch.tensor([i in whole for i in range(len(names))])
 
 
 def _read_images(paths: dict[str, Path], masks: dict[str, dict], size: int, notes: list[str]) -> Data:

@@ -30,34 +30,39 @@ warnings.filterwarnings("ignore", "background_loss: an image with an empty mask 
 REFERENCES = 5  # images with masks that are registered to those without
 
 
-def foreground(source: str, splits: dict[str, Data], data: str, init: Path | None, prior: tuple) -> Tensor:
-    """The foreground of the training images by a source, (N, 1, S, S) bool, empty where there is none.
+def foreground(
+    source: str, splits: dict[str, Data], data: str, init: Path | None, prior: tuple
+) -> tuple[Tensor, Tensor]:
+    """The foreground of the training images by a source, (N, 1, S, S) bool, and for which it is known (N,).
 
+    A mask that is made is known unless it is empty. One that is given may be empty: all is background then.
     prior: the arguments of `priors_over` after images. Prints Dice with the data's masks. Raises ValueError.
     """
     train, folder = splits["train"], Path(init if source == "attention" else source)
+    given = train.has_masks & (source == "data")  # (N,)
     if source == "data":
-        own = train.has_masks
+        own = given
         if not own.any():
             counts = ", ".join(f"{s} {int(d.has_masks.sum())} of {len(d.names)}" for s, d in splits.items())
             line = f"images with a mask for every region: {counts}; one of train must have them"
             raise ValueError(f"{line}: add masks/<region>/ beside images/, or change labels.csv")
         masks = own[:, None, None, None] & train.masks.any(dim=1, keepdim=True)
         if not own.all():
-            counts = f"{int(own.sum())} of {len(own)} training images"
-            print(f"warning: masks of {counts} are registered to the others")
+            counts = f"{int(own.sum())} of {len(own)} training images have masks"
+            print(f"warning: {counts}; those of up to {REFERENCES} images are carried to the others")
             masks[~own] = registered_masks(train.images[~own], ("sample", *prior[1:]), REFERENCES)
     elif source == "prior":
         masks = registered_masks(train.images, prior)
     elif (folder / "config.json").is_file():
         masks = masks_of_run(folder, data, train.images, prior[-1])
     else:
-        masks = read_masks(folder, None if data in DRAWN else data, train.names, train.images.shape[-1])
+        size = train.images.shape[-1]
+        masks, given = read_masks(folder, None if data in DRAWN else data, train.names, size)
     if source != "data":
         dice, n = masks_compared(masks, train, prior[2])
         found = f"Dice {100 * dice:.1f} % with those of the data, in {n} image(s)"
         print(f"masks from {source}: {found if n else 'no other image has masks to compare them with'}")
-    return masks
+    return masks, given | masks.flatten(1).any(dim=1)
 
 
 def are_made(source: str, has_masks: Tensor) -> bool:
@@ -102,9 +107,12 @@ def registered_masks(images: Tensor, prior: tuple, most: int = 1) -> Tensor:
     gets the masks of the one that, warped, is most like it around them. Raises ValueError.
     """
     source, train, reference, *how = prior
+    own = train.masks[train.names.index(reference)] if source == "sample" and reference else torch.ones(1, 1)
+    if not own.flatten(1).any(dim=1).all():  # regions of which each image shows some: their union will do
+        train = train._replace(masks=train.masks.any(dim=1, keepdim=True), regions=["foreground"])
     masks, best = torch.zeros_like(images[:, :1], dtype=torch.bool), torch.full((len(images),), -2.0)
     for name in references_for(train, reference, most) if most > 1 else [reference]:
-        if source == "sample" and how[1] != "none":
+        if source == "sample" and name and how[1] != "none":
             print(f"registering masks of {printable(name)} to {len(images)} images ...", flush=True)
         over = priors_over(images, source, train, name, *how)
         for index in torch.arange(len(images), device=how[-1]).split(at_a_time(BATCH, images)):
@@ -121,11 +129,11 @@ def references_for(train: Data, reference: str, most: int) -> list[str]:
     complete = train.has_masks & train.masks.flatten(2).any(dim=2).all(dim=1)  # (N,)
     labels = [""] * len(train.names) if train.labels is None else map(str, train.labels.tolist())
     label, turn, turns = dict(zip(train.names, labels)), {}, Counter()
-    names = [reference, *(name for name in select(train, complete).names if name != reference)]
-    for name in names:
+    others = (name for name, whole in zip(train.names, complete.tolist()) if whole and name != reference)
+    for name in (reference, *others):
         turn[name] = turns[label[name]]
         turns[label[name]] += 1
-    return sorted(names, key=turn.get)[:most]
+    return sorted(turn, key=turn.get)[:most]
 
 
 def masks_of_run(folder: Path, data: str, images: Tensor, device: str) -> Tensor:
@@ -160,15 +168,16 @@ def masks_compared(masks: Tensor, data: Data, reference: str | None) -> tuple[fl
     return (mask_dice(masks[both], select(data, both)) if both.any() else math.nan), int(both.sum())
 
 
-def keep_masks(run: Path, masks: Tensor) -> None:
-    """Write masks (N, 1, S, S) bool into a run's folder, for --resume."""
-    write_file(run / "masks.pt", torch.from_numpy(np.packbits(masks.numpy())))
+def keep_masks(run: Path, masks: Tensor, stay: Tensor) -> None:
+    """Write masks (N, 1, S, S) bool, and which images stay (N,), into a run's folder, for --resume."""
+    write_file(run / "masks.pt", {"masks": torch.from_numpy(np.packbits(masks.numpy())), "stay": stay})
 
 
-def kept_masks(run: Path, shape: tuple[int, ...]) -> Tensor:
-    """The masks (N, 1, S, S) bool that `keep_masks` wrote. Raises ValueError."""
+def kept_masks(run: Path, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The masks (N, 1, S, S) and (N,) bool that `keep_masks` wrote. Raises ValueError."""
     try:
-        bits = np.unpackbits(torch.load(run / "masks.pt", weights_only=True).numpy())
-        return torch.from_numpy(bits[: math.prod(shape)].reshape(shape).astype(bool))
+        kept = torch.load(run / "masks.pt", weights_only=True)
+        bits = np.unpackbits(kept["masks"].numpy())
+        return torch.from_numpy(bits[: math.prod(shape)].reshape(shape).astype(bool)), kept["stay"]
     except Exception as error:  # a damaged file fails in the unpickler in many ways
         raise ValueError(f"{run}/masks.pt can't be read ({reason(error)}): train again") from None

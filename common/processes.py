@@ -63,14 +63,14 @@ def join(device: str, batch_size: int) -> str:
     if "RANK" not in os.environ:
         check_device(device)
         return device
-    processes = int(os.environ["WORLD_SIZE"])
+    processes = int(os.environ.get("WORLD_SIZE", 1))
     if batch_size % processes:
         shared = f"--batch-size {batch_size} can't be shared by {processes} processes"
         raise ValueError(f"{shared}: take a multiple")
     if processes > 1 and device not in ("cpu", "cuda"):
         shared = f"--device {device} can't be shared by {processes} processes"
         raise ValueError(f"{shared}: take cuda, a GPU for each, or cpu")
-    device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
     try:
         check_device(device)
     except ValueError as error:

@@ -163,15 +163,22 @@ def pretrained(model: nn.Module) -> nn.Module:
     return model.student if isinstance(model, DINO) else model.encoder
 
 
-def masses_of(config: Config, model: nn.Module, train: Data, reference: str | None) -> dict[str, float]:
-    """m_r of heads that one prior guided, {region: share}, as --masks RUN needs them; {} of other runs."""
+def guided_regions(config: Config, train: Data, reference: str | None) -> tuple | None:
+    """Names (R), masks (R, S, S), and images (M, C, S, S) that show them, of regions to which one prior
+    guides heads; None if none does."""
     if config.task == "classify" or config.prior in ("none", "masks"):
-        return {}
+        return None
     priors, names = make_priors(config.prior, train, reference, config.prior_blur)
-    regions = priors >= priors.amax(dim=(1, 2), keepdim=True) / 2
     # Priors from statistics or a file are true of images only on average.
     images = train.images[[train.names.index(reference)] if config.prior == "sample" else slice(BATCH)]
-    encoder, training = pretrained(model), model.training
+    return names, priors >= priors.amax(dim=(1, 2), keepdim=True) / 2, images
+
+
+def masses_of(config: Config, model: nn.Module, guided: tuple | None) -> dict[str, float]:
+    """m_r of `guided_regions`, {region: share}, as --masks RUN needs them; {} without any."""
+    if guided is None:
+        return {}
+    (names, regions, images), encoder, training = guided, pretrained(model), model.training
     attention = attention_of(encoder, images, config.span_layer)[:, : len(names)]
     model.train(training)
     return dict(zip(names, mass_held(attention, encoder.grid(images), regions).tolist()))

@@ -309,12 +309,18 @@ def test_an_image_has_masks_if_it_has_one_of_every_region_by_its_own_name(folder
 
 def test_masks_of_another_tool_are_known_if_an_image_has_one_of_every_region(folder, capsys):
     add_masks(folder, "heart/a.png", "heart/b.png", "lung/a.png")
-    masks = read_masks(folder / "masks", str(folder), ["a.png", "b.png"], 16)
-    assert masks.flatten(1).any(dim=1).tolist() == [True, False]
+    masks, known = read_masks(folder / "masks", str(folder), ["a.png", "b.png"], 16)
+    assert known.tolist() == masks.flatten(1).any(dim=1).tolist() == [True, False]
     assert "note: 1 image(s) have masks of some regions only" in capsys.readouterr().out
     add_masks(folder, "c.png")  # of all regions
-    masks = read_masks(folder / "masks", str(folder), ["a.png", "b.png", "c.png"], 16)
-    assert masks.flatten(1).any(dim=1).tolist() == [True, False, True]
+    add_masks(folder, "Ha\u0308user.png")  # as macOS writes it
+    _, known = read_masks(folder / "masks", None, ["H\u00e4user.png"], 16)
+    assert known.tolist() == [True]
+    save(folder / "masks/heart/b.png", np.zeros((16, 16), dtype=np.uint8))
+    save(folder / "masks/lung/b.png", np.zeros((16, 16), dtype=np.uint8))
+    masks, known = read_masks(folder / "masks", str(folder), ["a.png", "b.png", "c.png", "d.png"], 16)
+    assert masks.flatten(1).any(dim=1).tolist() == [True, False, True, False]
+    assert known.tolist() == [True, True, True, False]  # in b.png all is background, known to be so
 
 
 def test_a_mask_must_have_the_size_of_its_image_after_exif_rotation(tmp_path):

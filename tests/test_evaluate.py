@@ -163,7 +163,7 @@ def test_masks_cover_the_reference_s_prior_and_come_back_as_they_went(span_run, 
     for mask, prior in zip(masks[train_split.names.index(reference)], priors):
         region = prior >= prior.max() / 2
         assert 0.95 <= (mask & region).sum() / region.sum()
-    again = read_masks(tmp_path / "masks", None, train_split.names, 64)
+    again, _ = read_masks(tmp_path / "masks", None, train_split.names, 64)
     assert torch.equal(again, masks.any(dim=1, keepdim=True))
     line = refused(evaluate.main, str(span_run), "--export-masks", str(tmp_path / "masks"))
     assert "holds something already; name a new folder" in line

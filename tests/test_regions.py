@@ -16,7 +16,7 @@ from common import runs
 from common.checkpoint import load_run
 from common.config import parse
 from common.data import Data
-from common.foreground import are_made, check_foreground, foreground
+from common.foreground import are_made, check_foreground, foreground, keep_masks, kept_masks
 from common.foreground import mask_dice, masks_compared, references_for, registered_masks
 from common.phantom import REGIONS, phantom
 from common.regions import check_masses, make_priors, masks_held, mass_held, prior_maps, priors_over
@@ -94,7 +94,8 @@ def test_a_mass_is_that_of_the_reference_image_and_measuring_it_does_not_end_tra
     splits, reference, _ = load("phantom", 64, 0, 4)
     train_split, model = splits["train"], nn.ModuleDict({"encoder": ViT(64, 8, 1, 24, 1, 3)})
     monkeypatch.setattr(runs, "attention_of", attention := Mock(wraps=runs.attention_of))
-    masses = runs.masses_of(parse(["--ssl", "none"])[0], model, train_split, reference)
+    config = parse(["--ssl", "none"])[0]
+    masses = runs.masses_of(config, model, runs.guided_regions(config, train_split, reference))
     _, images, _ = attention.call_args.args
     assert torch.equal(images, train_split.images[[train_split.names.index(reference)]])
     assert list(masses) == train_split.regions and model.training and model["encoder"].training
@@ -138,15 +139,16 @@ def test_images_without_masks_get_the_reference_s_by_registration_or_are_left_ou
     train_split.has_masks[lacking] = False
     train_split.images[lacking[0]] = torch.rand(1, 64, 64, generator=torch.Generator().manual_seed(0)) * 255
     prior = "none", train_split, reference, 0.025, "bend", "cpu"
-    masks = foreground("data", splits, "phantom", None, prior)
+    masks, known = foreground("data", splits, "phantom", None, prior)
     covered = masks.flatten(1).any(dim=1)
-    assert "masks of 1 of 8 training images are registered to the others" in capsys.readouterr().out
+    assert torch.equal(known, covered)
+    assert "1 of 8 training images have masks; those of up to 5 images are carried" in capsys.readouterr().out
     check_foreground("data", train_split._replace(labels=torch.ones(8, 1)), masks, covered)
     line = "the foreground of 7 of 8 training images is known; the others are left out"
     assert line in capsys.readouterr().out
     assert not covered[lacking[0]] and covered.sum() == 7
     train_split.has_masks[covered] = True
-    by_prior = foreground("prior", splits, "phantom", None, ("sample", *prior[1:]))
+    by_prior, _ = foreground("prior", splits, "phantom", None, ("sample", *prior[1:]))
     assert mask_dice(masks, train_split) > 0.85 < mask_dice(by_prior, train_split)
     train_split.has_masks[:] = True
     exact = train_split.masks.any(dim=1, keepdim=True) & covered[:, None, None, None]
@@ -222,6 +224,22 @@ def test_of_two_references_each_image_takes_the_masks_of_the_one_that_is_more_li
     assert both == also > 0.01 + max(healthy, ill)
 
 
+def test_regions_that_no_image_shows_together_are_united_to_be_registered():
+    images, masks, _ = phantom(3, seed=10)
+    masks[0, 1:] = masks[1:, 0] = False
+    data = Data(images, masks, torch.tensor([True, False, False]), None, list("abc"), REGIONS, [])
+    made = registered_masks(images, ("sample", data, "a", 0.025, "none", "cpu"))
+    assert torch.equal(made[1], made[0]) and (made[0, 0] & masks[0, 0]).sum() > 0.9 * masks[0, 0].sum()
+    with pytest.raises(ValueError, match="no image has a mask for every region; add masks of one image"):
+        registered_masks(images, ("sample", data, None, 0.025, "bend", "cpu"))
+
+
+def test_kept_masks_say_which_images_stay_whatever_masks_the_folder_has_later(tmp_path):
+    masks, stay = torch.rand(3, 1, 5, 5) > 0.5, torch.tensor([True, False, True])
+    keep_masks(tmp_path, masks, stay)
+    assert all(map(torch.equal, kept_masks(tmp_path, masks.shape), (masks, stay)))
+
+
 def test_references_show_each_label_in_turn():
     labels, names = torch.tensor([[0.0], [0], [0], [1], [1], [0]]), list("abcdef")
     masks = torch.ones(6, 1, 8, 8, dtype=torch.bool)
@@ -255,7 +273,7 @@ def test_masks_of_another_tool_serve_data_that_has_none_and_it_is_said_for_how_m
 @pytest.mark.parametrize(
     "damage, line",
     [
-        (lambda data, masks: save(masks / "a.png", 0 * BOX), "the foreground of 0 of 4 training images"),
+        (lambda data, masks: save(masks / "a.png", 0 * BOX), "the foreground of 1 of 4 training images"),
         (lambda data, masks: save(masks / "a.png", BOX.T), "is 20 x 30 px but its image"),
         (lambda data, masks: (masks / "images").mkdir(parents=True), "holds images"),
         (lambda data, masks: save(data / "images" / "a.jpg", BOX) and save(masks / "a.png", BOX), "rename"),

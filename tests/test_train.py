@@ -410,6 +410,18 @@ def test_a_run_is_not_resumed_on_other_classes_images_labels_or_regions_than_it_
         run = Run(parse(words.split())[0], spec("abc", "cat dog"), {"heart": 0.6}, {})
         check_spec(Path("run"), run, now, [*regions], "mine")
 
+    def guided(reference: str, prior: str = "sample", area: int = 4) -> DataSpec:
+        masks = torch.zeros(2, 1, 8, 8, dtype=torch.bool)
+        masks[:, :, :area] = True
+        data = Data(masks.byte(), masks, torch.ones(2).bool(), None, ["a", "b"], ["heart"], [])
+        return data_spec(data, False, "mine", prior, reference)
+
+    begun = Run(parse([])[0], guided("a"), {"heart": 0.6}, {})
+    check_spec(Path("run"), begun, guided("a"), ["heart"], "mine")
+    check_spec(Path("run"), begun, guided("b", "none"), ["heart"], "mine")  # to be measured only
+    for other in (guided("b"), guided("a", area=3), guided("a", "masks")):
+        with pytest.raises(ValueError, match="run learned priors a .hash of its masks"):
+            check_spec(Path("run"), begun, other, ["heart"], "mine")
     checked(spec("abc", "cat dog"), "heart")
     checked(spec("abc", "cat dog"))  # all masks are gone: the heads can't be mistaken
     checked(spec("abc", "cat dog"), "aorta", words="--prior statistics")
