@@ -78,8 +78,7 @@ def follow(priors: Tensor, theta: Tensor, grid: tuple[int, int]) -> tuple[Tensor
     (B, R, h * w), all zero where a view sees nothing of a prior, and the share seen (B, R).
     """
     h, w = grid
-    if priors.dim() == 3:
-        priors = priors.expand(len(theta), *priors.shape)
+    priors = priors.expand(len(theta), *priors.shape[-3:])
     H, W = priors.shape[-2:]
     per_patch = -(-H // h), -(-W // w)  # samples along a patch, rounded up, so that no pixel is skipped
     size = [len(theta), priors.shape[1], h * per_patch[0], w * per_patch[1]]
@@ -94,11 +93,12 @@ def follow(priors: Tensor, theta: Tensor, grid: tuple[int, int]) -> tuple[Tensor
 def span_loss(attention: Tensor, prior: Tensor, share: Tensor, kind: str = "kl") -> Tensor:
     """The SPAN loss, equations (3) and (4), a scalar.
 
-    attention (B, heads, N): probabilities; prior r guides head r, heads beyond R stay free. prior (B, R, N)
-    and share (B, R): from `follow`. kind: "kl", KL(P || A) in nats; "mse", N^2 times the mean squared
-    difference, as for a map of mean 1; "dice", 1 - 2 sum(P A) / (sum(P^2) + sum(A^2)). Raises ValueError for
-    more priors than heads, different sizes, or an unknown kind.
+    attention (B, heads, N) or, of one head, (B, N): probabilities; prior r guides head r, heads beyond R stay
+    free. prior (B, R, N) and share (B, R): from `follow`. kind: "kl", KL(P || A) in nats; "mse", N^2 times
+    the mean squared difference, as for a map of mean 1; "dice", 1 - 2 sum(P A) / (sum(P^2) + sum(A^2)).
+    Raises ValueError for more priors than heads, different sizes, or an unknown kind.
     """
+    attention = attention[:, None] if attention.dim() == 2 else attention
     (B, heads, N), R = attention.shape, prior.shape[1]
     if R > heads:
         raise ValueError(f"{R} priors but {heads} attention heads: use at least {R} heads or fewer priors")
@@ -110,7 +110,8 @@ def span_loss(attention: Tensor, prior: Tensor, share: Tensor, kind: str = "kl")
     A = attention[:, :R]
     A = A / A.sum(dim=2, keepdim=True).clamp_min(1e-12)  # (3)
     if kind == "kl":
-        losses = (torch.xlogy(prior, prior) - prior * A.clamp_min(1e-12).log()).sum(dim=2)  # (B, R)
+        log_A = A.clamp_min(torch.finfo(A.dtype).tiny).log()  # a larger minimum would stop the gradient
+        losses = (torch.xlogy(prior, prior) - prior * log_A).sum(dim=2)  # (B, R)
     elif kind == "mse":
         losses = N**2 * (prior - A).square().mean(dim=2)
     elif kind == "dice":
@@ -127,9 +128,10 @@ def guidance(
     """The SPAN loss over all views of a batch, equation (4), a scalar.
 
     One entry per resolution, as from `crops.multi_crop`: attentions (V B, heads, N), thetas (V B, 2, 3) and
-    grids (h, w), N = h w. priors (B, R, H, W) lie over the whole images; if thetas is None, they do not
-    follow the crops. Each resolution is weighted by the share of the priors that its views see, and each
-    image by confidence (B,), in [0, 1]. The mean is over these images, so each part of a batch has its own.
+    grids (h, w), N = h w. priors (B, R, H, W) lie over the whole images (expand those that all share); if
+    thetas is None, they do not follow the crops. Each resolution is weighted by the share of the priors that
+    its views see, and each image by confidence (B,), in [0, 1]. The mean is over these images, so each part
+    of a batch has its own.
     """
     losses, shares = [], []
     for i, attention in enumerate(attentions):

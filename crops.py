@@ -11,17 +11,16 @@ product. Colour is a matrix too: saturation, hue and grey are one 3x3 matrix per
 
 Recipe and strengths are those of DINO (Caron et al. 2021, arXiv 2104.14294, from BYOL): jitter, grey, blur,
 solarise. Where we differ: all random numbers come from one CPU generator, so a seed gives the same views on
-every device. A crop larger than the image is clipped to it instead of drawn again. Any crop at the image's
-border fades to 0 there. Blur is given for 224 px and scaled to the view. By default there are no flips and no
-local crops; if used, these show at least 10 % of the area (there: 5 %). Contrast uses the mean of all
-channels, and colour changes have a fixed order. Sampling is bilinear without antialiasing, so downscale much
-larger images first.
+every device. A crop larger than the image is clipped to it instead of drawn again. Where a crop is enlarged,
+its pixels within half a pixel of the image's border fade toward 0. Blur is given for 224 px and scaled to the
+view. By default there are no flips and no local crops; if used, these show at least 10 % of the area (there:
+5 %). Contrast uses the mean of all channels, and colour changes have a fixed order. Sampling is bilinear
+without antialiasing, so downscale much larger images first.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
-
 
 def random_crops(
     n: int, scale: tuple[float, float], generator: Generator, ratio: tuple[float, float] = (3 / 4, 4 / 3),
@@ -48,16 +47,19 @@ def random_crops(
 def crop(images: Tensor, theta: Tensor, size: int | tuple[int, int]) -> Tensor:
     """Views (B, C, h, w) of `size` px of images (B, C, H, W) at theta (B, 2, 3): bilinear, 0 outside.
 
-    The gradient reaches the images, not theta.
+    The gradient reaches the images, not theta. Half-precision images are sampled in float32.
     """
     h, w = (size, size) if isinstance(size, int) else size
     x, y = ((torch.arange(n, device=theta.device) * 2 + 1) / n - 1 for n in (w, h))
     # The same points as F.affine_grid, whose matrix product would take longer than the sampling.
-    grid = torch.empty(len(theta), 2, h, w, device=theta.device, dtype=images.dtype)
+    kind = torch.promote_types(images.dtype, torch.float32)  # in half precision, points would be pixels off
+    grid = torch.empty(len(theta), 2, h, w, device=theta.device, dtype=kind)
     for i in range(2):
         a, b, c = theta.detach()[:, i, :, None, None].unbind(1)  # (B, 1, 1) each
         torch.add(a * x + c, b * y[:, None], out=grid[:, i])
-    return F.grid_sample(images, grid.permute(0, 2, 3, 1), padding_mode="zeros", align_corners=False)
+    points = grid.permute(0, 2, 3, 1)  # (B, h, w, 2)
+    views = F.grid_sample(images.to(kind), points, padding_mode="zeros", align_corners=False)
+    return views.to(images.dtype)
 
 
 def distort(images: Tensor, generator: Generator, blur: float = 0.5, solarise: float = 0.0) -> Tensor:
@@ -98,9 +100,12 @@ def multi_crop(
 
     The first entry holds two global views of `size` px (2 B, C, size, size): the first of every image, always
     blurred, then the second, blurred with probability 0.1 and solarised with 0.2. If locals_number V > 0, the
-    second holds the local views (V B, C, local_size, local_size). thetas: (2 B, 2, 3) and (V B, 2, 3).
+    second holds the local views (V B, C, local_size, local_size). thetas: (2 B, 2, 3) and (V B, 2, 3). Raises
+    ValueError for local views without a size. Call it outside autocast, which would round pixels.
     """
     B, V = len(images), locals_number
+    if V and local_size < 1:
+        raise ValueError(f"{V} local views of {local_size} px: give local_size")
     theta = random_crops(2 * B, global_scale, generator, flip=flip).to(images.device)
     first, second = crop(images.repeat(2, 1, 1, 1), theta, size).split(B)
     views = torch.cat([distort(first, generator, 1.0, 0.0), distort(second, generator, 0.1, 0.2)])

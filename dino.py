@@ -9,10 +9,10 @@ teacher's distribution over K prototypes; the teacher's weights are a moving ave
     theta_t <- lambda theta_t + (1 - lambda) theta_s
 
 Centring (c) and sharpening (small tau_t) balance each other. Without this balance DINO collapses: all images
-get the same output, which the loss does not show. Two additions, off unless asked for, work against it.
-KoLeo (1806.03198, used by DINOv2) spreads the features z of a batch. The entropy of P_t is about
-log K - (s / tau_t)^2 / 2, where s is the standard deviation of logits; tau_t is lowered to limit it, to about
-e log K. A slow c would leave the same offset in all logits, and one prototype would win: (8) moves c faster.
+get the same output, which the loss does not show. Two additions, off unless asked for, work against it. KoLeo
+(1806.03198, used by DINOv2) spreads the features z of a batch. The entropy of P_t is about log K - (s /
+tau_t)^2 / 2, where s is the standard deviation of logits; tau_t is lowered to keep it below about e log K (e:
+`max_entropy`). A slow c would leave one offset in all logits, and one prototype would win: (8).
 
     L_KoLeo = -mean_i log min_(j != i) |z_i - z_j|,  |z| = 1,  weighted by w                             (5)
     tau_t   = min(tau_t, s / sqrt(2 w (1 - e) log K)),  so that mean h(P_t) / log K <~ 1 - w (1 - e)     (6)
@@ -22,8 +22,8 @@ e log K. A slow c would leave the same offset in all logits, and one prototype w
 `CollapseMonitor` tracks the entropy h(P_t) (in a collapse: near log K if centring won, low if sharpening
 won), the KL of P_t from the mean P_t (how much an output says about its image: 0 in a collapse, at least f
 log K in a healthy run, f = 0.02), and the number of prototypes in use. `DINOHead` has the published names.
-Where we differ, for short runs: tau_t has no warm-up; the last layer is not frozen, and its rows start
-shorter, to rotate faster; weight decay is constant; gradients are clipped as a whole; we use the student.
+Where we differ, for short runs: tau_t has no warm-up; the last layer is not frozen, its rows `weight_v` start
+shorter, to turn faster; weight decay is constant; gradients are clipped together; the student is the result.
 """
 
 import copy
@@ -78,7 +78,8 @@ class DINOLoss(nn.Module):
         in training mode the centre then moves toward their mean."""
         log_ps = (student / self.student_temp).log_softmax(dim=-1)
         pt = self.teacher_probabilities(teacher, teacher_temp)
-        losses = -torch.einsum("tbk,sbk->ts", pt, log_ps) / student.shape[1]  # (2, V)
+        with torch.autocast(student.device.type, enabled=False):
+            losses = -torch.einsum("tbk,sbk->ts", pt, log_ps) / student.shape[1]  # (2, V)
         same_view = torch.eye(*losses.shape, dtype=torch.bool, device=losses.device)
         if self.training:
             self.move_center(teacher, 1 - self.center_momentum)
@@ -108,14 +109,15 @@ def koleo_loss(features: Tensor) -> Tensor:
     """Equation (5), a scalar, of features (B, D) of the images on this device; 0 for a single one."""
     if len(features) < 2:
         return features.sum() * 0
-    z = F.normalize(features, dim=1)
-    nearest = (z @ z.T).detach().fill_diagonal_(-2).argmax(dim=1)  # (B,)
+    z = F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1)
+    with torch.autocast(z.device.type, enabled=False):  # in bfloat16, another one may seem nearest
+        nearest = (z @ z.T).detach().fill_diagonal_(-2).argmax(dim=1)  # (B,)
     return -(z - z[nearest]).norm(dim=1).clamp_min(1e-8).log().mean()
 
 
 def over_processes(mean: Tensor) -> Tensor:
     """The mean over all processes of a distributed training, each with the same number of images."""
-    if not dist.is_initialized():
+    if not (dist.is_available() and dist.is_initialized()):
         return mean
     total = mean.clone()
     dist.all_reduce(total)
@@ -145,7 +147,7 @@ class CollapseMonitor(nn.Module):
         kl = torch.special.entr(mean).sum() - entropy  # mean over images of KL(P_t || mean P_t)
         for average, new in ((self.entropy, entropy), (self.kl, kl), (self.usage, wins)):
             average.lerp_(new.to(average), 1 - self.momentum)
-        below = self.kl < self.floor * math.log(pt.shape[1])
+        below = ~(self.kl >= self.floor * math.log(pt.shape[1]))  # NaN is below
         self.steps_below.copy_(torch.where(below, self.steps_below + 1, 0))
 
     def nearness(self) -> Tensor:
@@ -193,6 +195,7 @@ class DINO(nn.Module):
         self.teacher_head = copy.deepcopy(self.student_head).requires_grad_(False)
         self.loss = DINOLoss(out_dim, center_momentum=center_momentum)
         self.health = CollapseMonitor(out_dim)
+        self.train()
 
     def forward(self, views: list[Tensor], teacher_temp: float = 0.04, layer: int = -1) -> tuple:
         """The loss of one step, a scalar, and the student's Features of each entry of views, without patches.
@@ -204,19 +207,17 @@ class DINO(nn.Module):
         student = torch.cat([self.student_head(f.pooled) for f in features])  # (V B, K)
         with torch.no_grad():
             teacher = self.teacher_head(self.teacher(views[0], layer=None, patches=False).pooled)  # (2 B, K)
-        with torch.autocast(student.device.type, enabled=False):  # sums over images need float32
-            student, teacher = (scores.float().unflatten(0, (-1, B)) for scores in (student, teacher))
-            w = self.health.nearness()
-            if self.training and self.max_entropy < 1:
-                self.loss.move_center(teacher, w)
-            teacher_temp = self.loss.temperature(teacher, teacher_temp, self.max_entropy, w)
-            if self.training and B > 1:  # of one image, the KL says nothing
-                self.health.update(self.loss.teacher_probabilities(teacher, teacher_temp))
-            loss = self.loss(student, teacher, teacher_temp)
-            if self.koleo:  # within each global view, so that all features are of different images
-                apart = [koleo_loss(view.float()) for view in features[0].pooled.chunk(2)]
-                loss = loss + w * self.koleo * sum(apart) / 2
-            return loss, features
+        student, teacher = (scores.unflatten(0, (-1, B)) for scores in (student, teacher))
+        w = self.health.nearness()
+        if self.training and self.max_entropy < 1:
+            self.loss.move_center(teacher, w)
+        teacher_temp = self.loss.temperature(teacher, teacher_temp, self.max_entropy, w)
+        if self.training and B > 1:  # of one image, the KL says nothing
+            self.health.update(self.loss.teacher_probabilities(teacher, teacher_temp))
+        loss = self.loss(student, teacher, teacher_temp)
+        if self.koleo:  # within each global view, so that all features are of different images
+            loss = loss + w * self.koleo * sum(map(koleo_loss, features[0].pooled.chunk(2))) / 2
+        return loss, features
 
     def train(self, mode: bool = True) -> "DINO":
         """Set the mode, but keep the teacher in evaluation mode, so that its targets are deterministic. Only

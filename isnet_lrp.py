@@ -154,7 +154,8 @@ def attention_loss(attention: Tensor, foreground: Tensor) -> Tensor:
     A = attention.to(torch.promote_types(attention.dtype, torch.float32))
     A = A / A.sum(dim=2, keepdim=True).clamp_min(1e-12)
     P = (foreground / foreground.sum(dim=2, keepdim=True).clamp(min=1)).expand_as(A)
-    losses = (torch.xlogy(P, P) - P * A.clamp_min(1e-12).log()).sum(dim=2)  # (B, heads)
+    log_A = A.clamp_min(torch.finfo(A.dtype).tiny).log()  # a larger minimum would stop the gradient
+    losses = (torch.xlogy(P, P) - P * log_A).sum(dim=2)  # (B, heads)
     weight = foreground.amax(dim=2).expand_as(losses)
     return (weight * losses).sum() / weight.sum().clamp_min(1e-12)
 
@@ -172,8 +173,8 @@ def log_odds(logits: Tensor, classes: Tensor) -> Tensor:
 
 def whole_patches(masks: Tensor, patch_size: int) -> Tensor:
     """Masks (B, 1, H, W), 0 or 1, grown to whole patches: the foreground for a ViT."""
-    touched = F.max_pool2d(masks.float(), patch_size)
-    return touched.repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)
+    touched, (H, W) = F.max_pool2d(masks.float(), patch_size, ceil_mode=True), masks.shape[2:]
+    return touched.repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)[:, :, :H, :W]
 
 
 def relevance_range(totals: Tensor, most: float = math.inf) -> tuple[float, float]:

@@ -15,14 +15,14 @@ an operation, so one backward pass computes all relevance:
     input layer            z' = w x - max(w, 0) low - min(w, 0) high for pixels in [low, high]       (9)
 
 (2) epsilon, (3) gamma and (9) z^B rule: Montavon et al. 2019. (5), (6), (8): AttnLRP, Achtibat et al. 2024,
-arXiv 2402.05602. As in (6), a divisor is a constant. (3) is made for x, z >= 0, as around a ReLU; elsewhere
+arXiv 2402.05602. In a / b, b is a constant, as in (6). (3) is made for x, z >= 0, as around a ReLU; elsewhere
 z' can be 0 where z is not, and relevance explodes. (4), the generalised gamma rule, equals (3) for x, z >= 0,
 favours contributions with the sign of z, and keeps z / z' in [0, 1] for any signs. Operations without a rule
-keep their gradient, exact if they are piecewise linear; those not in KEEPS_GRADIENT cause a warning.
+keep their gradient, exact if f(c x) = c f(x) for c > 0; those not in KEEPS_GRADIENT cause a warning.
 
 `LRP` is a `TorchFunctionMode`: it sees conv2d, gelu, matmul ... as any model calls them, in place or not, but
-no custom `autograd.Function`. The rules act only in `explain`: outputs and ordinary gradients do not change,
-so one forward serves prediction and relevance. Relevance can be differentiated again (`isnet_lrp.py`).
+not what a custom `autograd.Function` does. The rules act only in `explain`: outputs and ordinary gradients do
+not change. Relevance can be differentiated again (`isnet_lrp.py`).
 """
 
 import types
@@ -33,6 +33,7 @@ from contextlib import ExitStack
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -142,7 +143,10 @@ class LRP(TorchFunctionMode):
             for t in self.kept:  # copy kept tensors whose memory is about to change
                 if t.untyped_storage().data_ptr() == changed.untyped_storage().data_ptr():
                     t.data, self.kept[t] = t.detach().clone(), None
-        if self.explaining or not any(map(self.active, tree_leaves((args, kwargs)))):
+        leaves = () if self.explaining else tree_leaves((args, kwargs))
+        nodes = {getattr(t, "grad_fn", None) for t in leaves if not self.active(t)}
+        self.warn({n.name() for n in nodes if isinstance(n, BackwardCFunction)} - {"_RouteBackward"})
+        if not any(map(self.active, leaves)):
             return func(*args, **kwargs)
         if name in COMPOSITE:
             with self:
@@ -155,11 +159,15 @@ class LRP(TorchFunctionMode):
             y = RULES[name](self, func, *args, **kwargs) if name in RULES else func(*args, **kwargs)
             written = (y, changed, getattr(changed, "_base", None))  # writing a slice changes its base
             new = [t for t in tree_leaves(written) if isinstance(t, Tensor) and t.requires_grad]
-            if new and not (name in RULES or name in KEEPS_GRADIENT or name in self.warned):
-                self.warned.add(name)
-                warnings.warn(f"LRP: no rule for '{name}'. {NO_RULE}", stacklevel=2)
-            self.depends.update((t, True) for t in new)
+            self.warn({name} - RULES.keys() - KEEPS_GRADIENT if new else set())
+            self.depends.update((t, True) for t in new if name not in ("rsqrt", "reciprocal", "rdiv"))
         return y
+
+    def warn(self, names: set[str]) -> None:
+        """Warn of operations without a rule, once of each."""
+        for name in names - self.warned:
+            warnings.warn(f"LRP: no rule for '{name}'. {NO_RULE}", stacklevel=3)
+        self.warned |= names
 
     def linear(self, op: Callable, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         """z = op(x, w, b) with rules (2) to (4), or rule (9) at the watched input."""
@@ -241,8 +249,7 @@ class LRP(TorchFunctionMode):
         y = func(q, k, v, attn_mask, 0.0, is_causal, **kw)
         scale = q.shape[-1] ** -0.5 if kw.get("scale") is None else kw["scale"]
         scores = self.half(q @ k.transpose(-2, -1) * scale, q, k)  # (..., Q, T)
-        if is_causal:
-            attn_mask = torch.ones_like(scores, dtype=torch.bool).tril()
+        attn_mask = torch.ones_like(scores, dtype=torch.bool).tril() if is_causal else attn_mask
         if attn_mask is not None:
             allowed = attn_mask.dtype == torch.bool
             scores = scores.masked_fill(~attn_mask, -torch.inf) if allowed else scores + attn_mask
@@ -258,6 +265,7 @@ FAMILIES = {
     "mul rmul multiply": lambda self, func, a, b, *args, **kw: self.half(func(a, b, *args, **kw), a, b),
     "addcmul": lambda s, f, x, a, b, **k: s.route(f(x, a, b, **k), x + s.half(f(0 * x, a, b, **k), a, b)),
     "div truediv divide true_divide": lambda s, f, a, b, **k: f(a, s.constant(b) if s.active(b) else b, **k),
+    "rsqrt reciprocal rdiv": lambda self, func, *args, **kw: self.constant(func(*args, **kw)),
     "relu6 elu selu celu gelu silu mish sigmoid logsigmoid tanh softplus softsign hardtanh hardswish "
     "hardsigmoid clamp clamp_min clamp_max threshold square sqrt exp log pow": LRP._elementwise,
     "layer_norm group_norm": LRP._norm,
@@ -266,15 +274,16 @@ FAMILIES = {
     "scaled_dot_product_attention": LRP._attention,
 }
 RULES = {name: rule for names, rule in FAMILIES.items() for name in names.split()}
-NO_RULE = "Its gradient is kept: exact if it is piecewise linear, else relevance is lost or counted twice."
+NO_RULE = "Its gradient is kept: exact if f(c x) = c f(x), else relevance is lost or counted twice."
 KEEPS_GRADIENT = set(
     # Views, copies, choices of elements ("get" stands for properties such as x.T)
-    "get getitem setitem reshape reshape_as view view_as flatten unflatten transpose swapaxes permute "
-    "movedim t squeeze unsqueeze expand expand_as broadcast_to contiguous clone to type type_as float double "
-    "half cpu bfloat16 cuda requires_grad unbind split split_with_sizes tensor_split chunk ravel narrow "
-    "select unfold fold diagonal tril triu flip roll tile repeat repeat_interleave stack cat concat hstack "
-    "vstack pad where index_select index_copy index_add index_put gather scatter scatter_add masked_select "
-    "masked_fill copy fill zero pixel_shuffle pixel_unshuffle channel_shuffle interpolate nan_to_num "
+    "get getitem setitem reshape reshape_as view view_as flatten unflatten transpose swapaxes swapdims "
+    "permute movedim moveaxis t squeeze unsqueeze expand expand_as broadcast_to contiguous clone to type "
+    "type_as float double half cpu bfloat16 cuda requires_grad unbind split split_with_sizes tensor_split "
+    "hsplit vsplit chunk ravel narrow select unfold fold diagonal tril triu flip roll tile repeat "
+    "repeat_interleave stack cat concat concatenate hstack vstack pad where index_select index_copy "
+    "index_add index_put gather scatter scatter_add take_along_dim masked_select masked_fill copy fill zero "
+    "pixel_shuffle pixel_unshuffle channel_shuffle interpolate grid_sample nan_to_num "
     # Sums, means and other piecewise linear functions; pooling is added below
     "add radd sub rsub subtract neg positive sum mean cumsum diff relu leaky_relu prelu rrelu abs sign round "
     "max min amax amin maximum minimum cummax cummin sort topk median dropout dropout1d dropout2d dropout3d "
@@ -282,8 +291,8 @@ KEEPS_GRADIENT = set(
     "norm vector_norm linalg_norm linalg_vector_norm std softmax log_softmax logsumexp cross_entropy "
     "nll_loss mse_loss l1_loss kl_div binary_cross_entropy_with_logits".split()
 )
-POOLS = "avg_pool adaptive_avg_pool max_pool adaptive_max_pool".split()
-KEEPS_GRADIENT |= {f"{pool}{n}d{end}" for pool in POOLS for n in "123" for end in ("", "_with_indices")}
+for pool in "avg_pool adaptive_avg_pool max_pool adaptive_max_pool".split():
+    KEEPS_GRADIENT |= {f"{pool}{n}d{end}" for n in "123" for end in ("", "_with_indices")}
 COMPOSITE = {"multi_head_attention_forward", "normalize"}  # Python functions made of operations with rules
 
 
@@ -301,15 +310,15 @@ def relevance(
     """The signed LRP heatmap (B, C, H, W) of a classifier (B, C, H, W) -> (B, K), and its output.
 
     target: labels (B,), whose logits are explained; weights (B, K) of a sum of logits; or a function of the
-    output to scores (B,). epsilon, gamma, signed, detach_biases: see `LRP`. input_rule: the range (low, high)
-    of the pixels, for rule (9) in layers that get them. create_graph: to train through the heatmap. layers:
-    modules that the model calls once; then a list is returned in place of the heatmap: the heatmap, and the
-    relevance of each module's output. Without biases, softmax and gates an image's relevance sums to its
-    score. Raises ValueError for other shapes and types, labels out of range, and what it can't follow.
+    output to scores (B,), without rules. epsilon, gamma, signed, detach_biases: see `LRP`. input_rule: the
+    range (low, high) of pixels, numbers or tensors, for rule (9) in layers that get them. create_graph: to
+    train through the heatmap. layers: modules that the model calls once; then a list is returned: the
+    heatmap, and the relevance of each module's output. Without biases, softmax and gates an image's relevance
+    sums to its score. Raises ValueError for other shapes, types or labels, and for what it can't follow.
     """
     if not images.is_floating_point() or not len(images):
         raise ValueError(f"relevance needs float images, not {images.dtype} {tuple(images.shape)}")
-    bounds, calls = [torch.full_like(images, v, requires_grad=True) for v in input_rule or ()], []
+    bounds, calls = [torch.zeros_like(images).add(v).requires_grad_() for v in input_rule or ()], []
 
     def note(module: nn.Module, _, output):
         """Record where the gradient of a layer's first output y arrives, and y, which may change later."""
@@ -334,13 +343,15 @@ def relevance(
         if bounds and not rules.boxed:
             raise ValueError("input_rule: the first operation must be a linear layer or a convolution")
         if not rules.active(output):
-            reason = "traced or scripted models and custom autograd.Functions hide their operations"
+            reason = "no_grad, detach, traced models and custom autograd.Functions hide operations"
             raise ValueError(f"relevance can't follow the output back to the images: {reason}")
         if sorted(id(m) for m, *_ in calls) != sorted(map(id, layers)):
             raise ValueError(f"each of the {len(layers)} layers must be called once: {len(calls)} call(s)")
         found = {module: (edge, rules.read(kept)) for module, edge, kept in reversed(calls)}
         edges, values = ([found[layer][i] for layer in layers] for i in (0, 1))
-        gradients = rules.explain(_score(output, target), inputs + edges, create_graph)
+        with torch._C.DisableTorchFunction():  # no rule applies to a score
+            score = _score(output, target)
+        gradients = rules.explain(score, inputs + edges, create_graph)
     products = [x * (0 if g is None else g) for x, g in zip(inputs + values, gradients)]  # equation (1)
     heatmap = sum(products[: len(inputs)])
     return ([heatmap, *products[len(inputs) :]] if layers else heatmap), output
@@ -348,6 +359,7 @@ def relevance(
 
 def _score(output: Tensor, target: Tensor | Callable) -> Tensor:
     """The quantity (B,) to explain."""
+    target = target if callable(target) else torch.as_tensor(target, device=output.device)
     labels = not callable(target) and not target.is_floating_point() and target.shape == output.shape[:1]
     if callable(target):
         score = target(output)

@@ -71,8 +71,7 @@ class ResNet(nn.Module):
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """Rows and columns (h, w) of the last map for images (B, C, H, W); N = h * w."""
-        height, width = (math.ceil(side / self.stride) for side in images.shape[-2:])
-        return height, width
+        return tuple(math.ceil(side / self.stride) for side in images.shape[-2:])
 
     def forward(self, images: Tensor, layer: int | None = -1, patches: bool = True) -> Features:
         """Encode images (B, C, H, W) of any size. `layer` and `patches` are for the ViT and are ignored."""

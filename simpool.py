@@ -20,8 +20,8 @@ weights a = h(q . k) and becomes the mean of their values, weighted by a:
     SimPool    mean of X      W_Q u . W_K LN(X)       softmax               (V^gamma a)^(1/gamma)      1
 
 Where we differ from the published code: the minimum in (16) is over each image, not over the batch, so that
-an embedding does not depend on the other images; no learned number is added to u. Powers are computed in
-float32, relative to the maximum, so that neither they nor their gradients overflow.
+an embedding does not depend on the other images; the learned offset beta of u is left out. Powers are
+computed in float32, relative to the maximum, so that neither they nor their gradients overflow.
 """
 
 import math

@@ -30,7 +30,7 @@ class Features(NamedTuple):
     """What an encoder returns: pooled (B, D), patches (B, N, D) row by row, attention (B, heads, N).
 
     The last two may be None if they were not requested. `attention` is the CLS token's softmax row without
-    its own column, not renormalised: the weights of a head that looks at CLS itself sum to less than 1.
+    its own column and registers', not renormalised: if a head looks at these, its weights sum to less than 1.
     """
 
     pooled: Tensor
@@ -126,9 +126,9 @@ class ViT(nn.Module):
     img_size: side of the training images in pixels, or (height, width); it sets the size of the position
     embedding, which is resized for other images. pool: None for a CLS token, or a module that maps patches
     (B, N, D), before the last LayerNorm, to (pooled (B, D), attention (B, N) or (B, heads, N)); then there is
-    no CLS token. registers: extra tokens without a position, between CLS and patches, which are not returned
-    (Darcet et al. 2023, arXiv 2309.16588). drop_path: stochastic depth of the last block; the first has 0.
-    Raises ValueError if patch_size does not divide img_size, or num_heads does not divide embed_dim.
+    no CLS token, and the module's linear layers are initialised anew. registers: tokens without a position
+    behind CLS, not returned (Darcet et al. 2023, arXiv 2309.16588). drop_path: stochastic depth of the last
+    block; the first has 0. Raises ValueError if patch_size does not divide img_size, or num_heads embed_dim.
     """
 
     def __init__(

@@ -8,6 +8,7 @@ from conftest import seeded
 from attention_priors import follow, gaussian_blur, guidance
 from attention_priors import priors_from_masks, priors_from_statistics, span_loss
 from crops import crop, random_crops
+from isnet_lrp import attention_loss
 
 
 @pytest.mark.parametrize("flip", [0.0, 1.0])
@@ -61,8 +62,8 @@ def test_statistics_find_where_images_differ_and_what_is_bright():
     assert deviation[3, 3] == 1 and deviation[10, 3] < 0.01
     assert mean[10, 12] > 4 * mean[10, 3]
     assert bright[:, 8:].min() == 1 and bright[10:, :7].max() == 0 and dark[10:, :7].min() == 1
-    _, _, *three = priors_from_statistics(images, clusters=3, blur=0.0)
-    levels = [(mean * cluster).sum() / cluster.sum() for cluster in three]
+    mean, _, *four = priors_from_statistics(torch.rand(5, 1, 8, 8, generator=seeded(1)), 4, blur=0.0)
+    levels = [(mean * cluster).sum() / cluster.sum() for cluster in four]
     assert levels == sorted(levels)  # from the darkest to the brightest
 
 
@@ -70,33 +71,38 @@ def distributions(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(*shape, generator=seeded(seed), dtype=torch.float64).add(0.01).log().softmax(dim=-1)
 
 
-def test_kl_is_the_formula_with_attention_renormalised_and_heads_without_a_prior_stay_free():
-    """Equation (3)."""
-    prior, attention = distributions(2, 1, 5), 0.7 * distributions(2, 3, 5, seed=1)  # 0.3 on the CLS token
-    expected = (prior * (prior / (attention[:, :1] / 0.7)).log()).sum(dim=2).mean()
-    loss = span_loss(attention.requires_grad_(), prior, torch.ones(2, 1).double())
-    torch.testing.assert_close(loss, expected)
-    loss.backward()
-    assert attention.grad[:, 0].abs().min() > 0 and attention.grad[:, 1:].abs().max() == 0
+FORMULAS = {
+    "kl": lambda P, A: (P * (P / A).log()).sum(dim=2),
+    "mse": lambda P, A: ((6 * P - 6 * A) ** 2).mean(dim=2),
+    "dice": lambda P, A: 1 - 2 * (P * A).sum(dim=2) / (P**2 + A**2).sum(dim=2),
+}
 
 
-@pytest.mark.parametrize("kind", ["kl", "mse", "dice"])
-def test_the_loss_is_zero_where_attention_equals_the_prior_and_its_gradient_is_right(kind):
-    prior, share = distributions(2, 2, 6), torch.ones(2, 2, dtype=torch.float64)
-    assert span_loss(0.5 * prior, prior, share, kind).abs() < 1e-12
-    attention, share[0, 1] = distributions(2, 3, 6, seed=1).requires_grad_(), 0.3
-    assert span_loss(attention, prior, share, kind) > 0.01
-    prior[:, 0, :3] = 0
-    assert torch.autograd.gradcheck(lambda a: span_loss(a, prior, share, kind), attention)
+@pytest.mark.parametrize("kind", FORMULAS)
+def test_the_loss_is_its_formula_weighted_by_what_views_see_and_heads_without_a_prior_stay_free(kind):
+    """Equations (3), (4)."""
+    P, A, share = distributions(2, 2, 6), distributions(2, 3, 6, seed=1), torch.tensor([[1.0, 0.3], [0.5, 0]])
+    attention, share = (0.7 * A).requires_grad_(), share.double()  # 0.3 on the CLS token
+    loss = span_loss(attention, P, share, kind)
+    torch.testing.assert_close(loss, (share * FORMULAS[kind](P, A[:, :2])).sum() / share.sum())
+    (gradient,) = torch.autograd.grad(loss, attention)
+    assert gradient[:, 0].abs().min() > 0 and not gradient[:, 2].any()
+    assert span_loss(0.5 * P, P, share, kind).abs() < 1e-12 and span_loss(attention, P, 0 * share, kind) == 0
+    assert span_loss(attention[:, 0], P[:, :1], share[:, :1], kind) > 0.01  # SimPool's single head
+    P[:, 0, :3] = 0
+    assert torch.autograd.gradcheck(lambda a: span_loss(a, P, share, kind), attention)
 
 
-def test_a_view_counts_by_the_share_that_it_sees():
-    """Equation (4)."""
-    attention, prior = distributions(2, 1, 6), distributions(2, 1, 6, seed=1)
-    one, other = (span_loss(a[None], p[None], torch.ones(1, 1).double()) for a, p in zip(attention, prior))
-    for share, expected in (((0.75, 0.25), 0.75 * one + 0.25 * other), ((1, 0), one), ((0, 0), 0 * one)):
-        found = span_loss(attention, prior, torch.tensor(share).double()[:, None])
-        torch.testing.assert_close(found, expected)
+@pytest.mark.parametrize("gap", [1.0, 60.0])
+def test_a_saturated_head_still_learns(gap):
+    scores = torch.tensor([[[gap, 0.0, 0.0, 0.0]]]).requires_grad_()
+    prior, foreground = torch.full((1, 1, 4), 0.25), torch.ones(1, 1, 4)
+    for loss in (
+        span_loss(scores.softmax(dim=2), prior, torch.ones(1, 1)),
+        attention_loss(scores.softmax(dim=2), foreground),
+    ):
+        (gradient,) = torch.autograd.grad(loss, scores)
+        torch.testing.assert_close(gradient, scores.softmax(dim=2) - prior)
 
 
 def test_guidance_weighs_resolutions_by_the_share_that_views_see_and_images_by_confidence():
@@ -106,6 +112,8 @@ def test_guidance_weighs_resolutions_by_the_share_that_views_see_and_images_by_c
     one, other = guidance([large], priors, [whole], [(8, 8)]), guidance([small], priors, [half], [(4, 4)])
     prior, share = follow(priors.repeat(2, 1, 1, 1), whole, (8, 8))
     torch.testing.assert_close(one, span_loss(large, prior, share))
+    mse = guidance([large], priors, [whole], [(8, 8)], "mse")
+    torch.testing.assert_close(mse, span_loss(large, prior, share, "mse"))
     seen = follow(priors.repeat(3, 1, 1, 1), half, (4, 4))[1].sum()
     both = guidance([large, small], priors, [whole, half], [(8, 8), (4, 4)])
     torch.testing.assert_close(both, (share.sum() * one + seen * other) / (share.sum() + seen))

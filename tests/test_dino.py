@@ -50,7 +50,7 @@ def test_three_steps_of_the_loss_and_its_centre_equal_the_published_ones():
 
 
 def test_only_the_student_learns_and_the_teacher_is_its_moving_average():
-    dino, images = small_dino(drop_path=0.5).train(), torch.rand(8, 1, 16, 16)
+    dino, images = small_dino(drop_path=0.5), torch.rand(8, 1, 16, 16)
     assert torch.equal(dino.teacher(images).pooled, dino.teacher(images).pooled)  # without noise
     assert not torch.equal(dino.student(images).pooled, dino.student(images).pooled)
     loss, features = dino([torch.rand(6, 1, 16, 16), torch.rand(12, 1, 8, 8)])
@@ -60,11 +60,14 @@ def test_only_the_student_learns_and_the_teacher_is_its_moving_average():
     assert dino.student.blocks[0].mlp.fc1.weight.grad.abs().sum() > 0
     assert dino.student_head.last_layer.weight_g.grad is None  # prototypes keep length 1
 
-    before = dino.teacher.patch_embed.proj.weight.clone()
+    pairs = (dino.teacher, dino.teacher_head), (dino.student, dino.student_head)
+    teacher, student = ([p for part in pair for p in part.parameters()] for pair in pairs)
+    before = copy.deepcopy(teacher)
     with torch.no_grad():
-        dino.student.patch_embed.proj.weight.add_(1)
+        for p in student:
+            p.add_(1)
     dino.update_teacher(0.75)
-    torch.testing.assert_close(dino.teacher.patch_embed.proj.weight, before + 0.25)
+    torch.testing.assert_close(teacher, [p + 0.25 for p in before])
 
 
 def test_a_teacher_s_batch_norms_normalise_by_its_own_batch_and_nothing_else_in_it_is_random():
@@ -84,6 +87,15 @@ def test_koleo_is_the_mean_log_distance_to_the_nearest_neighbour_and_keeps_featu
     assert koleo_loss(torch.ones(2, 3)).isfinite()  # equal features
     closer = (x - 0.01 * torch.autograd.grad(koleo_loss(x), x)[0]).detach()
     assert koleo_loss(closer) < koleo_loss(x)
+
+
+def test_both_losses_are_sums_in_float32_under_autocast():
+    """Near a collapse, features and scores differ by less than bfloat16 can tell."""
+    x, scores = F.normalize(torch.randn(1, 32), dim=1) + 0.02 * torch.randn(64, 32), torch.rand(2, 8, 64)
+    expected = koleo_loss(x), DINOLoss(64)(scores, scores, 0.04)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = koleo_loss(x), DINOLoss(64)(scores, scores, 0.04)
+    assert all(map(torch.equal, found, expected))
 
 
 def test_the_temperature_falls_so_that_the_entropy_of_the_teacher_has_a_ceiling():
@@ -157,6 +169,7 @@ def test_a_few_bad_steps_are_not_a_collapse_but_many_are_named_with_a_remedy():
         (one, "one prototype: every image gets .* a higher teacher temperature"),
     ):
         assert (monitor := monitored(outputs)).collapsed() and re.search(line, monitor.diagnosis())
+    assert monitored(torch.full((8, 32), torch.nan)).collapsed()
 
 
 @pytest.mark.parametrize("max_entropy", [1, 0.8])

@@ -77,6 +77,7 @@ def test_patches_log_odds_and_the_range_of_relevance():
     """Equation (5)."""
     grown = whole_patches(MASK, 4)
     assert grown[0, 0, ::4, ::4].tolist() == [[1, 1], [1, 1]] and torch.equal(whole_patches(grown, 4), grown)
+    assert torch.equal(whole_patches(MASK[:, :, :7, :6], 4), grown[:, :, :7, :6])
     logits = HEATMAPS[0, 0, :, :4]
     p = logits.softmax(dim=1)[:, 2]
     torch.testing.assert_close(log_odds(logits, torch.full((8,), 2)), (p / (1 - p)).log())

@@ -11,6 +11,7 @@ from conftest import golden, slope_error, with_statistics_of
 from torch import nn
 from torch.overrides import _get_current_function_mode
 
+import lrp
 from isnet_lrp import background_loss, foreground_loss
 from lrp import LRP, relevance
 from vit import ViT
@@ -35,7 +36,8 @@ def test_the_epsilon_and_z_box_rules_equal_zennit_s(epsilon, zbox):
     layers += [nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(192, 10), nn.ReLU(), nn.Linear(10, 4)]
     model, images, target = nn.Sequential(*layers).double(), numbers[zbox + "images"], numbers["target"]
     model.load_state_dict(weights)
-    R, output = relevance(model, images, target, float(epsilon), input_rule=(0.0, 1.0) if zbox else None)
+    box = (0.0, torch.ones(3, 1, 1)) if zbox else None
+    R, output = relevance(model, images, target, float(epsilon), input_rule=box)
     per_unit = R / logit(output, target)[:, None, None, None]
     expected = numbers[zbox + "relevance_per_unit_logit" + ("" if zbox else f".eps_{epsilon}")]
     torch.testing.assert_close(per_unit, expected, rtol=1e-5, atol=1e-8)
@@ -187,11 +189,17 @@ CONSERVED = {
     "constants": lambda x: (x @ w.T) * torch.ones_like(x[:, :3]) / x.detach().norm(),
     "product": lambda x: x[:, :3] * x[:, 3:],
     "quotient": lambda x: x / (1 + x.norm(dim=1, keepdim=True)),
+    "root": lambda x: x * torch.rsqrt(x.pow(2).mean(1, keepdim=True)),
+    "reciprocal": lambda x: x * (1 / x.norm(dim=1, keepdim=True)) + x / (1 / x.norm()).reciprocal(),
+    "layer_norm": lambda x: F.layer_norm(x, (6,), w[0]),
+    "group_norm": lambda x: F.group_norm(x, 2, w[0]),
     "attention": lambda x: F.scaled_dot_product_attention(query=one, key=one, value=(x @ w.T)[:, None])[:, 0],
     "index_copy": lambda x: torch.zeros_like(x).index_copy(1, torch.arange(6), x),
     "shapes": lambda x: x.view(4, 2, 3).mT.flatten(1).unsqueeze(2).expand(-1, -1, 2).reshape(4, -1)[:, 1::2],
     "size": lambda x: x.view(x.size(0), x.shape[x.dim() - 1]),  # a warning would be an error here
-    "parts": lambda x: torch.cat([x.chunk(2, 1)[1], x.split(4, 1)[0], torch.stack(list(x))], 1),
+    "parts": lambda x: torch.concatenate(
+        [x.moveaxis(0, 1).mT.chunk(2, 1)[1], x.split(4, 1)[0], torch.stack(list(x))], 1
+    ),
     "sums": lambda x: (1 - x - 1).cumsum(1) + x.mean(1, keepdim=True),
     "maxima": lambda x: torch.stack([x.amax(1), x.max(1)[0], x.sort(1)[0][:, 3], x.median(1)[0]], 1),
     "pooling": lambda x: F.max_pool1d(F.avg_pool1d(F.interpolate(x[:, None], size=12), 2), 2)[:, 0],
@@ -298,10 +306,40 @@ def test_operations_conserve_relevance_however_they_are_called(name):
 
 def test_an_operation_without_a_rule_is_named_once_and_keeps_its_gradient():
     x = doubles(4, 6).requires_grad_()
-    with pytest.warns(UserWarning, match="no rule for 'sin'.* if it is piecewise linear") as caught:
+    with pytest.warns(UserWarning, match="no rule for 'sin'.* exact if f") as caught:
         R, _ = relevance(lambda x: x.sin().sin(), x, TARGET)
     torch.testing.assert_close(R, x * torch.autograd.grad(logit(x.sin().sin()).sum(), x)[0])
     assert len(caught) == 1
+
+
+def test_a_custom_function_beside_a_shortcut_is_named_since_it_hides_its_operations():
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, g):
+            return 2 * g
+
+    with pytest.warns(UserWarning, match="no rule for 'TwiceBackward'") as caught:
+        relevance(lambda x: x + F.linear(Twice.apply(F.gelu(x)), w.T @ w), doubles(4, 6), TARGET)
+    assert len(caught) == 1
+
+
+def test_no_rule_applies_to_a_score():
+    """A probability's logarithm and the log-odds that the release bounds: functions of the output."""
+    model, x = cnn().double().eval(), doubles(4, 3, 8, 8)
+    scores = {
+        "log p": lambda z: z.softmax(dim=1)[:, 0].log(), "the same": lambda z: z.log_softmax(dim=1)[:, 0],
+        "bounded": lambda z: (p := z.softmax(dim=1)[:, 0]).add(0.01).log() - (1.01 - p).log(),
+    }  # fmt: skip
+    for score in scores.values():
+        found, output = relevance(model, x, score)
+        z = output.detach().requires_grad_()
+        (weights,) = torch.autograd.grad(score(z).sum(), z)
+        torch.testing.assert_close(found, relevance(model, x, weights)[0])
+    assert torch.equal(relevance(model, x, TARGET.tolist())[0], relevance(model, x, TARGET)[0])
 
 
 MASK = torch.ones(5, 5).tril().bool()
@@ -337,12 +375,12 @@ def test_the_context_ends_with_an_exception_and_nests():
         torch.testing.assert_close(relevance(model, outer.watch(images), TARGET)[0], expected)
 
 
-def test_relevance_stays_in_float32_under_autocast():
-    model, images = cnn(), torch.rand(4, 3, 8, 8)
-    expected, _ = relevance(model, images, TARGET)
+def test_relevance_is_divided_in_float32_under_autocast(monkeypatch):
+    seen, share = [], lrp._Share.apply
+    monkeypatch.setattr(lrp._Share, "apply", lambda g, top, z, e: seen.append(z.dtype) or share(g, top, z, e))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found, _ = relevance(model, images, TARGET)
-    assert found.dtype == torch.float32 and F.cosine_similarity(found.flatten(), expected.flatten(), 0) > 0.95
+        relevance(nn.Sequential(nn.Flatten(), nn.Linear(9, 3)), torch.rand(4, 1, 3, 3), TARGET)
+    assert seen == [torch.float32]
 
 
 @pytest.mark.parametrize("backward", [True, False])
