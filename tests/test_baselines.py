@@ -76,12 +76,13 @@ def test_gain_adds_the_map_s_distance_from_the_mask_and_the_label_s_probability_
         torch.testing.assert_close(penalty, left + 10 * (A - mask).square().mean(dim=(1, 2, 3)))
 
 
-@pytest.mark.parametrize("kind", ["resnet", "vit"])
-def test_rrr_punishes_the_gradient_at_the_input_outside_the_mask(kind):
-    """Equation (3)."""
-    model, (x, m, y) = classifier(kind), batch()
+@pytest.mark.parametrize("kind, training", [("resnet", False), ("resnet", True), ("vit", False)])
+def test_rrr_punishes_the_gradient_at_the_input_outside_the_mask(kind, training):
+    """Equation (3). In training the batch's statistics are constants, else an image would see others."""
+    model, (x, m, y) = classifier(kind).train(training), batch()
     _, penalty = baselines.rrr(model, x, m, y, True)
-    (gradient,) = torch.autograd.grad(model(x.requires_grad_()).log_softmax(dim=1).sum(), x)
+    twin = with_statistics_of(x, model) if training else model
+    (gradient,) = torch.autograd.grad(twin(x.requires_grad_()).log_softmax(dim=1).sum(), x)
     expected = gradient.masked_fill(m > 0, 0).square().sum(dim=(1, 2, 3))
     torch.testing.assert_close(penalty, expected, rtol=1e-5, atol=1e-12)
 
@@ -93,13 +94,6 @@ def test_a_penalty_in_training_leaves_no_trace_in_running_statistics(name):
     baselines.PENALTIES[name](model, x, m, y, True)
     for (key, running), expected in zip(model.state_dict().items(), once.state_dict().values()):
         assert "running" not in key or torch.equal(running, expected)
-
-
-def test_rrr_in_training_takes_the_batch_s_statistics_as_constants():
-    """Through BatchNorm a gradient at one image would depend on the others."""
-    model, (x, m, y) = classifier().train(), batch()
-    found, expected = (baselines.rrr(net, x, m, y, True)[1] for net in (model, with_statistics_of(x, model)))
-    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("kind", ["resnet", "vit"])
@@ -121,8 +115,8 @@ def test_a_swapped_image_keeps_its_foreground_before_the_filled_background_of_on
     for i in range(24):  # also where nothing is in the foreground
         (other,) = found[i][m[i] == 0].unique().tolist()
         assert other != i
-    some = baselines.swapped(x, m, seeded(), share=0.5)
-    assert 6 <= (some != x).flatten(1).any(dim=1).sum() <= 18  # half of 24
+    some = baselines.swapped(x, m, seeded(), share=0.2)
+    assert 1 <= (some != x).flatten(1).any(dim=1).sum() <= 10  # a fifth of 24
 
 
 def test_with_a_margin_an_image_keeps_no_pixel_near_the_border_of_its_mask():

@@ -104,6 +104,7 @@ def test_an_isnet_run_resumes_with_the_masks_that_it_kept(span_run, tmp_path, mo
     train.main(list(resume))
     assert same_weights(tmp_path / "whole", tmp_path / "stopped")
     assert len({load_run(tmp_path / name).spec.relevance_range for name in ("whole", "stopped")}) == 1
+    assert load_run(tmp_path / "whole").config.swap_margin == 0.0125  # made masks are kept narrower
     assert metrics_of(tmp_path / "whole")["mask_dice"] == metrics_of(tmp_path / "stopped")["mask_dice"]
     (tmp_path / "stopped" / "masks.pt").write_bytes(b"no masks")
     assert "masks.pt can't be read" in refused(train.main, *resume)

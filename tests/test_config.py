@@ -9,15 +9,12 @@ import pytest
 from common.config import as_json, epochs_for, parse
 
 
-def test_defaults_follow_the_task_and_the_backbone():
+def test_defaults_that_the_golden_settings_leave_out():
     config, typed = parse([])
-    assert [config.task, config.backbone, config.embed_dim, config.pool] == ["pretrain", "vit", 96, "cls"]
-    assert typed == set() and config.pool_heads == 6 and parse(["--prior", "none"])[0].pool_heads == 1
+    assert typed == set() and (config.koleo, config.max_entropy) == (0.1, 0.8)
     config = parse(["--task", "classify"])[0]
-    assert [config.backbone, config.pool, config.lrp_gamma] == ["resnet", "gap", 3.0]
-    assert config.findings == ("enlarged heart",)
-    assert parse("--task classify --data folder".split())[0].findings is None
-    assert parse("--task classify --backbone vit".split())[0].lr == 5e-4
+    assert (config.swap, config.isnet_every, config.shift) == (1.0, 3, 0.0)
+    assert parse("--task classify --backbone vit".split())[0].shift == 0.06
     assert epochs_for("pretrain", "resnet", 10) == 35 and epochs_for("classify", "vit", 53) == 142
 
 

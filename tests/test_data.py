@@ -308,19 +308,24 @@ def test_an_image_has_masks_if_it_has_one_of_every_region_by_its_own_name(folder
 
 
 def test_masks_of_another_tool_are_known_if_an_image_has_one_of_every_region(folder, capsys):
-    add_masks(folder, "heart/a.png", "heart/b.png", "lung/a.png")
-    masks, known = read_masks(folder / "masks", str(folder), ["a.png", "b.png"], 16)
-    assert known.tolist() == masks.flatten(1).any(dim=1).tolist() == [True, False]
+    masks, names = folder / "masks", ["a.png", "b.png", "c.png", "d.png"]
+    add_masks(folder, "heart/a.png", "heart/b.png", "lung/a.png", ".hidden/d.png")
+    found, known = read_masks(masks, str(folder), names, 16)
+    assert known.tolist() == found.flatten(1).any(dim=1).tolist() == [True, False, False, False]
     assert "note: 1 image(s) have masks of some regions only" in capsys.readouterr().out
-    add_masks(folder, "c.png")  # of all regions
-    add_masks(folder, "Ha\u0308user.png")  # as macOS writes it
-    _, known = read_masks(folder / "masks", None, ["H\u00e4user.png"], 16)
-    assert known.tolist() == [True]
-    save(folder / "masks/heart/b.png", np.zeros((16, 16), dtype=np.uint8))
-    save(folder / "masks/lung/b.png", np.zeros((16, 16), dtype=np.uint8))
-    masks, known = read_masks(folder / "masks", str(folder), ["a.png", "b.png", "c.png", "d.png"], 16)
-    assert masks.flatten(1).any(dim=1).tolist() == [True, False, True, False]
-    assert known.tolist() == [True, True, True, False]  # in b.png all is background, known to be so
+    add_masks(folder, "c.png", "Ha\u0308user.png")  # of all regions; as macOS writes an umlaut
+    for region in ("heart", "lung"):  # in b.png all is background, known to be so
+        save(masks / region / "b.png", np.zeros((16, 16), dtype=np.uint8))
+    found, known = read_masks(masks, str(folder), names, 16)
+    assert known.tolist() == [True, True, True, False] and not found[1].any() and found[2].any()
+    assert read_masks(masks, None, ["H\u00e4user.png"], 16)[1].all()
+    with pytest.raises(DataError, match="a.png and a.jpg would share a mask's name; rename one"):
+        read_masks(masks, str(folder), ["a.png", "a.jpg"], 16)
+    small = HALF.resize((16, 8))
+    for name, picture, line in (("c.png", small, "its image"), ("images/a.png", HALF, "holds images")):
+        save(masks / name, picture)
+        with pytest.raises(DataError, match=line):
+            read_masks(masks, str(folder), names, 16)
 
 
 def test_a_mask_must_have_the_size_of_its_image_after_exif_rotation(tmp_path):

@@ -342,9 +342,9 @@ def test_the_best_threshold_gets_as_many_right_as_any():
 
 
 def test_the_relevance_share_is_the_part_of_absolute_relevance_in_the_mask():
-    R = torch.tensor([[[[1.0, -2], [3, 0]]], [[[0.0, 0], [0, 0]]]])
+    R = torch.tensor([[[[1.0, -2], [1, 0]]], [[[0.0, 0], [0, 0]]]])
     share = relevance_share(R, torch.tensor([[[[1, 1], [0, 0]]]]).expand(2, 1, 2, 2))
-    assert share[0] == 0.5 and share[1].isnan()
+    assert share[0] == 0.75 and share[1].isnan()
 
 
 def boxes_of_parts(mask):

@@ -1,12 +1,19 @@
-"""Probes of features, with all labels or few."""
+"""Probes of features, with all labels or few; what is asked of a model is asked in evaluation mode."""
+
+import copy
 
 import pytest
 import torch
 from torch import nn
 
 from common import probe
+from common.classify import Classifier
 from common.data import Data
+from common.explain import attention_of, relevance_of, scores_of
 from common.metrics import CannotMeasure
+from isnet_lrp import log_odds
+from lrp import relevance
+from resnet import ResNet
 from vit import ViT
 
 NAN = torch.nan
@@ -123,13 +130,43 @@ def test_labelled_images_are_drawn_alike_for_every_encoder_and_nested_by_fractio
     assert len(probe.draw_labelled(labels, 1.0, draw=0)) == 100
 
 
-@pytest.mark.parametrize("how", probe.PROBES)
-def test_a_fraction_is_measured_by_several_draws_reproducibly(how, monkeypatch):
+def test_a_fraction_is_measured_by_several_draws(monkeypatch):
     monkeypatch.setattr(probe, "DRAWS", 2)
-    monkeypatch.setattr(probe, "STEPS", 4)
-    first, second = (probe.probe(encoder(), bright_or_dark(30), how, (0.01, 0.2, 1.0)) for _ in range(2))
-    assert first == second
-    assert {f: len(values["mAUC"]) for f, values in first.items()} == {0.2: 2, 1.0: 1}  # 0.01: no image
+    found = probe.probe(encoder(), bright_or_dark(30), "linear", (0.01, 0.2, 1.0))
+    assert {f: len(values["mAUC"]) for f, values in found.items()} == {0.2: 2, 1.0: 1}  # 0.01: no image
+
+
+def test_fine_tuning_starts_from_the_best_linear_layer(monkeypatch):
+    monkeypatch.setattr(probe, "STEPS", 1)
+    splits, model, index = bright_or_dark(20), encoder(), torch.arange(20)
+    x = {split: probe.features_of(model, data.images) for split, data in splits.items()}
+    start = probe.best_layer(x, splits, index)(x["test"]).float()
+    tuned = probe.finetuned_scores(model, splits, x, index, 0)
+    torch.testing.assert_close(tuned, start, rtol=0, atol=0.5 * float(start.std()))
+
+
+def test_models_are_measured_in_evaluation_mode():
+    model, images = Classifier(ResNet(1, 8), 2), torch.randint(256, (4, 1, 16, 16)).byte()
+    before = copy.deepcopy(model.state_dict())
+    for measure in (
+        lambda: scores_of(model, images, True), lambda: relevance_of(model, images, True, {}),
+        lambda: attention_of(model.encoder, images, -1), lambda: probe.features_of(model.encoder, images),
+    ):  # fmt: skip
+        model.train()
+        measure()
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_heatmap_is_of_the_first_finding_the_second_of_two_classes_or_the_likeliest():
+    images, targets = torch.randint(256, (3, 1, 4, 4)).byte(), {
+        (3, False): lambda z: z[:, 0], (2, True): lambda z: z[:, 1] - z[:, 0],
+        (3, True): lambda z: log_odds(z, torch.full((3,), 2)),
+    }  # fmt: skip
+    for (K, multiclass), target in targets.items():
+        model = nn.Sequential(nn.Flatten(), nn.Linear(16, K))
+        model[1].bias.data[-1] = 99  # the last is the likeliest
+        expected, _ = relevance(model, probe.prepared(images), target)
+        torch.testing.assert_close(relevance_of(model, images, multiclass, {}), expected)
 
 
 @pytest.mark.parametrize("how", probe.PROBES)

@@ -1,19 +1,16 @@
 """One labelled image becomes priors and masks for all: of attention, of the registered prior, of a folder."""
 
 import math
-import re
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL, image_folder, save, seeded, trained
+from conftest import seeded
 from torch import nn
 
-import train
 from common import runs
-from common.checkpoint import load_run
 from common.config import parse
 from common.data import Data
 from common.foreground import are_made, check_foreground, foreground, keep_masks, kept_masks
@@ -109,20 +106,20 @@ def test_a_loss_of_span_that_did_not_fall_is_a_warning(capsys):
     assert said.count("warning") == said.count("warning: SPAN's loss rose from 0.5 in the first epoch") == 1
 
 
-@pytest.mark.slow
-def test_attention_masks_train_either_classifier_and_dice_is_said(span_run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "check_foreground", Mock())  # masks of so short a run leave no background
-    for backbone in ("resnet", "vit"):
-        words = f"--isnet 1 --epochs 1 --backbone {backbone} --masks {span_run}"
-        metrics = trained(tmp_path / backbone, words, SMALL)
-        said, images = re.search(r"Dice ([\d.]+) % .* in (\d+) image", capsys.readouterr().out).groups()
-        said = float(said)
-        assert metrics["masks_compared"] == int(images) > 0
-        assert load_run(tmp_path / backbone).config.swap_margin == 0.0125  # made masks are kept narrower
-        assert metrics["background"] > 0 and 100 * metrics["mask_dice"] == pytest.approx(said, abs=0.06)
-    started = "--task classify --isnet 1 --train-images 32 --epochs 1 --masks attention --init"
-    trained(tmp_path / "init", str(span_run), started.split())
-    assert "masks from attention: Dice" in capsys.readouterr().out
+def test_masks_of_attention_are_those_of_the_run_that_the_encoder_starts_from(span_run):
+    splits, reference, _ = load("phantom", 64, 0, 32)
+    prior = "sample", splits["train"], reference, 0.025, "none", "cpu"
+    by_init, _ = foreground("attention", splits, "phantom", span_run, prior)
+    assert torch.equal(by_init, foreground(str(span_run), splits, "phantom", None, prior)[0])
+
+
+def test_priors_may_be_each_image_s_own_masks_or_a_file(tmp_path):
+    split = load("phantom", 64, 0, 6)[0]["train"]
+    np.save(tmp_path / "p.npy", 7 * split.masks[4].float().numpy())
+    for prior, index in (("masks", [3, 1]), (str(tmp_path / "p.npy"), [4, 4])):
+        over = priors_over(split.images, prior, split, None, 0.0, "bend", "cpu")
+        priors, sure, _ = over(torch.tensor([3, 1]))
+        assert torch.equal(priors, split.masks[index].float()) and (sure == 1).all()
 
 
 def test_masks_are_made_unless_every_image_has_its_own_or_another_tool_s(span_run, tmp_path):
@@ -210,18 +207,18 @@ def test_masks_that_leave_no_background_stop_the_run_and_classes_that_lose_uneve
     assert "stay" not in capsys.readouterr().out
 
 
-def test_of_two_references_each_image_takes_the_masks_of_the_one_that_is_more_like_it():
-    """The heart of one is enlarged. Both are surely found in all images, which have hearts of either kind."""
-    images, masks, labels = phantom(60, seed=10)
-    references = [int((labels[:, 0] == label).nonzero()[0, 0]) for label in (0, 1)]
-    known, names = torch.zeros(60, dtype=torch.bool), [str(i) for i in range(60)]
-    known[references] = True
-    data = Data(images, masks, known, None, names, REGIONS, [])
-    others = data._replace(images=images[~known], masks=masks[~known], has_masks=~known[~known])
-    priors = [("sample", data, names[i], 0.025, "bend", "cpu") for i in references]
-    healthy, ill = (mask_dice(registered_masks(others.images, prior), others) for prior in priors)
-    both, also = (mask_dice(registered_masks(others.images, prior, most=2), others) for prior in priors)
-    assert both == also > 0.01 + max(healthy, ill)
+def test_of_two_references_each_image_takes_the_masks_of_the_one_that_is_more_like_it(monkeypatch):
+    sure = {"a": torch.tensor([1, 1, 1, 0.4]), "b": torch.tensor([1, 1, 0.4, 0.4])}
+    alike = {"a": torch.tensor([0.9, 0.1, 0.2, 0.9]), "b": torch.tensor([0.5, 0.6, 0.9, 0.9])}
+
+    def over(images, source, train, name, *how):
+        prior = (torch.arange(2) == "ab".index(name)).float().expand(4, 1, 2, 2)  # a's column, or b's
+        return lambda index: (prior[index], sure[name][index], alike[name][index])
+
+    monkeypatch.setattr("common.foreground.priors_over", over)
+    monkeypatch.setattr("common.foreground.references_for", lambda *_: ["a", "b"])
+    found = registered_masks(torch.zeros(4, 1, 2, 2), ("masks", None, "a", 0.0, "none", "cpu"), most=2)
+    assert found[:, 0, 0].int().tolist() == [[1, 0], [0, 1], [1, 0], [0, 0]]
 
 
 def test_regions_that_no_image_shows_together_are_united_to_be_registered():
@@ -247,45 +244,6 @@ def test_references_show_each_label_in_turn():
     data = Data(masks, masks, torch.arange(6) < 5, labels, names, ["heart"], ["ill"])
     assert references_for(data, "c", 5) == ["c", "d", "a", "e"] and references_for(data, "a", 2) == ["a", "d"]
     assert references_for(data._replace(labels=None), "c", 3) == ["c", "a", "d"]
-
-
-def plain_folder(path):
-    rows = [f"{name}.png,{i % 2},train" for i, name in enumerate("abcd")]
-    return image_folder(path, "file,sick,split", *rows, size=(20, 30))
-
-
-BOX = np.zeros((20, 30), np.uint8)
-BOX[5:15, 5:20] = 255
-
-
-def test_masks_of_another_tool_serve_data_that_has_none_and_it_is_said_for_how_many(tmp_path, capsys):
-    data = plain_folder(tmp_path / "data")
-    for name in ("a", "b", "c"):
-        save(tmp_path / "masks" / f"{name}.png", BOX)
-    save(tmp_path / "masks" / ".hidden" / "d.png", BOX)
-    words = f"--isnet 1 --batch-size 2 --img-size 16 --data {data} --masks {tmp_path}/masks"
-    assert "mask_dice" not in trained(tmp_path / "run", words, SMALL)
-    said, masks = capsys.readouterr().out, tmp_path / "masks"
-    assert f"masks from {masks}: no other image has masks to compare them with" in said
-    assert f"warning: --masks {masks}: the foreground of 3 of 4 training images is known;" in said
-
-
-@pytest.mark.parametrize(
-    "damage, line",
-    [
-        (lambda data, masks: save(masks / "a.png", 0 * BOX), "the foreground of 1 of 4 training images"),
-        (lambda data, masks: save(masks / "a.png", BOX.T), "is 20 x 30 px but its image"),
-        (lambda data, masks: (masks / "images").mkdir(parents=True), "holds images"),
-        (lambda data, masks: save(data / "images" / "a.jpg", BOX) and save(masks / "a.png", BOX), "rename"),
-    ],
-)  # fmt: skip
-def test_masks_of_another_tool_that_do_not_fit_are_refused(damage, line, tmp_path, refused):
-    data, masks = plain_folder(tmp_path / "data"), tmp_path / "masks"
-    damage(data, masks)
-    table = data / "labels.csv"
-    table.write_text(table.read_text() + "\na.jpg,1,train" * (line == "rename"))
-    argv = [*SMALL, "--isnet", "1", "--img-size", "16", "--data", str(data), "--masks", str(masks)]
-    assert line in refused(train.main, *argv, "--out", str(tmp_path / "run"))
 
 
 def test_a_region_whose_name_leads_out_of_the_folder_gets_no_mask():

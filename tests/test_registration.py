@@ -59,6 +59,15 @@ def test_bending_fits_what_no_affine_map_can():
     assert deformed < 0.6 * affine
 
 
+def test_stiffness_keeps_displacements_smooth(monkeypatch):
+    images, rough = phantom(2, seed=5)[0] / 255, []
+    for stiffness in (0.0, 1.0):
+        monkeypatch.setattr("common.registration.STIFFNESS", stiffness)
+        flow = bend(images[0], images[1:], torch.eye(2, 3)[None])
+        rough.append(sum(flow.diff(dim=d).square().mean() for d in (2, 3)))
+    assert rough[1] < 0.6 * rough[0]
+
+
 def test_a_warped_prior_lies_where_the_pixels_of_the_reference_lie():
     image, theta = torch.rand(1, 16, 16, generator=seeded()), random_crops(2, (0.5, 1), seeded())
     theta = theta + 0.1 * torch.rand(2, 2, 3, generator=seeded())  # turned and sheared

@@ -78,6 +78,19 @@ def test_each_patch_changes_its_colours_on_its_own_and_stays_in_range():
     assert level.flatten(1).std(dim=1).min() > 0 and 0.1 < (level == 0.5).float().mean() < 0.3
 
 
+def test_patches_of_a_view_do_not_touch_and_most_change_brightness_and_contrast():
+    """Content that continues across a border would reveal neighbours."""
+    images = torch.rand(4, 1, 16, 24, generator=seeded())
+    views, boxes, _ = patch_views(images, (2, 3), 8, seeded())
+    torch.testing.assert_close(boxes[..., 2:], torch.tensor([1 / 2, 1 / 3]).expand(4, 6, 2) / 1.15)
+    changed = F.avg_pool2d((views - cut(images, boxes, (2, 3), 8)).abs(), 8) > 1e-3
+    assert 0.5 < changed.float().mean() < 1
+    two = jitter(torch.tensor([0.4, 0.6]).repeat(50, 1, 8, 4), 4, seeded())
+    two = two.unflatten(3, (2, 4)).unflatten(2, (2, 4))
+    contrast = two.std(dim=(3, 5), correction=0) / two.mean(dim=(3, 5)) / 0.2
+    assert 0.6 - 1e-4 < contrast.min() < 0.7 and 1.3 < contrast.max() < 1.4 + 1e-4
+
+
 @pytest.mark.parametrize("mega", [False, True])
 def test_a_shuffled_view_says_where_each_patch_was_cut(mega):
     places = torch.meshgrid(torch.linspace(0, 1, 32), torch.linspace(0, 1, 48), indexing="ij")

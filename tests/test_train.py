@@ -26,7 +26,7 @@ from common.classify import Classifier, classification_loss
 from common.config import LENGTHS, parse
 from common.data import Data, prepared
 from common.explain import related
-from common.models import build_encoder, build_model, load_model
+from common.models import build_encoder, build_model, decayed, load_model
 from common.phantom import REGIONS, phantom
 from common.processes import Collapse, fail, from_first, join
 from dino import DINO
@@ -57,19 +57,6 @@ def test_a_run_leaves_its_settings_its_metrics_its_weights_and_its_pictures(span
 def test_a_seed_gives_the_same_weights_again_and_so_does_a_run_s_config(span_run, tmp_path):
     train.main(["--config", str(span_run / "config.json"), "--out", str(tmp_path / "again")])
     assert same_weights(span_run, tmp_path / "again")
-    other = "--out", str(tmp_path / "other"), "--seed", "1", "--align", "none"
-    train.main(["--config", str(span_run), *other])
-    assert not same_weights(span_run, tmp_path / "other")
-
-
-@pytest.mark.slow
-def test_priors_may_be_every_image_s_masks_statistics_or_a_file(tmp_path):
-    np.save(tmp_path / "priors.npy", phantom(1, seed=9)[1][0].numpy().astype(np.float32))
-    for prior in ("masks", "statistics", str(tmp_path / "priors.npy")):
-        words = f"--num-heads 4 --epochs 1 --prior {prior}"
-        assert trained(out := tmp_path / Path(prior).stem, words)["span_loss"] > 0
-        evaluate.main([str(out), "--only", "attention"])
-        train.main(["--resume", "--out", str(out)])
 
 
 def test_an_existing_run_is_neither_overwritten_nor_resumed_unless_asked_to(span_run, tmp_path, refused):
@@ -118,7 +105,9 @@ def test_images_without_a_label_do_not_dilute_a_classifier_s_loss(tmp_path, caps
     for row in rows:
         save(data / "masks" / "spot" / row.split(",")[0], np.eye(16, dtype=np.uint8) * 255)
     trained(tmp_path / "isnet", f"--data {data} --img-size 16 --batch-size 4 --isnet 1", SMALL)
-    assert "2 epoch(s) of 1 step(s)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 epoch(s) of 1 step(s)" in said and "C1 " in said and "C2 " in said
+    assert "the foreground of 12 of 12 training images is known" in said
 
 
 def test_a_folder_with_one_labelled_image_trains_and_says_what_is_missing(tmp_path, capsys):
@@ -189,7 +178,7 @@ def test_a_step_whose_loss_or_gradient_is_not_finite_changes_no_weight(bad):
     assert torch.equal(model.weight, before) and times == [(7, 14)]
 
 
-@pytest.mark.parametrize("words", ["", "--ssl relvit", "--task classify --isnet 1"])
+@pytest.mark.parametrize("words", ["", "--task classify --isnet 1"])
 def test_an_absurd_learning_rate_ends_in_one_line_that_says_what_to_lower(words, tmp_path, refused):
     small = SMALL if "classify" in words else TINY
     argv = [*small, *words.split(), "--lr", "1e9", "--epochs", "9", "--out", str(tmp_path / "run")]
@@ -202,11 +191,10 @@ OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA ..."), MemoryError(), RuntimeError(
 OUT_OF_MEMORY += RuntimeError("CUDA error: out of memory\nCUDA kernel errors might ..."), RuntimeError(CUBLAS)
 
 
-@pytest.mark.parametrize("where", ["train_step", "load_data"])
 @pytest.mark.parametrize("error", OUT_OF_MEMORY)
-def test_too_little_memory_ends_in_one_line_with_a_remedy(where, error, tmp_path, refused, monkeypatch):
-    monkeypatch.setattr(train, where, Mock(side_effect=error))
-    line = refused(train.main, *TINY, "--align", "none", "--out", str(tmp_path / "run"), status=1)
+def test_too_little_memory_ends_in_one_line_with_a_remedy(error, tmp_path, refused, monkeypatch):
+    monkeypatch.setattr(train, "load_data", Mock(side_effect=error))
+    line = refused(train.main, *TINY, "--out", str(tmp_path / "run"), status=1)
     assert "not enough memory: raise --accumulate, or lower --batch-size" in line
     monkeypatch.setattr(evaluate, "draw_pictures", Mock(side_effect=error))
     line = refused(evaluate.main, str(tmp_path), "--image", __file__, "--device", "cpu", status=1)
@@ -231,8 +219,9 @@ def test_a_compiled_step_learns_the_same_and_what_cannot_be_compiled_is_said(tmp
 @pytest.mark.parametrize("words", ["1 --koleo 0 --max-entropy 1", "3 --batch-size 1000000000"])
 def test_a_single_image_and_a_batch_larger_than_the_data_are_trained_on(words, tmp_path):
     trained(tmp_path / "run", f"--align none --train-images {words}")
-    row, last = epochs_of(tmp_path / "run")
-    assert math.isfinite(row["loss"]) and row["loss"] != last["loss"]  # a step an epoch
+    states = load_run(tmp_path / "run").checkpoint["optimizer"]["state"].values()
+    assert {float(state["step"]) for state in states} == {2.0}  # one in each epoch
+    assert all(math.isfinite(row["loss"]) for row in epochs_of(tmp_path / "run"))
 
 
 def two_runs(tmp_path: Path, words: str, flags: str, tiny: list[str] = TINY) -> list:
@@ -241,6 +230,36 @@ def two_runs(tmp_path: Path, words: str, flags: str, tiny: list[str] = TINY) -> 
         trained(tmp_path / name, f"{words} {added} --epochs 1", tiny)
     runs = [load_run(tmp_path / name) for name in ("without", "with")]
     return runs + [run.checkpoint["history"][0]["loss"] for run in runs]
+
+
+def test_a_step_has_the_scheduled_learning_rate_and_a_clipped_gradient():
+    config, model = parse("--lr 0.5 --warmup 0.5 --clip-grad 2".split())[0], torch.nn.Linear(4, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    losses = lambda *_: (
+        100 * model.weight.sum(),
+        {},
+    )  # a gradient of norm 200, of which 2 are left  # noqa: E731
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    train.train_step(config, model, losses, optimizer, torch.arange(2), seeded(), 0, 10)
+    torch.testing.assert_close(model.weight.detach(), torch.full((1, 4), -0.1))  # 0.5 / 5 in the first step
+
+
+def test_dino_is_built_with_its_settings():
+    words = "--koleo 0.3 --max-entropy 0.7 --center-momentum 0.6 --out-dim 32"
+    config, _ = parse(words.split())
+    model = build_model(config, SPEC, build_encoder(config, 1), (8, 8))
+    found = model.koleo, model.max_entropy, model.loss.center_momentum, model.loss.center.shape[1]
+    assert found == (0.3, 0.7, 0.6, 32)
+
+
+def test_matrices_of_the_student_decay_and_vectors_do_not():
+    dino = DINO(ViT(16, 4, 1, 12, 1, 3), 12, 16, 8, 4)
+    matrices, vectors = decayed(dino, 0.04)
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.04, 0.0)
+    assert all(p.dim() > 1 for p in matrices["params"]) and all(p.dim() < 2 for p in vectors["params"])
+    student = [*dino.student.parameters(), *dino.student_head.parameters()]
+    learned = {id(p) for p in student if p.requires_grad}
+    assert {id(p) for group in (matrices, vectors) for p in group["params"]} == learned
 
 
 @pytest.mark.parametrize("images, sizes", [(16, [3, 3, 2, 2, 2, 2, 2]), (3, [1, 1, 1])])
@@ -302,7 +321,7 @@ print([open(f"/proc/self/task/{name}/comm").read() for name in os.listdir("/proc
 
 
 def by_two_processes(folder: Path, name: str, words: str, stop_at: int | None = None) -> list:
-    """Two forks fit a line to 10 numbers, one may be stopped: [(indices, noise)], last words, weights."""
+    """Two forks fit a line to 10 numbers, one may be stopped: [(indices, noise)], last words, weights ..."""
     config, _ = parse([*words.split(), "--batch-size", "4", "--out", str(folder)])
 
     def process(rank: int) -> None:
@@ -319,12 +338,13 @@ def by_two_processes(folder: Path, name: str, words: str, stop_at: int | None = 
                 os.kill(os.getpid(), signal.SIGINT)
             return model(index[:, None] + noise.sum(dim=1, keepdim=True)).square().mean(), {}
 
-        checkpoint = load_run(folder).checkpoint if config.resume else None
+        checkpoint, history = load_run(folder).checkpoint if config.resume else None, []
         try:
-            train.train(config, SPEC, model, torch.zeros(10, 1, 2, 2), losses, checkpoint, dict)
+            history = train.train(config, SPEC, model, torch.zeros(10, 1, 2, 2), losses, checkpoint, dict)
         except KeyboardInterrupt as stop:
             last_words = str(stop)
-        result = batches, last_words, model.state_dict(), from_first(f"by {rank}")
+        logged = [row["loss"] for row in history]
+        result = batches, last_words, model.state_dict(), from_first(f"by {rank}"), logged
         torch.save(result, folder / f"{name}-{rank}.pt")
 
     start_processes(process, nprocs=2, start_method="fork")
@@ -349,6 +369,7 @@ def test_two_processes_share_every_batch_stop_together_and_resume_to_the_weights
     assert all(words.endswith("stopped --resume continues from here") for _, words, *_ in stopped)
     resumed = by_two_processes(tmp_path / "stopped", "second", "--epochs 4 --resume")
     assert whole[0][2] == resumed[0][2] and [len(batches) for batches, *_ in resumed] == [5, 5]
+    assert whole[0][4] == resumed[0][4]  # what was logged in an epoch that was stopped
 
 
 def test_a_process_opens_no_gpu_but_its_own_in_full_precision(monkeypatch):
@@ -381,22 +402,11 @@ def test_what_ends_all_processes_is_said_by_the_first_and_what_may_end_one_by_th
     assert printed == {"0": ["input", "collapse", "disk"], "1": ["disk"]}
 
 
-@pytest.mark.parametrize("backbone", ["resnet", "vit"])
-def test_a_classifier_is_measured_with_its_marker_removed_and_flipped(backbone, tmp_path, capsys):
-    metrics = trained(tmp_path / "isnet", f"--backbone {backbone} --marker 1 --isnet 1", SMALL)
-    printed = capsys.readouterr().out
-    assert "C1 " in printed and "C2 " in printed and "flipped" in printed
-    for name in ("same", "removed", "flipped", "unseen"):
-        assert all(0 <= metrics[f"{what}_{name}"] <= 1 for what in ("auc", "accuracy", "relevance_share"))
-        assert metrics[f"auc_{name}_enlarged_heart"] == metrics[f"auc_{name}"]
-    assert {"classification", "background", "foreground", "loss"} <= set(metrics)
-    assert min(Image.open(tmp_path / "isnet" / "heatmaps.png").size) > 100
-
-
 def test_a_marker_that_tells_all_deceives_a_plain_classifier(tmp_path, capsys):
     words = "--marker 1 --train-images 256 --epochs 4 --lr 1e-2 --batch-size 16"
     metrics = trained(tmp_path / "run", words, SMALL)
     assert metrics["auc_same"] > 0.95 and metrics["auc_flipped"] < 0.1
+    assert min(Image.open(tmp_path / "run" / "heatmaps.png").size) > 100
     assert "constant prediction" not in capsys.readouterr().out
 
 
@@ -482,16 +492,31 @@ def test_the_learning_rate_rises_linearly_and_falls_as_half_a_cosine_and_the_tea
     assert momenta == pytest.approx([0.996, 0.998, 1])
 
 
-@pytest.mark.parametrize("words", ["", "--no-follow", "--ssl none"])
-def test_guidance_gets_the_crops_and_the_confidence_of_each_image(words, monkeypatch):
-    config, given = parse([*TINY, *words.split()])[0], []
-    monkeypatch.setattr(train, "guidance", lambda *arguments: given.append(arguments) or torch.zeros(()))
+@pytest.mark.parametrize("words", ["", "--no-follow", "--ssl none", "--span-loss mse"])
+def test_guidance_gets_the_crops_and_the_confidence_of_each_image_and_is_added(words, monkeypatch):
+    config, given = parse([*TINY, *words.split(), "--span-weight", "3"])[0], []
+    monkeypatch.setattr(train, "guidance", lambda *arguments: given.append(arguments) or torch.ones(()))
     images, sure = torch.randint(256, (4, 1, 64, 64)).byte(), torch.tensor([1.0, 0.5, 0, 1])
     priors = lambda index: (torch.ones(len(index), 3, 64, 64), sure[index], sure[index])  # noqa: E731
     model = build_model(config, SPEC, build_encoder(config, 1), (8, 8))
-    train.views_objective(config, model, images, priors)(torch.tensor([3, 1]), torch.Generator(), 0, 1)
-    ((_, _, thetas, *_, confidence),) = given
+    losses = train.views_objective(config, model, images, priors)
+    found, logged = losses(torch.tensor([3, 1]), torch.Generator(), 0, 1)
+    ((_, _, thetas, _, kind, confidence),) = given
     assert (thetas is None) == (words == "--no-follow") and torch.equal(confidence, sure[[3, 1]])
+    assert kind == config.span_loss and (found - logged.get("loss", 0)).item() == pytest.approx(3, abs=1e-5)
+
+
+def test_views_reach_the_student_normalised_as_test_images_are_and_its_chosen_block_is_seen(monkeypatch):
+    config, seen = parse([*TINY, *"--prior none --depth 2 --span-layer 0".split()])[0], []
+    model = build_model(config, SPEC, build_encoder(config, 1), (8, 8))
+    images = torch.randint(256, (4, 1, 64, 64)).byte()
+    monkeypatch.setattr(train, "multi_crop", lambda x, *_: ([x.repeat(2, 1, 1, 1)], None))
+    watch = lambda module, views, how: seen.append((views[0], how["layer"]))  # noqa: E731
+    model.student.register_forward_pre_hook(watch, with_kwargs=True)
+    train.views_objective(config, model, images, None)(torch.tensor([3, 1]), seeded(), 0, 1)
+    ((views, layer),) = seen
+    torch.testing.assert_close(views, prepared(images[[3, 1]]).repeat(2, 1, 1, 1))
+    assert layer == 0
 
 
 def test_a_large_cell_holds_more_of_a_prior_and_an_image_counts_by_its_confidence():
@@ -501,7 +526,9 @@ def test_a_large_cell_holds_more_of_a_prior_and_an_image_counts_by_its_confidenc
     images, even = torch.randint(256, (4, 1, 64, 64)).byte(), torch.ones(4, 1, 64, 64)
     sure = torch.tensor([1.0, 0.5, 0, 1])
     losses = train.relvit_objective(config, relvit, images, lambda index: (even, sure, sure))
-    span = losses(torch.arange(4), seeded(), 0, 1)[1]["span_loss"]
+    loss, logged = losses(torch.arange(4), seeded(), 0, 1)
+    span = logged["span_loss"]
+    torch.testing.assert_close(loss.detach(), logged["loss"] + span)
     boxes = train.patch_views(images.float(), (2, 2), 8, seeded(), mega=True)[1]
     area = boxes[:, None, :, 2:].prod(dim=3)
     prior, attention = (p / p.sum(dim=2, keepdim=True) for p in (area, seen[0][:, :1]))
