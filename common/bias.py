@@ -29,8 +29,8 @@ def measure_bias(model: nn.Module, splits: dict[str, Data], multiclass: bool, ru
             table[name]["relevance share"] = float(relevance_share(R, foreground).nanmean())
             if isinstance(model, Pipeline):
                 with torch.no_grad():
-                    found = torch.cat([model.foreground(x).cpu() for x in batches(masked.images, model)])
-                table[name]["segmentation Dice"] = mask_dice(found, masked)
+                    segmented = torch.cat([model.foreground(x).cpu() for x in batches(masked.images, model)])
+                table[name]["segmentation Dice"] = mask_dice(segmented, masked)
     return table
 
 

@@ -106,25 +106,27 @@ def measured(train: Data, all_test: Data) -> dict[str, list]:
         return [scores(train, k, change(masks[k]), test) for k in references]
 
     of_hearts = {what: [left_inside(train, k, all_test) for k in ks] for what, ks in hearts(train).items()}
+    shifts = [(s, of(few, lambda m, s=s: wrong(m, s / 100, 1.0))) for s in SHIFTS]
+    right = shifts[0][1]  # neither shifted nor scaled
     return {
         "reference image": [(0, of(complete, lambda m: m))],
-        "shift": [(s, of(few, lambda m, s=s: wrong(m, s / 100, 1.0))) for s in SHIFTS],
-        "scale": [(s, of(few, lambda m, s=s: wrong(m, 0.0, s / 100))) for s in SCALES],
+        "shift": shifts,
+        "scale": [(s, right if s == 100 else of(few, lambda m, s=s: wrong(m, 0.0, s / 100))) for s in SCALES],
         "swapped": [(1, of(few, lambda m: m.roll(1, dims=0)))],  # each region has another one's mask
         "hearts": list(of_hearts.items()),
     }
 
 
 def draw(found: dict[str, list], path: Path) -> None:
-    """Write the curves: AP and Dice by shift and by scale, and a point for each reference image."""
+    """Write the curves: AP and Dice by shift and by scale, and of each reference image, in order of AP."""
     figure, axes = plt.subplots(1, 3, figsize=(8.4, 2.4), sharey=True, layout="constrained")
     panels = {"reference image": "reference image", "shift": "mask shifted, % of a side"}
     panels["scale"] = "mask, % as wide and high"
     for ax, (what, label) in zip(axes, panels.items()):
         for i, (name, colour) in enumerate(zip(("mAP", "Dice"), LINES)):
-            values = [[score[i] for score in each] for _, each in found[what]]
+            values = [[score[i] for score in sorted(map(tuple, each))] for _, each in found[what]]
             if what == "reference image":
-                ax.plot(range(1, 1 + len(values[0])), sorted(values[0]), "o", color=colour, ms=3, label=name)
+                ax.plot(range(1, 1 + len(values[0])), values[0], "o", color=colour, ms=3, label=name)
                 continue
             x = [amount for amount, _ in found[what]]
             ax.plot(x, [mean(v) for v in values], color=colour, marker="o", markersize=3)
