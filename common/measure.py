@@ -2,7 +2,7 @@
 
 attention  pixel average precision (AP) of one attention head per region: the one that masks guided, or else
            the best on validation images, beside the mean over all heads, which needs no masks. The prior has
-           its own AP, see `prior_maps` and `best_statistics`. Even pooling: only in metrics.json.
+           its own AP, see `prior_maps` and `best_statistics`. Even pooling has no attention.
 bias       a classifier's AUC and accuracy on test images as in training and, if these have a marker, with
            it removed, flipped, and flipped to an unseen kind. These show whether it relies on the marker.
            The share of relevance in the foreground does not: a heatmap can look right and be wrong.
@@ -68,6 +68,7 @@ def report(
         found.notes.extend(f"{what} is only for {others}" for what in measures if what not in apply)
     test, n, masked = splits["test"], len(splits["test"].names), len(shows_one(splits["test"]).names)
     if "attention" in apply and pools_evenly(encoder):
+        apply.remove("attention")
         found.notes.append("the pooling is even: there is no attention to show")
     for what in apply:
         try:
@@ -76,16 +77,14 @@ def report(
             elif what == "backgrounds":
                 add_backgrounds(found, *measure_backgrounds(model, splits, multiclass), masked)
             elif what == "attention":
-                maps = measure_attention(encoder, splits, layer, guided, priors)
-                add_attention(found, *maps, shown=not pools_evenly(encoder))
+                add_attention(found, *measure_attention(encoder, splits, layer, guided, priors))
             elif what in PROBES:
                 add_probe(found, what, encoder, splits, None if classifier else fractions, features)
             elif list(measures) != MEASURES or len(test.regions) == 1:  # objects
                 found.tables["objects, in %"] = measure_objects(model, splits, layer)
                 found.metrics.update(flatten(found.tables["objects, in %"], lambda of, x: f"{of}_{x}"))
         except CannotMeasure as error:
-            if what != "attention" or not pools_evenly(encoder):  # else it is said already
-                found.notes.append(str(error))
+            found.notes.append(str(error))
     partly = [what for title, what in OF_FOREGROUND.items() if title in found.tables and 0 < masked < n]
     found.notes.extend(f"{what}: on the {masked} of {n} test images with a foreground" for what in partly)
     if unknown := [name for name, value in found.metrics.items() if math.isnan(value)]:
@@ -112,14 +111,13 @@ def add_backgrounds(found: Report, table: Table, paired: int, masked: int) -> No
         found.notes.append(f"mixed same and rand: on the {paired} of {masked} images with labels that recur")
 
 
-def add_attention(found: Report, ap: Table, heads: dict[str, int], shown: bool) -> None:
-    """Add what `measure_attention` returns, and means over regions; the table and heads only if shown."""
+def add_attention(found: Report, ap: Table, heads: dict[str, int]) -> None:
+    """Add what `measure_attention` returns, and means over regions."""
     means = {of: {"": known_mean(row.values())} for of, row in ap.items()}
     found.metrics.update(flatten(ap, lambda of, region: f"{of}_AP_{region}"))
     found.metrics.update(flatten(means, lambda of, _: f"{of}_mAP"))
-    if shown:
-        found.tables["AP in %"] = ap
-        found.heads.update(heads)
+    found.tables["AP in %"] = ap
+    found.heads.update(heads)
 
 
 def add_probe(
