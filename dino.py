@@ -207,7 +207,8 @@ class DINO(nn.Module):
         student = torch.cat([self.student_head(f.pooled) for f in features])  # (V B, K)
         with torch.no_grad():
             teacher = self.teacher_head(self.teacher(views[0], layer=None, patches=False).pooled)  # (2 B, K)
-        student, teacher = (scores.unflatten(0, (-1, B)) for scores in (student, teacher))
+        kind = torch.promote_types(student.dtype, torch.float32)  # for sums over images
+        student, teacher = (scores.to(kind).unflatten(0, (-1, B)) for scores in (student, teacher))
         w = self.health.nearness()
         if self.training and self.max_entropy < 1:
             self.loss.move_center(teacher, w)

@@ -145,7 +145,7 @@ class LRP(TorchFunctionMode):
                     t.data, self.kept[t] = t.detach().clone(), None
         leaves = () if self.explaining else tree_leaves((args, kwargs))
         nodes = {getattr(t, "grad_fn", None) for t in leaves if not self.active(t)}
-        self.warn({n.name() for n in nodes if isinstance(n, BackwardCFunction)} - {"_RouteBackward"})
+        self.warn({n.name() for n in nodes if isinstance(n, BackwardCFunction)} - {"_RouteBackward"}, HIDDEN)
         if not any(map(self.active, leaves)):
             return func(*args, **kwargs)
         if name in COMPOSITE:
@@ -154,19 +154,23 @@ class LRP(TorchFunctionMode):
         if changed is not None and name in RULES:  # a rule may save its input: change a copy, write it back
             twin = func if kwargs.pop("inplace", False) else getattr(Tensor, name, None) or getattr(F, name)
             with self:
-                return changed.copy_(twin(changed.clone(), *args[1:], **kwargs))
+                changed.copy_(twin(changed.clone(), *args[1:], **kwargs))
+            if name in CONSTANT:
+                self.depends.pop(changed, None)
+            return changed
         with torch._C.DisableTorchFunction():  # an outer context must not see these operations
             y = RULES[name](self, func, *args, **kwargs) if name in RULES else func(*args, **kwargs)
             written = (y, changed, getattr(changed, "_base", None))  # writing a slice changes its base
             new = [t for t in tree_leaves(written) if isinstance(t, Tensor) and t.requires_grad]
-            self.warn({name} - RULES.keys() - KEEPS_GRADIENT if new else set())
-            self.depends.update((t, True) for t in new if name not in ("rsqrt", "reciprocal", "rdiv"))
+            self.warn({name} - RULES.keys() - KEEPS_GRADIENT if new else set(), NO_RULE)
+            if not (name in CONSTANT or "div" in name and args and not self.active(args[0])):
+                self.depends.update((t, True) for t in new)
         return y
 
-    def warn(self, names: set[str]) -> None:
+    def warn(self, names: set[str], why: str) -> None:
         """Warn of operations without a rule, once of each."""
         for name in names - self.warned:
-            warnings.warn(f"LRP: no rule for '{name}'. {NO_RULE}", stacklevel=3)
+            warnings.warn(f"LRP: no rule for '{name}'. {why}", stacklevel=3)
         self.warned |= names
 
     def linear(self, op: Callable, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
@@ -257,6 +261,7 @@ class LRP(TorchFunctionMode):
         return self.route(y, self.half(z, q if self.active(q) else k, v))
 
 
+CONSTANT = ["rsqrt", "reciprocal", "rdiv"]  # what they return has no relevance, as a divisor
 FAMILIES = {
     "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d": LRP._layer,
     "matmul bmm mm rmatmul": LRP._matmul,
@@ -265,7 +270,7 @@ FAMILIES = {
     "mul rmul multiply": lambda self, func, a, b, *args, **kw: self.half(func(a, b, *args, **kw), a, b),
     "addcmul": lambda s, f, x, a, b, **k: s.route(f(x, a, b, **k), x + s.half(f(0 * x, a, b, **k), a, b)),
     "div truediv divide true_divide": lambda s, f, a, b, **k: f(a, s.constant(b) if s.active(b) else b, **k),
-    "rsqrt reciprocal rdiv": lambda self, func, *args, **kw: self.constant(func(*args, **kw)),
+    " ".join(CONSTANT): lambda self, func, *args, **kw: self.constant(func(*args, **kw)),
     "relu6 elu selu celu gelu silu mish sigmoid logsigmoid tanh softplus softsign hardtanh hardswish "
     "hardsigmoid clamp clamp_min clamp_max threshold square sqrt exp log pow": LRP._elementwise,
     "layer_norm group_norm": LRP._norm,
@@ -274,6 +279,7 @@ FAMILIES = {
     "scaled_dot_product_attention": LRP._attention,
 }
 RULES = {name: rule for names, rule in FAMILIES.items() for name in names.split()}
+HIDDEN = "If it depends on the images, neither it nor what follows up to the next sum has rules."
 NO_RULE = "Its gradient is kept: exact if f(c x) = c f(x), else relevance is lost or counted twice."
 KEEPS_GRADIENT = set(
     # Views, copies, choices of elements ("get" stands for properties such as x.T)
@@ -304,7 +310,7 @@ def _reenter(func: types.FunctionType) -> types.FunctionType:
 
 def relevance(
     model: Callable, images: Tensor, target: Tensor | Callable, epsilon: float = 1e-6, gamma: float = 0.0,
-    input_rule: tuple[float, float] | None = None, create_graph: bool = False, signed: bool = False,
+    input_rule: tuple[float | Tensor, ...] | None = None, create_graph: bool = False, signed: bool = False,
     layers: Sequence[nn.Module] = (), detach_biases: bool = False,
 ) -> tuple[Tensor, Tensor] | tuple[list[Tensor], Tensor]:  # fmt: skip
     """The signed LRP heatmap (B, C, H, W) of a classifier (B, C, H, W) -> (B, K), and its output.
@@ -318,7 +324,7 @@ def relevance(
     """
     if not images.is_floating_point() or not len(images):
         raise ValueError(f"relevance needs float images, not {images.dtype} {tuple(images.shape)}")
-    bounds, calls = [torch.zeros_like(images).add(v).requires_grad_() for v in input_rule or ()], []
+    bounds, calls = [torch.zeros_like(images).add_(v).requires_grad_() for v in input_rule or ()], []
 
     def note(module: nn.Module, _, output):
         """Record where the gradient of a layer's first output y arrives, and y, which may change later."""

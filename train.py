@@ -72,11 +72,10 @@ def foreground_masks(
     known = labelled(train.labels) if learns else torch.ones(len(train.names), dtype=torch.bool)
     if config.task != "classify" or not config.isnet and config.baseline in (None, "gated"):
         return None, known
-    if config.resume:
-        masks, stay = kept_masks(config.out, train.images[:, :1].shape)
-    else:
-        prior = config.prior, train, reference, config.prior_blur, config.align, config.device
-        masks, stay = from_first(foreground(config.masks, splits, config.data, config.init, prior))
+    if config.resume:  # as checked when the run began
+        return kept_masks(config.out, train.images[:, :1].shape)
+    prior = config.prior, train, reference, config.prior_blur, config.align, config.device
+    masks, stay = from_first(foreground(config.masks, splits, config.data, config.init, prior))
     check_foreground(config.masks, train, masks, stay)
     if not masks[stay & known].any():
         raise ValueError(f"--masks {config.masks}: all masks are empty; draw the foreground in at least one")

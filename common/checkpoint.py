@@ -120,8 +120,9 @@ def _hash(names: list[str], values: Tensor | None) -> str:
 def data_spec(
     train: Data, classify: bool, data: str, prior: str = "none", reference: str | None = None
 ) -> DataSpec:
-    """What a run takes from its training images; prior, reference: those of pretraining. Raises ValueError if
-    they can't be classified.
+    """What a run takes from its training images.
+
+    prior, reference: those of pretraining. Raises ValueError if images can't be classified.
     """
     labels, priors = train.labels if classify else None, ""
     images = f"{len(train.names)} (hash of names{' and labels' * classify}: {_hash(train.names, labels)})"

@@ -94,7 +94,7 @@ def check_pairs(c: Config) -> None:
         (c.masks == "prior" and c.prior == "masks",
          "--masks prior --prior masks are the data's own masks: leave out both"),
         (c.masks == "prior" and c.prior == "statistics",
-         "--masks prior --prior statistics would cover the whole image, which its clusters divide"),
+         "--masks prior --prior statistics: clusters cover the whole image; leave out --prior statistics"),
         (c.masks == "attention" and not from_run, "--masks attention needs --init RUN; or use --masks RUN"),
         (not some_masks, f"--masks {c.masks} is not {', '.join(MASKS)}, or a folder"),
         (not classify and c.ssl == "none" and not guided, "--ssl none learns from a --prior alone: set one"),

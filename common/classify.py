@@ -155,9 +155,8 @@ def natural_range(
             optimizer.step()
     inner, totals = supervised_layers(plain.eval().encoder, layers), []
     masked = masks.flatten(1).any(dim=1).nonzero()[:, 0]
-    masked = masked[torch.randperm(len(masked), generator=generator)[:512]].to(
-        labels.device
-    )  # of all classes
+    chosen = torch.randperm(len(masked), generator=generator)[:512]  # of all classes
+    masked = masked[chosen].to(labels.device)
     for index in masked.split(at_a_time(min(64, batch_size), images)):
         target = explained_target(labels[index], multiclass, explain, generator)
         heatmaps, _ = relevance(plain, prepared(rows_at(images, index)), target, layers=inner, **rule)

@@ -41,16 +41,15 @@ def foreground(
     train, folder = splits["train"], Path(init if source == "attention" else source)
     given = train.has_masks & (source == "data")  # (N,)
     if source == "data":
-        own = given
-        if not own.any():
+        if not given.any():
             counts = ", ".join(f"{s} {int(d.has_masks.sum())} of {len(d.names)}" for s, d in splits.items())
             line = f"images with a mask for every region: {counts}; one of train must have them"
             raise ValueError(f"{line}: add masks/<region>/ beside images/, or change labels.csv")
-        masks = own[:, None, None, None] & train.masks.any(dim=1, keepdim=True)
-        if not own.all():
-            counts = f"{int(own.sum())} of {len(own)} training images have masks"
+        masks = given[:, None, None, None] & train.masks.any(dim=1, keepdim=True)
+        if not given.all():
+            counts = f"{int(given.sum())} of {len(given)} training images have masks"
             print(f"warning: {counts}; those of up to {REFERENCES} images are carried to the others")
-            masks[~own] = registered_masks(train.images[~own], ("sample", *prior[1:]), REFERENCES)
+            masks[~given] = registered_masks(train.images[~given], ("sample", *prior[1:]), REFERENCES)
     elif source == "prior":
         masks = registered_masks(train.images, prior)
     elif (folder / "config.json").is_file():
@@ -107,9 +106,10 @@ def registered_masks(images: Tensor, prior: tuple, most: int = 1) -> Tensor:
     gets the masks of the one that, warped, is most like it around them. Raises ValueError.
     """
     source, train, reference, *how = prior
-    own = train.masks[train.names.index(reference)] if source == "sample" and reference else torch.ones(1, 1)
-    if not own.flatten(1).any(dim=1).all():  # regions of which each image shows some: their union will do
-        train = train._replace(masks=train.masks.any(dim=1, keepdim=True), regions=["foreground"])
+    if source == "sample" and reference:
+        own = train.masks[train.names.index(reference)]
+        if not own.flatten(1).any(dim=1).all():  # regions of which each image shows some: their union will do
+            train = train._replace(masks=train.masks.any(dim=1, keepdim=True), regions=["foreground"])
     masks, best = torch.zeros_like(images[:, :1], dtype=torch.bool), torch.full((len(images),), -2.0)
     for name in references_for(train, reference, most) if most > 1 else [reference]:
         if source == "sample" and name and how[1] != "none":
@@ -163,7 +163,7 @@ def masks_compared(masks: Tensor, data: Data, reference: str | None) -> tuple[fl
 
     The reference image does not count, since the masks may be made from its own. NaN if no image is left.
     """
-    both = masks.flatten(1).any(dim=1) & data.has_masks  # (N,); an empty mask is unknown
+    both = masks.flatten(1).any(dim=1) & data.has_masks  # (N,); an empty mask may be unknown
     both &= torch.tensor([name != reference for name in data.names])
     return (mask_dice(masks[both], select(data, both)) if both.any() else math.nan), int(both.sum())
 

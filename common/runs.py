@@ -164,8 +164,10 @@ def pretrained(model: nn.Module) -> nn.Module:
 
 
 def guided_regions(config: Config, train: Data, reference: str | None) -> tuple | None:
-    """Names (R), masks (R, S, S), and images (M, C, S, S) that show them, of regions to which one prior
-    guides heads; None if none does."""
+    """The regions to which one prior guides heads, or None.
+
+    Names (R), masks (R, S, S), and images (M, C, S, S) that show them.
+    """
     if config.task == "classify" or config.prior in ("none", "masks"):
         return None
     priors, names = make_priors(config.prior, train, reference, config.prior_blur)

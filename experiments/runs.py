@@ -22,9 +22,8 @@ from experiments.claims import claims
 from experiments.commands import NEEDED, RUNS
 
 ROOT = Path(__file__).parents[1]
-CLAIMED = {
-    words.split()[0] for claim in claims() for words in (claim.figure, claim.minus) if words
-}  # experiments
+# The experiments that claims need.
+CLAIMED = {words.split()[0] for claim in claims() for words in (claim.figure, claim.minus) if words}
 MAIN = [name for name in RUNS if name.rpartition("-")[0] in CLAIMED and name.endswith(("-0", "-1"))]
 QUICK = ["phantom_span-0", "plain_resnet_corner-0", "blind_resnet_corner-0", "blind_close_resnet_corner-0"]
 # Part of a name: what is measured after the run, and a figure that shows whether it was measured.

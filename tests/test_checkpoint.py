@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
-from conftest import SMALL, TINY, Evil, epochs_of, image_folder, metrics_of, same_weights
+from conftest import SMALL, TINY, Evil, epochs_of, image_folder, metrics_of, same_weights, save
 
 import train
 from common.checkpoint import FORMAT, load_run
@@ -108,6 +109,19 @@ def test_an_isnet_run_resumes_with_the_masks_that_it_kept(span_run, tmp_path, mo
     assert metrics_of(tmp_path / "whole")["mask_dice"] == metrics_of(tmp_path / "stopped")["mask_dice"]
     (tmp_path / "stopped" / "masks.pt").write_bytes(b"no masks")
     assert "masks.pt can't be read" in refused(train.main, *resume)
+
+
+def test_an_isnet_run_on_images_that_are_labelled_in_part_resumes(tmp_path, monkeypatch):
+    """All images have masks, which cover 60 %, and half of them labels: no image is all foreground."""
+    rows = [f"{i}.png,{i % 2 if i < 6 else ''},train" for i in range(12)]
+    data = image_folder(tmp_path / "data", "file,sick,split", *rows, size=(20, 20))
+    mask = np.repeat(np.arange(20) < 12, 20).reshape(20, 20).astype(np.uint8) * 255
+    for i in range(12):
+        save(data / "masks" / "spot" / f"{i}.png", mask)
+    words = f"--isnet 1 --img-size 16 --batch-size 4 --data {data} --out {tmp_path / 'run'}"
+    stopped_after_an_epoch(monkeypatch, [*SMALL[:4], "--epochs", "2", *words.split()])
+    train.main(["--resume", "--out", str(tmp_path / "run")])
+    assert len(load_run(tmp_path / "run").checkpoint["history"]) == 2
 
 
 def test_a_finished_run_that_is_resumed_is_measured_again_and_not_trained(span_run, tmp_path, capsys):

@@ -131,11 +131,7 @@ def test_a_model_at_chance_or_one_that_reads_the_shortcut_supports_no_claim(auc)
 def test_intervals_and_spreads_are_those_of_student_and_of_the_same_seeds():
     assert tables.interval([1.0, 2.0, 3.0]) == "-0.5 to 4.5"  # 2 ± 4.303 / sqrt(3)
     assert tables.interval([5.0, 6.0]) == "" and tables.spread([1.0]) == "1.0" and tables.spread([]) == ""
-    assert (
-        tables.spread([-0.01], "+") == "+0.0"
-        and tables.spread([1.0, 2.0, 3.0]) == "2.0 ± 1.0"
-        and tables.spread([1.0, 3.0], "+") == "+2.0 ± 1.4"
-    )
+    assert tables.spread([1.0, 2.0, 3.0]) == "2.0 ± 1.0" and tables.spread([1.0, 3.0], "+") == "+2.0 ± 1.4"
     assert tables.gaps({0: 5.0, 1: 7.0, 2: 9.0}, {1: 4.0, 2: 5.0}) == [3.0, 4.0]
     results = {name: {"seed": int(name[-1]), "x": 0.5} for name in ("span-0", "span-1", "no_span-2")}
     assert tables.points(results, "span", "x") == {0: 50.0, 1: 50.0}
@@ -198,7 +194,14 @@ def test_a_ratio_is_of_the_second_over_the_first_without_the_first_pair(monkeypa
     assert benchmark.ratio(lambda: None, lambda: None, runs=3) == (2, 3, 4)
 
 
-@pytest.mark.parametrize("name", [name for name in benchmark.CLASSIFIERS if "ViT-S" not in name][::5])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ISNet / plain: ResNet, epsilon rule",
+        "ISNet / plain: ViT, three steps by default",
+        "gain / plain: ViT",
+    ],
+)
 def test_classifiers_can_be_compared(name):
     flags, added, (_, *shape) = benchmark.CLASSIFIERS[name]
     plain = benchmark.classifier(f"{flags} --embed-dim 16", (4, *shape), "cpu")

@@ -131,7 +131,7 @@ SETTINGS = {
     "--task classify --isnet 1 --masks nowhere": "nowhere is not data, prior, attention, or a folder",
     "--task classify --isnet 1 --masks attention": "--masks attention needs --init RUN; or",
     "--task classify --isnet 1 --masks prior --prior masks": "are the data's own masks: leave out both",
-    "--task classify --isnet 1 --masks prior --prior statistics": "would cover the whole image",
+    "--task classify --isnet 1 --masks prior --prior statistics": "clusters cover the whole image; leave out",
     "--ssl relvit --no-follow": "--no-follow does nothing without --ssl dino or none and --prior",
     "--prior none --span-weight 2": "does nothing without --prior",
     "--local-scale 0.1 0.2": "--local-scale 0.1 0.2 does nothing without --local-crops-number",

@@ -231,7 +231,7 @@ def test_regions_that_no_image_shows_together_are_united_to_be_registered():
         registered_masks(images, ("sample", data, None, 0.025, "bend", "cpu"))
 
 
-def test_kept_masks_say_which_images_stay_whatever_masks_the_folder_has_later(tmp_path):
+def test_kept_masks_come_back_with_the_images_that_stay(tmp_path):
     masks, stay = torch.rand(3, 1, 5, 5) > 0.5, torch.tensor([True, False, True])
     keep_masks(tmp_path, masks, stay)
     assert all(map(torch.equal, kept_masks(tmp_path, masks.shape), (masks, stay)))

@@ -235,10 +235,8 @@ def two_runs(tmp_path: Path, words: str, flags: str, tiny: list[str] = TINY) -> 
 def test_a_step_has_the_scheduled_learning_rate_and_a_clipped_gradient():
     config, model = parse("--lr 0.5 --warmup 0.5 --clip-grad 2".split())[0], torch.nn.Linear(4, 1, bias=False)
     torch.nn.init.zeros_(model.weight)
-    losses = lambda *_: (
-        100 * model.weight.sum(),
-        {},
-    )  # a gradient of norm 200, of which 2 are left  # noqa: E731
+    # A gradient of norm 200, of which 2 are left.
+    losses = lambda *_: (100 * model.weight.sum(), {})  # noqa: E731
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     train.train_step(config, model, losses, optimizer, torch.arange(2), seeded(), 0, 10)
     torch.testing.assert_close(model.weight.detach(), torch.full((1, 4), -0.1))  # 0.5 / 5 in the first step
