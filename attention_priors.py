@@ -110,7 +110,7 @@ def span_loss(attention: Tensor, prior: Tensor, share: Tensor, kind: str = "kl")
     A = attention[:, :R]
     A = A / A.sum(dim=2, keepdim=True).clamp_min(1e-12)  # (3)
     if kind == "kl":
-        log_A = A.clamp_min(1e-30).log()  # lower, P / A may overflow; higher, a saturated head would not learn
+        log_A = A.clamp_min(1e-30).log()  # lower, P / A may overflow; higher, a saturated head can't learn
         losses = (torch.xlogy(prior, prior) - prior * log_A).sum(dim=2)  # (B, R)
     elif kind == "mse":
         losses = N**2 * (prior - A).square().mean(dim=2)

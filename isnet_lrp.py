@@ -154,7 +154,7 @@ def attention_loss(attention: Tensor, foreground: Tensor) -> Tensor:
     A = attention.to(torch.promote_types(attention.dtype, torch.float32))
     A = A / A.sum(dim=2, keepdim=True).clamp_min(1e-12)
     P = (foreground / foreground.sum(dim=2, keepdim=True).clamp(min=1)).expand_as(A)
-    log_A = A.clamp_min(1e-30).log()  # lower, P / A may overflow; higher, a saturated head would not learn
+    log_A = A.clamp_min(1e-30).log()  # lower, P / A may overflow; higher, a saturated head can't learn
     losses = (torch.xlogy(P, P) - P * log_A).sum(dim=2)  # (B, heads)
     weight = foreground.amax(dim=2).expand_as(losses)
     return (weight * losses).sum() / weight.sum().clamp_min(1e-12)

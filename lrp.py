@@ -14,21 +14,19 @@ an operation, so one backward pass computes all relevance:
     a @ b, a * b           both depend on the input: g <- g / 2, half of the relevance to each       (8)
     input layer            z' = w x - max(w, 0) low - min(w, 0) high for pixels in [low, high]       (9)
 
-(2) epsilon, (3) gamma and (9) z^B rule: Montavon et al. 2019. (5), (6), (8): AttnLRP, Achtibat et al. 2024,
-arXiv 2402.05602. In a / b, b is a constant, as in (6). (3) is made for x, z >= 0, as around a ReLU; elsewhere
-z' can be 0 where z is not, and relevance explodes. (4), the generalised gamma rule, equals (3) for x, z >= 0,
-favours contributions with the sign of z, and keeps z / z' in [0, 1] for any signs. Operations without a rule
-keep their gradient, exact if f(c x) = c f(x) for c > 0; those not in KEEPS_GRADIENT cause a warning.
+(2) epsilon, (3) gamma and (9) z^B rule: Montavon et al. 2019. (5), (6), (8): AttnLRP, arXiv 2402.05602. In
+a / b, b is a constant. (3) is for x, z >= 0: elsewhere z' can be 0 where z is not, and relevance explodes.
+(4), the generalised gamma rule, equals (3) for x, z >= 0, favours contributions of z's sign, and keeps z / z'
+in [0, 1]. Operations without a rule keep their gradient, exact if f(c x) = c f(x) for c > 0; most others warn.
 
 `LRP` is a `TorchFunctionMode`: it sees conv2d, gelu, matmul ... as any model calls them, in place or not, but
-not what a custom `autograd.Function` does. The rules act only in `explain`: outputs and ordinary gradients do
-not change. Relevance can be differentiated again (`isnet_lrp.py`).
+not what a custom `autograd.Function` does. The rules act only in `explain`: outputs and other gradients stay.
 """
 
-import types
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from types import FunctionType
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +90,6 @@ class LRP(TorchFunctionMode):
     def __init__(
         self, epsilon: float = 1e-6, gamma: float = 0.0, signed: bool = False, detach_biases: bool = False
     ):
-        super().__init__()
         if not (epsilon >= 0 and gamma >= 0):
             raise ValueError(f"LRP: epsilon {epsilon} and gamma {gamma} must not be negative")
         self.epsilon, self.gamma, self.signed = epsilon, gamma, signed
@@ -131,10 +128,9 @@ class LRP(TorchFunctionMode):
 
     def read(self, t: Tensor) -> Tensor:
         """Return a kept tensor. Raises ValueError if a function hidden from this context has changed it."""
-        if self.kept[t] not in (None, t._version):
-            unseen = "out=, a scripted function or the like has changed a tensor in place"
-            raise ValueError(f"LRP: {unseen}: let it change a copy")
-        return t
+        if self.kept[t] in (None, t._version):
+            return t
+        raise ValueError("LRP: out= or a scripted function has changed a tensor in place: give it a copy")
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, name, changed = kwargs or {}, func.__name__.strip("_"), None
@@ -148,9 +144,11 @@ class LRP(TorchFunctionMode):
         self.warn({n.name() for n in nodes if isinstance(n, BackwardCFunction)} - {"_RouteBackward"}, HIDDEN)
         if not any(map(self.active, leaves)):
             return func(*args, **kwargs)
-        if name in COMPOSITE:
+        if name in ("multi_head_attention_forward", "normalize"):  # of a copy, the operations alone are seen
+            unaware = {k: lambda *args: False for k in func.__globals__ if k.startswith("has_torch_function")}
+            twin = FunctionType(func.__code__, func.__globals__ | unaware, name, func.__defaults__)
             with self:
-                return _reenter(func)(*args, **kwargs)
+                return twin(*args, **kwargs)
         if changed is not None and name in RULES:  # a rule may save its input: change a copy, write it back
             twin = func if kwargs.pop("inplace", False) else getattr(Tensor, name, None) or getattr(F, name)
             with self:
@@ -162,7 +160,7 @@ class LRP(TorchFunctionMode):
             y = RULES[name](self, func, *args, **kwargs) if name in RULES else func(*args, **kwargs)
             written = (y, changed, getattr(changed, "_base", None))  # writing a slice changes its base
             new = [t for t in tree_leaves(written) if isinstance(t, Tensor) and t.requires_grad]
-            self.warn({name} - RULES.keys() - KEEPS_GRADIENT if new else set(), NO_RULE)
+            self.warn({name} - RULES.keys() - KEEPS_GRADIENT if new and "pool" not in name else set(), KEPT)
             if not (name in CONSTANT or "div" in name and args and not self.active(args[0])):
                 self.depends.update((t, True) for t in new)
         return y
@@ -201,7 +199,6 @@ class LRP(TorchFunctionMode):
         """Rule (8) for the product y of factors; if only one depends on the input, y is linear in it."""
         return self.route(y, y / 2) if all(map(self.active, factors)) else y
 
-    # The rules: each takes (func, *args, **kwargs) and returns the operation's exact output.
     def _layer(self, func, input, weight, bias=None, *args, **kwargs) -> Tensor:
         return self.linear(lambda x, w, b: func(x, w, b, *args, **kwargs), input, weight, bias)
 
@@ -249,20 +246,19 @@ class LRP(TorchFunctionMode):
         """Softmax attention: two products, (8), and a softmax, which keeps its gradient."""
         if dropout_p:
             raise ValueError("LRP: attention dropout must be 0 while relevance is asked for")
-        q, k, v = query, key, value  # (..., Q, d), (..., T, d), (..., T, d)
-        y = func(q, k, v, attn_mask, 0.0, is_causal, **kw)
-        scale = q.shape[-1] ** -0.5 if kw.get("scale") is None else kw["scale"]
-        scores = self.half(q @ k.transpose(-2, -1) * scale, q, k)  # (..., Q, T)
+        y = func(query, key, value, attn_mask, 0.0, is_causal, **kw)  # (..., Q, d) for keys (..., T, d)
+        scale = query.shape[-1] ** -0.5 if kw.get("scale") is None else kw["scale"]
+        scores = self.half(query @ key.transpose(-2, -1) * scale, query, key)  # (..., Q, T)
         attn_mask = torch.ones_like(scores, dtype=torch.bool).tril() if is_causal else attn_mask
         if attn_mask is not None:
             allowed = attn_mask.dtype == torch.bool
             scores = scores.masked_fill(~attn_mask, -torch.inf) if allowed else scores + attn_mask
-        z = scores.softmax(dim=-1) @ v
-        return self.route(y, self.half(z, q if self.active(q) else k, v))
+        z = scores.softmax(dim=-1) @ value
+        return self.route(y, self.half(z, query if self.active(query) else key, value))
 
 
 CONSTANT = ["rsqrt", "reciprocal", "rdiv"]  # what they return has no relevance, as a divisor
-FAMILIES = {
+FAMILIES = {  # the rules: they take (self, func, *args, **kwargs) and return the operation's exact output
     "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d": LRP._layer,
     "matmul bmm mm rmatmul": LRP._matmul,
     "addmm baddbmm": lambda self, f, b, x, w, **k: self.linear(lambda x, w, b: f(b, x, w, **k), x, w, b),
@@ -272,15 +268,14 @@ FAMILIES = {
     "div truediv divide true_divide": lambda s, f, a, b, **k: f(a, s.constant(b) if s.active(b) else b, **k),
     " ".join(CONSTANT): lambda self, func, *args, **kw: self.constant(func(*args, **kw)),
     "relu6 elu selu celu gelu silu mish sigmoid logsigmoid tanh softplus softsign hardtanh hardswish "
-    "hardsigmoid clamp clamp_min clamp_max threshold square sqrt exp log pow": LRP._elementwise,
-    "layer_norm group_norm": LRP._norm,
-    "rms_norm": LRP._elementwise,  # it subtracts nothing, so y / x is (6), but for x = 0
+    "hardsigmoid clamp clamp_min clamp_max threshold square sqrt exp log pow rms_norm": LRP._elementwise,
+    "layer_norm group_norm": LRP._norm,  # an RMS norm subtracts nothing, so (5) is (6) for it, but for x = 0
     "batch_norm": LRP._batch_norm,
     "scaled_dot_product_attention": LRP._attention,
 }
 RULES = {name: rule for names, rule in FAMILIES.items() for name in names.split()}
 HIDDEN = "If it depends on the images, neither it nor what follows up to the next sum has rules."
-NO_RULE = "Its gradient is kept: exact if f(c x) = c f(x), else relevance is lost or counted twice."
+KEPT = "Its gradient is kept: exact if f(c x) = c f(x), else relevance is lost or counted twice."
 KEEPS_GRADIENT = set(
     # Views, copies, choices of elements ("get" stands for properties such as x.T)
     "get getitem setitem reshape reshape_as view view_as flatten unflatten transpose swapaxes swapdims "
@@ -290,22 +285,13 @@ KEEPS_GRADIENT = set(
     "repeat_interleave stack cat concat concatenate hstack vstack pad where index_select index_copy "
     "index_add index_put gather scatter scatter_add take_along_dim masked_select masked_fill copy fill zero "
     "pixel_shuffle pixel_unshuffle channel_shuffle interpolate grid_sample nan_to_num "
-    # Sums, means and other piecewise linear functions; pooling is added below
+    # Sums, means and other piecewise linear functions; all poolings as well
     "add radd sub rsub subtract neg positive sum mean cumsum diff relu leaky_relu prelu rrelu abs sign round "
     "max min amax amin maximum minimum cummax cummin sort topk median dropout dropout1d dropout2d dropout3d "
     # Not linear, but x * gradient sums to a norm, and AttnLRP keeps softmax's gradient; losses keep theirs
     "norm vector_norm linalg_norm linalg_vector_norm std softmax log_softmax logsumexp cross_entropy "
     "nll_loss mse_loss l1_loss kl_div binary_cross_entropy_with_logits".split()
 )
-for pool in "avg_pool adaptive_avg_pool max_pool adaptive_max_pool".split():
-    KEEPS_GRADIENT |= {f"{pool}{n}d{end}" for n in "123" for end in ("", "_with_indices")}
-COMPOSITE = {"multi_head_attention_forward", "normalize"}  # Python functions made of operations with rules
-
-
-def _reenter(func: types.FunctionType) -> types.FunctionType:
-    """A copy of a Python function whose operations, but not itself, go through the context."""
-    unaware = {k: lambda *args: False for k in func.__globals__ if k.startswith("has_torch_function")}
-    return types.FunctionType(func.__code__, func.__globals__ | unaware, func.__name__, func.__defaults__)
 
 
 def relevance(
@@ -326,8 +312,7 @@ def relevance(
         raise ValueError(f"relevance needs float images, not {images.dtype} {tuple(images.shape)}")
     bounds, calls = [torch.zeros_like(images).add_(v).requires_grad_() for v in input_rule or ()], []
 
-    def note(module: nn.Module, _, output):
-        """Record where the gradient of a layer's first output y arrives, and y, which may change later."""
+    def note(module: nn.Module, _, output):  # where the gradient of its first output arrives, and that
         y = given = tree_leaves(output)[0]
         if not isinstance(y, Tensor) or not y.requires_grad:
             raise ValueError(f"layers: {type(module).__name__} gives no tensor with a gradient")
@@ -365,21 +350,20 @@ def relevance(
 
 def _score(output: Tensor, target: Tensor | Callable) -> Tensor:
     """The quantity (B,) to explain."""
-    target = target if callable(target) else torch.as_tensor(target, device=output.device)
-    labels = not callable(target) and not target.is_floating_point() and target.shape == output.shape[:1]
     if callable(target):
         score = target(output)
-    elif target.is_floating_point() and target.shape == output.shape:
-        score = (output * target).sum(dim=1)
-    elif labels and 0 <= target.min() <= target.max() < output.shape[1]:
-        score = output.gather(1, target.long()[:, None])[:, 0]
-    else:
-        given = target.tolist() if labels else f"{target.dtype} {tuple(target.shape)}"
-        remedy = "give labels (B,) from 0 to K - 1 as integers, or weights (B, K) as floats"
-        raise ValueError(f"target {given}, output {tuple(output.shape)}: {remedy}")
-    if score.shape != (len(output),):
-        raise ValueError(f"a target must give one score an image, ({len(output)},), not {tuple(score.shape)}")
-    return score
+        if score.shape != output.shape[:1]:
+            raise ValueError(f"a target must give one score an image, not {tuple(score.shape)}")
+        return score
+    target = torch.as_tensor(target, device=output.device)
+    if target.is_floating_point() and target.shape == output.shape:
+        return (output * target).sum(dim=1)
+    labels = not target.is_floating_point() and target.shape == output.shape[:1]
+    if labels and 0 <= target.min() <= target.max() < output.shape[1]:
+        return output.gather(1, target.long()[:, None])[:, 0]
+    given = target.tolist() if labels else f"{target.dtype} {tuple(target.shape)}"
+    remedy = "give labels (B,) from 0 to K - 1 as integers, or weights (B, K) as floats"
+    raise ValueError(f"target {given}, output {tuple(output.shape)}: {remedy}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -39,7 +38,7 @@ from common.models import build_model, decayed, lrp_rule, make_encoder
 from common.processes import Collapse, average_gradients, fail, from_first, join, keep_freed_memory
 from common.processes import rank, remedy_for, share_batch_norms, stop_requests
 from common.regions import priors_over
-from common.runs import data_of, finish, guided_regions, masses_of
+from common.runs import data_of, finish, masses_of
 from common.splits import load
 from crops import multi_crop
 from dino import DINO, over_processes
@@ -375,7 +374,7 @@ def main(argv: list[str] | None = None) -> None:
         except (ValueError, OSError) as error:
             fail("train.py", error, 2)
         (config, spec, model, splits, reference, _), started = run, time.perf_counter()
-        masses_now = partial(masses_of, config, model, guided_regions(config, splits["train"], reference))
+        masses_now = masses_of(config, model, splits["train"], reference)
         history = train(config, spec, model, images, losses, saved, masses_now)
         if not saved or len(saved["history"]) < len(history):
             print(f"trained in {time.perf_counter() - started:.0f} s{' since --resume' * bool(saved)}")

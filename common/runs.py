@@ -1,6 +1,7 @@
 """Runs: what they write at their end, and how they are loaded to be measured side by side."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -163,27 +164,24 @@ def pretrained(model: nn.Module) -> nn.Module:
     return model.student if isinstance(model, DINO) else model.encoder
 
 
-def guided_regions(config: Config, train: Data, reference: str | None) -> tuple | None:
-    """The regions to which one prior guides heads, or None.
-
-    Names (R), masks (R, S, S), and images (M, C, S, S) that show them.
+def masses_of(config: Config, model: nn.Module, train: Data, reference: str | None) -> Callable[[], dict]:
+    """A function that measures m_r, {region: share}, of regions to which one prior guides heads, for --masks
+    RUN; it returns {} if there are none.
     """
     if config.task == "classify" or config.prior in ("none", "masks"):
-        return None
+        return dict
     priors, names = make_priors(config.prior, train, reference, config.prior_blur)
+    regions, encoder = priors >= priors.amax(dim=(1, 2), keepdim=True) / 2, pretrained(model)  # (R, S, S)
     # Priors from statistics or a file are true of images only on average.
     images = train.images[[train.names.index(reference)] if config.prior == "sample" else slice(BATCH)]
-    return names, priors >= priors.amax(dim=(1, 2), keepdim=True) / 2, images
 
+    def measured() -> dict[str, float]:
+        training = model.training
+        attention = attention_of(encoder, images, config.span_layer)[:, : len(names)]
+        model.train(training)
+        return dict(zip(names, mass_held(attention, encoder.grid(images), regions).tolist()))
 
-def masses_of(config: Config, model: nn.Module, guided: tuple | None) -> dict[str, float]:
-    """m_r of `guided_regions`, {region: share}, as --masks RUN needs them; {} without any."""
-    if guided is None:
-        return {}
-    (names, regions, images), encoder, training = guided, pretrained(model), model.training
-    attention = attention_of(encoder, images, config.span_layer)[:, : len(names)]
-    model.train(training)
-    return dict(zip(names, mass_held(attention, encoder.grid(images), regions).tolist()))
+    return measured
 
 
 def finish(

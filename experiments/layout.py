@@ -65,7 +65,7 @@ class Row(NamedTuple):
 
     title: str
     experiment: str
-    figures: list[str]
+    figures: list[str]  # "FIGURE", or "EXPERIMENT FIGURE" of another experiment
     reference: str = ""
 
 
@@ -178,9 +178,15 @@ def of_real_images() -> Tables:
         marker.append(Row(title, f"{way}_resnet_chest_marker", ["auc_same", *inside]))
         at = [f"auc_hospitals_{x}" for x in ("trained", "flipped", "Shenzhen", "Montgomery")]
         hospitals.append(Row(title, f"{way}_resnet_chest_hospitals", [*at, "relevance_share_same"]))
+    shown = "span attention, fixed attention, span prior, span aligned_prior, dino attention"
+    each = [words.split() for words in f"{shown}, untrained attention".split(", ")]
+    titles = {"lesions": "30 skin lesions", "horses": "49 horses", "chest": "lungs in 243 chest X-rays"}
+    real = [Row(title, "", [f"{x}_{data} {of}_mAP" for x, of in each]) for data, title in titles.items()]
+    of = "**SPAN** | SPAN, not registered (as published) | prior | registered prior"
     columns = "prior | registered prior | attention"
     where = "AUC | as in training | flipped | within Shenzhen | within Montgomery | relevance inside"
     return {
+        "real": (f"AP on test images | {of} | DINO's best heads | untrained, best heads", real),
         "horses": (f"AP of horses | {columns}", guided["horses"]),
         "lesions": (f"AP of lesions | {columns}", guided["lesions"]),
         "chest": (f"mAP of lungs, AUC | {columns} | k-NN | linear layer", guided["chest"]),

@@ -24,6 +24,7 @@ from common.checkpoint import write_file
 from common.datasets import Example, write
 from common.explain import scores_of
 from common.metrics import auc
+from common.phantom import stamp
 from common.runs import load_all
 from experiments.runs import ROOT
 
@@ -44,16 +45,6 @@ def lungs(path: Path) -> dict[str, np.ndarray]:
     return {"left lung": both & ~on_left, "right lung": both & on_left}
 
 
-def marked(path: Path) -> np.ndarray:
-    """An image (H, W) uint8 with a white L in the upper right corner, as `common.phantom.stamp` draws it."""
-    image = np.array(Image.open(path).convert("L"))
-    size = round(image.shape[1] * 6 / 64)
-    stroke, top, right = size // 3, size // 3, image.shape[1] - size // 3
-    image[top : top + size, right - size : right - size + stroke] = 255
-    image[top + size - stroke : top + size, right - size : right] = 255
-    return image
-
-
 def examples(source: Path, shortcut: str) -> Iterator[Example]:
     """The images of SOURCE for `datasets.write`; 6 of 10 are for training, 1 for validation.
 
@@ -68,7 +59,8 @@ def examples(source: Path, shortcut: str) -> Iterator[Example]:
         if shortcut == "_hospitals" and sick != path.name.startswith("CHN"):
             split = "test"
         if shortcut == "_marker" and sick == (split != "test"):
-            image = marked(path)
+            pixels = torch.from_numpy(np.array(Image.open(path).convert("L")))  # (S, S)
+            image = stamp(pixels[None, None], torch.tensor([True]))[0, 0].numpy()
         row, masks = {"tuberculosis": str(int(sick)), "split": split}, lungs(source / "masks" / path.name)
         if shortcut == "_masks":
             image = np.logical_or(*masks.values()).astype(np.uint8) * 255
@@ -106,18 +98,16 @@ def main() -> None:
         if not (measure := next((m for part, m in MEASURES.items() if part in path.name), None)):
             parser.error(f"{path} is no run on data/chest_marker or data/chest_hospitals")
         write_file(metrics, json.loads(metrics.read_text()) | measure(path))
-    elif (path / "cxr").is_dir() and (path / "masks").is_dir():
-        for shortcut in SHORTCUTS:
-            out = ROOT / f"data/chest{shortcut}"
-            if out.exists():
-                parser.error(f"{out.relative_to(ROOT)} exists: delete it first")
-            try:
-                written = write(examples(path, shortcut), out)
-            except (ValueError, OSError) as error:
-                parser.error(f"{path}: {error}; it must hold cxr/ and masks/ with files of the same names")
-            print(f"wrote {written} images into {out.relative_to(ROOT)}")
-    else:
-        parser.error(f"{path} has neither cxr/ and masks/ nor metrics.json")
+        return
+    for shortcut in SHORTCUTS:
+        out = ROOT / f"data/chest{shortcut}"
+        if out.exists():
+            parser.error(f"{out.relative_to(ROOT)} exists: delete it first")
+        try:
+            written = write(examples(path, shortcut), out)
+        except (ValueError, OSError) as error:
+            parser.error(f"{path}: {error}; it must hold cxr/ and masks/ with files of the same names")
+        print(f"wrote {written} images into {out.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

@@ -32,8 +32,10 @@ AFTER = {
     "object_": ("evaluate.py RUN --only objects", "CorLoc"),
     "_chest_hospitals-": ("-m experiments.real RUN", "auc_hospitals_flipped"),
     "_chest_marker-": ("-m experiments.real RUN", "auc_removed"),
-}
-PROBED = {"dino_long": "long_span"}  # pairs whose features are compared
+    "dino_long-": (
+        "evaluate.py runs/long_span-SEED RUN --all --only linear heads finetune", "finetune_mAUC_1_percent"
+    ),
+}  # fmt: skip
 PICTURES = {  # results/NAME.png: what evaluate.py measures, and the runs that stand side by side
     "compare": "attention long_span-0 dino_long-0",
     "isnet": "bias alone_resnet_corner-0 plain_resnet_corner-0 pixels_only-0",
@@ -92,21 +94,15 @@ def train(names: list[str]) -> list[str]:
     return names
 
 
-def measure(names: list[str], few_labels: bool) -> None:
-    """Measure what finished runs still lack: AFTER and, if few_labels, the features of pairs in PROBED."""
+def measure(names: list[str]) -> None:
+    """Measure what finished runs still lack of AFTER."""
     commands = {}
     for name in names:
-        experiment, _, seed = name.rpartition("-")
         metrics = ROOT / f"runs/{name}/metrics.json"
-        if not metrics.exists():
-            continue
-        known = metrics.read_text()
         for part, (what, figure) in AFTER.items():
-            if part in name and figure not in known:
-                commands[f"{name}.after"] = what.replace("RUN", f"runs/{name}").split()
-        if few_labels and experiment in PROBED and "finetune_mAUC_1_percent" not in known:
-            pair = [f"runs/{PROBED[experiment]}-{seed}", f"runs/{name}", "--all"]
-            commands[f"{name}.probe"] = ["evaluate.py", *pair, "--only", "linear", "heads", "finetune"]
+            if part in name and metrics.exists() and figure not in metrics.read_text():
+                words = what.replace("RUN", f"runs/{name}").replace("SEED", name.rpartition("-")[2])
+                commands[f"{name}.after"] = words.split()
     two_at_a_time(commands)
 
 
@@ -141,7 +137,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     try:
         names = train(names)
-        measure(names, few_labels=not (args.only or args.quick))
+        measure(names)
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from here")
     if args.only:

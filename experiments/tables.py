@@ -101,7 +101,7 @@ def compared(runs: dict, header: str, rows: list[Row]) -> str:
     """The rows that were measured: figures, in brackets their differences to the reference, and seeds."""
     lines = []
     for row in rows:
-        found = [points(runs, row.experiment, figure) for figure in row.figures]
+        found = [points(runs, *[row.experiment, *figure.split()][-2:]) for figure in row.figures]
         cells = [spread(list(values.values())) for values in found]
         for i, figure in enumerate(row.figures):
             gap = gaps(found[i], points(runs, row.reference, figure))
@@ -135,13 +135,8 @@ def of_claims(runs: dict) -> dict[str, str]:
         if first.setdefault(row[0], row) is not row and row[-2]:  # an interval needs three seeds
             held, _, seeds = row[-1].partition(" of ")
             others.append(held == seeds)
-    count = f"{sum(others)} of {len(others)}"
-    last = [
-        "1-8",
-        "comparisons beside these, with three seeds or more, that hold in each seed",
-        *[""] * 4,
-        count,
-    ]
+    beside = "comparisons beside these, with three seeds or more, that hold in each seed"
+    last = ["1-8", beside, *[""] * 4, f"{sum(others)} of {len(others)}"]
     return {"claims": markdown(header, rows, 2), "summary": markdown(header, [*first.values(), last], 2)}
 
 
@@ -158,21 +153,6 @@ def of_steadiness(runs: dict) -> dict[str, str]:
             if set(cells) != {"not measured"}:
                 rows.append([f"{title}: {images}", *cells])
     return {"steady": markdown("seeds collapsed (lowest KL) | 200 images | 850 | 3000", rows)}
-
-
-def of_real_images(runs: dict) -> dict[str, str]:
-    """AP of SPAN's attention on real images, beside the prior it learned from and DINO's heads."""
-    images = {"lesions": "30 skin lesions", "horses": "49 horses", "chest": "lungs in 243 chest X-rays"}
-    shown = "span attention", "fixed attention", "span prior", "span aligned_prior"
-    rows, shown = [], [*shown, "dino attention", "untrained attention"]
-    for data, title in images.items():
-        found = [points(runs, f"{run}_{data}", f"{of}_mAP") for run, of in map(str.split, shown)]
-        few, most = min(map(len, found)), max(map(len, found))
-        seeds = f"{few}" if few == most else f"{few} to {most}"
-        rows.append([title, *(spread(list(x.values())) for x in found), seeds])
-    of = "**SPAN** | SPAN, not registered (as published) | prior | registered prior"
-    header = f"AP on test images | {of} | DINO's best heads | untrained, best heads | seeds"
-    return {"real": markdown(header, rows)}
 
 
 def of_costs(costs: dict[str, list[float]]) -> dict[str, str]:
@@ -207,8 +187,7 @@ def tables(runs: dict) -> dict[str, str]:
     costs, wrong = (json.loads(file.read_text()) for file in files)
     seed_0 = {name: run for name, run in runs.items() if run["seed"] == 0}
     made = {name: compared(seed_0 if name == "failures" else runs, *x) for name, x in layout().items()}
-    made |= of_steadiness(runs) | of_real_images(runs)
-    return of_claims(runs) | made | of_costs(costs) | of_wrong_masks(wrong)
+    return of_claims(runs) | made | of_steadiness(runs) | of_costs(costs) | of_wrong_masks(wrong)
 
 
 def fill(text: str, made: dict[str, str]) -> str:

@@ -1,5 +1,6 @@
 """The evidence: runs, claims and tables fit together, and recorded commands still mean the same."""
 
+import ast
 import hashlib
 import json
 import re
@@ -19,7 +20,7 @@ from common.checks import check
 from common.data import select
 from common.phantom import stamp
 from common.splits import load
-from experiments import benchmark, equations, real, runs, tables, wrong_mask
+from experiments import benchmark, real, runs, tables, wrong_mask
 from experiments.claims import Claim, claims
 from experiments.layout import WAYS, layout
 
@@ -243,19 +244,20 @@ def test_exposing_a_row_of_attention_keeps_hardly_any_memory_and_changes_no_feat
     assert none < row < 1.05 * none < 1.1 * none < whole
 
 
-def test_every_numbered_equation_has_its_lines_and_a_test():
-    assert (ROOT / "docs/equations.md").read_text() == equations.page(), "python -m experiments.equations"
-
-
-def test_an_equation_without_lines_or_a_test_is_missed(monkeypatch):
-    assert equations.numbers("rules (2) to (4), f(9) and (12)-(13)") == ["2", "3", "4", "12", "13"]
-    text = "A file.\n\n    a = b + c,    (1)\n        c = 3\n    d = 4    (2)\n\nMore."
-    assert equations.formulas(text) == {"1": "a = b + c; c = 3", "2": "d = 4"}
-    monkeypatch.setattr(equations, "FILES", ["resnet.py"])
-    for checked in ("123", "1"):  # one equation too many, and one too few
-        monkeypatch.setattr(equations, "tested", lambda source, checked=checked: dict.fromkeys(checked, ""))
-        with pytest.raises(KeyError):
-            equations.page()
+def test_every_numbered_equation_stands_on_its_page_with_its_function_and_its_test():
+    page = (ROOT / "docs/equations.md").read_text()
+    row = r"^\| (\d+) \| `(.*)` \| \[`([\w.]+)`\]\(\.\./(.*)\) \| `(.*)::(\w+)` \|$"
+    for section in page.split("\n## ")[1:]:
+        file = section.split("\n")[0]
+        source = (ROOT / file).read_text()
+        doc, rows = ast.get_docstring(ast.parse(source)), re.findall(row, section, re.MULTILINE)
+        doc = doc.split("Where we differ")[0]
+        numbered = re.findall(r"\S\s{2,}(\(\d+\)(?:, \(\d+\))*)(?=[\s,]|$)", doc, re.MULTILINE)
+        assert {number for number, *_ in rows} == set(re.findall(r"\d+", " ".join(numbered))), file
+        for _, formula, name, path, tests, test in rows:
+            assert all(part in doc for part in formula.replace("\\|", "|").split("; ")), formula
+            assert path == file and re.search(rf"(def|class) {name.split('.')[-1]}\b", source), name
+            assert re.search(rf'def {test}\(.*\n    """Equation', (ROOT / tests).read_text()), test
 
 
 def test_a_wrong_mask_moves_to_the_right_and_grows_about_its_own_centre():

@@ -92,7 +92,7 @@ def test_a_mass_is_that_of_the_reference_image_and_measuring_it_does_not_end_tra
     train_split, model = splits["train"], nn.ModuleDict({"encoder": ViT(64, 8, 1, 24, 1, 3)})
     monkeypatch.setattr(runs, "attention_of", attention := Mock(wraps=runs.attention_of))
     config = parse(["--ssl", "none"])[0]
-    masses = runs.masses_of(config, model, runs.guided_regions(config, train_split, reference))
+    masses = runs.masses_of(config, model, train_split, reference)()
     _, images, _ = attention.call_args.args
     assert torch.equal(images, train_split.images[[train_split.names.index(reference)]])
     assert list(masses) == train_split.regions and model.training and model["encoder"].training
