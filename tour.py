@@ -8,15 +8,16 @@ keeps it off the background. Foreground masks can do that, but only one image ha
 
 import copy
 
-import matplotlib
 import torch
 import torch.nn.functional as F
 from torch import Generator, nn
 from torch.optim import AdamW
 
 from attention_priors import guidance, priors_from_masks
+from common.classify import Classifier
 from common.metrics import auc, localisation_ap
 from common.phantom import REGIONS, phantom, stamp
+from common.plots import plt
 from common.registration import carry, confidence, register
 from crops import multi_crop
 from dino import DINO
@@ -24,9 +25,6 @@ from isnet_lrp import background_loss, foreground_loss, relevance_range
 from lrp import relevance
 from resnet import ResNet
 from vit import ViT
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
 
 STEPS, GRID = 200, (8, 8)
 RULE = {"epsilon": 0.01, "gamma": 3.0, "signed": True}  # the rule of LRP
@@ -84,18 +82,6 @@ print(f"Dice of the masks: {100 * 2 * (foreground & true).sum() / (foreground.su
 
 
 # 6. Two classifiers: plain, and with swapped backgrounds and relevance that must stay inside the masks.
-class Classifier(nn.Module):
-    """A ResNet and a logit: images (B, 1, H, W) to (B, 1)."""
-
-    def __init__(self):
-        super().__init__()
-        self.encoder = ResNet(in_chans=1, embed_dim=64)
-        self.head = nn.Linear(64, 1)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.head(self.encoder(images).pooled)
-
-
 def train(model: nn.Module, steps: int, c1: float = 0, c2: float = 0) -> nn.Module:
     """Train to find enlarged hearts; with ISNet if C1 and C2, the range of relevance, are given."""
     optimizer = AdamW(model.parameters(), lr=2e-3)
@@ -119,7 +105,7 @@ def train(model: nn.Module, steps: int, c1: float = 0, c2: float = 0) -> nn.Modu
 
 
 # The plain classifier reads the L at once, so it gets fewer steps.
-first = Classifier()
+first = Classifier(ResNet(in_chans=1, embed_dim=64), classes=1)  # an encoder, and a linear layer on `pooled`
 plain = train(copy.deepcopy(first), 600)
 some = x[:200]
 R, _ = relevance(plain, some, torch.ones(len(some), 1), **RULE)

@@ -118,13 +118,12 @@ def grad_cam(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
     It is taken at the last block's output; in a ViT at its input, since only the output's CLS token is used.
     """
-    seen: list[Tensor] = []
-    last, vit = model.encoder.blocks[-1], isinstance(model.encoder, ViT)
-    hook = last.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0] if vit else output))
-    with sdpa_kernel(SDPBackend.MATH):  # the faster kernels cannot be differentiated twice
+    seen, last, vit = [], model.encoder.blocks[-1], isinstance(model.encoder, ViT)
+    # The faster kernels of attention cannot be differentiated twice.
+    with last.register_forward_hook(lambda *call: seen.extend(call)), sdpa_kernel(SDPBackend.MATH):
         score = (model(x) * y.nan_to_num()).sum()
-    hook.remove()
-    (maps,) = seen
+    _, (inputs, *_), output = seen
+    maps = inputs if vit else output
     (gradient,) = torch.autograd.grad(score, maps, create_graph=True)
     if vit:  # tokens (B, T, D); the N patches come last
         h, w = model.encoder.grid(x)
