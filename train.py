@@ -333,15 +333,16 @@ def begin(argv: list[str]) -> tuple:
         check_spec(config.out, run, spec, train.regions, config.data)
     torch.manual_seed(config.seed)
     encoder = make_encoder(config, spec.channels)
-    masks, kept = foreground_masks(config, splits, reference)
-    check_step(config, int(kept.sum()), processes)
+    masks, stay = foreground_masks(config, splits, reference)
+    check_step(config, int(stay.sum()), processes)
     if masks is not None and config.swap_margin is None:
         config = replace(config, swap_margin=0.0125 if are_made(config.masks, train.has_masks) else 0.0)
     if config.epochs is None:
-        steps = max(1, int(kept.sum()) // config.batch_size)  # per epoch
+        steps = max(1, int(stay.sum()) // config.batch_size)  # per epoch
         config = replace(config, epochs=epochs_for(config.task, config.backbone, steps))
     model = build_model(config, spec, encoder, encoder.grid(train.images)).to(config.device)
     print(f"{sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} M encoder weights, on {config.device}")
+    kept = slice(None) if stay.all() else stay  # a slice copies nothing
     images, spec = to_device(train.images[kept], config.device), run.spec if run else spec
     if config.task == "classify":
         labels = train.labels[kept].to(config.device)
@@ -362,7 +363,7 @@ def begin(argv: list[str]) -> tuple:
     if not run and not rank():
         start_run(config, spec, argv)
         if masks is not None:
-            keep_masks(config.out, masks, kept)
+            keep_masks(config.out, masks, stay)
     return config, spec, model, splits, reference, masks, images, losses, run and run.checkpoint
 
 

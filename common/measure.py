@@ -160,6 +160,8 @@ def measure_attention(
             raise CannotMeasure(f"no validation image shows {missing[0]}: no head can be chosen for it")
         heads = ap.argmax(dim=0)  # (R,)
     all_heads, table = attention_of(encoder, test.images, layer), {}  # (M, heads, N)
+    if guided and len(heads) > all_heads.shape[1]:
+        raise CannotMeasure(f"{len(heads)} regions, {all_heads.shape[1]} head(s): AP can't be measured")
     attention, maps = all_heads[:, heads], dict(priors(test.images)) if priors else {}
     if not guided and all_heads.shape[1] > 1:
         maps["mean of heads"] = all_heads.mean(dim=1, keepdim=True).expand_as(attention), grid

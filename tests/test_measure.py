@@ -101,6 +101,9 @@ def test_guided_heads_belong_to_their_regions_and_stand_beside_the_prior(lungs):
     assert "attention_mAP" in found.metrics
     found = measure.report(Encoder(maps), splits | {"val": none}, ["attention"])
     assert found.notes == ["no validation image has all masks: AP can't be measured"] and not found.metrics
+    two = {s: d._replace(masks=d.masks.repeat(1, 2, 1, 1), regions=["lung", "x"]) for s, d in splits.items()}
+    found = measure.report(Encoder(exact), two, ["attention"], guided=True)
+    assert found.notes == ["2 regions, 1 head(s): AP can't be measured"]
     some = splits["test"]._replace(has_masks=torch.arange(8) < 3)
     found = measure.report(Encoder(maps, maps[:3]), splits | {"test": some}, ["attention"])
     assert found.notes == ["AP: on the 3 of 8 test images with a foreground"]
