@@ -17,7 +17,7 @@ an operation, so one backward pass computes all relevance:
 (2) epsilon, (3) gamma and (9) z^B rule: Montavon et al. 2019. (5), (6), (8): AttnLRP, arXiv 2402.05602. In
 a / b, b is a constant. (3) is for x, z >= 0: elsewhere z' can be 0 where z is not, and relevance explodes.
 (4), the generalised gamma rule, equals (3) for x, z >= 0, favours contributions of z's sign, and keeps z / z'
-in [0, 1]. Operations without a rule keep their gradient, exact if f(c x) = c f(x) for c > 0; most others warn.
+in [0, 1]. Operations without a rule keep their gradient, exact if f(c x) = c f(x) for c > 0; others warn.
 
 `LRP` is a `TorchFunctionMode`: it sees conv2d, gelu, matmul ... as any model calls them, in place or not, but
 not what a custom `autograd.Function` does. The rules act only in `explain`: outputs and other gradients stay.
@@ -140,9 +140,10 @@ class LRP(TorchFunctionMode):
                 if t.untyped_storage().data_ptr() == changed.untyped_storage().data_ptr():
                     t.data, self.kept[t] = t.detach().clone(), None
         leaves = () if self.explaining else tree_leaves((args, kwargs))
-        nodes = {getattr(t, "grad_fn", None) for t in leaves if not self.active(t)}
-        self.warn({n.name() for n in nodes if isinstance(n, BackwardCFunction)} - {"_RouteBackward"}, HIDDEN)
-        if not any(map(self.active, leaves)):
+        others = [t for t in leaves if not self.active(t)]
+        nodes = (n for t in others if isinstance(n := getattr(t, "grad_fn", None), BackwardCFunction))
+        self.warn({n.name() for n in nodes} - {"_RouteBackward"}, HIDDEN)
+        if len(others) == len(leaves):
             return func(*args, **kwargs)
         if name in ("multi_head_attention_forward", "normalize"):  # of a copy, the operations alone are seen
             unaware = {k: lambda *args: False for k in func.__globals__ if k.startswith("has_torch_function")}
