@@ -10,9 +10,9 @@ teacher's distribution over K prototypes; the teacher's weights are a moving ave
 
 Centring (c) and sharpening (small tau_t) balance each other. Without this balance DINO collapses: all images
 get the same output, which the loss does not show. Two additions, off unless asked for, work against it. KoLeo
-(1806.03198, used by DINOv2) spreads the features z of a batch. The entropy of P_t is about log K - (s /
-tau_t)^2 / 2, where s is the standard deviation of logits; tau_t is lowered to keep it below about e log K (e:
-`max_entropy`). A slow c would leave one offset in all logits, and one prototype would win: (8).
+(1806.03198, used by DINOv2) spreads the features z of a batch. The entropy of P_t is about
+log K - (s / tau_t)^2 / 2, where s is the standard deviation of logits; tau_t falls to keep it below about
+e log K (e: `max_entropy`). A slow c would leave one offset in all logits, and one prototype would win: (8).
 
     L_KoLeo = -mean_i log min_(j != i) |z_i - z_j|,  |z| = 1,  weighted by w                             (5)
     tau_t   = min(tau_t, s / sqrt(2 w (1 - e) log K)),  so that mean h(P_t) / log K <~ 1 - w (1 - e)     (6)
