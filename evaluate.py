@@ -65,7 +65,7 @@ def compare(args: argparse.Namespace) -> None:
         if (run.out / "last.pt").exists() and len(run.history) < run.config.epochs:  # no file of weights
             found.notes.append(f"it stopped after {len(run.history)} of {run.config.epochs} epochs")
         if run.config.marker is None and "flipped" in splits:
-            found.notes.append("its metrics are not saved: it was trained without the others' marker")
+            found.notes.append("metrics.json is unchanged: unlike others, this run had no marker in training")
         else:  # JSON has no NaN
             finite = {k: v for k, v in (before[name] | found.metrics).items() if math.isfinite(v)}
             write_file(run.out / "metrics.json", finite)
@@ -170,10 +170,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument_group("what is measured and shown").add_argument
     what = f"some of {', '.join(MEASURES)} (default: {', '.join(QUICK)})"
     add("--only", dest="measures", nargs="+", choices=MEASURES, metavar="MEASURE", help=what)
-    add("--all", action="store_true", help="all of them, also with 1 to 25 %% of the labels: minutes per run")
+    what = "all measures; probes also with 1 to 25 %% of the labels: minutes per run"
+    add("--all", action="store_true", help=what)
     add("--rows", type=int, help="test images in compare.png (default: 6)")
     add("--html", action="store_true", help="also write report.html, with metrics and images to browse")
-    add = parser.add_argument_group("instead, for one run").add_argument
+    add = parser.add_argument_group("for one run, instead of measuring").add_argument
     add("--image", nargs="+", type=Path, metavar="FILE", help="draw its maps over images of any size")
     add("--export-masks", type=Path, metavar="DIR", help="write its guided heads' masks into a new folder")
     add("--export", type=Path, metavar="FILE", help="write its ViT for timm and DINO's code")
@@ -191,7 +192,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     files = any(run.is_file() for run in args.runs)
     flags = "" if files else " ".join(args.flags[2 * bool(args.data) :])
     for wrong, line in [
-        (alone and others, f"{', '.join(alone)} takes one run and no other flags: leave out the others"),
+        (alone and others, f"{' or '.join(alone)} takes one run, without --only, --all, --rows and --html"),
         (args.data and not files and (args.image or args.export), "--image and --export use no --data"),
         (missing, f"{missing}: no such file or folder"),
         (flags, f"{flags} is for files of weights; runs are measured on their own data"),

@@ -156,12 +156,12 @@ def check_spec(
             if name == "images" and not goes_on:
                 print(f"note: {learned}; it may have been trained on some of the test images")
                 continue
-            raise ValueError(f"{learned}: name its own --data, restore its files, or train again")
+            raise ValueError(f"{learned}: give its own data by --data, restore its files, or train again")
     guided = list(run.masses) if run.config.prior == "sample" else []  # other priors are of no region
     if guided and regions and guided != regions:  # else a head counts for another's region
         was, there = (", ".join(map(printable, names)) for names in (guided, regions))
         heads = f"the heads of {folder} were guided to {was}, but {data} has masks of {there}"
-        raise ValueError(f"{heads}: name its own --data, restore its masks, or train again")
+        raise ValueError(f"{heads}: give its own data by --data, restore its masks, or train again")
 
 
 def save(

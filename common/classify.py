@@ -141,7 +141,7 @@ def natural_range(
     made for up to 512 images with masks (N, 1, S, S). layers: as in `supervised_layers`; their C1 and C2 come
     after the input's. most: the largest C2 / C1. Raises FloatingPointError if the relevance has no range.
     """
-    print(f"training a plain classifier for {WARM_UP} epochs, for C1 and C2 ...", flush=True)
+    print(f"training a plain classifier for {WARM_UP} epochs, to measure its relevance ...", flush=True)
     plain, generator = copy.deepcopy(model).train(), Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=lr)
     for _ in range(WARM_UP):

@@ -43,7 +43,7 @@ KEYWORDS = {*"phantom parts data prior attention sample masks statistics none".s
 NO_SETTINGS = {*"command versions machine channels classes multiclass images priors relevance_range".split()}
 COUNT, FRACTION, WEIGHT, POSITIVE = (1, 10**9), (0, 1), (0, 1e9), (1e-12, 1e9)  # limits
 DINO, VIEWS, PENALISED = "ssl=dino", "ssl=dino|none", "baseline=" + "|".join(PENALTIES)
-REGISTERED = "prior masks=prior isnet&masks=data baseline&masks=data"  # to images without masks
+MADE = "masks=prior isnet&masks=data baseline&masks=data"  # masks that may be made from others
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class Config:
     data: str = flag("phantom", "phantom (X-rays), parts (plates), or a folder", "--data-path", group="data")
     train_images: int = flag(None, "number of synthetic training images", within=COUNT)
     img_size: int = flag(64, "images are resized to this many pixels per side", within=(1, 4096))
-    findings: tuple[str, ...] = flag(None, "labels to classify, or all (default: the phantom's first, all of "
-        "other data)", nargs="+", needs="task=classify")
+    findings: tuple[str, ...] = flag(None, "labels to learn, or all (default: only the phantom's first; of "
+        "other data all)", nargs="+", needs="task=classify")
     marker: float = flag(None, "probability that a marker agrees with the first finding", within=FRACTION)
     marker_kind: str = flag("corner", "an L in a corner or anywhere, a tint, a frame (border), two hospitals",
         choices=[*MARKERS, "hospitals"], needs="marker")
@@ -71,22 +71,26 @@ class Config:
     prior: str = flag("sample",
         "sample: one image's masks; masks: every image's; statistics; none; or a .npy file (R, S, S)",
         group="where to look (SPAN)", needs="task=pretrain masks=prior")
-    align: str = flag("bend", "registration of priors", choices=["bend", "affine", "none"], needs=REGISTERED)
+    align: str = flag("bend", "how priors are registered to each image: deformable (bend), affine, or not",
+        choices=["bend", "affine", "none"], needs=f"prior=sample {MADE}")
     follow: bool = flag(True, "keep priors fixed while crops move", needs=f"{VIEWS}&prior")
-    prior_blur: float = flag(0.025, "blur of priors: sigma / image width", within=WEIGHT, needs=REGISTERED)
+    prior_blur: float = flag(0.025, "blur of priors: sigma / image width",
+        within=WEIGHT, needs=f"prior {MADE}")
     span_weight: float = flag(3.0, "weight of the SPAN loss", within=WEIGHT, needs="prior")
-    span_loss: str = flag("kl", "distance of attention from its prior (each has its own scale)",
+    span_loss: str = flag("kl", "distance of attention from its prior; each needs its own --span-weight",
         choices=["kl", "mse", "dice"], needs="prior")
     span_layer: int = flag(-1, "the block whose heads are guided, -1 the last", needs="pool=cls")
     ssl: str = flag("dino", "the objective without labels; none: the SPAN loss alone",
         group="self-supervision", choices=["dino", "relvit", "none"], needs="task=pretrain")
-    relations: tuple[str, ...] = flag(None, "RelViT's tasks (default: all); with labels, tasks to add",
-        choices=RELATIONS, nargs="+", needs="ssl=relvit task=classify")
-    in_order: bool = flag(False, "joint RelViT with patches in order and unchanged, as published",
+    relations: tuple[str, ...] = flag(None, "RelViT's tasks (default: all); with --task classify, tasks to "
+        "learn beside the labels (default: none)", choices=RELATIONS, nargs="+",
+        needs="ssl=relvit task=classify")
+    in_order: bool = flag(False, "with --relations: leave patches in order and unchanged, as published",
         needs="task=classify&relations")
-    mega_patches: int = flag(0, "RelViT's mega-patches per side; 0: patches", within=(0, 10**9),
-        needs="ssl=relvit")
-    out_dim: int = flag(256, "prototypes; hundreds suit thousands of images", within=(2, 10**9), needs=DINO)
+    mega_patches: int = flag(0, "RelViT's mega-patches (cells of random size) per side; 0: patches",
+        within=(0, 10**9), needs="ssl=relvit")
+    out_dim: int = flag(256, "number K of prototypes; hundreds suit thousands of images",
+        within=(2, 10**9), needs=DINO)
     teacher_temp: float = flag(0.02, "softmax temperature of the teacher", within=POSITIVE, needs=DINO)
     momentum: float = flag(0.996, "EMA momentum of the teacher at the start", "--momentum-teacher",
         within=FRACTION, needs=DINO)
@@ -109,23 +113,27 @@ class Config:
     isnet_every: int = flag(3, "add the ISNet loss in every N-th step", within=COUNT, needs="isnet")
     swap: float = flag(1.0, "fraction of images whose background is swapped", within=FRACTION, needs="isnet")
     swap_margin: float = flag(None, "shrink the kept foreground by this fraction of a side, at least a "
-        "pixel (default: 0.0125 if some masks are derived, else 0)", within=(0, 0.2),
+        "pixel (default: 0.0125 if some masks are made from others, else 0)", within=(0, 0.2),
         needs="isnet&swap baseline=swap")
     isnet_margin: float = flag(None, "width of the unpenalised margin around the foreground, as a "
         "fraction of a side", within=(0, 0.5), needs="isnet")
-    isnet_end: float = flag(None, "fraction of --isnet left at the end", within=FRACTION, needs="isnet")
+    isnet_end: float = flag(None, "fraction of the weight --isnet that remains at the end; 1: constant",
+        within=FRACTION, needs="isnet")
     baseline: str = flag(None, "method to train instead of ISNet; see common/baselines.py", choices=BASELINES)
     baseline_weight: float = flag(1.0, "weight of the baseline's penalty", within=WEIGHT, needs=PENALISED)
-    masks: str = flag("data", "the foreground: data, prior, attention (of --init), a run, a folder",
+    masks: str = flag("data", "source of the foreground: data (its own masks), prior (the reference image's, "
+        "registered), attention (of the run --init), another run, or a folder",
         needs=f"isnet {PENALISED}|swap")
     explain: str = flag("selective", "explain the label's logit, a random one, or the log-odds of the "
         "least likely class", choices=["label", "random", "selective"], needs="isnet")
-    isnet_layers: str = flag("all", "inner relevance to penalise: none, blocks, relevance (every layer), all",
-        choices=["none", "blocks", "relevance", "all"], needs="isnet")
-    isnet_decay: float = flag(0.97, "weight ratio of successive ranks", within=(1e-3, 1), needs="isnet")
-    isnet_e: float = flag(0.1, "E in u = h / (h + E); small: traces count", within=POSITIVE, needs="isnet")
+    isnet_layers: str = flag("all", "inner maps to penalise: none, relevance of blocks, relevance of all "
+        "layers, or all: also attention", choices=["none", "blocks", "relevance", "all"], needs="isnet")
+    isnet_decay: float = flag(0.97, "ratio of the weights of successive ranks, where background relevance "
+        "is pooled; 1: plain mean", within=(1e-3, 1), needs="isnet")
+    isnet_e: float = flag(0.1, "E of the background loss, u = h / (h + E); small: faint relevance counts",
+        within=POSITIVE, needs="isnet")
     lrp_epsilon: float = flag(1e-2, "epsilon of LRP", within=POSITIVE, needs="task=classify")
-    lrp_gamma: float = flag(None, "gamma of LRP; 0: epsilon rule, larger: toward z+", within=WEIGHT,
+    lrp_gamma: float = flag(None, "gamma of LRP's signed gamma rule; 0: epsilon rule", within=WEIGHT,
         needs="task=classify")
     backbone: str = flag(None, "the encoder", group="model", choices=["vit", "resnet"])
     init: Path = flag(None, "run, or file of published ViT weights, to start from; sets the encoder's sizes")
@@ -143,8 +151,8 @@ class Config:
     epochs: int = flag(None, "passes over the images (default: 9; with labels 15, or 40 for a ViT; more "
         "for small folders)", group="optimisation", within=COUNT)
     batch_size: int = flag(None, "images per step", within=COUNT)
-    accumulate: int = flag(1, "parts that a batch is split into, to save memory; DINO's centre, KoLeo and "
-        "monitor, SPAN's mean (4), means over known labels or masks, and BatchNorms see one at a time")
+    accumulate: int = flag(1, "split each batch into this many parts, to save memory; DINO's centre, KoLeo "
+        "and monitor, the SPAN loss, means over known labels or masks, and BatchNorms see one part only")
     amp: bool = flag(False, "compute in bfloat16 where that is safe")
     compile: bool = flag(False, "pretrain with torch.compile")
     lr: float = flag(None, "peak learning rate (AdamW, cosine)", within=(1e-9, 1e9))

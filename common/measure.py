@@ -69,7 +69,7 @@ def report(
     test, n, masked = splits["test"], len(splits["test"].names), len(shows_one(splits["test"]).names)
     if "attention" in apply and pools_evenly(encoder):
         apply.remove("attention")
-        found.notes.append("the pooling is even: there is no attention to show")
+        found.notes.append("patches are pooled by their mean: there is no attention to measure")
     for what in apply:
         try:
             if what == "bias":
@@ -108,7 +108,7 @@ def add_backgrounds(found: Report, table: Table, paired: int, masked: int) -> No
     found.tables["exchanged backgrounds, in %"] = table
     found.metrics.update(flatten(table, name_of_bias))
     if paired < masked:
-        found.notes.append(f"mixed same and rand: on the {paired} of {masked} images with labels that recur")
+        found.notes.append(f"mixed same and rand: on {paired} of {masked} images, whose labels others share")
 
 
 def add_attention(found: Report, ap: Table, heads: dict[str, int]) -> None:

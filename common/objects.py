@@ -74,7 +74,7 @@ def measure_objects(model: nn.Module, splits: dict[str, Data], layer: int) -> di
     encoder = getattr(model, "encoder", model)
     even = pools_evenly(encoder)
     if even and not hasattr(model, "head"):
-        raise CannotMeasure("no map shows the object: the pooling is even, without one layer of logits")
+        raise CannotMeasure("no map shows the object: mean pooling without a linear classifier behind it")
 
     def maps_of(network: nn.Module) -> list[Tensor]:  # of validation and test images, (M, heads, N)
         if even:

@@ -66,7 +66,7 @@ def join(device: str, batch_size: int) -> str:
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if batch_size % processes:
         shared = f"--batch-size {batch_size} can't be shared by {processes} processes"
-        raise ValueError(f"{shared}: take a multiple")
+        raise ValueError(f"{shared}: take a multiple of {processes}")
     if processes > 1 and device not in ("cpu", "cuda"):
         shared = f"--device {device} can't be shared by {processes} processes"
         raise ValueError(f"{shared}: take cuda, a GPU for each, or cpu")

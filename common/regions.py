@@ -100,7 +100,7 @@ def priors_over(
     if heads is not None and (lost := int((sure < 0.5).sum())):
         counts = f"{lost} of {len(images)} images"
         name = f"the reference image {printable(reference)}"
-        compare = ". Unless it may lie anywhere, compare --align none" if 2 * lost > len(images) else ""
+        compare = ". Unless objects lie anywhere, compare --align none" if 2 * lost > len(images) else ""
         print(f"note: {name} is not clearly found in {counts}; their priors count less{compare}")
     return lambda index: (carry(priors, theta[index], flow[index]), sure[index], alike[index])
 
@@ -174,7 +174,8 @@ def _upsampled(attention: Tensor, grid: tuple[int, int], size: tuple[int, int]) 
 def check_masses(run: Path, masses: dict[str, float]) -> None:
     """Raise ValueError unless a run's masses can make masks, and its regions can be file names."""
     if not masses:
-        raise ValueError(f"{run} makes no masks: no single prior guided its heads")
+        why = "no single prior guided its heads; name a run with --prior sample"
+        raise ValueError(f"{run} makes no masks: {why}")
     if any(Path(name).name != name or name in ("", "..") for name in masses):
         raise ValueError(f"{run}: the regions {', '.join(map(printable, masses))} can't be file names")
 

@@ -35,7 +35,7 @@ def load(
     known = splits["train"].findings
     chosen = known if findings in (None, ["all"]) else findings
     if unknown := [finding for finding in chosen if finding not in known]:
-        raise DataError(f"finding `{unknown[0]}` is not in {data}; it has {', '.join(known) or 'none'}")
+        raise DataError(f"--findings: `{unknown[0]}` is not in {data}; it has {', '.join(known) or 'none'}")
     keep = [known.index(finding) for finding in chosen]
     if marker is not None:
         if data != "phantom":

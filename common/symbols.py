@@ -7,9 +7,9 @@
     python -m common.symbols data/leaves --set leaves --train 400 --marker  leaves, healthy or spotted
     python -m common.symbols data/hearts --set hearts --masks 2 --marker    X-rays, hearts normal or enlarged
 
-Each also draws 20 images per class to validate and 100 to test. --marker puts a bright square into a corner
-of every odd digit or spotted leaf in training and validation images; in test images, of all the others. Of
-enlarged hearts it brightens the background.
+Each also draws 20 images per class to validate and 100 to test. --marker puts a bright square into a corner,
+or for hearts brightens the background: of all odd digits, spotted leaves and enlarged hearts in training and
+validation, and of all others in the test.
 """
 
 import argparse
@@ -172,7 +172,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--set", choices=SETS, default="symbols", help="default: symbols")
     parser.add_argument("--train", type=int, default=50, help="training images per class (default: 50)")
     parser.add_argument("--size", type=int, default=64, help="pixels per side (default: 64)")
-    parser.add_argument("--masks", type=int, help="how many training images get masks; all test images do")
+    masked = "training images with masks (default: all); if given, validation images have none"
+    parser.add_argument("--masks", type=int, metavar="N", help=masked)
     parser.add_argument("--marker", action="store_true", help=f"a shortcut, for {', '.join(MARKED)}")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     args = parser.parse_args(argv)

@@ -222,7 +222,7 @@ def main() -> None:
     )
     parser.add_argument("--runs", type=int, default=20, help="paired runs of each (default: 20)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write them here; with --only, others stay")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the ratios here; --only keeps others")
     args = parser.parse_args()
     try:
         check_device(args.device)  # and make it the current one, which `timed` waits for

@@ -135,7 +135,7 @@ def of_claims(runs: dict) -> dict[str, str]:
         if first.setdefault(row[0], row) is not row and row[-2]:  # an interval needs three seeds
             held, _, seeds = row[-1].partition(" of ")
             others.append(held == seeds)
-    beside = "comparisons beside these, with three seeds or more, that hold in each seed"
+    beside = "other comparisons with three seeds or more that hold in every seed"
     last = ["1-8", beside, *[""] * 4, f"{sum(others)} of {len(others)}"]
     return {"claims": markdown(header, rows, 2), "summary": markdown(header, [*first.values(), last], 2)}
 
@@ -200,7 +200,7 @@ def main() -> None:
     """Collect the runs if there is a folder, and fill or print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="?", type=Path, help="folder of runs to collect into results/runs.json")
-    parser.add_argument("--only", nargs="+", metavar="TABLE", default=[], help="print these; change nothing")
+    parser.add_argument("--only", nargs="+", metavar="TABLE", default=[], help="print these; change no file")
     args = parser.parse_args()
     known = json.loads((ROOT / "results/runs.json").read_text())
     runs = collect(args.runs or ROOT / "runs") if args.runs or args.only else None

@@ -260,7 +260,7 @@ def test_no_image_keeps_its_own_background_and_one_whose_label_no_other_has_is_l
     model = nn.Sequential(nn.Flatten(), nn.Linear(256, 2))
     model.encoder = None
     found = report(model, {"test": data, "val": data}, ["backgrounds"], multiclass=True)
-    assert "mixed same and rand: on the 4 of 5 images with labels that recur" in found.notes
+    assert "mixed same and rand: on 4 of 5 images, whose labels others share" in found.notes
     with pytest.raises(CannotMeasure, match="no two test images with masks have equal labels"):
         measure_backgrounds(model, {"test": striped(2), "val": data}, True)
     monkeypatch.setattr(

@@ -115,7 +115,8 @@ def test_guided_heads_belong_to_their_regions_and_stand_beside_the_prior(lungs):
 @pytest.mark.parametrize("encoder", [ViT(8, 1, 1, 8, 1, 1, pool=GAP()), ResNet(1, 8)])
 def test_an_even_pooling_has_no_attention_to_measure(encoder, lungs):
     found = measure.report(encoder, lungs[0], ["attention"])
-    assert found.notes == ["the pooling is even: there is no attention to show"] and not found.metrics
+    assert found.notes == ["patches are pooled by their mean: there is no attention to measure"]
+    assert not found.metrics
 
 
 def test_a_classifier_is_measured_on_every_kind_of_test_image_by_validation_thresholds():
@@ -286,7 +287,7 @@ def test_images_without_an_object_do_not_count():
 
 def test_what_has_no_map_of_one_object_says_so():
     data = {"val": squares(), "test": squares()}
-    with pytest.raises(CannotMeasure, match="the pooling is even, without one layer of logits"):
+    with pytest.raises(CannotMeasure, match="mean pooling without a linear classifier behind it"):
         measure_objects(ViT(16, 4, 1, 12, 1, 2, pool=GAP()), data, -1)
     two = squares(regions=2)
     with pytest.raises(CannotMeasure, match="masks of one region"):

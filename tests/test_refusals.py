@@ -134,6 +134,7 @@ SETTINGS = {
     "--task classify --isnet 1 --masks prior --prior statistics": "clusters cover the whole image; leave out",
     "--ssl relvit --no-follow": "--no-follow does nothing without --ssl dino or none and --prior",
     "--prior none --span-weight 2": "does nothing without --prior",
+    "--prior masks --align none": "--align none does nothing without --prior sample or --masks prior",
     "--local-scale 0.1 0.2": "--local-scale 0.1 0.2 does nothing without --local-crops-number",
     "--task classify --align none": "--task pretrain or --masks prior or --isnet and --masks data or ",
     "--task classify --momentum 0.5": "does nothing without --task pretrain",

@@ -433,7 +433,7 @@ def test_a_run_is_not_resumed_on_other_classes_images_labels_or_regions_than_it_
     checked(spec("abc", "cat dog"), "heart")
     checked(spec("abc", "cat dog"))  # all masks are gone: the heads can't be mistaken
     checked(spec("abc", "cat dog"), "aorta", words="--prior statistics")
-    with pytest.raises(ValueError, match="guided to heart, but mine has masks of aorta, heart: name its"):
+    with pytest.raises(ValueError, match="guided to heart, but mine has masks of aorta, heart: give its"):
         checked(spec("abc", "cat dog"), "aorta", "heart")
     with pytest.raises(ValueError, match="run learned classes cat, dog, but mine has dog, cat"):
         checked(spec("abc", "dog cat"))
