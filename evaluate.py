@@ -63,8 +63,9 @@ def compare(args: argparse.Namespace) -> None:
         found = reports[name] = report(run.model, splits, args.measures, fractions, **settings)
         run.out.mkdir(parents=True, exist_ok=True)
         if (run.out / "last.pt").exists() and len(run.history) < run.config.epochs:  # no file of weights
-            found.notes.append(f"it stopped after {len(run.history)} of {run.config.epochs} epochs")
-        if run.config.marker is None and "flipped" in splits:
+            stopped = f"it stopped after {len(run.history)} of {run.config.epochs} epochs"
+            found.notes.append(f"{stopped}, so metrics.json is not written: --resume finishes it")
+        elif run.config.marker is None and "flipped" in splits:
             found.notes.append("metrics.json is unchanged: unlike others, this run had no marker in training")
         else:  # JSON has no NaN
             finite = {k: v for k, v in (before[name] | found.metrics).items() if math.isfinite(v)}

@@ -49,7 +49,7 @@ def relation_targets(rows: int, cols: int) -> dict[str, Tensor]:
     vectors = torch.stack([x + cols / 2, y + rows / 2], dim=1)
     lengths = vectors.norm(dim=1)
     cosines = vectors @ vectors.T / (lengths[:, None] * lengths + 1e-4)  # 1e-4 as published
-    angles = cosines.acos().fill_diagonal_(0)
+    angles = cosines.clamp(max=1).acos().fill_diagonal_(0)  # rounding may lead above 1
     distances, angles = (2 * v / v.max() - 1 for v in (distances, angles))
     return {"relations": relations, "distances": distances, "angles": angles, "positions": y * cols + x}
 

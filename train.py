@@ -351,7 +351,7 @@ def begin(argv: list[str]) -> tuple:
             settings = config.lr, config.batch_size, config.explain, lrp_rule(config), config.seed
             settings += (config.isnet_layers, 25.0) if config.preset == "published" else ()
             given = model, images, foreground_of, labels, spec.multiclass, *settings
-            spec = spec._replace(relevance_range=from_first(natural_range(*given)))
+            spec = spec._replace(relevance_range=from_first(natural_range(*given, parts=config.accumulate)))
             print("C1 {:.4g}, C2 {:.4g}: relevance range of a plain classifier".format(*spec.relevance_range))
         losses = classifier_objective(config, model, images, foreground_of, labels, spec)
     else:

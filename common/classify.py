@@ -134,12 +134,14 @@ def attention_seen(encoder: nn.Module) -> Iterator[list[Tensor]]:
 def natural_range(
     model: Classifier, images: Tensor, masks: Tensor, labels: Tensor, multiclass: bool, lr: float,
     batch_size: int, explain: str, rule: dict, seed: int, layers: str = "none", most: float = math.inf,
+    parts: int = 1,
 ) -> tuple[float, ...]:  # fmt: skip
     """C1 and C2 of the foreground loss: `relevance_range` of a plain classifier's heatmaps.
 
     A copy of the model is trained for WARM_UP epochs without ISNet on images (N, C, S, S) uint8; heatmaps are
     made for up to 512 images with masks (N, 1, S, S). layers: as in `supervised_layers`; their C1 and C2 come
-    after the input's. most: the largest C2 / C1. Raises FloatingPointError if the relevance has no range.
+    after the input's. most: the largest C2 / C1. parts: of each batch, to save memory, as by --accumulate.
+    Raises FloatingPointError if the relevance has no range.
     """
     print(f"training a plain classifier for {WARM_UP} epochs, to measure its relevance ...", flush=True)
     plain, generator = copy.deepcopy(model).train(), Generator().manual_seed(seed)
@@ -149,15 +151,16 @@ def natural_range(
         for index in order.split(batch_size):
             if len(index) == 1 < batch_size:  # a small rest
                 continue
-            loss = classification_loss(plain(prepared(rows_at(images, index))), labels[index], multiclass)
             optimizer.zero_grad()
-            loss.backward()
+            for part in index.tensor_split(min(parts, len(index))):
+                logits = plain(prepared(rows_at(images, part)))
+                (classification_loss(logits, labels[part], multiclass) * len(part) / len(index)).backward()
             optimizer.step()
     inner, totals = supervised_layers(plain.eval().encoder, layers), []
     masked = masks.flatten(1).any(dim=1).nonzero()[:, 0]
     chosen = torch.randperm(len(masked), generator=generator)[:512]  # of all classes
     masked = masked[chosen].to(labels.device)
-    for index in masked.split(at_a_time(min(64, batch_size), images)):
+    for index in masked.split(at_a_time(min(64, math.ceil(batch_size / parts)), images)):
         target = explained_target(labels[index], multiclass, explain, generator)
         heatmaps, _ = relevance(plain, prepared(rows_at(images, index)), target, layers=inner, **rule)
         heatmaps = heatmaps if inner else [heatmaps]

@@ -126,7 +126,7 @@ def write(examples: Iterator[Example], out: Path) -> int:
             Image.fromarray(image).save(target)
         else:
             try:
-                os.link(image, target)
+                os.link(image.resolve(), target)  # a link to a link might lead nowhere from here
             except OSError:  # another file system, or one without links
                 shutil.copy(image, target)
         for region, mask in masks.items():

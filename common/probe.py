@@ -182,6 +182,8 @@ def probe(
             scores = finetuned_scores(encoder, splits, x, index, draw)
         else:
             scores = best_layer(x, splits, index)(x["test"])
+        if how != "knn" and is_multiclass(labels):
+            scores = scores.log_softmax(dim=1)  # a softmax compares logits of one image, AUC compares images
         for metric, value in score(scores, splits["test"].labels, is_multiclass(labels)).items():
             found.setdefault(f, {}).setdefault(metric, []).append(value)
     return found

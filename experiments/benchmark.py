@@ -222,8 +222,10 @@ def main() -> None:
     )
     parser.add_argument("--runs", type=int, default=20, help="paired runs of each (default: 20)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the ratios here; --only keeps others")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file of ratios; --only keeps others")
     args = parser.parse_args()
+    if args.runs < 2:
+        parser.error(f"--runs {args.runs}: quartiles need 2 or more")
     try:
         check_device(args.device)  # and make it the current one, which `timed` waits for
     except ValueError as error:
@@ -232,7 +234,8 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # as train.py does for classifiers
     keep_freed_memory()  # as train.py does
-    known = json.loads(args.json.read_text()) if args.only != PARTS and args.json else {}
+    kept = args.only != PARTS and args.json and args.json.exists()
+    known = json.loads(args.json.read_text()) if kept else {}
     for part in args.only:
         for name, ratios in PARTS[part](args.runs, args.device):
             low, median, high = known[name] = [round(x, 3) for x in ratios]

@@ -514,6 +514,14 @@ def source(tmp_path):
     return tmp_path / "source"
 
 
+def test_images_that_are_links_themselves_are_linked_to_their_files(tmp_path):
+    save(tmp_path / "files" / "a.png", noise(8))
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "a.png").symlink_to("../files/a.png")  # relative: it leads nowhere from elsewhere
+    datasets.write(iter([("a.png", tmp_path / "source" / "a.png", {}, {})]), tmp_path / "in" / "out")
+    assert (tmp_path / "in" / "out" / "images" / "a.png").is_file()
+
+
 def test_montgomery_and_shenzhen(source):
     for i in range(12):
         name = f"MCUCXR_{i:04d}_{i % 2}.png"

@@ -104,9 +104,11 @@ def test_a_run_that_stopped_early_or_learned_from_other_images_is_measured_with_
     (span, _), checkpoint = two_runs, torch.load(f"{two_runs[0]}/last.pt")
     checkpoint["history"], checkpoint["spec"]["images"] = checkpoint["history"][:1], "9 (hash: 1)"
     torch.save(checkpoint, f"{span}/last.pt")
+    Path(span, "metrics.json").unlink()
     evaluate.main([span, "--only", "knn"])
     said = capsys.readouterr().out
-    assert "it stopped after 1 of 2 epochs" in said
+    assert "it stopped after 1 of 2 epochs, so metrics.json is not written" in said
+    assert not Path(span, "metrics.json").exists()  # it tells experiments.runs that a run is finished
     assert f"note: {span} learned images 9 (hash: 1), but phantom has 32 (hash" in said
 
 

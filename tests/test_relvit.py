@@ -106,6 +106,11 @@ def test_a_shuffled_view_says_where_each_patch_was_cut(mega):
     assert patch_views(images, (2, 3), 8, seeded(), mega=mega)[2] is None
 
 
+@pytest.mark.parametrize("grid", [(28, 28), (16, 32)])
+def test_targets_of_large_grids_are_finite(grid):
+    assert all(target.isfinite().all() for target in relation_targets(*grid).values())
+
+
 def test_large_cells_are_averaged():
     noise, cells = torch.rand(4, 1, 64, 64, generator=seeded()), patch_boxes(4, 2, 2, seeded(), shrink=1.0)
     found, means = cut(noise, cells, (2, 2), 8), F.avg_pool2d(noise, 4)
