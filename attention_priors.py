@@ -41,7 +41,7 @@ def blurred(masks: Tensor, blur: float) -> Tensor:
     return priors / priors.amax(dim=(2, 3), keepdim=True).clamp_min(1e-12)
 
 
-def priors_from_statistics(images: Tensor, clusters: int = 2, blur: float = 0.025, steps: int = 20) -> Tensor:
+def priors_from_statistics(images: Tensor, clusters: int = 2, blur: float = 0.025) -> Tensor:
     """Priors (2 + clusters, H, W) from unlabelled images (M, C, H, W) >= 0 of one scene, largest value 1.
 
     In this order: the mean image, the standard deviation over images, and k-means clusters of pixels by mean,
@@ -62,12 +62,12 @@ def priors_from_statistics(images: Tensor, clusters: int = 2, blur: float = 0.02
     points = (points - points.mean(dim=0)) / points.std(dim=0).clamp_min(1e-6)
     quantiles = (torch.arange(clusters) + 0.5) / clusters * len(points)
     centres = points[points[:, 0].argsort()[quantiles.long()]]  # even quantiles of brightness: deterministic
-    for _ in range(steps):
+    for _ in range(20):
         member = F.one_hot(torch.cdist(points, centres).argmin(dim=1), clusters).float()  # (H * W, clusters)
         centres = (member.T @ points) / member.sum(dim=0).clamp_min(1)[:, None]
     brightness = (member * mean.flatten()[:, None]).sum(dim=0) / member.sum(dim=0).clamp_min(1)
     member = member[:, brightness.argsort()]
-    return priors_from_masks(torch.cat([torch.stack([mean, deviation]), member.T.view(clusters, H, W)]), blur)
+    return priors_from_masks(torch.cat([mean[None], deviation[None], member.T.view(clusters, H, W)]), blur)
 
 
 def follow(priors: Tensor, theta: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -131,12 +131,13 @@ def guidance(
     grids (h, w), N = h w. priors (B, R, H, W) lie over the whole images (expand those that all share); if
     thetas is None, they do not follow the crops. Each resolution is weighted by the share of the priors that
     its views see, and each image by confidence (B,), in [0, 1]. The mean is over these images, so each part
-    of a batch has its own.
+    of a batch has its own. Raises ValueError as `span_loss` does.
     """
     losses, shares = [], []
     for i, attention in enumerate(attentions):
-        V, whole = len(attention) // len(priors), torch.eye(2, 3, device=attention.device)
-        theta = whole.expand(len(attention), 2, 3) if thetas is None else thetas[i]
+        V = len(attention) // len(priors)  # views of each image
+        whole = torch.eye(2, 3, device=attention.device).expand(len(attention), 2, 3)
+        theta = whole if thetas is None else thetas[i]
         prior, share = follow(priors.repeat(V, 1, 1, 1), theta, grids[i])  # (V B, R, N), (V B, R)
         share = share if confidence is None else share * confidence.repeat(V)[:, None]
         shares.append(share.sum())
@@ -148,7 +149,7 @@ def gaussian_blur(x: Tensor, sigma: float) -> Tensor:
     """Gaussian blur of x (B, C, H, W) by sigma pixels, with borders repeated; 0 changes nothing."""
     if sigma <= 0:
         return x
-    radius = min(int(3 * sigma + 0.5), *(side - 1 for side in x.shape[-2:]))
+    radius = min(int(3 * sigma + 0.5), x.shape[-2] - 1, x.shape[-1] - 1)
     for _ in range(2):  # as matrix products, which a CPU does faster than convolutions with one channel
         side = x.shape[-1]
         near = torch.arange(-radius, side + radius, device=x.device)  # pixels, and borders repeated outward

@@ -23,21 +23,18 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 
-def random_crops(
-    n: int, scale: tuple[float, float], generator: Generator, ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    flip: float = 0.0,
-) -> Tensor:  # fmt: skip
+def random_crops(n: int, scale: tuple[float, float], generator: Generator, flip: float = 0.0) -> Tensor:
     """Draw n random resized crops: theta (n, 2, 3), on the CPU.
 
-    scale: smallest and largest fraction of the image's area, in (0, 1], before clipping; ratio: of width to
-    height, relative to the image's own; flip: probability of a mirror image. Raises ValueError for an
+    scale: smallest and largest fraction of the image's area, in (0, 1], before clipping; flip: probability of
+    a mirror image. Width to height, relative to the image's own, is 3/4 to 4/3. Raises ValueError for an
     impossible scale.
     """
     if not 0 < scale[0] <= scale[1] <= 1:
         raise ValueError(f"crop scale {scale}: give two fractions of the area, 0 < a <= b <= 1")
     area, aspect, across, down, mirror = torch.rand(5, n, generator=generator)
     area = scale[0] + (scale[1] - scale[0]) * area
-    aspect = ratio[0] * (ratio[1] / ratio[0]) ** aspect  # log-uniform, so that 3/4 is as likely as 4/3
+    aspect = 3 / 4 * (16 / 9) ** aspect  # log-uniform from 3/4 to 4/3, so that both are as likely
     w, h = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
     cx, cy = (2 * across - 1) * (1 - w), (2 * down - 1) * (1 - h)
     w = torch.where(mirror < flip, -w, w)
@@ -51,7 +48,7 @@ def crop(images: Tensor, theta: Tensor, size: int | tuple[int, int]) -> Tensor:
     The gradient reaches the images, not theta. Half-precision images are sampled in float32.
     """
     h, w = (size, size) if isinstance(size, int) else size
-    x, y = ((torch.arange(n, device=theta.device) * 2 + 1) / n - 1 for n in (w, h))
+    x, y = ((torch.arange(n, device=theta.device) * 2 + 1) / n - 1 for n in (w, h))  # centres of pixels
     # The same points as F.affine_grid, whose matrix product would take longer than the sampling.
     kind = torch.promote_types(images.dtype, torch.float32)  # in half precision, points would be pixels off
     grid = torch.empty(len(theta), 2, h, w, device=theta.device, dtype=kind)
@@ -70,7 +67,8 @@ def distort(images: Tensor, generator: Generator, blur: float = 0.5, solarise: f
     40 %, and in RGB saturation by 20 % and hue by 36 degrees; a fifth of RGB images turn grey.
     """
     B, C = images.shape[:2]
-    chance, strength = torch.rand(4, B, generator=generator), torch.rand(5, B, generator=generator)
+    chance = torch.rand(4, B, generator=generator)  # of jitter, grey, blur, solarisation
+    strength = torch.rand(5, B, generator=generator)  # of brightness, contrast, saturation, hue, blur
     jitter = (chance[0] < 0.8).float()
     most = torch.tensor([[0.4], [0.4], [0.2]])
     brightness, contrast, saturation = 1 + most * jitter * (2 * strength[:3] - 1)
@@ -78,6 +76,7 @@ def distort(images: Tensor, generator: Generator, blur: float = 0.5, solarise: f
     if C == 3:
         matrix = colour_matrix(saturation * (chance[1] >= 0.2), hue).to(images)  # (B, 3, 3)
         images = (matrix @ images.flatten(2)).view_as(images)
+    # brightness * (mean + contrast * (x - mean)) = gain * x + lift * mean
     both = torch.stack([brightness * contrast, brightness * (1 - contrast)])
     gain, lift = both.view(2, B, 1, 1, 1).to(images)
     images = (images * gain).add_(lift * images.mean(dim=(1, 2, 3), keepdim=True)).clamp_(0, 1)

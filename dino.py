@@ -73,7 +73,7 @@ class DINOLoss(nn.Module):
         self.student_temp, self.center_momentum = student_temp, center_momentum
         self.register_buffer("center", torch.zeros(1, out_dim))
 
-    def forward(self, student: Tensor, teacher: Tensor, teacher_temp: float) -> Tensor:
+    def forward(self, student: Tensor, teacher: Tensor, teacher_temp: float | Tensor) -> Tensor:
         """The loss, a scalar, of student scores (V, B, K) and teacher scores (2, B, K) of the first 2 views;
         in training mode the centre then moves toward their mean."""
         log_ps = (student / self.student_temp).log_softmax(dim=-1)
@@ -92,7 +92,7 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def temperature(self, teacher: Tensor, highest: float, max_entropy: float, w: Tensor) -> Tensor | float:
-        """tau_t, equation (6), for scores (..., K); max_entropy: e; 1 gives the highest temperature."""
+        """tau_t, equation (6), a scalar, for scores (..., K); max_entropy: e; if it is 1, tau_t = highest."""
         if max_entropy >= 1:
             return highest
         variance = over_processes((teacher - self.center).var(dim=-1, correction=0).mean())
@@ -100,7 +100,7 @@ class DINOLoss(nn.Module):
         return (variance / (2 * missing).clamp_min(1e-12)).sqrt().clamp(1e-6, highest)
 
     @torch.no_grad()
-    def teacher_probabilities(self, teacher: Tensor, teacher_temp: float) -> Tensor:
+    def teacher_probabilities(self, teacher: Tensor, teacher_temp: float | Tensor) -> Tensor:
         """P_t, equation (1): scores (..., K) to probabilities (..., K)."""
         return ((teacher - self.center) / teacher_temp).softmax(dim=-1)
 
@@ -128,8 +128,8 @@ class CollapseMonitor(nn.Module):
     """Moving averages over the teacher's outputs: do different images still get different outputs?"""
 
     def __init__(self, out_dim: int, momentum: float = 0.95, floor: float = 0.02, patience: int = 100):
-        """floor: f, the lowest healthy KL as a fraction of log K; patience: how many updates the KL may stay
-        below it (3 times as many until it has first been above)."""
+        """momentum: of the averages; floor: f, the lowest healthy KL as a fraction of log K; patience: how
+        many updates the KL may stay below it (3 times as many until it has first been above)."""
         super().__init__()
         self.momentum, self.floor, self.patience = momentum, floor, patience
         self.register_buffer("entropy", torch.tensor(math.log(out_dim)))  # nats
@@ -203,7 +203,8 @@ class DINO(nn.Module):
         views: one entry per resolution, [globals (2 B, C, H, W), locals (V B, C, h, w)] or globals alone, as
         from `crops.multi_crop`. layer: the block whose attention is in the Features.
         """
-        features, B = [self.student(x, layer=layer, patches=False) for x in views], len(views[0]) // 2
+        B = len(views[0]) // 2  # images
+        features = [self.student(x, layer=layer, patches=False) for x in views]
         student = torch.cat([self.student_head(f.pooled) for f in features])  # (V B, K)
         with torch.no_grad():
             teacher = self.teacher_head(self.teacher(views[0], layer=None, patches=False).pooled)  # (2 B, K)
@@ -217,7 +218,8 @@ class DINO(nn.Module):
             self.health.update(self.loss.teacher_probabilities(teacher, teacher_temp))
         loss = self.loss(student, teacher, teacher_temp)
         if self.koleo:  # within each global view, so that all features are of different images
-            loss = loss + w * self.koleo * sum(map(koleo_loss, features[0].pooled.chunk(2))) / 2
+            first, second = features[0].pooled.split(B)
+            loss = loss + w * self.koleo * (koleo_loss(first) + koleo_loss(second)) / 2
         return loss, features
 
     def train(self, mode: bool = True) -> "DINO":

@@ -56,8 +56,9 @@ def compare(args: argparse.Namespace) -> None:
     first, *_ = runs.values()
     n = len(splits["test"].names)
     print(f"{first.config.data}: {n} test images of {first.config.img_size} px", flush=True)
-    shown, rule = images_to_show(first.config, splits, args.rows), lrp_rule(first.config)  # the same for all
-    reports, maps, registered, fractions = {}, {}, {}, FRACTIONS if args.all else (1.0,)
+    shown = images_to_show(first.config, splits, args.rows)
+    fractions = FRACTIONS if args.all else (1.0,)
+    reports, maps, registered = {}, {}, {}
     for name, run in runs.items():
         settings = measured_by(run, splits, reference, registered)
         found = reports[name] = report(run.model, splits, args.measures, fractions, **settings)
@@ -70,7 +71,7 @@ def compare(args: argparse.Namespace) -> None:
         else:  # JSON has no NaN
             finite = {k: v for k, v in (before[name] | found.metrics).items() if math.isfinite(v)}
             write_file(run.out / "metrics.json", finite)
-        seen = maps_of(run, shown.images, found.heads, rule)
+        seen = maps_of(run, shown.images, found.heads, lrp_rule(first.config))  # one rule for all runs
         maps |= {f"{name}\n{title}": m for title, m in seen.items()}
     print_tables(reports)
     draw_maps(first.out / "compare.png", shown, maps, signed=first.config.task == "classify")
@@ -92,7 +93,7 @@ def draw_pictures(run: Path, flags: list[str], paths: list[Path], device: str) -
     if run.is_file():
         channels = 1 if read_weights(run)[0][FIRST].shape[1] == 1 else 3
         config, spec = weights_config(run, flags), DataSpec(channels, (), False, "")
-        start_from(run, model := build_encoder(config, channels))
+        model = start_from(run, build_encoder(config, channels))
         out, masses = run.with_name(f"{run.name}-looks"), {}
     else:
         config, spec, masses, _ = found = load_run(run)
@@ -186,12 +187,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     typed = {"--data": args.data, "--img-size": args.img_size, "--num-heads": args.num_heads}
     args.flags = [word for flag, v in typed.items() if v is not None for word in (flag, str(v))]
-    alone = {"--export": args.export, "--export-masks": args.export_masks, "--image": args.image}
-    alone = [flag for flag, value in alone.items() if value]
+    alone = [f"--{key.replace('_', '-')}" for key in ("export", "export_masks", "image") if vars(args)[key]]
     others = args.html or args.measures or args.rows or args.all or len(args.runs) > 1 or len(alone) > 1
     missing = ", ".join(str(path) for path in [*args.runs, *(args.image or [])] if not path.exists())
     files = any(run.is_file() for run in args.runs)
-    flags = "" if files else " ".join(args.flags[2 * bool(args.data) :])
+    flags = "" if files else " ".join(args.flags[2 if args.data else 0 :])  # all but --data
     for wrong, line in [
         (alone and others, f"{' or '.join(alone)} takes one run, without --only, --all, --rows and --html"),
         (args.data and not files and (args.image or args.export), "--image and --export use no --data"),
@@ -219,8 +219,8 @@ def main(argv: list[str] | None = None) -> None:
             loaded, splits, _ = load_all([first], args.flags, args.device)
             run, out = loaded[first], args.export_masks
             check_masses(first, run.masses)
-            how = run.config.data, run.model, run.masses, splits, run.config.span_layer
-            print(f"wrote {export_masks(out, *how)} masks into {out}")
+            n = export_masks(out, run.config.data, run.model, run.masses, splits, run.config.span_layer)
+            print(f"wrote {n} masks into {out}")
         elif args.image:
             draw_pictures(first, args.flags, args.image, args.device)
         else:
@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         fail("evaluate.py", error, 2)
     except (RuntimeError, MemoryError) as error:
-        remedy = "end other programs" + ", or add --device cpu" * (args.device != "cpu")
+        remedy = "end other programs" + ("" if args.device == "cpu" else ", or add --device cpu")
         fail("evaluate.py", remedy_for(error, remedy), 1)
     except KeyboardInterrupt:
         print("\nstopped; metrics of the last run are not saved")

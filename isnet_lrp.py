@@ -73,7 +73,7 @@ def background_loss(
     heatmap (B, C, H, W), signed; mask (B, 1, H, W), 1 in the foreground. decay: 1 averages all pixels, with
     0 in the foreground; below 1, the n-th largest pixel, from n = 0, has weight decay^n. per_channel: apply
     (2) and (3) to each channel, then average. An image with an empty mask has loss 0, with one warning.
-    Raises ValueError.
+    Raises ValueError for decay or E out of range, and for a mask of another shape or with other values.
     """
     if not (0 < decay <= 1 and E > 0):
         raise ValueError(f"background_loss: decay {decay} must be in (0, 1], E {E} above 0")
@@ -94,7 +94,7 @@ def foreground_loss(heatmap: Tensor, mask: Tensor, c1: float, c2: float, hybrid:
     """L_fg, (4): keeps the foreground's relevance F between c1 and c2, (B,).
 
     Without it, inflating F satisfies the background loss. heatmap (B, C, H, W), mask (B, 1, H, W). hybrid:
-    linear above x = 1, so that no outlier dominates the batch. Raises ValueError.
+    linear above x = 1, so that no outlier dominates the batch. Raises ValueError, also unless 0 < c1 < c2.
     """
     if not 0 < c1 < c2:
         raise ValueError(f"foreground_loss: c1 {c1} and c2 {c2} must be 0 < c1 < c2")
@@ -123,7 +123,7 @@ def isnet_background(
         loss = loss + background_loss(R, covers, decay, E) / len(layers)
     covers = F.adaptive_max_pool2d(mask.float(), grid).flatten(2)  # (B, 1, N)
     for A in attention:
-        loss = loss + attention_loss(A[:, :, A.shape[2] - h * w :], covers) / len(attention)
+        loss = loss + attention_loss(A[:, :, -h * w :], covers) / len(attention)
     return loss
 
 
@@ -134,7 +134,8 @@ def published_loss(
     """L_heat of Faster ISNet, a scalar: L_bg + L_fg of the image and of inner layers, pooled by rank.
 
     heatmaps: relevance of the image (B, C, H, W) and of layers, as in `isnet_background`; ranges: C1 and C2
-    of each. The n-th largest of their means over the batch has weight layer_decay^n. Raises ValueError.
+    of each. The n-th largest of their means over the batch has weight layer_decay^n, from n = 0. Raises
+    ValueError as `background_loss` and `foreground_loss` do, or for fewer or more ranges than heatmaps.
     """
     losses = []
     for R, (c1, c2) in zip(heatmaps, ranges, strict=True):
@@ -173,8 +174,9 @@ def log_odds(logits: Tensor, classes: Tensor) -> Tensor:
 
 def whole_patches(masks: Tensor, patch_size: int) -> Tensor:
     """Masks (B, 1, H, W), 0 or 1, grown to whole patches: the foreground for a ViT."""
-    touched, (H, W) = F.max_pool2d(masks.float(), patch_size, ceil_mode=True), masks.shape[2:]
-    return touched.repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)[:, :, :H, :W]
+    H, W = masks.shape[2:]
+    touched = F.max_pool2d(masks.float(), patch_size, ceil_mode=True)  # (B, 1, h, w)
+    return touched.repeat_interleave(patch_size, dim=2).repeat_interleave(patch_size, dim=3)[:, :, :H, :W]
 
 
 def relevance_range(totals: Tensor, most: float = math.inf) -> tuple[float, float]:
@@ -194,12 +196,11 @@ def relevance_range(totals: Tensor, most: float = math.inf) -> tuple[float, floa
 
 def _as_map(R: Tensor, grid: tuple[int, int]) -> Tensor:
     """Maps (B, D, h, w) as they are; of tokens (B, T, D), the last h * w as maps (B, D, h, w)."""
-    n = grid[0] * grid[1]
-    return R[:, R.shape[1] - n :].transpose(1, 2).unflatten(2, grid) if R.dim() == 3 else R
+    return R[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid) if R.dim() == 3 else R
 
 
 def _checked(heatmap: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """|R| (B, C, H * W) and the mask (B, 1, H * W), in float32 or better."""
+    """|R| (B, C, H * W) and the mask (B, 1, H * W), in float32 or better. Raises ValueError."""
     if mask.shape != (len(heatmap), 1, *heatmap.shape[2:]):
         shapes = f"mask {tuple(mask.shape)} does not fit heatmap {tuple(heatmap.shape)}"
         raise ValueError(f"{shapes}: give (B, 1, H, W)")

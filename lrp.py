@@ -61,13 +61,14 @@ class _Route(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rules: "LRP", y: Tensor, z: Tensor, top: Tensor | None = None, epsilon: float = 0.0):
-        ctx.explaining, ctx.epsilon = rules.explaining, epsilon
-        ctx.save_for_backward(*(() if top is None else (z,) if top is z else (top, z)))
+        ctx.rules, ctx.epsilon = rules, epsilon
+        if top is not None:
+            ctx.save_for_backward(*([z] if top is z else [top, z]))  # `backward` takes the first and the last
         return y.detach()  # y itself would become a view, which PyTorch refuses to change in place
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        if not ctx.explaining:
+        if not ctx.rules.explaining:
             return None, g, None, None, None
         if ctx.saved_tensors:
             saved = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in ctx.saved_tensors]
@@ -92,11 +93,11 @@ class LRP(TorchFunctionMode):
     ):
         if not (epsilon >= 0 and gamma >= 0):
             raise ValueError(f"LRP: epsilon {epsilon} and gamma {gamma} must not be negative")
-        self.epsilon, self.gamma, self.signed = epsilon, gamma, signed
-        self.detach_biases, self.explaining = detach_biases, []  # the list is empty outside `explain`
+        self.epsilon, self.gamma, self.signed, self.detach_biases = epsilon, gamma, signed, detach_biases
+        self.explaining, self.warned = False, set()  # whether `explain` runs; names that were warned of
         self.depends = WeakIdKeyDictionary()  # what depends on the watched input: a set, all values are True
         self.kept = WeakIdKeyDictionary()  # tensors that must keep their values: version, None after a copy
-        self.warned, self.box, self.boxed = set(), [], False  # names; input and bounds for (9); did (9) act
+        self.box, self.boxed = [], False  # the input and its bounds for rule (9), and whether it was applied
 
     def watch(self, images: Tensor) -> Tensor:
         """Mark the input to explain; returns it, requiring a gradient."""
@@ -106,11 +107,11 @@ class LRP(TorchFunctionMode):
 
     def explain(self, score: Tensor, inputs: list[Tensor], create_graph: bool = False) -> tuple[Tensor, ...]:
         """The changed gradients of the scores' sum with respect to inputs; None for unused ones."""
-        self.explaining.append(True)
+        self.explaining = True
         try:
             return torch.autograd.grad(score.sum(), inputs, create_graph=create_graph, allow_unused=True)
         finally:
-            self.explaining.clear()
+            self.explaining = False
 
     def active(self, t) -> bool:
         """Whether t is a tensor that depends on the input and has a gradient."""
@@ -135,7 +136,7 @@ class LRP(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, name, changed = kwargs or {}, func.__name__.strip("_"), None
         if name == "setitem" or func.__name__ == name + "_" or kwargs.get("inplace"):
-            changed = (*args, *kwargs.values())[0]
+            changed = (*args, *kwargs.values())[0]  # the first argument, whether it has a name or not
             for t in self.kept:  # copy kept tensors whose memory is about to change
                 if t.untyped_storage().data_ptr() == changed.untyped_storage().data_ptr():
                     t.data, self.kept[t] = t.detach().clone(), None
@@ -143,7 +144,7 @@ class LRP(TorchFunctionMode):
         others = [t for t in leaves if not self.active(t)]
         nodes = (n for t in others if isinstance(n := getattr(t, "grad_fn", None), BackwardCFunction))
         self.warn({n.name() for n in nodes} - {"_RouteBackward"}, HIDDEN)
-        if len(others) == len(leaves):
+        if len(others) == len(leaves):  # nothing depends on the input, or `explain` runs
             return func(*args, **kwargs)
         if name in ("multi_head_attention_forward", "normalize"):  # of a copy, the operations alone are seen
             unaware = {k: lambda *args: False for k in func.__globals__ if k.startswith("has_torch_function")}
@@ -161,7 +162,8 @@ class LRP(TorchFunctionMode):
             y = RULES[name](self, func, *args, **kwargs) if name in RULES else func(*args, **kwargs)
             written = (y, changed, getattr(changed, "_base", None))  # writing a slice changes its base
             new = [t for t in tree_leaves(written) if isinstance(t, Tensor) and t.requires_grad]
-            self.warn({name} - RULES.keys() - KEEPS_GRADIENT if new and "pool" not in name else set(), KEPT)
+            if new and "pool" not in name:
+                self.warn({name} - RULES.keys() - KEEPS_GRADIENT, KEPT)
             if not (name in CONSTANT or "div" in name and args and not self.active(args[0])):
                 self.depends.update((t, True) for t in new)
         return y
@@ -182,7 +184,8 @@ class LRP(TorchFunctionMode):
             b = b.detach()
             z = ruled = op(x, w, b)
         if self.box[1:] and x is self.box[0] and not x._version:  # not changed in place
-            (_, low, high), self.boxed = self.box, True
+            _, low, high = self.box
+            self.boxed = True
             positive, negative = part(lambda v: v.clamp(min=0)), part(lambda v: v.clamp(max=0))
             return self.route(y, z - op(low, *positive) - op(high, *negative), z, 1e-9)
         if self.gamma and self.signed:

@@ -84,17 +84,15 @@ def patch_boxes(
         """Starts and sizes of the cells in one direction, (n, count) each."""
         sizes = torch.ones(n, count)
         if mega:
-            drawn = -torch.rand(n, count, generator=generator).clamp(min=1e-6).log()  # exponential variables:
-            sizes = 0.5 + 0.5 * count * drawn / drawn.sum(dim=1, keepdim=True)  # all divisions equally likely
+            # Exponential variables divided by their sum: all divisions are equally likely.
+            drawn = -torch.rand(n, count, generator=generator).clamp(min=1e-6).log()
+            sizes = 0.5 + 0.5 * count * drawn / drawn.sum(dim=1, keepdim=True)
         sizes = sizes / count
         return sizes.cumsum(dim=1) - sizes, sizes
 
     (top, height), (left, width) = cells(rows), cells(cols)
-    top, height, left, width = top[:, :, None], height[:, :, None], left[:, None], width[:, None]
-    corner, sides = (
-        torch.stack(torch.broadcast_tensors(*pair), dim=-1).flatten(1, 2)  # (n, N, 2)
-        for pair in ((top, left), (height, width))
-    )
+    corner = torch.stack([top.repeat_interleave(cols, dim=1), left.repeat(1, rows)], dim=2)  # (n, N, 2)
+    sides = torch.stack([height.repeat_interleave(cols, dim=1), width.repeat(1, rows)], dim=2)
     place = torch.rand(n, rows * cols, 2, generator=generator) * (1 - shrink)
     return torch.cat([corner + place * sides, shrink * sides], dim=2)
 
@@ -107,15 +105,15 @@ def cut(images: Tensor, boxes: Tensor, grid: tuple[int, int], patch_size: int) -
     """
     H, W = images.shape[-2:]
     height, width = boxes[..., 2:].amax(dim=(0, 1)).tolist()
-    finer = max(1, math.ceil(max(height * H, width * W) / patch_size - 1e-3))
+    finer = max(1, math.ceil(max(height * H, width * W) / patch_size - 1e-3))  # points along a pixel's side
     p = patch_size * finer
     steps = (torch.arange(p, device=boxes.device) + 0.5) / p
     points = boxes[:, :, None, :2] + boxes[:, :, None, 2:] * steps[:, None]  # (B, N, p, 2): y, x
     y, x = points[:, :, :, None, 0], points[:, :, None, :, 1]
     points = torch.stack(torch.broadcast_tensors(x, y), dim=-1)  # (B, N, p, p, 2)
     points = points.unflatten(1, grid).transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (B, h p, w p, 2)
-    points = F.grid_sample(images, (2 * points - 1).to(images), padding_mode="border", align_corners=False)
-    return F.avg_pool2d(points, finer)
+    pixels = F.grid_sample(images, (2 * points - 1).to(images), padding_mode="border", align_corners=False)
+    return F.avg_pool2d(pixels, finer)
 
 
 def jitter(views: Tensor, patch_size: int, generator: Generator, strength: float = 0.4) -> Tensor:
@@ -143,7 +141,8 @@ def patch_views(
     Returns views (B, C, h * patch_size, w * patch_size), the boxes (B, N, 4) that they were cut from, and, if
     shuffled, the order (B, N): place n of the grid holds patch order[n].
     """
-    boxes, order = patch_boxes(len(images), *grid, generator, mega=mega), None
+    order = None
+    boxes = patch_boxes(len(images), *grid, generator, mega=mega)
     if shuffle:
         order = torch.rand(boxes.shape[:2], generator=generator).argsort(dim=1)
         boxes = boxes.gather(1, order[:, :, None].expand(-1, -1, 4))
@@ -178,12 +177,13 @@ class RelViT(nn.Module):
         self, encoder: nn.Module, embed_dim: int, grid: tuple[int, int], tasks: Sequence[str] = TASKS
     ):
         super().__init__()
-        unknown = [f"unknown task '{task}'" for task in tasks if task not in TASKS]
-        if unknown or not tasks:
-            raise ValueError(f"RelViT: {(unknown or ['no task'])[0]}; choose from {', '.join(TASKS)}")
+        wrong = [f"unknown task '{task}'" for task in tasks if task not in TASKS] if tasks else ["no task"]
+        if wrong:
+            raise ValueError(f"RelViT: {wrong[0]}; choose from {', '.join(TASKS)}")
         if embed_dim < 9 and "relations" in tasks:
             raise ValueError(f"RelViT: embed_dim {embed_dim} is too small for 9 relations")
-        self.encoder, self.grid, self.tasks, targets = encoder, grid, tuple(tasks), relation_targets(*grid)
+        self.encoder, self.grid, self.tasks = encoder, grid, tuple(tasks)
+        targets = relation_targets(*grid)
         self.chance = {task: value for task, value in chance(targets).items() if task in tasks}
         self.heads = nn.ModuleDict()
         for t in tasks:

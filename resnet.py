@@ -11,7 +11,6 @@ row by row, and `attention` holds the weights that pooled them, 1/N each for the
 """
 
 import math
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -65,12 +64,15 @@ class ResNet(nn.Module):
         self.pool, self.embed_dim, self.stride = pool, embed_dim, 2 ** len(depths)
         self.conv1 = nn.Conv2d(in_chans, width, 3, 2, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        widths = [width, *(width * 2**stage for stage, depth in enumerate(depths) for _ in range(depth))]
-        # The map is halved where the width doubles.
-        self.blocks = nn.ModuleList(Block(a, b, stride=b // a) for a, b in pairwise(widths))
+        self.blocks = nn.ModuleList()
+        for stage, depth in enumerate(depths):
+            for i in range(depth):
+                stride = 2 if stage > 0 and i == 0 else 1  # where the map is halved, the width doubles
+                self.blocks.append(Block(width, width * stride, stride))
+                width = width * stride
 
     def grid(self, images: Tensor) -> tuple[int, int]:
-        """Rows and columns (h, w) of the last map for images (B, C, H, W); N = h * w."""
+        """Rows and columns (h, w) of the last map for images (B, C, H, W), rounded up; N = h * w."""
         return tuple(math.ceil(side / self.stride) for side in images.shape[-2:])
 
     def forward(self, images: Tensor, layer: int | None = -1, patches: bool = True) -> Features:

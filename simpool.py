@@ -69,7 +69,8 @@ class SimPool(nn.Module):
         K = self.heads(self.wk(normed))  # (B, heads, N, d), equation (14)
         a = (q @ K.transpose(-2, -1) / math.sqrt(d)).softmax(dim=-1)  # (B, heads, 1, N), equation (15)
         u = power_mean(a, self.heads(V), self.gamma)  # (B, heads, 1, d), equation (17)
-        return u.flatten(1), a[:, 0, 0] if self.num_heads == 1 else a[:, :, 0]  # (B, N) or (B, heads, N)
+        attention = a[:, 0, 0] if self.num_heads == 1 else a[:, :, 0]  # (B, N) or (B, heads, N)
+        return u.flatten(1), attention
 
 
 def power_mean(a: Tensor, v: Tensor, gamma: float | None) -> Tensor:

@@ -40,11 +40,10 @@ images, tests = stamp(images, sick), stamp(tests, ~test_sick)
 x, test_x = images / 127.5 - 1, tests / 127.5 - 1
 
 # 2. One image has masks. Blurred, they are the priors; registration carries them to all other images.
-one = int(masks.flatten(2).any(dim=2).all(dim=1).int().argmax())
+one = int(masks.flatten(2).any(dim=2).all(dim=1).int().argmax())  # the first that shows all regions
 priors = priors_from_masks(masks[one])  # (3, 64, 64), for left lung, right lung, heart
-theta, flow, agreement = map(torch.cat, zip(*[
-    register(images[one], priors, part, deformable=True) for part in images.split(200)
-]))  # fmt: skip
+parts = [register(images[one], priors, part, deformable=True) for part in images.split(200)]
+theta, flow, agreement = (torch.cat(tensors) for tensors in zip(*parts))
 
 # 3. DINO learns features of two views of an image; SPAN guides one head by each prior, in the same crops.
 encoder = ViT(img_size=64, patch_size=8, in_chans=1, embed_dim=96, depth=4, num_heads=6)

@@ -14,7 +14,6 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -36,9 +35,9 @@ from common.data import Data, normalise, prepared, printable, rows_at, to_device
 from common.foreground import are_made, check_foreground, foreground, keep_masks, kept_masks
 from common.models import build_model, decayed, lrp_rule, make_encoder
 from common.processes import Collapse, average_gradients, fail, from_first, join, keep_freed_memory
-from common.processes import rank, remedy_for, share_batch_norms, stop_requests
+from common.processes import rank, remedy_for, share_model, stop_requests, world_size
 from common.regions import priors_over
-from common.runs import data_of, finish, masses_of
+from common.runs import data_of, finish, masses_of, pretrained
 from common.splits import load
 from crops import multi_crop
 from dino import DINO, over_processes
@@ -67,9 +66,9 @@ def foreground_masks(
 
     Images without a known foreground are left out: they would teach the background. Raises ValueError.
     """
-    train, learns = splits["train"], config.task == "classify" and not config.relations
-    known = labelled(train.labels) if learns else torch.ones(len(train.names), dtype=torch.bool)
-    if config.task != "classify" or not config.isnet and config.baseline in (None, "gated"):
+    train, by_labels = splits["train"], config.task == "classify" and not config.relations
+    known = labelled(train.labels) if by_labels else torch.ones(len(train.names), dtype=torch.bool)
+    if not config.isnet and config.baseline in (None, "gated"):  # neither they nor pretraining use masks
         return None, known
     if config.resume:  # as checked when the run began
         return kept_masks(config.out, train.images[:, :1].shape)
@@ -85,12 +84,12 @@ def foreground_masks(
 
 
 def views_objective(config: Config, model: nn.Module, images: Tensor, priors: Callable | None) -> Callable:
-    """DINO's loss over random views of images (N, C, S, S) uint8, plus SPAN's with priors (B, R, S, S).
+    """DINO's loss over random views of images (N, C, S, S) uint8, plus SPAN's with `priors_over` the images.
 
     Without DINO (--ssl none), or after DINO has collapsed, SPAN's loss is used alone.
     """
-    size, p, dino = images.shape[-1], config.patch_size, model if isinstance(model, DINO) else None
-    encoder = dino.student if dino else model.encoder
+    size, p, encoder = images.shape[-1], config.patch_size, pretrained(model)
+    always = priors is None or config.keep_going  # DINO goes on even after a collapse
     local_size = max(1, size // 2 // p) * p if isinstance(encoder, ViT) else size // 2
     recipe = size, local_size, config.global_scale, config.local_scale, config.local_crops_number, config.flip
 
@@ -98,8 +97,8 @@ def views_objective(config: Config, model: nn.Module, images: Tensor, priors: Ca
         views, thetas = multi_crop(rows_at(images, index).float() / 255, generator, *recipe)
         views = [normalise(v) for v in views]  # 2 B global views, and V B local ones
         with torch.autocast(index.device.type, torch.bfloat16, enabled=config.amp):
-            if dino and (priors is None or config.keep_going or not dino.health.collapsed()):
-                loss, features = dino(views, config.teacher_temp, config.span_layer)
+            if isinstance(model, DINO) and (always or not model.health.collapsed()):
+                loss, features = model(views, config.teacher_temp, config.span_layer)
             else:
                 loss, features = None, [encoder(v, layer=config.span_layer, patches=False) for v in views]
         if priors is None:
@@ -116,7 +115,7 @@ def views_objective(config: Config, model: nn.Module, images: Tensor, priors: Ca
 
 
 def relvit_objective(config: Config, relvit: RelViT, images: Tensor, priors: Callable | None) -> Callable:
-    """RelViT's loss over patches of images (N, C, S, S) uint8, plus SPAN's with priors (B, R, S, S)."""
+    """RelViT's loss over patches of images (N, C, S, S) uint8, plus SPAN's with `priors_over` the images."""
     grid, p = relvit.grid, config.patch_size
 
     def losses(index: Tensor, generator: Generator, step: int, total: int) -> tuple[Tensor, dict]:
@@ -146,17 +145,36 @@ def classifier_objective(
     """
     multiclass, encoder, rule = spec.multiclass, model.encoder, lrp_rule(config)
     layers, pooling = supervised_layers(encoder, config.isnet_layers), (config.isnet_decay, config.isnet_e)
-    swap = config.swap if config.isnet else float(config.baseline == "swap")
+    swap = config.swap if config.isnet else float(config.baseline == "swap")  # share of the images
     narrower = max(1, round(config.swap_margin * images.shape[-1])) if config.swap_margin else 0  # pixels
     wider = round(config.isnet_margin * images.shape[-1])
+
+    def isnet_parts(x: Tensor, m: Tensor, y: Tensor, mean: Tensor, generator: Generator) -> tuple:
+        """Logits (B, K) and the parts of ISNet's loss; mean (B,): weights of images, 0 without a mask."""
+        m = F.max_pool2d(m, 2 * wider + 1, 1, wider)  # outlines have relevance on both sides
+        m = whole_patches(m, encoder.patch_size) if isinstance(encoder, ViT) else m
+        target = explained_target(y, multiclass, config.explain, generator)
+        with attention_seen(encoder, config.isnet_layers) as attention:
+            heatmaps, logits = relevance(model, x, target, create_graph=True, layers=layers, **rule)
+        heatmap, *inner = heatmaps if layers else [heatmaps]
+        grid, ranges = encoder.grid(x), spec.relevance_range
+        if config.preset == "published":
+            masked, pairs = mean > 0, list(zip(ranges[::2], ranges[1::2]))
+            known = masked | ~masked.any()  # all if none has a mask: a mean over none would be NaN
+            loss = published_loss([R[known] for R in (heatmap, *inner)], m[known], grid, pairs, *pooling)
+            return logits, {"heatmaps": loss * masked.any()}
+        background = isnet_background(heatmap, inner, attention, m, grid, *pooling)
+        foreground = foreground_loss(heatmap, m, *ranges, hybrid=True)
+        return logits, {"background": (background * mean).sum(), "foreground": (foreground * mean).sum()}
 
     def losses(index: Tensor, generator: Generator, step: int, total: int) -> tuple[Tensor, dict]:
         y, m = labels[index], None if masks is None else rows_at(masks, index).float()
         x, m = shifted(rows_at(images, index), m, config.shift, generator)
         if config.relations:
-            x, how = x.float() / 255, (model.relvit.grid, config.patch_size, generator)
-            views, _, order = (x, None, None) if config.in_order else patch_views(x, *how, shuffle=True)
-            features = encoder(normalise(views))
+            x, order = x.float() / 255, None
+            if not config.in_order:
+                x, _, order = patch_views(x, model.relvit.grid, config.patch_size, generator, shuffle=True)
+            features = encoder(normalise(x))
             loss, scores = model.relvit.compare(features.patches, order)
             classification = classification_loss(model.head(features.pooled), y, multiclass)
             return loss + classification, {"classification": classification.detach(), **scores}
@@ -171,23 +189,9 @@ def classifier_objective(
         mean = masked / masked.sum().clamp(min=1)  # (B,), the weights of a mean over the masked
         if config.baseline:
             logits, penalty = PENALTIES[config.baseline](model, x, m, y, multiclass)
-            weight, parts = config.baseline_weight, {config.baseline: (penalty * mean).sum()}
+            parts, weight = {config.baseline: (penalty * mean).sum()}, config.baseline_weight
         else:
-            m = F.max_pool2d(m, 2 * wider + 1, 1, wider)  # outlines have relevance on both sides
-            m = whole_patches(m, encoder.patch_size) if isinstance(encoder, ViT) else m
-            target = explained_target(y, multiclass, config.explain, generator)
-            with attention_seen(encoder) if config.isnet_layers == "all" else nullcontext([]) as attention:
-                heatmaps, logits = relevance(model, x, target, create_graph=True, layers=layers, **rule)
-            heatmaps, ranges = heatmaps if layers else [heatmaps], spec.relevance_range
-            if config.preset == "published":
-                known, pairs = masked | ~masked.any(), list(zip(ranges[::2], ranges[1::2]))
-                given = [R[known] for R in heatmaps], m[known], encoder.grid(x), pairs
-                parts = {"heatmaps": published_loss(*given, *pooling) * masked.any()}
-            else:
-                inner = heatmaps[1:], attention, m, encoder.grid(x)
-                background = isnet_background(heatmaps[0], *inner, *pooling)
-                foreground = foreground_loss(heatmaps[0], m, *ranges, hybrid=True)
-                parts = {"background": (background * mean).sum(), "foreground": (foreground * mean).sum()}
+            logits, parts = isnet_parts(x, m, y, mean, generator)
             weight = config.isnet * cosine(step / total, 1, 1.0, config.isnet_end)
             weight /= 1 if multiclass else y.shape[1]  # only one finding of K is explained
         classification = classification_loss(logits, y, multiclass)
@@ -214,11 +218,8 @@ def train(
     generator = Generator().manual_seed(config.seed)
     optimizer = AdamW(decayed(model, config.weight_decay), config.lr)
     history, begun = restore(saved, model, optimizer, generator) if saved else ([], None)
-    processes = dist.get_world_size() if dist.is_initialized() else 1
-    if processes > 1:
-        for tensor in model.state_dict().values():
-            dist.broadcast(tensor, src=0)
-        share_batch_norms(model)
+    share_model(model)
+    processes = world_size()
     batch = min(config.batch_size, len(images)) // processes * processes
     steps = len(images) // batch
     total, terminal = steps * config.epochs, sys.stderr.isatty() and not rank()
@@ -229,9 +230,11 @@ def train(
     with stop_requests() as stop, bar:
         for epoch in range(len(history), config.epochs):
             order, first, sums = begun or (torch.randperm(len(images), generator=generator), 0, {})
-            begun, started, order = None, time.perf_counter(), from_first(order).to(config.device)
+            begun, started = None, time.perf_counter()
+            order = from_first(order).to(config.device)
             for i in range(first, steps):
-                step, index = epoch * steps + i, order[i * batch : (i + 1) * batch][rank() :: processes]
+                step = epoch * steps + i
+                index = order[i * batch : (i + 1) * batch][rank() :: processes]  # this process's share
                 if rank():  # its own views, reproducible after --resume
                     generator.manual_seed((config.seed * total + step) * processes + rank())
                     torch.manual_seed(generator.initial_seed() + 2**40)
@@ -242,9 +245,8 @@ def train(
                 bar.set_postfix(logged, refresh=False)
                 bar.update(batch)
                 if over_processes(torch.tensor(float(stop.is_set()), device=index.device)):
-                    if not rank():
-                        within = order.cpu(), i + 1, sums
-                        save(config, spec, model, optimizer, generator, history, masses_now(), within)
+                    within = order.cpu(), i + 1, sums
+                    save(config, spec, model, optimizer, generator, history, masses_now, within)
                     if processes > 1:
                         dist.barrier()  # the first process that ends makes torchrun end the others
                     flags = " --keep-going" * config.keep_going + " --strict" * config.strict
@@ -252,8 +254,7 @@ def train(
             means = {name: whole / n for name, (whole, n) in sums.items()}
             speed = (steps - first) * batch / (time.perf_counter() - started)
             history.append({"epoch": epoch + 1, **means, "images_per_s": round(speed, 1)})
-            if not rank():
-                save(config, spec, model, optimizer, generator, history, masses_now())
+            save(config, spec, model, optimizer, generator, history, masses_now)
             if not terminal and (config.epochs - 1 - epoch) % max(1, config.epochs // 100) == 0:
                 words = ", ".join(f"{name} {value:.3g}" for name, value in means.items())
                 print(f"epoch {epoch + 1}/{config.epochs}: {words}, {speed:.0f} img/s", flush=True)
@@ -267,7 +268,7 @@ def train_step(
     """Step number `step` of `total` on images (B,); returns what to log, as means over all processes."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step, total)
-    collapsed = isinstance(model, DINO) and model.health.collapsed()
+    collapsed = isinstance(model, DINO) and model.health.collapsed()  # before this step
     optimizer.zero_grad()
     logged, whole = {}, 0.0
     for part in index.tensor_split(min(config.accumulate, len(index))):
@@ -285,12 +286,13 @@ def train_step(
     optimizer.step()
     if isinstance(model, DINO):
         model.update_teacher(cosine(step, total, config.momentum, 1.0))
-        health, guided = model.health, config.prior != "none" and not config.strict
-        if health.collapsed() and not config.keep_going and not (collapsed and guided):
-            if not guided:
+        health = model.health
+        if health.collapsed() and not config.keep_going:
+            if config.prior == "none" or config.strict:
                 raise Collapse(f"{health.diagnosis()}. --keep-going continues anyway")
-            goes_on = "Training continues with SPAN alone (--strict stops, --keep-going keeps DINO)"
-            print(f"\nwarning: {health.diagnosis()}. {goes_on}")
+            if not collapsed:  # it is news
+                goes_on = "Training continues with SPAN alone (--strict stops, --keep-going keeps DINO)"
+                print(f"\nwarning: {health.diagnosis()}. {goes_on}")
         if config.keep_going or not collapsed:
             logged |= {"teacher_entropy": health.entropy, "kl": health.kl, "prototypes": health.prototypes()}
     values = torch.stack([torch.as_tensor(value, device=index.device).float() for value in logged.values()])
@@ -313,11 +315,10 @@ def cosine(step: int, total: int, first: float, last: float) -> float:
 
 
 def begin(argv: list[str]) -> tuple:
-    """Set up what `train` and `finish` need. Raises ValueError or OSError for bad input."""
+    """Set up what `train` and `finish` need, in the order of the last line. Raises ValueError or OSError."""
     config, typed = parse(argv, __doc__)
     check(config, typed)
-    if not rank():
-        check_folder(config.out, config.resume, config.overwrite)
+    check_folder(config.out, config.resume, config.overwrite)
     run = resumed(config, typed) if config.resume else None
     config = run.config if run else config
     keep_freed_memory()
@@ -327,14 +328,14 @@ def begin(argv: list[str]) -> tuple:
     splits, reference = load_data(config)
     train = splits["train"]
     spec = data_spec(train, config.task == "classify", config.data, config.prior, reference)
-    processes = dist.get_world_size() if dist.is_initialized() else 1
-    check_step(config, len(train.names), processes)  # before masks are made, which may take minutes
+    check_step(config, len(train.names), world_size())  # before masks are made, which may take minutes
     if run:
         check_spec(config.out, run, spec, train.regions, config.data)
+        spec = run.spec  # also knows C1 and C2
     torch.manual_seed(config.seed)
     encoder = make_encoder(config, spec.channels)
     masks, stay = foreground_masks(config, splits, reference)
-    check_step(config, int(stay.sum()), processes)
+    check_step(config, int(stay.sum()), world_size())
     if masks is not None and config.swap_margin is None:
         config = replace(config, swap_margin=0.0125 if are_made(config.masks, train.has_masks) else 0.0)
     if config.epochs is None:
@@ -343,15 +344,16 @@ def begin(argv: list[str]) -> tuple:
     model = build_model(config, spec, encoder, encoder.grid(train.images)).to(config.device)
     print(f"{sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} M encoder weights, on {config.device}")
     kept = slice(None) if stay.all() else stay  # a slice copies nothing
-    images, spec = to_device(train.images[kept], config.device), run.spec if run else spec
+    images = to_device(train.images[kept], config.device)
     if config.task == "classify":
         labels = train.labels[kept].to(config.device)
         foreground_of = None if masks is None else to_device(masks[kept], config.device)
         if config.isnet and not run:
+            given = model, images, foreground_of, labels, spec.multiclass
             settings = config.lr, config.batch_size, config.explain, lrp_rule(config), config.seed
-            settings += (config.isnet_layers, 25.0) if config.preset == "published" else ()
-            given = model, images, foreground_of, labels, spec.multiclass, *settings
-            spec = spec._replace(relevance_range=from_first(natural_range(*given, parts=config.accumulate)))
+            inner = {"layers": config.isnet_layers, "most": 25.0} if config.preset == "published" else {}
+            c1_c2 = natural_range(*given, *settings, parts=config.accumulate, **inner)
+            spec = spec._replace(relevance_range=from_first(c1_c2))
             print("C1 {:.4g}, C2 {:.4g}: relevance range of a plain classifier".format(*spec.relevance_range))
         losses = classifier_objective(config, model, images, foreground_of, labels, spec)
     else:
@@ -364,17 +366,18 @@ def begin(argv: list[str]) -> tuple:
         start_run(config, spec, argv)
         if masks is not None:
             keep_masks(config.out, masks, stay)
-    return config, spec, model, splits, reference, masks, images, losses, run and run.checkpoint
+    return config, spec, model, splits, reference, masks, images, losses, run.checkpoint if run else None
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line: exit status 0 when done, 1 for a failed training, 2 for unusable input."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
         try:
-            *run, images, losses, saved = begin(sys.argv[1:] if argv is None else argv)
+            config, spec, model, splits, reference, masks, images, losses, saved = begin(argv)
         except (ValueError, OSError) as error:
             fail("train.py", error, 2)
-        (config, spec, model, splits, reference, _), started = run, time.perf_counter()
+        started = time.perf_counter()
         masses_now = masses_of(config, model, splits["train"], reference)
         history = train(config, spec, model, images, losses, saved, masses_now)
         if not saved or len(saved["history"]) < len(history):
@@ -382,7 +385,7 @@ def main(argv: list[str] | None = None) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()  # by all at once: NCCL may wait for the others
         if not rank():
-            finish(*run, history)
+            finish(config, spec, model, splits, reference, masks, history)
     except (Collapse, FloatingPointError) as error:
         fail("train.py", error, 1)
     except OSError as error:

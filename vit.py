@@ -76,7 +76,8 @@ class Attention(nn.Module):
             with torch.autocast(x.device.type, enabled=False):
                 mixed = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
         mixed = mixed.transpose(1, 2).flatten(2)  # (B, T, D)
-        return self.proj(mixed), self.weights(q[:, :, :1], k)[:, :, 0] if row else None
+        attention = self.weights(q[:, :, :1], k)[:, :, 0] if row else None  # (B, heads, T)
+        return self.proj(mixed), attention
 
     @staticmethod
     def weights(q: Tensor, k: Tensor) -> Tensor:
@@ -115,6 +116,7 @@ class Block(nn.Module):
         return branch * kept.to(branch.device) / (1 - self.drop_path)
 
     def forward(self, x: Tensor, row: bool = False, first: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, T, D) to tokens and the first one's attention, as `Attention.forward` has them."""
         mixed, attention = self.attn(self.norm1(x), row, first)
         x = (x[:, :1] if first else x) + self.keep(mixed)
         return x + self.keep(self.mlp(self.norm2(x))), attention
@@ -140,7 +142,8 @@ class ViT(nn.Module):
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}: change one")
         self.patch_size, self.embed_dim, self.num_heads, self.depth = patch_size, embed_dim, num_heads, depth
-        self.native_grid = self._grid(*((img_size, img_size) if isinstance(img_size, int) else img_size))
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        self.native_grid = self._grid(height, width)
         self.pool, self.registers = pool, registers
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         if pool is None:
@@ -193,10 +196,12 @@ class ViT(nn.Module):
         x = self.patch_embed(images)  # (B, N, D)
         if self.pool is None:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + N, D)
-        x = x + self.positions_for(grid) if positions else x.to(self.pos_embed)  # not in half precision
+        # A sum with positions is in float32 under autocast, so tokens without them are made so, too.
+        x = x + self.positions_for(grid) if positions else x.to(self.pos_embed)
         if self.registers:
-            first, registers = int(self.pool is None), self.reg_token.expand(len(x), -1, -1)
-            x = torch.cat([x[:, :first], registers, x[:, first:]], dim=1)  # (B, 1 + R + N, D)
+            extra = int(self.pool is None)  # the CLS token stays first
+            registers = self.reg_token.expand(len(x), -1, -1)
+            x = torch.cat([x[:, :extra], registers, x[:, extra:]], dim=1)  # (B, 1 + R + N, D)
         return x
 
     def forward(
@@ -204,14 +209,14 @@ class ViT(nn.Module):
     ) -> Features:
         """Encode images (B, C, H, W), H and W multiples of patch_size; raises ValueError for other sizes.
 
-        layer: the block whose CLS row is returned as `attention`, -1 for the last; None for no attention.
-        positions: False leaves out the position embedding, which would give RelViT's targets away. patches:
-        False if they are not needed; with a CLS token, the last block then transforms that token alone.
+        layer: the block whose CLS row is returned as `attention`, -1 for the last (IndexError beyond depth);
+        None for no attention. positions: False leaves out the position embedding, which would give RelViT's
+        targets away. patches: False if not needed; the last block then transforms a CLS token alone.
         """
-        x = self.embed(images, positions)
-        exposed = None if layer is None or self.pool is not None else range(self.depth)[layer]
-        alone = None if patches or self.pool is not None else self.depth - 1
-        attention = None
+        x, attention = self.embed(images, positions), None
+        cls = self.pool is None
+        exposed = range(self.depth)[layer] if cls and layer is not None else None  # whose CLS row is returned
+        alone = self.depth - 1 if cls and not patches else None  # the block that transforms CLS alone
         for i, block in enumerate(self.blocks):
             x, row = block(x, row=i == exposed, first=i == alone)
             attention = row[:, :, 1 + self.registers :] if i == exposed else attention  # (B, heads, N)

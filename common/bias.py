@@ -76,6 +76,7 @@ def classified(model: nn.Module, val: Data, kinds: dict[str, Data], multiclass: 
             right = (scores.argmax(dim=1) == labels.argmax(dim=1))[one]
         else:
             columns = [(scores[:, k] > t, labels[:, k]) for k, t in thresholds.items()]
-            right = torch.cat([torch.zeros(0), *((said == y)[~y.isnan()] for said, y in columns)])
+            known_right = [(said == y)[~y.isnan()] for said, y in columns]
+            right = torch.cat(known_right) if known_right else torch.zeros(0)  # then accuracy is NaN
         table[name] = {"AUC": known_mean(each.values()), **each, "accuracy": float(right.double().mean())}
     return table

@@ -151,7 +151,8 @@ def relvit() -> None:
         colours = "tab10" if k == 0 else "viridis"
         axes[0, k].imshow(targets[task], cmap=colours)
         axes[1, k].imshow(targets[task][5].view(4, 4), cmap=colours)
-        axes[0, k].set_title(f"{task} of all pairs"), axes[1, k].set_title("of patch 5 with each")
+        axes[0, k].set_title(f"{task} of all pairs")
+        axes[1, k].set_title("of patch 5 with each")
     draw(figure, "relvit")
 
 

@@ -18,6 +18,7 @@ import os
 import platform
 import shlex
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 from zipfile import ZipFile
@@ -30,6 +31,7 @@ from common.classify import is_multiclass
 from common.config import KEYWORDS, PER_CALL, PLACES, Config, as_config, as_json
 from common.data import Data, printable
 from common.flags import option
+from common.processes import rank
 from common.weights import reason
 
 FORMAT = 11  # of last.pt; rises when its content or the meaning of a setting changes
@@ -83,7 +85,9 @@ def write_file(path: Path, content: str | dict) -> None:
 
 
 def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
-    """Raise ValueError rather than touch a folder that holds something, unless asked to."""
+    """In the first process, raise ValueError rather than touch a folder that holds anything, unless asked."""
+    if rank():
+        return
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a folder")
     if resume and overwrite:
@@ -166,12 +170,16 @@ def check_spec(
 
 def save(
     config: Config, spec: DataSpec, model: nn.Module, optimizer: Optimizer, generator: Generator,
-    history: list[dict], masses: dict[str, float], begun: tuple | None = None,
+    history: list[dict], masses_now: Callable[[], dict[str, float]], begun: tuple | None = None,
 ) -> None:  # fmt: skip
-    """Write metrics.jsonl and last.pt; begun: (order, steps done, sums) if it is within an epoch."""
+    """Write metrics.jsonl and last.pt, in the first process; begun: (order (N,), steps done, sums) if it is
+    within an epoch; masses_now: as in `train`.
+    """
+    if rank():
+        return
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     state |= {"generator": generator.get_state(), "torch_rng": torch.get_rng_state()}
-    about = {"format": FORMAT, "settings": as_json(config), "spec": spec._asdict(), "masses": masses}
+    about = {"format": FORMAT, "settings": as_json(config), "spec": spec._asdict(), "masses": masses_now()}
     # Rows first: a process killed in between leaves one row too many, which the resumed run rewrites.
     write_file(config.out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
     write_file(config.out / "last.pt", about | state | {"history": history, "begun": begun})
@@ -217,7 +225,7 @@ def resumed(config: Config, typed: set[str]) -> Run:
 def restore(
     checkpoint: dict, model: nn.Module, optimizer: Optimizer, generator: Generator
 ) -> tuple[list[dict], tuple | None]:
-    """Restore what `save` wrote; returns the history and the epoch that is begun."""
+    """Restore what `save` wrote; returns the history, and `begun` as `save` got it."""
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     generator.set_state(checkpoint["generator"])

@@ -25,14 +25,15 @@ def check(config: Config, typed: set[str]) -> None:
             low, high = limits[f.name]
             if not low <= value <= high:  # NaN is not within either
                 raise ValueError(f"{option(f)} {value}: it must lie between {low:g} and {high:,.12g}")
-        useful = any(all(met(config, name) for name in need.split("&")) for need in needs or ["task"])
+        useful = not needs or any(all(met(config, name) for name in need.split("&")) for need in needs)
         if f.name in typed and not useful and not config.resume:
             if config.task == "classify":
                 needs = ["task=pretrain" if need.startswith(PRETRAINING) else need for need in needs]
             flags = " or ".join(f"--{need.replace('=', ' ').replace('&', ' and --')}" for need in needs)
             flags = flags.replace("|", " or ").replace("_", "-")
-            values = () if isinstance(value, bool) else value if isinstance(value, tuple) else (value,)
-            raise ValueError(f"{' '.join(map(str, (option(f), *values)))} does nothing without {flags}")
+            value = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            shown = option(f) if isinstance(value, bool) else f"{option(f)} {value}"
+            raise ValueError(f"{shown} does nothing without {flags}")
     for flag, (low, high) in {"global": config.global_scale, "local": config.local_scale}.items():
         if not 0 < low <= high <= 1:
             line = "give two fractions of the area, 0 < a <= b <= 1"

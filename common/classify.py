@@ -107,13 +107,17 @@ def supervised_layers(encoder: nn.Module, which: str = "all") -> list[nn.Module]
 
 
 @contextmanager
-def attention_seen(encoder: nn.Module) -> Iterator[list[Tensor]]:
+def attention_seen(encoder: nn.Module, which: str = "all") -> Iterator[list[Tensor]]:
     """Collects two maps (B, heads, T) for each attention layer of an encoder that runs inside this context.
 
     They hold how much the CLS token attends to each token, and how much all tokens do on average. An encoder
-    without CLS lacks the first; if its pooling is learned, it gives that attention (B, heads, N) once.
+    without CLS lacks the first; if its pooling is learned, it gives that attention (B, heads, N) once. which:
+    as in `supervised_layers`; unless it is "all", nothing is collected.
     """
     seen: list[Tensor] = []
+    if which != "all":
+        yield seen
+        return
 
     def collect(attention: Attention, inputs: tuple[Tensor]) -> None:
         q, k, _ = attention.split(inputs[0])

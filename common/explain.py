@@ -100,13 +100,13 @@ def related(
     joint: with labels, so with positions; its patches may keep their order. mega: cut into mega-patches.
     """
     generator, found, errors = torch.Generator().manual_seed(0), {}, ("distances", "angles")
-    how = relvit.grid, patch_size, generator, mega, joint
     relvit.eval()
     device = next(relvit.parameters()).device
     for x in images.split(at_a_time(64, images)):
-        x = x.to(device).float() / 255
-        views, _, order = (x, None, None) if in_order else patch_views(x, *how)
-        patches = relvit.encoder(normalise(views), positions=joint).patches
+        x, order = x.to(device).float() / 255, None
+        if not in_order:
+            x, _, order = patch_views(x, relvit.grid, patch_size, generator, mega, shuffle=joint)
+        patches = relvit.encoder(normalise(x), positions=joint).patches
         for task, value in relvit.compare(patches, order)[1].items():  # errors are squared before their mean
             value = float(value) ** (2 if task in errors else 1)
             found[task] = found.get(task, 0.0) + value * len(x) / len(images)

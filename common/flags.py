@@ -15,7 +15,8 @@ def flag(default, text: str, *names: str, group="", choices=None, nargs=None, wi
 
     needs: conditions, one of which must hold for the flag to have an effect: NAME or NAME=A|B, joined by &.
     """
-    return field(default=default, metadata={k: v for k, v in locals().items() if k != "default"})
+    about = dict(text=text, names=names, group=group, choices=choices, nargs=nargs, within=within)
+    return field(default=default, metadata=about | {"needs": needs})
 
 
 def kind_of(setting: Field) -> type:

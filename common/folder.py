@@ -36,7 +36,8 @@ def load_folder(folder: str | Path, img_size: int, reference: str | None = None)
     The reference image is the one asked for, else the first in train (or val, or test) that has all masks, if
     possible none empty; it moves to train. A damaged image is skipped with a note. Raises DataError.
     """
-    folder, notes, paths, findings, labels, split, masks = Path(folder), [], {}, [], {}, {}, {}
+    folder, notes = Path(folder), []
+    paths, findings, labels, split, masks = {}, [], {}, {}, {}
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; {LAYOUT}")
     for path in sorted(folder.glob("[!.]*")):
@@ -123,7 +124,10 @@ def _unused(folder: Path, used: dict[str, Path]) -> str:
 
 
 def _find_masks(folder: Path, images: dict[str, Path], notes: list[str]) -> dict[str, dict[str, Path]]:
-    """{region: {image name: mask file}}: by the image's full name, or else by its stem."""
+    """{region: {image name: mask file}}: by the image's full name, or else by its stem.
+
+    Adds notes on files that are not used. Raises DataError if a mask may be of two images, or two are of one.
+    """
     stems, masks = defaultdict(list), {}
     if folder.is_dir() and _listed(folder):
         notes.append(f"masks beside the regions' folders are not used: move them to {folder}/<region>")
@@ -221,7 +225,7 @@ def _read_images(paths: dict[str, Path], masks: dict[str, dict], size: int, note
 
 
 def _choose_reference(data: Data, masks: dict, split: dict, name: str | None, notes: list) -> str | None:
-    """The reference image's name; moves it to train in `split`."""
+    """The reference image's name, None without one; moves it to train in `split`. Raises DataError."""
     complete = [name for name, known in zip(data.names, data.has_masks.tolist()) if known]
     if name is None and not complete:
         if masks:

@@ -39,6 +39,7 @@ def foreground(
     prior: the arguments of `priors_over` after images. Prints Dice with the data's masks. Raises ValueError.
     """
     train, folder = splits["train"], Path(init if source == "attention" else source)
+    _, _, reference, _, _, device = prior
     given = train.has_masks & (source == "data")  # (N,)
     if source == "data":
         if not given.any():
@@ -53,12 +54,12 @@ def foreground(
     elif source == "prior":
         masks = registered_masks(train.images, prior)
     elif (folder / "config.json").is_file():
-        masks = masks_of_run(folder, data, train.images, prior[-1])
+        masks = masks_of_run(folder, data, train.images, device)
     else:
         size = train.images.shape[-1]
         masks, given = read_masks(folder, None if data in DRAWN else data, train.names, size)
     if source != "data":
-        dice, n = masks_compared(masks, train, prior[2])
+        dice, n = masks_compared(masks, train, reference)
         found = f"Dice {100 * dice:.1f} % with those of the data, in {n} image(s)"
         print(f"masks from {source}: {found if n else 'no other image has masks to compare them with'}")
     return masks, given | masks.flatten(1).any(dim=1)
@@ -89,9 +90,9 @@ def check_foreground(source: str, train: Data, masks: Tensor, stay: Tensor) -> N
     covers = f"It covers {100 * area:.0f} % of an image"
     if area > 0.97:
         raise ValueError(f"{line}. {covers}: almost nothing is background. Check the masks")
-    few = stay.sum() < 0.9 * len(stay)
-    left = "" if stay.all() else "; the others are left out of training" + ": add masks" * few
-    print(f"{'warning: ' * few}{line}{left}. {covers}")
+    few = bool(stay.sum() < 0.9 * len(stay))
+    left = "; the others are left out of training" + (": add masks" if few else "")
+    print(f"{'warning: ' if few else ''}{line}{'' if stay.all() else left}. {covers}")
     shares = {name: int(now) / int(n) for name, n, now in zip(names, there, kept) if n}
     least, most = min(shares, key=shares.get, default=""), max(shares, key=shares.get, default="")
     if shares and 2 * shares[least] < shares[most]:
@@ -105,17 +106,17 @@ def registered_masks(images: Tensor, prior: tuple, most: int = 1) -> Tensor:
     prior: the arguments of `priors_over` after images. most: how many reference images are tried; each image
     gets the masks of the one that, warped, is most like it around them. Raises ValueError.
     """
-    source, train, reference, *how = prior
+    source, train, reference, blur, how, device = prior
     if source == "sample" and reference:
         own = train.masks[train.names.index(reference)]
         if not own.flatten(1).any(dim=1).all():  # regions of which each image shows some: their union will do
             train = train._replace(masks=train.masks.any(dim=1, keepdim=True), regions=["foreground"])
     masks, best = torch.zeros_like(images[:, :1], dtype=torch.bool), torch.full((len(images),), -2.0)
     for name in references_for(train, reference, most) if most > 1 else [reference]:
-        if source == "sample" and name and how[1] != "none":
+        if source == "sample" and name and how != "none":
             print(f"registering masks of {printable(name)} to {len(images)} images ...", flush=True)
-        over = priors_over(images, source, train, name, *how)
-        for index in torch.arange(len(images), device=how[-1]).split(at_a_time(BATCH, images)):
+        over = priors_over(images, source, train, name, blur, how, device)
+        for index in torch.arange(len(images), device=device).split(at_a_time(BATCH, images)):
             priors, confidence, likeness = (x.cpu() for x in over(index))
             index = index.cpu()
             better = (confidence > 0.49) & (likeness > best[index])
@@ -131,7 +132,7 @@ def references_for(train: Data, reference: str, most: int) -> list[str]:
     label, turn, turns = dict(zip(train.names, labels)), {}, Counter()
     others = (name for name, whole in zip(train.names, complete.tolist()) if whole and name != reference)
     for name in (reference, *others):
-        turn[name] = turns[label[name]]
+        turn[name] = turns[label[name]]  # how many of its label come before
         turns[label[name]] += 1
     return sorted(turn, key=turn.get)[:most]
 

@@ -21,7 +21,7 @@ class Hospital(NamedTuple):
     marker: str  # a kind of `phantom.stamp`
     frame: Range  # black collimation at each side, as a fraction of the width
     gamma: Range  # of the brightness
-    gain: Range
+    gain: Range  # a factor on the brightness
     noise: Range  # standard deviation; the images' range is 1
     turn: Range  # radians
     zoom: Range

@@ -29,7 +29,10 @@ def notes_on(findings: list[str], labels: Tensor, train: Tensor) -> list[str]:
 
 
 def read_labels(path: Path, images: dict) -> tuple[list[str], dict[str, Tensor], dict[str, str]]:
-    """Findings (K), {image name: label (K,)}, and {image name: split}, empty without a column `split`."""
+    """Findings (K), {image name: label (K,)}, and {image name: split}, empty without a column `split`.
+
+    images: those in the folder, by name. Raises DataError, which names the line, for what can't be read.
+    """
     by_name = {normalize("NFC", name): name for name in images}  # macOS may write an umlaut as two characters
     lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else [b"file"]
     reader, rows = csv.reader((line.decode("utf-8-sig") for line in lines), strict=True), {}

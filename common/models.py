@@ -64,11 +64,10 @@ def load_part(folder: Path, run: Run, model: nn.Module, prefix: str | None = Non
     return model
 
 
-def start_from(init: Path, encoder: nn.Module) -> None:
+def start_from(init: Path, encoder: nn.Module) -> nn.Module:
     """Load the encoder of a run, or a file of published weights. Raises ValueError if it does not fit."""
     if not init.is_file():
-        load_part(init, load_run(init), encoder)
-        return
+        return load_part(init, load_run(init), encoder)
     weights, left = read_weights(init)
     try:
         fit(weights, encoder)
@@ -79,6 +78,7 @@ def start_from(init: Path, encoder: nn.Module) -> None:
     resized = f"positions of {found['img_size']} px" + (" resized" if found["img_size"] != size else "")
     without = f"; left out: {', '.join(left)}" if left else ""
     print(f"{init}: a ViT {about}, {encoder.num_heads} heads, {resized}{without}")
+    return encoder
 
 
 def make_encoder(config: Config, channels: int) -> nn.Module:

@@ -101,7 +101,8 @@ def best_layer(x: dict[str, Tensor], splits: dict[str, Data], index: Tensor) -> 
     """
     labels, val = splits["train"].labels, splits["val"]
     mean, deviation = x["train"].mean(dim=0), x["train"].std(dim=0, correction=0).clamp(min=1e-9)  # (D,)
-    z, multiclass, layers = (x["train"][index] - mean) / deviation, is_multiclass(labels), []
+    z = (x["train"][index] - mean) / deviation  # (n, D)
+    multiclass, layers = is_multiclass(labels), []
     many = len(z) * labels.shape[1] > MANY  # thousands of classes: minutes a fit
     for decay in tqdm(DECAYS[1::2] if many else DECAYS, "fits", leave=False, disable=None):
         layer = linear_layer(z, labels[index], decay, multiclass, 30 if many else 200)
@@ -168,7 +169,8 @@ def probe(
     for split in ("train", "test") if how == "knn" else SPLITS:
         if splits[split].labels is None or splits[split].labels.isnan().all():
             raise CannotMeasure(f"no {split} image has a label: {how} can't be measured")
-    labels, found, x = splits["train"].labels, {}, {} if features is None or how == "heads" else features
+    labels, found = splits["train"].labels, {}
+    x = {} if features is None or how == "heads" else features  # features (M, D) by split; heads has its own
     draws = [(f, draw) for f in fractions for draw in range(DRAWS if f < 1 else 1)]
     drawn = [(f, draw, index) for f, draw in draws if len(index := draw_labelled(labels, f, draw)) >= 2]
     if not drawn:

@@ -37,6 +37,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+def world_size() -> int:
+    """How many processes train together; 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def check_device(device: str) -> None:
     """Raise ValueError if a device can't be used; a GPU with a number becomes the process's current one.
 
@@ -126,12 +131,16 @@ class _Sum(Function):
         return _Sum.apply(gradient)
 
 
-def share_batch_norms(model: nn.Module) -> None:
-    """Let each BatchNorm normalise by the images of all processes in training, as SyncBatchNorm does.
+def share_model(model: nn.Module) -> None:
+    """Give each process, if there are several, the first one's weights, and each BatchNorm all their images.
 
-    SyncBatchNorm runs on GPUs only, and LRP has no rule for it. Here each process normalises the images of
-    all and keeps its own: a BatchNorm's memory and time do not fall with the number of processes.
+    This is what SyncBatchNorm does, but that runs on GPUs only, and LRP has no rule for it. Here each process
+    normalises the images of all and keeps its own, so its memory and time do not fall with their number.
     """
+    if world_size() == 1:
+        return
+    for tensor in model.state_dict().values():
+        dist.broadcast(tensor, src=0)
 
     def all_images(module: nn.Module, images: tuple[Tensor]) -> Tensor | None:
         if module.training:

@@ -204,7 +204,7 @@ def export_masks(out: Path, data: str, encoder: nn.Module, masses: dict, splits:
         raise ValueError(f"--export-masks {out} holds something already; name a new folder")
     drawn = data in DRAWN
     written = [splits[split] for split in (["train"] if drawn else SPLITS) if splits[split].names]
-    by_stem([] if drawn else [name for split in written for name in split.names])
+    by_stem([] if drawn else [name for split in written for name in split.names])  # raises if two are alike
     for split in written:
         for name, of_image in zip(split.names, attention_masks(encoder, masses, split.images, layer)):
             size = of_image.shape[1:] if drawn else image_size(data, name)

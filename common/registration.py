@@ -150,7 +150,7 @@ def likeness(reference: Tensor, priors: Tensor, images: Tensor, theta: Tensor, f
 
 
 def carry(priors: Tensor, theta: Tensor, flow: Tensor | None = None) -> Tensor:
-    """Warp the reference's priors (R, H, W) to images registered by theta and flow: (B, R, H, W)."""
+    """Warp a reference's priors (R, H, W) by theta (B, 2, 3) and flow (B, 2, k, k) to (B, R, H, W)."""
     shape = [len(theta), *priors.shape]
     points = F.affine_grid(theta, shape, align_corners=False)
     if flow is not None:
@@ -227,7 +227,7 @@ def _without_rim(images: Tensor, rim: int) -> Tensor:
 
 @torch.enable_grad()
 def _register(source: Tensor, target: Tensor, start: Tensor, points, steps: int, lr: float) -> Tensor:
-    """Minimise penalty - NCC over x (B, ...) with Adam; points(x) returns the sampling grid and penalty."""
+    """Minimise penalty - NCC over x (B, ...) by Adam; points(x): grid (B, h, w, 2) and penalty, (B,) or 0."""
     source, x = source.expand_as(target), start.clone().requires_grad_()
     optimizer = torch.optim.Adam([x], lr=lr)
     for step in range(steps):

@@ -84,8 +84,8 @@ def load_all(
     if len(markers) > 1:
         both = " and ".join(f"{kind} {share:g}" for share, kind in sorted(markers))
         raise ValueError(f"the runs have markers of {both}: compare runs on the same images")
-    marker = dict(zip(("marker", "marker_kind"), markers.pop())) if markers else {}
-    splits, reference, _ = load(**data_of(first), **marker)
+    marker, kind = markers.pop() if markers else (None, "corner")
+    splits, reference, _ = load(**data_of(first), marker=marker, marker_kind=kind)
     spec, loaded = data_spec(splits["train"], first.task == "classify", first.data), {}
     for path, config in configs.items():
         if run := runs.get(path):
@@ -93,7 +93,7 @@ def load_all(
             model, history = load_model(path, run).to(device), run.checkpoint["history"]
             loaded[path] = Loaded(config, run.spec, model, history, path, run.masses)
         else:
-            start_from(path, model := build_encoder(config, spec.channels))
+            model = start_from(path, build_encoder(config, spec.channels))
             out = path.with_name(f"{path.name}-{Path(config.data).name}-{config.img_size}")
             loaded[path] = Loaded(config, spec, model.to(device), [], out, {})
     return loaded, splits, reference
@@ -135,7 +135,8 @@ def images_to_show(config: Config, splits: dict[str, Data], n: int) -> Data:
         return select(test, torch.linspace(0, len(test.names) - 1, n).long())  # often sorted by class
     if pretraining or test.labels is None:
         return select(test, torch.arange(n))
-    finding = test.labels[:, int(labels.shape[1] == 2 and is_multiclass(labels))].nan_to_num()
+    column = 1 if labels.shape[1] == 2 and is_multiclass(labels) else 0  # the first of two classes is "no X"
+    finding = test.labels[:, column].nan_to_num()
     order = torch.argsort(finding, descending=True, stable=True)
     return select(test, torch.cat([order[: n - n // 3], order[len(order) - n // 3 :]]))
 
@@ -169,7 +170,7 @@ def masses_of(config: Config, model: nn.Module, train: Data, reference: str | No
     RUN; it returns {} if there are none.
     """
     if config.task == "classify" or config.prior in ("none", "masks"):
-        return dict
+        return dict  # which makes {}
     priors, names = make_priors(config.prior, train, reference, config.prior_blur)
     regions, encoder = priors >= priors.amax(dim=(1, 2), keepdim=True) / 2, pretrained(model)  # (R, S, S)
     # Priors from statistics or a file are true of images only on average.
