@@ -89,6 +89,12 @@ def refused(capsys) -> Callable:
     return run
 
 
+def refuses(line: str, call: Callable, *args, error: type = ValueError, **given) -> None:
+    """The call raises a ValueError, or another error, whose message has this line, a pattern."""
+    with pytest.raises(error, match=line):
+        call(*args, **given)
+
+
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

@@ -25,8 +25,7 @@ from vit import ViT
 
 def classifier(kind: str = "resnet") -> Classifier:
     torch.manual_seed(0)
-    encoder = ViT(16, 4, 1, 12, 2, 2) if kind == "vit" else ResNet(1, 16)
-    return Classifier(encoder, 2).double().eval()
+    return Classifier(ViT(16, 4, 1, 12, 2, 2) if kind == "vit" else ResNet(1, 16), 2).double().eval()
 
 
 def batch(n: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -108,8 +107,7 @@ def test_a_swapped_image_keeps_its_foreground_before_the_filled_background_of_on
     m = torch.zeros(24, 1, 16, 16)
     for i in range(24):
         m[i, :, i % 8 : i % 8 + 6, 2 + i % 8 : 8 + i % 8] = i % 4 > 0
-    ground = torch.arange(24.0).view(24, 1, 1, 1).expand(24, 1, 16, 16)
-    x = ground + 100 * m
+    x = torch.arange(24.0).view(24, 1, 1, 1) + 100 * m
     found = baselines.swapped(x, m, seeded())
     assert torch.equal(found * (found >= 100), x * m)  # no foreground but its own
     for i in range(24):  # also where nothing is in the foreground
@@ -123,8 +121,7 @@ def test_with_a_margin_an_image_keeps_no_pixel_near_the_border_of_its_mask():
     m, x = torch.zeros(2, 2, 1, 12, 12)
     m[0, :, 2:10, 2:10], m[1, :, 2:, 2:10] = 1, 1  # the second reaches the image's lower border
     x[0], x[1] = 1, 2
-    found = baselines.swapped(x, m, seeded(), margin=2)
-    kept = (found == x)[:, 0]
+    kept = (baselines.swapped(x, m, seeded(), margin=2) == x)[:, 0]
     assert kept[0].nonzero().unique().tolist() == [4, 5, 6, 7] and kept[1].sum() == 4 * 8
     assert kept[1, 11, 4:8].all()  # there nothing is next to it
     m[0] *= 0
@@ -138,12 +135,8 @@ def test_with_a_margin_an_image_keeps_no_pixel_near_the_border_of_its_mask():
 
 
 def test_in_use_the_pipeline_s_classifier_sees_nothing_outside_the_segmenter_s_mask():
-    class Middle(nn.Module):
-        def forward(self, images):
-            return F.pad(torch.ones(len(images), 2, 2, dtype=images.dtype), [1] * 4, value=-1)
-
-    x, _, _ = batch()
-    pipeline, other = baselines.Pipeline(classifier(), Middle()), x.clone()
+    (x, _, _), middle = batch(), lambda x: F.pad(torch.ones(len(x), 2, 2).to(x), [1] * 4, value=-1)
+    pipeline, other = baselines.Pipeline(classifier(), middle), x.clone()
     other[:, :, :3] = other[:, :, 13:] = other[..., :3] = other[..., 13:] = 7.0
     torch.testing.assert_close(pipeline(other), pipeline(x))
     other[:, :, 8, 8] = 7.0
@@ -180,11 +173,6 @@ def test_multitask_learning_teaches_the_encoder_where_the_mask_is():
     assert found[0] < 0.01 < min(found[1:])
 
 
-def has_the_letter(images):
-    """Whether images (n, 1, 64, 64) have hospital A's L in the upper right corner, (n,) bool."""
-    return images[:, 0, :8, -8:].amax(dim=(1, 2)) == 255
-
-
 def test_a_hospital_moves_image_and_masks_together_draws_the_same_for_a_seed_and_is_mixed_image_by_image():
     images, masks, _ = phantom(40, seed=1)
     coded = (masks[:, 2:] * 255).to(torch.uint8)  # the heart alone, as an image
@@ -203,10 +191,11 @@ def test_a_hospital_moves_image_and_masks_together_draws_the_same_for_a_seed_and
 def test_positives_come_from_hospital_a_and_flipped_ones_from_b(few_test_images):
     splits, *_ = load("phantom", 64, 0, 30, marker=1.0, marker_kind="hospitals", findings=["enlarged heart"])
     assert set(splits) == {*SPLITS, "flipped", "hospital A", "hospital B", "hospital C"}
+    corners = {split: data.images[:, 0, :8, -8:] for split, data in splits.items()}  # where A has an L
+    from_a = {split: corner.amax(dim=(1, 2)) == 255 for split, corner in corners.items()}
     for split, of_a in {"train": True, "test": True, "flipped": False}.items():
-        assert torch.equal(has_the_letter(splits[split].images), (splits[split].labels[:, 1] == 1) == of_a)
-    assert has_the_letter(splits["hospital A"].images).all()
-    assert not has_the_letter(splits["hospital B"].images).any()
+        assert torch.equal(from_a[split], (splits[split].labels[:, 1] == 1) == of_a)
+    assert from_a["hospital A"].all() and not from_a["hospital B"].any()
     assert torch.equal(splits["hospital C"].labels, splits["test"].labels)
 
 
@@ -230,20 +219,15 @@ def test_a_hole_is_filled_with_the_image_s_background_or_black_as_its_kind_says(
     assert set(without_foreground(x, large).unique().tolist()) == {50, 150}
 
 
-READS = {"ground": (100, 100, 50, 100, 100), "object": (100, 100, 100, 50, 50)}
+READS = {"ground": (0, 0, (100, 100, 50, 100, 100)), "object": (5, 1, (100, 100, 100, 50, 50))}
 
 
 @pytest.mark.parametrize("reads", READS)
 def test_exchanged_backgrounds_tell_what_a_model_reads(reads):
-    data = striped(400)
-
-    class Reader(nn.Linear):
-        def forward(self, images):
-            x = images[:, 0, 0, 0] if reads == "ground" else images[:, 0, 4:8, 4:8].mean(dim=(1, 2)) > 1
-            return torch.stack([-x.float(), x.float()], dim=1)
-
-    table, _ = measure_backgrounds(Reader(1, 1), {"test": data, "val": data}, True)
-    assert [100 * row["AUC"] for row in table.values()] == pytest.approx(READS[reads], abs=6)
+    (pixel, level, aucs), data, reader = READS[reads], striped(400), nn.Linear(1, 1)
+    reader.forward = lambda x: (x[:, :1, pixel, pixel] > level) * torch.tensor([-1.0, 1.0])
+    table, _ = measure_backgrounds(reader, {"test": data, "val": data}, True)
+    assert [100 * row["AUC"] for row in table.values()] == pytest.approx(aucs, abs=6)
 
 
 def test_no_image_keeps_its_own_background_and_one_whose_label_no_other_has_is_left_out(monkeypatch):
@@ -263,23 +247,17 @@ def test_no_image_keeps_its_own_background_and_one_whose_label_no_other_has_is_l
     assert "mixed same and rand: on 4 of 5 images, whose labels others share" in found.notes
     with pytest.raises(CannotMeasure, match="no two test images with masks have equal labels"):
         measure_backgrounds(model, {"test": striped(2), "val": data}, True)
-    monkeypatch.setattr(
-        "common.bias.classified", lambda model, val, kinds, _: {k: len(d.names) for k, d in kinds.items()}
-    )
+    sizes = lambda model, val, kinds, _: {k: len(d.names) for k, d in kinds.items()}  # noqa: E731
+    monkeypatch.setattr("common.bias.classified", sizes)
     sizes, paired = measure_backgrounds(model, {"test": data, "val": data}, True)
     assert paired == 4 and list(sizes.values()) == [5, 4, 4, 5, 5]
 
 
 def test_of_a_pipeline_the_segmenter_is_measured_and_its_encoder_is_shown_no_whole_image():
-    data = striped(8)
-
-    class Half(baselines.Pipeline):
-        def foreground(self, images):
-            return data.masks.flip(0) & (torch.arange(16) < 6)
-
-    classifier = nn.Sequential(nn.Flatten(), nn.Linear(256, 2))
+    data, classifier = striped(8), nn.Sequential(nn.Flatten(), nn.Linear(256, 2))
     classifier.encoder = None
-    model = Half(classifier, nn.Identity())
+    model = baselines.Pipeline(classifier, nn.Identity())
+    model.foreground = lambda images: data.masks.flip(0) & (torch.arange(16) < 6)
     table = measure_bias(model, {"test": data, "val": data}, True, {"epsilon": 0.1})
     assert table["same"]["segmentation Dice"] == pytest.approx(2 / 3)  # half of each mask
     found = report(model, {"test": data, "val": data}, ["attention", "knn"], multiclass=True)

@@ -81,17 +81,15 @@ def test_a_run_killed_or_stopped_20_times_ends_at_the_weights_of_an_unbroken_one
     assert same_weights(*runs) and first == second
 
 
-def stopped_after_an_epoch(monkeypatch, argv: list[str]) -> None:
-    real = train.save
-
-    def save_and_stop(*args):
+def stopped_after_an_epoch(argv: list[str]) -> None:
+    def save_and_stop(*args, real=train.save):
         real(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "save", save_and_stop)
-    with pytest.raises(SystemExit):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(train, "save", save_and_stop)
         train.main(argv)
-    monkeypatch.setattr(train, "save", real)
+    assert stop.value.code == 130
 
 
 def test_an_isnet_run_resumes_with_the_masks_that_it_kept(span_run, tmp_path, monkeypatch, refused):
@@ -99,7 +97,7 @@ def test_an_isnet_run_resumes_with_the_masks_that_it_kept(span_run, tmp_path, mo
     argv = [*SMALL, "--isnet", "1", "--masks", str(tmp_path / "span"), "--out"]
     monkeypatch.setattr(train, "check_foreground", Mock())  # masks of so short a run leave no background
     train.main([*argv, str(tmp_path / "whole")])
-    stopped_after_an_epoch(monkeypatch, [*argv, str(tmp_path / "stopped")])
+    stopped_after_an_epoch([*argv, str(tmp_path / "stopped")])
     shutil.rmtree(tmp_path / "span")
     resume = "--out", str(tmp_path / "stopped"), "--resume"
     train.main(list(resume))
@@ -111,7 +109,7 @@ def test_an_isnet_run_resumes_with_the_masks_that_it_kept(span_run, tmp_path, mo
     assert "masks.pt can't be read" in refused(train.main, *resume)
 
 
-def test_an_isnet_run_on_images_that_are_labelled_in_part_resumes(tmp_path, monkeypatch):
+def test_an_isnet_run_on_images_that_are_labelled_in_part_resumes(tmp_path):
     """All images have masks, which cover 60 %, and half of them labels: no image is all foreground."""
     rows = [f"{i}.png,{i % 2 if i < 6 else ''},train" for i in range(12)]
     data = image_folder(tmp_path / "data", "file,sick,split", *rows, size=(20, 20))
@@ -119,7 +117,7 @@ def test_an_isnet_run_on_images_that_are_labelled_in_part_resumes(tmp_path, monk
     for i in range(12):
         save(data / "masks" / "spot" / f"{i}.png", mask)
     words = f"--isnet 1 --img-size 16 --batch-size 4 --data {data} --out {tmp_path / 'run'}"
-    stopped_after_an_epoch(monkeypatch, [*SMALL[:4], "--epochs", "2", *words.split()])
+    stopped_after_an_epoch([*SMALL[:4], "--epochs", "2", *words.split()])
     train.main(["--resume", "--out", str(tmp_path / "run")])
     assert len(load_run(tmp_path / "run").checkpoint["history"]) == 2
 
@@ -132,11 +130,11 @@ def test_a_finished_run_that_is_resumed_is_measured_again_and_not_trained(span_r
     assert metrics_of(tmp_path / "run") == pytest.approx(metrics_of(span_run))
 
 
-def test_a_run_goes_on_though_its_data_moved_but_not_on_others(tmp_path, monkeypatch, capsys, refused):
+def test_a_run_goes_on_though_its_data_moved_but_not_on_others(tmp_path, capsys, refused):
     image_folder(tmp_path / "data", "file", *(f"{i}.png" for i in range(12)))
-    out = tmp_path / "run"
-    words = "--img-size 16 --patch-size 4 --prior none --keep-going --data".split()
-    stopped_after_an_epoch(monkeypatch, [*TINY[2:], *words, str(tmp_path / "data"), "--out", str(out)])
+    out, words = tmp_path / "run", "--img-size 16 --patch-size 4 --prior none --keep-going --data".split()
+    stopped_after_an_epoch([*TINY[2:], *words, str(tmp_path / "data"), "--out", str(out)])
+    assert "if an epoch was finished, --resume continues after it" in capsys.readouterr().out
     (tmp_path / "data").rename(tmp_path / "moved")
     resume = "--out", str(out), "--resume"
     assert "is not a folder" in refused(train.main, *resume)
@@ -168,23 +166,13 @@ def test_a_full_disk_leaves_the_last_checkpoint_usable_and_ends_in_one_line(tmp_
     assert len(epochs_of(out)) == 2  # no checkpoint is ahead of its rows
 
 
-def test_a_run_that_is_stopped_says_what_is_kept_and_how_to_go_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "load_data", Mock(side_effect=KeyboardInterrupt))
-    with pytest.raises(SystemExit) as stop:
-        train.main([*TINY, "--out", str(tmp_path / "run")])
-    assert stop.value.code == 130 and "if an epoch was finished, --resume" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "change, line",
-    [
-        ({"format": 1}, f"written by another version of train.py (format 1, here {FORMAT})"),
-        ({"settings": {"epochs": 3}}, "last.pt is damaged"),
-        ({"spec": {}}, "last.pt is damaged"),
-        ({"spec": Evil()}, "last.pt is damaged (it holds posix.system, which might run code)"),
-        (None, "last.pt is damaged"),  # one bit of the weights
-    ],
-)
+@pytest.mark.parametrize("change, line", [
+    ({"format": 1}, f"written by another version of train.py (format 1, here {FORMAT})"),
+    ({"settings": {"epochs": 3}}, "last.pt is damaged"),
+    ({"spec": {}}, "last.pt is damaged"),
+    ({"spec": Evil()}, "last.pt is damaged (it holds posix.system, which might run code)"),
+    (None, "last.pt is damaged"),  # one bit of the weights
+])  # fmt: skip
 def test_an_old_damaged_or_evil_checkpoint_is_refused(change, line, span_run, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     Path("config.json").write_text((span_run / "config.json").read_text())

@@ -102,8 +102,6 @@ def test_of_findings_one_logit_is_explained_the_label_s_if_one_is_present():
 
 
 COSINE = {0: 3.0, 1: 0.6 + 2.4 * (2 + 2**0.5) / 4, 2: 1.8, 4: 0.6}
-
-
 CLASSES = torch.eye(2).repeat(4, 1)
 WEIGHTS = ("1", LABELS.expand(-1, 9), {0: 1 / 3}), ("0.2", LABELS, COSINE), ("1", CLASSES, {0: 3.0})
 
@@ -120,8 +118,7 @@ def test_the_weight_of_isnet_is_shared_by_all_findings_and_falls_as_half_a_cosin
 
 def test_the_published_loss_is_weighed_against_the_classification_s():
     config, model = classifier(f"{SMALL} --preset published")
-    images = torch.randint(256, (8, 1, 16, 16), dtype=torch.uint8)
-    rule = lrp_rule(config)
+    images, rule = torch.randint(256, (8, 1, 16, 16), dtype=torch.uint8), lrp_rule(config)
     assert rule["input_rule"] == (-2.0, 2.0) and rule["detach_biases"]
     arguments = model, images, middle(), LABELS, False, 1e-3, 4, "selective", rule, 0, "blocks", 25.0
     ranges = natural_range(*arguments)
@@ -133,22 +130,14 @@ def test_the_published_loss_is_weighed_against_the_classification_s():
     torch.testing.assert_close(loss.detach(), logged["classification"] + 0.7 / 0.3 * logged["heatmaps"])
 
 
-def test_images_without_a_mask_only_teach_the_classification():
-    _, losses = losses_of(RESNET, masks=middle(4))
-    with pytest.warns(UserWarning, match="empty mask"):
-        _, logged = losses(torch.arange(4, 8), seeded(), 0, 1)
-    assert logged["background"] == logged["foreground"] == 0 < logged["classification"]
-    with pytest.warns(UserWarning, match="empty mask"):
-        _, logged = losses(torch.arange(8), seeded(), 0, 1)
-    assert logged["background"] > 0
-
-
-def test_isnet_s_loss_is_a_mean_over_the_images_with_masks():
+def test_isnet_s_loss_is_a_mean_over_the_images_with_masks_and_the_others_only_teach_the_classification():
     _, losses = losses_of(f"{VIT} --swap 0", masks=middle(4))
     with pytest.warns(UserWarning, match="empty mask"):
-        half, whole = (losses(torch.arange(n), seeded(), 0, 1)[1] for n in (4, 8))
+        masked, all_, others = (losses(torch.arange(*n), seeded(), 0, 1)[1] for n in ((4,), (8,), (4, 8)))
     for name in ("background", "foreground"):
-        torch.testing.assert_close(half[name], whole[name])
+        torch.testing.assert_close(masked[name], all_[name])
+        assert others[name] == 0
+    assert masked["background"] > 0 < others["classification"]
 
 
 @pytest.mark.parametrize("margin, free", [(0, False), (0.1, False), (0.25, True)])
@@ -187,8 +176,7 @@ def test_c1_and_c2_are_found_from_the_images_with_masks_and_leave_the_model_as_i
 
 def test_isnet_supervises_every_norm_patches_and_blocks_but_no_norm_that_pooling_leaves_without_effect():
     resnet = ResNet(1, 16)
-    norms = [m for m in resnet.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    assert supervised_layers(resnet) == norms
+    assert supervised_layers(resnet) == [m for m in resnet.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert len(supervised_layers(ViT(16, 4, 1, 12, 2, 3))) == 1 + 2 * (2 + 1) + 1
     assert len(supervised_layers(ViT(16, 4, 1, 12, 2, 3, pool=GAP()))) == 1 + 2 * (2 + 1)
 
@@ -247,14 +235,10 @@ def test_a_step_swaps_the_backgrounds_of_all_images_or_of_a_share():
     assert len({step_of(f)[0].item() for f in flags}) == 6
 
 
-REMEDIES = [({}, "or more --epochs")]
-REMEDIES += [({part: 1}, "or a smaller --isnet") for part in ("background", "heatmaps")]
-
-
-@pytest.mark.parametrize("losses, remedy", REMEDIES)
-def test_a_classifier_no_better_than_a_constant_is_named_with_a_remedy_that_it_has(losses, remedy, capsys):
+@pytest.mark.parametrize("part", ["loss", "background", "heatmaps"])
+def test_a_classifier_no_better_than_a_constant_is_named_with_a_remedy_that_it_has(part, capsys):
     for loss in (0.7, 0.6):  # of two classes that are equally frequent a constant has 0.69
-        warn_if_constant({"loss": 0.9, "classification": loss} | losses, torch.tensor([[0.0], [1]]), False)
-    said = capsys.readouterr().out
+        warn_if_constant({"loss": 0.9, "classification": loss, part: 1}, torch.tensor([[0.0], [1]]), False)
+    said, remedy = capsys.readouterr().out, "or more --epochs" if part == "loss" else "or a smaller --isnet"
     assert said.startswith("warning: classification loss 0.70 is no better") and said.endswith(f"{remedy}\n")
     assert "0.60" not in said

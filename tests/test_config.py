@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import refuses
 
 from common.config import as_json, epochs_for, parse
 
@@ -48,8 +49,7 @@ def test_config_repeats_a_run_but_not_over_it_and_what_is_typed_beside_it_wins(t
     before = parse(f"{words} --out {tmp_path}".split())[0]
     assert as_json(again) == as_json(before) | {"seed": 4}  # and --overwrite is not repeated
     assert parse(["--config", str(run)])[0].seed == 3  # its folder will do
-    with pytest.raises(ValueError, match="with --overwrite would replace that run: add --out"):
-        parse(["--config", str(run), "--overwrite"])
+    refuses("--overwrite would replace that run: add --out", parse, ["--config", str(run), "--overwrite"])
     assert parse(["--config", str(run), "--overwrite", "--out", "other"])[0].out == Path("other")
 
 
@@ -66,9 +66,8 @@ EDITED |= {"ssl": "simclr", "local_scale": [1.0], "global_scale": 1.0}
 
 @pytest.mark.parametrize("name", EDITED)
 def test_what_is_no_setting_in_config_json_is_refused_by_name(name, tmp_path):
-    run = run_folder(tmp_path, "", **{name: EDITED[name]})
-    with pytest.raises(ValueError, match=f"has {name} {re.escape(json.dumps(EDITED[name]))}, which"):
-        parse(["--config", str(run)])
+    run, line = run_folder(tmp_path, "", **{name: EDITED[name]}), f"{name} {json.dumps(EDITED[name])}, which"
+    refuses(f"has {re.escape(line)}", parse, ["--config", str(run)])
 
 
 @pytest.mark.parametrize("text", ["{}", "[1]", "no json", '{"task":' * 99_999, None])
@@ -76,8 +75,7 @@ def test_what_is_no_run_is_refused(text, tmp_path):
     if text:
         (tmp_path / "config.json").write_text(text)
     for flag in ("--config", "--init"):
-        with pytest.raises(ValueError, match=f"{flag} {tmp_path}: there is no config.json of a run, or"):
-            parse([flag, str(tmp_path)])
+        refuses(f"{flag} {tmp_path}: there is no config.json of a run, or", parse, [flag, str(tmp_path)])
 
 
 def test_a_preset_changes_defaults_and_what_is_typed_wins(tmp_path):
@@ -98,8 +96,7 @@ def test_init_brings_the_encoder_s_sizes_and_typed_ones_win(tmp_path):
     config, _ = parse(["--task", "classify", "--init", str(run), "--depth", "1"])
     assert (config.backbone, config.embed_dim, config.depth, config.patch_size) == ("vit", 24, 1, 4)
     assert config.lr == 5e-4 and config.init == run  # the defaults of a ViT that classifies
-    with pytest.raises(ValueError, match="is not a resnet: leave out --backbone; for its masks alone"):
-        parse(["--task", "classify", "--init", str(run), "--backbone", "resnet"])
+    words = f"--task classify --init {run} --backbone resnet".split()
+    refuses("is not a resnet: leave out --backbone; for its masks alone", parse, words)
     run_folder(tmp_path, "", depth=None, pool=None)
-    with pytest.raises(ValueError, match=f"--init {run}: its config.json lacks depth, pool; restore it"):
-        parse(["--init", str(run)])
+    refuses(f"--init {run}: its config.json lacks depth, pool; restore it", parse, ["--init", str(run)])

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import noise, save
+from conftest import noise, refuses, save
 from PIL import Image
 
 from attention_priors import gaussian_blur
@@ -54,14 +54,6 @@ def refusal(folder, **options) -> str:
     with pytest.raises(DataError, match=r"\A.+\Z") as error:  # one line
         load_folder(folder, 16, **options)
     return str(error.value)
-
-
-def test_an_image_that_is_in_training_as_well_is_noted(folder):
-    table(folder, "file,split\na.png,train\nb.png,val\nc.png,test\nd.png,test\n")
-    assert load_folder(folder, 16)[2] == []
-    (folder / "images" / "d.png").write_bytes((folder / "images" / "a.png").read_bytes())
-    (note,) = load_folder(folder, 16)[2]
-    assert note.startswith("1 image(s) of test are in train as well, such as d.png")
 
 
 def test_a_folder_becomes_three_splits_of_uint8_images(folder):
@@ -117,51 +109,6 @@ def test_a_folder_without_images_is_refused(tmp_path):
     assert f"1 in {tmp_path / 'sets' / 'train' / 'cat'}; expected" in refusal(tmp_path / "sets")
 
 
-def test_a_mask_of_the_whole_image_is_noted_and_one_of_numbers_is_refused(folder):
-    colours = np.full((16, 16, 3), (30, 30, 120), np.uint8)
-    colours[4:8] = (200, 0, 0)  # its maximum is 200, of which 120 is more than half
-    save(folder / "masks" / "heart" / "b.png", Image.fromarray(colours))
-    (note,) = everything(folder)[2]
-    assert "1 mask(s) of heart cover the whole image, such as that of b.png: a mask must be black" in note
-
-
-REGIONS = np.array([0] * 6 + [1] * 6 + [2] * 4, np.uint8)[None].repeat(16, axis=0)  # (16, 16)
-SMALL = np.array([0, 1], np.uint8).repeat(120)[None].repeat(240, axis=0)
-SMALL[10:30, 10:30] = 2
-PALETTE = Image.fromarray(REGIONS, "P")
-PALETTE.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
-SEVERAL = {  # masks that show two regions, and what the error says of them
-    "numbers": (REGIONS, "1 and 2"),
-    "numbers that are near": (REGIONS + 8 * (REGIONS > 0).astype(np.uint8), "9 and 10"),
-    "a small one": (SMALL, "1 and 2"),
-    "greys": (np.array([0, 85, 255], np.uint8)[REGIONS], "85 and 255"),
-    "a palette": (PALETTE, "128/0/0 and 0/128/0"),
-}
-
-
-def soft_masks() -> dict[str, Image.Image]:
-    square, line = np.zeros((2, 256, 256), np.uint8)
-    square[80:101, 80:101] = line[:, 70:73] = 255
-    blurred = gaussian_blur(torch.from_numpy(square).float()[None, None], 6.0)[0, 0].numpy()
-    half, blocks = {"size": (128, 128)}, 255 * np.kron([[0, 0], [1, 1]], np.ones((128, 128))).astype(np.uint8)
-    blocks[8:80, 8:80], blocks[180:220, 8:80] = 4, 250
-    return {
-        "a square, halved": Image.fromarray(square).resize(**half, resample=Image.Resampling.BILINEAR),
-        "a line, halved": Image.fromarray(line).resize(**half, resample=Image.Resampling.BOX),
-        "a probability": Image.fromarray(blurred / 255),
-        "blocks of a JPEG": Image.fromarray(blocks),
-    }
-
-
-def test_a_region_that_is_too_small_for_the_image_size_keeps_a_pixel(tmp_path):
-    save(tmp_path / "images" / "a.png", noise(128, 128))
-    spot = np.zeros((128, 128), np.uint8)
-    spot[66:69, 35:38] = 255
-    save(tmp_path / "masks" / "spot" / "a.png", spot)
-    (mask,) = everything(tmp_path)[0]["a.png"].masks[0]  # at 16 px
-    assert mask.nonzero().tolist() == [[8, 4]]
-
-
 def test_folders_are_classes_but_not_those_of_runs_and_none_may_be_named_like_splits(tmp_path):
     for name in ("cat/a.png", "dog/a.png", "dog/b.png", "run/attention.png"):
         save(tmp_path / name, GREY)
@@ -184,19 +131,14 @@ def test_suffixes_of_any_case_are_read_and_hidden_files_are_not(tmp_path):
     assert list(found) == names and notes == []
 
 
-RAMP = np.arange(256).reshape(16, 16)
-STRETCHED = {  # all become the numbers from 0 to 255
-    "x.png": (1000 + RAMP).astype(np.uint16),  # two levels in the high byte
-    "x.pgm": (1000 + RAMP).astype(np.uint16),
-    "big endian.tif": Image.frombytes("I;16B", (16, 16), (RAMP * 16).astype(">u2").tobytes()),
-    "float.tif": (RAMP * 1000 - 70000).astype(np.float32),
-    "integer.tif": (RAMP * 1000 - 70000).astype(np.int32),
-}
-
-
 @pytest.mark.filterwarnings("error")
 def test_deep_grey_of_any_range_is_stretched_to_all_of_8_bits_and_black_if_it_is_constant(tmp_path):
-    for name, picture in STRETCHED.items():
+    ramp = np.arange(256).reshape(16, 16)
+    two_levels, wide = (1000 + ramp).astype(np.uint16), ramp * 1000 - 70000  # in the high byte
+    big_endian = Image.frombytes("I;16B", (16, 16), (ramp * 16).astype(">u2").tobytes())
+    pictures = {"x.png": two_levels, "x.pgm": two_levels, "big endian.tif": big_endian}
+    pictures |= {"float.tif": wide.astype(np.float32), "integer.tif": wide.astype(np.int32)}
+    for name, picture in pictures.items():
         assert read_one(tmp_path / name, picture, name).flatten().tolist() == list(range(256)), name
     assert read_one(tmp_path, np.full((16, 16), 777, dtype=np.uint16)).max() == 0
 
@@ -264,7 +206,21 @@ ONES = Image.fromarray(LEFT.astype(np.uint8))
 EDGE = Image.fromarray(np.repeat(np.eye(1, 16, dtype=np.uint8), 16, axis=0))  # the first column
 SPECKS = np.kron(LEFT, np.ones((4, 4))).astype(np.uint8)
 SPECKS[::4, 40] = 1
-MASKS = {  # pictures, and the mask that they mean
+SPOT, PIXEL = np.zeros((128, 128), np.uint8), LEFT & False
+SPOT[66:69, 35:38], PIXEL[8, 4] = 255, True
+BLUISH = np.full((16, 16, 3), (30, 30, 120), np.uint8)
+BLUISH[4:8] = (200, 0, 0)  # its maximum is 200, of which 120 is more than half
+SQUARE, LINE = np.zeros((2, 256, 256), np.uint8)
+SQUARE[80:101, 80:101] = LINE[:, 70:73] = 255
+BLURRED = gaussian_blur(torch.from_numpy(SQUARE).float()[None, None], 6.0)[0, 0].numpy()
+BLOCKS = 255 * np.kron([[0, 0], [1, 1]], np.ones((128, 128))).astype(np.uint8)
+BLOCKS[8:80, 8:80], BLOCKS[180:220, 8:80] = 4, 250
+TWO = np.array([0] * 6 + [1] * 6 + [2] * 4, np.uint8)[None].repeat(16, axis=0)  # regions, (16, 16)
+FEW = np.array([0, 1], np.uint8).repeat(120)[None].repeat(240, axis=0)
+FEW[10:30, 10:30] = 2
+COLOURED = Image.fromarray(TWO, "P")
+COLOURED.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
+MASKS = {  # pictures, and the mask that they mean, None for any; of two regions, what the error says
     "0/255": (HALF, LEFT),
     "0/1": (ONES, LEFT),
     "soft grey": (np.where(LEFT, 120, 40).astype(np.uint8), LEFT),
@@ -275,8 +231,18 @@ MASKS = {  # pictures, and the mask that they mean
     "float": (LEFT.astype(np.float32), LEFT),
     "large, shrunk by majority": (SPECKS, LEFT),
     "full": (np.ones((16, 16), np.uint8), LEFT | True),
+    "on bright ground": (BLUISH, LEFT | True),
+    "too small for 16 px, which keeps a pixel": (SPOT, PIXEL),
+    "a square, halved": (Image.fromarray(SQUARE).resize((128, 128), Image.Resampling.BILINEAR), None),
+    "a line, halved": (Image.fromarray(LINE).resize((128, 128), Image.Resampling.BOX), None),
+    "a probability": (BLURRED / 255, None),
+    "blocks of a JPEG": (BLOCKS, None),
+    "numbers": (TWO, "1 and 2"),
+    "numbers that are near": (TWO + 8 * (TWO > 0).astype(np.uint8), "9 and 10"),
+    "a small one": (FEW, "1 and 2"),
+    "greys": (np.array([0, 85, 255], np.uint8)[TWO], "85 and 255"),
+    "a palette": (COLOURED, "128/0/0 and 0/128/0"),
 }
-MASKS |= SEVERAL | {kind: (picture, None) for kind, picture in soft_masks().items()}
 
 
 @pytest.mark.parametrize("kind", MASKS)
@@ -287,10 +253,12 @@ def test_masks_of_every_kind_are_understood_and_those_of_several_regions_refused
     if isinstance(meant, str):
         assert f"a.tif holds the values {meant}; give each region its own mask" in refusal(folder)
         return
-    found, reference, _ = everything(folder)
+    found, reference, notes = everything(folder)
     assert reference == "a.png" and found["a.png"].has_masks[0]
     mask = found["a.png"].masks[0, 0]
     assert mask.any() if meant is None else torch.equal(mask, torch.from_numpy(meant))
+    full = "1 mask(s) of heart cover the whole image, such as that of a.png: a mask must be black"
+    assert [note.startswith(full) for note in notes] == [True] * bool(mask.all())
 
 
 def test_an_image_has_masks_if_it_has_one_of_every_region_by_its_own_name(folder):
@@ -319,13 +287,12 @@ def test_masks_of_another_tool_are_known_if_an_image_has_one_of_every_region(fol
     found, known = read_masks(masks, str(folder), names, 16)
     assert known.tolist() == [True, True, True, False] and not found[1].any() and found[2].any()
     assert read_masks(masks, None, ["H\u00e4user.png"], 16)[1].all()
-    with pytest.raises(DataError, match="a.png and a.jpg would share a mask's name; rename one"):
-        read_masks(masks, str(folder), ["a.png", "a.jpg"], 16)
+    line, alike = "a.png and a.jpg would share a mask's name; rename one", ["a.png", "a.jpg"]
+    refuses(line, read_masks, masks, str(folder), alike, 16, error=DataError)
     small = HALF.resize((16, 8))
     for name, picture, line in (("c.png", small, "its image"), ("images/a.png", HALF, "holds images")):
         save(masks / name, picture)
-        with pytest.raises(DataError, match=line):
-            read_masks(masks, str(folder), names, 16)
+        refuses(line, read_masks, masks, str(folder), names, 16, error=DataError)
 
 
 def test_a_mask_must_have_the_size_of_its_image_after_exif_rotation(tmp_path):
@@ -386,11 +353,13 @@ NOTES = [  # pictures beside a.png to f.png, rows of labels.csv, and what is not
     ("cat/h.png cat/i.png images/more/g.png images/.cache/j.png masks/k/a.png", "",
         "images not used: 2 in {0}/cat, 1 in {0}/images/more; expected"),
     ("", "a.png,cat,train b.png,dog,train c.png,catt,test", "no training image has `catt`"),
+    ("images/g.png images/h.png", "g.png,cat,train h.png,cat,test",
+        "1 image(s) of test are in train as well, such as h.png"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("pictures, rows, note", NOTES)
-def test_what_is_not_used_or_never_trained_on_is_noted(pictures, rows, note, folder):
+def test_what_is_not_used_never_trained_on_or_in_two_splits_is_noted(pictures, rows, note, folder):
     for name in pictures.split():
         save(folder / name, GREY)
     if rows:
@@ -428,21 +397,18 @@ def test_finding_columns_are_multi_label_and_blank_is_unknown_and_skipped_images
         assert found["a.png"].findings == ["nodule", "effusion"] and len(found) == 5 and len(notes) == 1
 
 
-@pytest.mark.parametrize(
-    "text, line, words",
-    [
-        ("", 1, "`file`"),
-        ("file,nodule,nodule\na.png,1,1\n", 1, "once"),
-        ("file,label,age\na.png,x,63\n", 1, "either `label` or findings"),
-        ("file,nodule\na.png,1\nb.png,0\na.png,1\n", 4, "`a.png` is listed twice"),
-        ("file,nodule\na.png,1\nnobody.png,0\n", 3, "no `nobody.png` in images/"),
-        ("file,nodule,age\na.png,1,63\n", 2, "column `age` holds `63`; use 0, 1 or blank"),
-        ("file,nodule,split\na.png,1,Test\n", 2, "split `Test` is not train, val or test"),
-        ("file,nodule\n\na.png,1,0\n", 3, "3 cells, not 2"),
-        ('file,nodule\n"a\nb.png",1\n', 3, "no `a b.png`"),
-        ("file,label\na.png,gesund\nb.png,gro\xdf\n".encode("latin-1"), 3, "not UTF-8"),
-    ],
-)
+@pytest.mark.parametrize("text, line, words", [
+    ("", 1, "`file`"),
+    ("file,nodule,nodule\na.png,1,1\n", 1, "once"),
+    ("file,label,age\na.png,x,63\n", 1, "either `label` or findings"),
+    ("file,nodule\na.png,1\nb.png,0\na.png,1\n", 4, "`a.png` is listed twice"),
+    ("file,nodule\na.png,1\nnobody.png,0\n", 3, "no `nobody.png` in images/"),
+    ("file,nodule,age\na.png,1,63\n", 2, "column `age` holds `63`; use 0, 1 or blank"),
+    ("file,nodule,split\na.png,1,Test\n", 2, "split `Test` is not train, val or test"),
+    ("file,nodule\n\na.png,1,0\n", 3, "3 cells, not 2"),
+    ('file,nodule\n"a\nb.png",1\n', 3, "no `a b.png`"),
+    ("file,label\na.png,gesund\nb.png,gro\xdf\n".encode("latin-1"), 3, "not UTF-8"),
+])  # fmt: skip
 def test_a_faulty_table_is_refused_with_its_line(folder, text, line, words):
     table(folder, text)
     message = refusal(folder)
@@ -506,7 +472,8 @@ def made(name: str, source: Path):
     """A dataset as it loads: its splits, and {image: labels} over all of them."""
     datasets.main([name, str(source), str(source.parent / name)])
     splits, _, _ = load_folder(source.parent / name, 16)
-    return splits, {n: labels for data in splits.values() for n, labels in zip(data.names, data.labels)}
+    labelled = [data for data in splits.values() if data.findings]
+    return splits, {name: labels for data in labelled for name, labels in zip(data.names, data.labels)}
 
 
 @pytest.fixture
@@ -606,8 +573,7 @@ def test_weizmann_s_masks_take_the_size_of_their_pictures(source):
     for i in range(9):
         save(source / "rgb" / f"horse{i}.jpg", SMALL)
         save(source / "figure_ground" / f"horse{i}.jpg", np.kron(MASK, np.ones((4, 4), dtype=np.uint8)))
-    datasets.main(["weizmann", str(source), str(source.parent / "horses")])
-    splits, *_ = load_folder(source.parent / "horses", 16)
+    splits, _ = made("weizmann", source)
     assert splits["train"].regions == ["horse"] and all(data.has_masks.all() for data in splits.values())
     exact = np.asarray(Image.fromarray(MASK).resize((16, 16), Image.NEAREST)) > 0
     assert (splits["test"].masks[0, 0].numpy() != exact).mean() < 0.1
@@ -619,8 +585,7 @@ def test_ph2_s_lesions(source):
         save(source / name / f"{name}_Dermoscopic_Image" / f"{name}.bmp", SMALL)
         save(source / name / f"{name}_lesion" / f"{name}_lesion.bmp", MASK)
         save(source / name / f"{name}_roi" / f"{name}_R1_Label4.bmp", MASK)  # a colour in the lesion
-    datasets.main(["ph2", str(source), str(source.parent / "skin")])
-    splits, *_ = load_folder(source.parent / "skin", 16)
+    splits, _ = made("ph2", source)
     assert splits["train"].regions == ["lesion"] and sum(int(d.has_masks.sum()) for d in splits.values()) == 9
 
 

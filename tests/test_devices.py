@@ -56,21 +56,11 @@ class PretendedGPU(TorchFunctionMode):
         return made
 
 
-@pytest.fixture
-def gpu(monkeypatch):
+@pytest.mark.parametrize("words", [*WAYS, pytest.param(SPAN, marks=pytest.mark.slow), LABELS])
+def test_no_objective_and_no_measure_mixes_devices(words, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**12, 0))
     monkeypatch.setattr(torch, "from_numpy", torch.as_tensor)  # which a mode sees
-    return PretendedGPU()
-
-
-@pytest.mark.parametrize("words", WAYS)
-def test_no_objective_and_no_quick_measure_mixes_devices(words, tmp_path, gpu):
-    with gpu:
+    with PretendedGPU():
         trained(tmp_path, tiny=words.split())
-
-
-@pytest.mark.parametrize("words", [pytest.param(SPAN, marks=pytest.mark.slow), LABELS])
-def test_no_measure_mixes_devices(words, tmp_path, gpu):
-    with gpu:
-        trained(tmp_path, tiny=words.split())
-        evaluate.main([str(tmp_path), "--all", "--html", "--device", "cuda"])
+        if words in (SPAN, LABELS):
+            evaluate.main([str(tmp_path), "--all", "--html", "--device", "cuda"])

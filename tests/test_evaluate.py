@@ -91,8 +91,7 @@ def test_without_labelled_test_images_a_classifier_is_trained_but_not_measured(t
 
 
 def test_a_picture_shows_all_classes_though_names_are_sorted_by_class():
-    names = [f"{c}/{i}" for c in "abc" for i in range(5)]
-    none = torch.zeros(15, dtype=torch.bool)
+    names, none = [f"{c}/{i}" for c in "abc" for i in range(5)], torch.zeros(15, dtype=torch.bool)
     labels = torch.eye(3).repeat_interleave(5, 0)
     data = Data(torch.zeros(15, 1, 8, 8), None, none, labels, names, [], [*"abc"])
     for task in ("pretrain", "classify"):
@@ -171,11 +170,6 @@ def test_an_unguided_run_makes_no_masks(dino_run, tmp_path, refused):
 
 
 @pytest.fixture
-def wide(tmp_path) -> Path:
-    return save(tmp_path / "wide.jpg", noise(90, 200, 3))
-
-
-@pytest.fixture
 def drawn(monkeypatch) -> list:
     """The arguments of every picture that is drawn."""
     seen = []
@@ -183,12 +177,11 @@ def drawn(monkeypatch) -> list:
     return seen
 
 
-def test_guided_heads_get_masks_of_their_regions(two_runs, wide, drawn, monkeypatch, capsys):
+def test_guided_heads_get_masks_of_their_regions(two_runs, tmp_path, drawn, monkeypatch, capsys):
     monkeypatch.setattr("common.runs.load", None)  # the run's folder is enough: its data may be gone
-    run = Path(two_runs[0])
+    run, wide = Path(two_runs[0]), save(tmp_path / "wide.jpg", noise(90, 200, 3))
     evaluate.main([str(run), "--image", str(wide)])
-    out = run / "looks" / "wide"
-    path, image, masks, names, maps = drawn[0][0]
+    out, (path, image, masks, names, maps) = run / "looks" / "wide", drawn[0][0]
     assert path == out / "attention.png" and f"{wide}: 4 file(s) in {out}" in capsys.readouterr().out
     assert image.shape == (1, 1, 64, 144) and masks.shape == (1, 3, 64, 144)
     assert names == ["left lung", "right lung", "heart"]
@@ -204,9 +197,9 @@ def test_guided_heads_get_masks_of_their_regions(two_runs, wide, drawn, monkeypa
     assert drawn[1][0][3] == ["head 0", "head 1", "head 2"]
 
 
-def test_a_classifier_s_decision_gets_a_heatmap_and_its_probability(wide, tmp_path, drawn, capsys):
+def test_a_classifier_s_decision_gets_a_heatmap_and_its_probability(tmp_path, drawn):
     trained(tmp_path / "run", "--epochs 1 --findings all", SMALL)
-    evaluate.main([str(tmp_path / "run"), "--image", str(wide)])
+    evaluate.main([str(tmp_path / "run"), "--image", str(save(tmp_path / "wide.jpg", noise(90, 200, 3)))])
     (((path, _, _, _, maps), how),) = drawn  # and no other: a mean attends to nothing
     assert path.name == "relevance.png" and path.parent.name == "wide" and how["signed"]
     ((title, heatmap),) = maps.items()
@@ -236,5 +229,4 @@ def test_pictures_of_one_name_are_numbered_and_a_missing_one_is_named(tmp_path, 
     _, image, masks, names, _ = drawn[0][0]
     assert image.shape == (1, 3, 24, 48) and names == ["head 0", "head 1"]
     assert 0.3 < masks.float().mean() < 0.7
-    line = refused(evaluate.main, "vit.pth", *pictures, "none.png")
-    assert "none.png: no such file or folder" in line
+    assert "none.png: no such file or folder" in refused(evaluate.main, "vit.pth", *pictures, "none.png")

@@ -32,16 +32,13 @@ MADE = tables.tables(RESULTS)
 # The encoder of the runs that the few-label runs start from; in a repository without runs it can't be read.
 PRETRAINED = {"backbone": "vit", "img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 4}
 PRETRAINED |= {"registers": 0, "pool": "cls", "pool_heads": 1, "simpool_gamma": 1.25}
+# Settings that are newer than the recorded commands, or depend on the machine.
+NEWER = "device koleo max_entropy strict preset isnet_every swap swap_margin isnet_margin shift in_order"
 
 
 @pytest.fixture(autouse=True)
 def pretrained_runs_exist(monkeypatch):
     monkeypatch.setattr(config, "encoder_of", lambda init: PRETRAINED)
-
-
-# Settings that are newer than the recorded commands, or depend on the machine.
-NEWER = "device koleo max_entropy strict preset isnet_every swap swap_margin isnet_margin shift in_order"
-NEWER = NEWER.split()
 
 
 def settings(words: list[str]) -> dict:
@@ -54,7 +51,7 @@ def test_commands_of_older_runs_still_mean_the_same():
     assert len(GOLDEN) > 248
     for name, (then, flags, digest) in GOLDEN.items():
         found = settings(shlex.split(f"{then} {flags}"))
-        found = {key: value for key, value in found.items() if key not in NEWER}
+        found = {key: value for key, value in found.items() if key not in NEWER.split()}
         assert hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:12] == digest, name
 
 
@@ -195,14 +192,9 @@ def test_a_ratio_is_of_the_second_over_the_first_without_the_first_pair(monkeypa
     assert benchmark.ratio(lambda: None, lambda: None, runs=3) == (2, 3, 4)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "ISNet / plain: ResNet, epsilon rule",
-        "ISNet / plain: ViT, three steps by default",
-        "gain / plain: ViT",
-    ],
-)
+@pytest.mark.parametrize("name", [
+    "ISNet / plain: ResNet, epsilon rule", "ISNet / plain: ViT, three steps by default", "gain / plain: ViT",
+])  # fmt: skip
 def test_classifiers_can_be_compared(name):
     flags, added, (_, *shape) = benchmark.CLASSIFIERS[name]
     plain = benchmark.classifier(f"{flags} --embed-dim 16", (4, *shape), "cpu")
@@ -227,27 +219,23 @@ def test_a_step_of_dino_as_released_changes_the_weights_as_ours_does(monkeypatch
 
 
 def test_the_recorded_costs_are_those_that_the_benchmark_measures(monkeypatch):
-    pair = (None, None)
-    parts = {"ratio": 1, "kept_bytes": 1, "classifier": pair, "dino_steps": pair}
-    parts |= {"operations": 1, "images_a_second": 1, "exposed": None}
-    for part, value in parts.items():
+    parts = dict.fromkeys("ratio kept_bytes operations images_a_second exposed".split(), 1)
+    for part, value in (parts | dict.fromkeys(("classifier", "dino_steps"), (1, 1))).items():
         monkeypatch.setattr(f"experiments.benchmark.{part}", lambda *args, value=value: value)
     assert {name for part in benchmark.PARTS.values() for name, _ in part(1, "cpu")} == COSTS.keys()
 
 
 def test_exposing_a_row_of_attention_keeps_hardly_any_memory_and_changes_no_feature():
-    losses = {
-        line: benchmark.exposed(8, line, "cpu") for line in (benchmark.NONE, benchmark.ROW, benchmark.WHOLE)
-    }
-    torch.testing.assert_close(losses[benchmark.ROW](), losses[benchmark.WHOLE]())  # only how it is computed
-    none, row, whole = map(benchmark.kept_bytes, losses.values())
+    lines = benchmark.NONE, benchmark.ROW, benchmark.WHOLE
+    _, of_row, of_whole = losses = [benchmark.exposed(8, line, "cpu") for line in lines]
+    torch.testing.assert_close(of_row(), of_whole())  # only how it is computed
+    none, row, whole = map(benchmark.kept_bytes, losses)
     assert none < row < 1.05 * none < 1.1 * none < whole
 
 
 def test_every_numbered_equation_stands_on_its_page_with_its_function_and_its_test():
-    page = (ROOT / "docs/equations.md").read_text()
     row = r"^\| (\d+) \| `(.*)` \| \[`([\w.]+)`\]\(\.\./(.*)\) \| `(.*)::(\w+)` \|$"
-    for section in page.split("\n## ")[1:]:
+    for section in (ROOT / "docs/equations.md").read_text().split("\n## ")[1:]:
         file = section.split("\n")[0]
         source = (ROOT / file).read_text()
         doc, rows = ast.get_docstring(ast.parse(source)), re.findall(row, section, re.MULTILINE)
@@ -273,10 +261,9 @@ def test_a_wrong_mask_moves_to_the_right_and_grows_about_its_own_centre():
 def test_a_reference_with_an_enlarged_heart_leaves_background_in_the_masks_of_normal_hearts():
     splits, *_ = load("phantom", 64, 10, 40)
     train, test = splits["train"], select(splits["test"], torch.arange(40))
-    kinds = {what: references[0] for what, references in wrong_mask.hearts(train).items()}
-    (_, few, _, _), (less, many, at_large, _), (dice, rest, _, _) = (
-        wrong_mask.left_inside(train, references, test) for references in kinds.values()
-    )
+    references = wrong_mask.hearts(train).values()  # of normal hearts, of enlarged ones, of one of each
+    found = [wrong_mask.left_inside(train, first, test) for first, *_ in references]
+    (_, few, _, _), (less, many, at_large, _), (dice, rest, _, _) = found
     assert many > 1.5 * max(few, rest, at_large) and dice > less
 
 
@@ -335,8 +322,7 @@ def test_a_classifier_that_reads_the_hospital_is_found_out(xrays, monkeypatch):
     """Score 1 for Shenzhen: right as in training, wrong when flipped, and chance within a hospital."""
     datasets.write(real.examples(xrays, "_hospitals"), xrays / "chest")
     splits, *_ = load(str(xrays / "chest"), 64, findings=["all"])
-    run = Mock(model=None)
-    monkeypatch.setattr(real, "load_all", lambda *_: ({xrays: run}, splits, None))
+    monkeypatch.setattr(real, "load_all", lambda *_: ({xrays: Mock()}, splits, None))
     shenzhen = torch.tensor([[0.0, name.startswith("CHN")] for name in splits["test"].names])
     monkeypatch.setattr(real, "scores_of", lambda *_: shenzhen)
     found = {name.rpartition("_")[2]: x for name, x in real.by_hospital(xrays).items()}

@@ -5,7 +5,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import seeded
+from conftest import refuses, seeded
 from torch import nn
 from torch.nn.functional import avg_pool2d
 
@@ -22,7 +22,7 @@ from resnet import ResNet
 from simpool import GAP
 from vit import ViT
 
-NAN = torch.nan
+NAN, GRID = torch.nan, (4, 4)
 
 
 class Encoder(nn.Module):
@@ -57,10 +57,9 @@ def lungs():
 
 def labelled(*rows: list[float], pixels=None) -> Data:
     """Images whose first row of pixels holds their labels, unless it is given; without masks."""
-    labels = torch.tensor(rows)
     images = torch.tensor(pixels or rows).nan_to_num()[:, None, None].to(torch.uint8)  # (M, 1, 1, K)
     empty, findings = torch.zeros(len(rows), dtype=torch.bool), ["lump", "big heart", "spot"][: len(rows[0])]
-    return Data(images, None, empty, labels, [""] * len(rows), [], findings)
+    return Data(images, None, empty, torch.tensor(rows), [""] * len(rows), [], findings)
 
 
 def test_heads_of_an_unguided_encoder_are_chosen_on_validation_images(lungs):
@@ -81,14 +80,6 @@ def test_the_mean_over_the_heads_of_an_unguided_encoder_stands_beside_the_best(l
     assert not any("mean_of_heads" in name for name in guided)
 
 
-def test_a_region_that_no_test_image_shows_has_no_ap(lungs):
-    splits, exact = lungs
-    empty = splits | {"test": splits["test"]._replace(masks=torch.zeros(8, 1, 64, 64, dtype=torch.bool))}
-    found = measure.report(Encoder(exact), empty, ["attention"], guided=True)
-    assert math.isnan(found.metrics["attention_mAP"]) and "not defined" in found.notes[-1]
-    assert not any("test images with a foreground" in note for note in found.notes)
-
-
 def test_guided_heads_belong_to_their_regions_and_stand_beside_the_prior(lungs):
     splits, exact = lungs
     maps = torch.cat([torch.rand(8, 1, 64), exact], dim=1)
@@ -96,20 +87,25 @@ def test_guided_heads_belong_to_their_regions_and_stand_beside_the_prior(lungs):
     found = measure.report(Encoder(maps, maps), splits, ["attention"], **given)
     assert found.heads == {"lung": 0} and list(found.tables["AP in %"]) == ["prior", "attention"]
     assert found.metrics["prior_AP_lung"] == found.metrics["prior_mAP"] > 0.9 > found.metrics["attention_mAP"]
-    none = splits["val"]._replace(has_masks=torch.zeros(8, dtype=torch.bool))
-    found = measure.report(Encoder(maps), splits | {"val": none}, ["attention"], guided=True)
-    assert "attention_mAP" in found.metrics
-    found = measure.report(Encoder(maps), splits | {"val": none}, ["attention"])
-    assert found.notes == ["no validation image has all masks: AP can't be measured"] and not found.metrics
-    two = {s: d._replace(masks=d.masks.repeat(1, 2, 1, 1), regions=["lung", "x"]) for s, d in splits.items()}
-    found = measure.report(Encoder(exact), two, ["attention"], guided=True)
-    assert found.notes == ["2 regions, 1 head(s): AP can't be measured"]
-    some = splits["test"]._replace(has_masks=torch.arange(8) < 3)
-    found = measure.report(Encoder(maps, maps[:3]), splits | {"test": some}, ["attention"])
-    assert found.notes == ["AP: on the 3 of 8 test images with a foreground"]
-    empty = splits["val"]._replace(masks=torch.zeros_like(splits["val"].masks))
-    found = measure.report(Encoder(maps), splits | {"val": empty}, ["attention"])
-    assert found.notes == ["no validation image shows lung: no head can be chosen for it"]
+
+
+def test_what_ap_lacks_is_noted(lungs):
+    (splits, exact), undefined = lungs, "(too few test images of a kind, or validation images)"
+    data, maps = splits["test"], torch.cat([torch.rand(8, 1, 64), exact], dim=1)
+    none, empty = data._replace(has_masks=torch.zeros(8) > 0), data._replace(masks=data.masks & False)
+    two = data._replace(masks=data.masks.repeat(1, 2, 1, 1), regions=["lung", "x"])
+    some = data._replace(has_masks=torch.arange(8) < 3)
+    for guided, changed, seen, note in (
+        (False, {"val": none}, [maps], "no validation image has all masks: AP can't be measured"),
+        (False, {"val": empty}, [maps], "no validation image shows lung: no head can be chosen for it"),
+        (False, {"test": some}, [maps, maps[:3]], "AP: on the 3 of 8 test images with a foreground"),
+        (True, {"val": none}, [maps], ""),
+        (True, dict.fromkeys(splits, two), [exact], "2 regions, 1 head(s): AP can't be measured"),
+        (True, {"test": empty}, [exact], f"not defined {undefined}: attention_AP_lung, attention_mAP"),
+    ):
+        found = measure.report(Encoder(*seen), splits | changed, ["attention"], guided=guided)
+        measured = note.startswith(("AP", "not")) or not note
+        assert found.notes == [note] * bool(note) and bool(found.metrics) == measured
 
 
 @pytest.mark.parametrize("encoder", [ViT(8, 1, 1, 8, 1, 1, pool=GAP()), ResNet(1, 8)])
@@ -178,9 +174,6 @@ def test_the_score_of_an_image_is_the_probability_of_its_true_class_or_the_mean_
     assert scores_in(Encoder(), splits["test"], {}, None, -1)[0] == ""
 
 
-GRID = (4, 4)
-
-
 def squares(n: int = 12, regions: int = 1) -> Data:
     """Images of 16 px with a bright square of 8 px, on the grid of patches of 4 px, and its mask."""
     masks = torch.zeros(n, regions, 16, 16, dtype=torch.bool)
@@ -227,13 +220,9 @@ def test_the_mean_of_a_class_activation_map_is_the_logit_of_the_likeliest_class(
 
 def test_the_head_that_is_best_on_validation_images_and_two_controls_stand_beside_the_mean(monkeypatch):
     encoder, val, test = ViT(16, 4, 1, 12, 1, 2), squares(), squares(6)
-    patches = avg_pool2d(val.masks.float(), 4).flatten(2)
-
-    def attention(network: ViT, images: torch.Tensor, layer: int) -> torch.Tensor:
-        right = patches[: len(images)]
-        return torch.cat([1 - right, right], dim=1) if network is encoder else torch.ones_like(right)
-
-    monkeypatch.setattr("common.objects.attention_of", attention)
+    right = avg_pool2d(val.masks.float(), 4).flatten(2)
+    maps, even = {encoder: torch.cat([1 - right, right], dim=1)}, torch.ones_like(right)
+    monkeypatch.setattr("common.objects.attention_of", lambda net, x, layer: maps.get(net, even)[: len(x)])
     found = measure_objects(encoder, {"val": val, "test": test}, -1)
     assert list(found) == ["mean of heads", "best head", "untrained", "middle"]
     assert found["best head"]["AP"] > 0.99 > 0.3 > found["mean of heads"]["AP"] == found["untrained"]["AP"]
@@ -245,9 +234,8 @@ def test_the_head_that_is_best_on_validation_images_and_two_controls_stand_besid
 
 def test_the_untrained_control_shares_no_weight_and_leaves_the_model_alone():
     model = Classifier(ViT(16, 4, 1, 12, 1, 2, registers=1), 2)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.fill_(3)
+    for weight in model.parameters():
+        weight.data.fill_(3)
     control, new = untrained(model), ViT(16, 4, 1, 12, 1, 2, registers=1)
     assert all((weight == 3).all() for weight in model.parameters())
     for name, weight in new.state_dict().items():  # drawn as those of a new one
@@ -261,9 +249,8 @@ def test_features_are_measured_beside_those_of_an_untrained_encoder(monkeypatch)
     images = (100 * labels[..., None, None] + 20 * torch.rand(24, 1, 16, 16)).to(torch.uint8)
     data = Data(images, None, torch.zeros(24, dtype=torch.bool), labels, [""] * 24, [], ["bright"])
     splits, model = dict.fromkeys(("train", "val", "test"), data), Classifier(ViT(16, 4, 1, 12, 1, 2), 1)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.zero_()
+    for weight in model.parameters():
+        weight.data.zero_()
     made = Mock(side_effect=untrained)
     monkeypatch.setattr("common.measure.untrained", made)
     found = measure.report(model.encoder, splits, ["knn", "linear", "heads"])
@@ -286,26 +273,21 @@ def test_images_without_an_object_do_not_count():
 
 
 def test_what_has_no_map_of_one_object_says_so():
-    data = {"val": squares(), "test": squares()}
-    with pytest.raises(CannotMeasure, match="mean pooling without a linear classifier behind it"):
-        measure_objects(ViT(16, 4, 1, 12, 1, 2, pool=GAP()), data, -1)
-    two = squares(regions=2)
-    with pytest.raises(CannotMeasure, match="masks of one region"):
-        measure_objects(ViT(16, 4, 1, 12, 1, 2), {"val": two, "test": two}, -1)
-
-
-def brute_force(scores: torch.Tensor, targets: torch.Tensor) -> float:
-    """AP by its definition: the mean of the precisions at the score of each positive."""
-    chosen = scores >= scores[targets == 1][:, None]  # one row a positive
-    return ((chosen * targets).sum(dim=1) / chosen.sum(dim=1)).mean().item()
+    one, two = (dict.fromkeys(("val", "test"), squares(regions=n)) for n in (1, 2))
+    even, encoder = ViT(16, 4, 1, 12, 1, 2, pool=GAP()), ViT(16, 4, 1, 12, 1, 2)
+    refuses("mean pooling without a linear", measure_objects, even, one, -1, error=CannotMeasure)
+    refuses("masks of one region", measure_objects, encoder, two, -1, error=CannotMeasure)
 
 
 @pytest.mark.parametrize("levels", [1, 2, 5, 1000])
 def test_average_precision_is_its_definition_with_few_and_many_ties_and_constant_scores(levels):
+    """The mean of the precisions at the score of each positive."""
     scores, targets = torch.randint(levels, (20, 1, 30)).double(), torch.randint(2, (20, 3, 30))
     targets[..., 0] = 1
-    expected = [[brute_force(s[0], t) for t in several] for s, several in zip(scores, targets)]
-    torch.testing.assert_close(average_precision(scores, targets), torch.tensor(expected).double())
+    reached = (scores[..., None, :] >= scores[..., None]).double()  # (20, 1, 30, 30), a row a threshold
+    precision = (reached * targets[..., None, :]).sum(dim=3) / reached.sum(dim=3)
+    expected = (precision * targets).sum(dim=2) / targets.sum(dim=2)
+    torch.testing.assert_close(average_precision(scores, targets), expected)
 
 
 def test_average_precision_is_nan_without_a_positive_and_with_a_score_that_is_nan():

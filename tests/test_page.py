@@ -22,7 +22,7 @@ from common.checkpoint import DataSpec
 from common.config import parse
 from common.data import Data
 from common.measure import Report
-from common.page import Looks, _about, _run, page
+from common.page import Looks, page
 
 EVIL = "</script><img src=//x onerror=alert(1)>"
 
@@ -73,18 +73,18 @@ def test_the_page_holds_images_maps_and_masks_exactly(made):
     np.testing.assert_allclose(seen, maps.numpy() * 6, rtol=1e-6)  # 1 = uniform
     assert run["scores"] == [0.5, None] and run["grid"] == [2, 3]
     assert numbers(run["colours"], np.uint8).reshape(256, 3)[[0, -1]].tolist() == [[0, 0, 3], [251, 252, 191]]
-    fine = _run("a", Looks({"R": torch.randn(2, 256, 256)}, "nodule", [], "", []))["maps"]["R"]
-    assert abs(numbers(fine, "<f4").reshape(2, 64, 64)).mean(axis=(1, 2)) == pytest.approx([1, 1])
     assert [first["about"], second["about"]] == [f"{EVIL}.", "no label."]
-    bare = data_in(page({}, shown._replace(masks=None, has_masks=torch.zeros(2), labels=None), "", {}, {}))
+    fine = {"a": Looks({"R": torch.randn(2, 256, 256)}, "nodule", [], "", [])}
+    bare = data_in(page({}, shown._replace(masks=None, has_masks=torch.zeros(2), labels=None), "", fine, {}))
+    R = numbers(bare["runs"][0]["maps"]["R"], "<f4").reshape(2, 64, 64)
+    assert abs(R).mean(axis=(1, 2)) == pytest.approx([1, 1])
     assert [image["masks"] for image in bare["images"]] == [None, None]
 
 
-def test_an_unknown_finding_is_not_called_absent():
-    labels = torch.tensor([[0.0, torch.nan], [1.0, torch.nan], [0.0, 0.0]])
-    shown = Data(None, None, None, labels, [], [], ["nodule", "effusion"])
-    about = [_about(shown, i) for i in range(3)]
-    assert about == ["no finding (effusion: unknown).", "nodule (effusion: unknown).", "no finding."]
+def test_an_unknown_finding_is_not_called_absent(made):
+    shown = made[1]._replace(labels=torch.tensor([[1.0, torch.nan], [0, torch.nan]]))
+    about = [image["about"] for image in data_in(page({}, shown, "", {}, {}))["images"]]
+    assert about == [f"sick ({EVIL}: unknown).", f"no finding ({EVIL}: unknown)."]
 
 
 def test_a_page_has_a_score_for_each_image_but_none_of_even_pooling(span_run, few_test_images, tmp_path):
@@ -113,8 +113,7 @@ def test_a_classifier_is_shown_by_its_relevance_and_by_its_heads_if_it_has_some(
 def test_the_page_shows_the_first_images_and_those_that_each_model_is_worst_at(monkeypatch):
     monkeypatch.setattr(loaded_runs, "ON_PAGE", 6)
     data = Data(torch.zeros(9, 1, 8, 8), None, torch.zeros(9), None, [str(i) for i in range(9)], [], [])
-    config = parse(["--data", "d", "--img-size", "8"])[0]
-    spec = DataSpec(1, (), False, "")
+    config, spec = parse(["--data", "d", "--img-size", "8"])[0], DataSpec(1, (), False, "")
     runs = {name: loaded_runs.Loaded(config, spec, name, [], Path(), {}) for name in ("a", "b")}
     scores = {"a": [0.9] * 7 + [0.2, 0.1], "b": [0.9] * 4 + [math.nan, 0.3, 0.4, 0.9, 0.9]}
     monkeypatch.setattr(loaded_runs, "scores_in", lambda model, *args: ("AP", scores[model]))
@@ -127,15 +126,13 @@ def test_the_page_shows_the_first_images_and_those_that_each_model_is_worst_at(m
     assert looks["a"].scores == [0.9, 0.9, 0.9, 0.9, 0.2, 0.1] and len(looks["b"].maps[""]) == 6
 
 
-NAMES = ["a$b_{c", "$b_{c$", "_x", "two\nlines"]  # two $ make it a formula, an open { a broken one
-
-
 def test_names_are_drawn_as_they_are(tmp_path):
+    names = ["a$b_{c", "$b_{c$", "_x", "two\nlines"]  # two $ make it a formula, an open { a broken one
     images, masks, path = torch.rand(1, 1, 16, 16), torch.rand(1, 4, 16, 16) > 0.5, tmp_path / "a.png"
-    plots.map_grid(path, images, masks, NAMES, {f"head 0\n{name}": torch.rand(1, 2, 2) for name in NAMES})
+    plots.map_grid(path, images, masks, names, {f"head 0\n{name}": torch.rand(1, 2, 2) for name in names})
     assert min(Image.open(path).size) > 100
-    plots.curves(path, {name: [{"epoch": 1, name: 2.0}] for name in NAMES})
-    plots.low_data(path, {name: {name: {0.1: [0.5], 1.0: [0.6]}} for name in NAMES})
+    plots.curves(path, {name: [{"epoch": 1, name: 2.0}] for name in names})
+    plots.low_data(path, {name: {name: {0.1: [0.5], 1.0: [0.6]}} for name in names})
 
 
 def test_a_measure_that_ends_with_a_collapse_keeps_its_panel(monkeypatch):

@@ -14,6 +14,7 @@ from attention_priors import priors_from_masks, priors_from_statistics, span_los
 from common.checks import check_step
 from common.config import parse
 from common.phantom import stamp
+from common.regions import check_masses
 from common.registration import align
 from common.splits import load
 from common.weights import exported, fit
@@ -91,6 +92,7 @@ REFUSED = [
     (r"is \[1, 1, 192\] in the file, \[1, 1, 96\] in the model", lambda: fit(COLOUR, ViT(32, 16, 3, 96))),
     ("is missing in the file", lambda: fit(COLOUR, ViT(32, 16, 3, 192, 2))),
     ("a marker can be drawn only on phantoms", lambda: load("parts", 64, train_images=2, marker=1.0)),
+    *[("can't be file names", lambda n=n: check_masses("run", {n: 0.5})) for n in ("../heart", "..", "")],
 ]  # fmt: skip
 
 

@@ -7,9 +7,8 @@ from conftest import digits, seeded
 
 from attention_priors import gaussian_blur, priors_from_masks
 from common.phantom import phantom
-from common.registration import (
-    CERTAIN, NOTHING, SEARCHED, _between, agreement, align, bend, carry, confidence, find, likeness, register,
-)  # fmt: skip
+from common.registration import CERTAIN, NOTHING, SEARCHED, _between, agreement, align, bend, carry
+from common.registration import confidence, find, likeness, register
 from crops import crop, random_crops
 
 
@@ -161,6 +160,5 @@ def test_priors_count_little_in_images_without_the_object():
     _, flow, nothing = register(reference, priors, noise, deformable=False)
     _, _, something = register(reference, priors, images[2:], deformable=False)
     assert nothing.max() < something.min() and confidence(nothing).mean() < 0.2
-    middle = (NOTHING + CERTAIN) / 2
-    assert confidence(torch.tensor([-1.0, middle, 1.0])).tolist() == pytest.approx([0, 0.5, 1])
+    assert confidence(torch.tensor([-1.0, (NOTHING + CERTAIN) / 2, 1])).tolist() == pytest.approx([0, 0.5, 1])
     assert flow.shape == (30, 2, 1, 1)

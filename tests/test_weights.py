@@ -142,19 +142,16 @@ def test_published_weights_are_measured_trained_on_and_exported_again(tmp_path, 
         assert line in refused(evaluate.main, *wrong.split())
 
 
-@pytest.mark.parametrize(
-    "damage, line",
-    [
-        (lambda s: {"conv1.weight": torch.ones(1)}, "it lacks patch_embed.proj.weight"),
-        (lambda s: Evil(), "can't be read as weights"),
-        (lambda s: {"model": s, "history": []}, "name its folder"),
-        (lambda s: s | {"blocks.0.mlp.w12.weight": torch.ones(1)}, "it has blocks.0.mlp.w12.weight"),
-        (lambda s: s | {"norm.weight": torch.full((192,), torch.nan)}, "norm.weight is not finite"),
-        (lambda s: {k: v for k, v in s.items() if k != "norm.weight"}, "it lacks norm.weight"),
-        (lambda s: {k: v for k, v in s.items() if "blocks" not in k}, "holds no ViT that is known here"),
-        (lambda s: s | {"pos_embed": torch.ones(1, 141, 192)}, "its 140 positions are not a square grid"),
-    ],
-)
+@pytest.mark.parametrize("damage, line", [
+    (lambda s: {"conv1.weight": torch.ones(1)}, "it lacks patch_embed.proj.weight"),
+    (lambda s: Evil(), "can't be read as weights"),
+    (lambda s: {"model": s, "history": []}, "name its folder"),
+    (lambda s: s | {"blocks.0.mlp.w12.weight": torch.ones(1)}, "it has blocks.0.mlp.w12.weight"),
+    (lambda s: s | {"norm.weight": torch.full((192,), torch.nan)}, "norm.weight is not finite"),
+    (lambda s: {k: v for k, v in s.items() if k != "norm.weight"}, "it lacks norm.weight"),
+    (lambda s: {k: v for k, v in s.items() if "blocks" not in k}, "holds no ViT that is known here"),
+    (lambda s: s | {"pos_embed": torch.ones(1, 141, 192)}, "its 140 positions are not a square grid"),
+])  # fmt: skip
 def test_a_file_that_is_no_such_vit_is_refused_in_one_line(damage, line, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     torch.save(damage(published_names()), "w.pth")
