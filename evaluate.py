@@ -5,7 +5,7 @@
     python evaluate.py runs/span --image a.jpg b.png        its maps over other images
     python evaluate.py dino_deitsmall16_pretrain.pth --data my_folder --img-size 224
 
-`common/measure.py` says what is measured. Metrics are added to each run's metrics.json. Pictures go to the
+`common/measure.py` says what is measured. Metrics are added to metrics.json of finished runs. Pictures go to the
 first run's folder and replace older ones.
 """
 
