@@ -5,8 +5,8 @@
     python evaluate.py runs/span --image a.jpg b.png        its maps over other images
     python evaluate.py dino_deitsmall16_pretrain.pth --data my_folder --img-size 224
 
-`common/measure.py` says what is measured. Metrics are added to metrics.json of finished runs. Pictures go to the
-first run's folder and replace older ones.
+`common/measure.py` says what is measured. Metrics are added to metrics.json of finished runs. Pictures go to
+the first run's folder and replace older ones.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def compare(args: argparse.Namespace) -> None:
         run.out.mkdir(parents=True, exist_ok=True)
         if (run.out / "last.pt").exists() and len(run.history) < run.config.epochs:  # no file of weights
             stopped = f"it stopped after {len(run.history)} of {run.config.epochs} epochs"
-            found.notes.append(f"{stopped}, so metrics.json is not written: --resume finishes it")
+            found.notes.append(f"{stopped}, so metrics.json is not written until --resume finishes it")
         elif run.config.marker is None and "flipped" in splits:
             found.notes.append("metrics.json is unchanged: unlike others, this run had no marker in training")
         else:  # JSON has no NaN
@@ -188,11 +188,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     typed = {"--data": args.data, "--img-size": args.img_size, "--num-heads": args.num_heads}
     args.flags = [word for flag, v in typed.items() if v is not None for word in (flag, str(v))]
     alone = [f"--{key.replace('_', '-')}" for key in ("export", "export_masks", "image") if vars(args)[key]]
-    others = args.html or args.measures or args.rows or args.all or len(args.runs) > 1 or len(alone) > 1
+    others = args.html or args.measures or args.rows or args.all or len(args.runs) > 1
     missing = ", ".join(str(path) for path in [*args.runs, *(args.image or [])] if not path.exists())
     files = any(run.is_file() for run in args.runs)
     flags = "" if files else " ".join(args.flags[2 if args.data else 0 :])  # all but --data
     for wrong, line in [
+        (len(alone) > 1, f"{' and '.join(alone)} exclude each other: give one"),
         (alone and others, f"{' or '.join(alone)} takes one run, without --only, --all, --rows and --html"),
         (args.data and not files and (args.image or args.export), "--image and --export use no --data"),
         (missing, f"{missing}: no such file or folder"),

@@ -156,7 +156,7 @@ def natural_range(
             if len(index) == 1 < batch_size:  # a small rest
                 continue
             optimizer.zero_grad()
-            for part in index.tensor_split(min(parts, len(index))):
+            for part in index.tensor_split(min(parts, max(1, len(index) // 2))):  # BatchNorm needs two
                 logits = plain(prepared(rows_at(images, part)))
                 (classification_loss(logits, labels[part], multiclass) * len(part) / len(index)).backward()
             optimizer.step()

@@ -71,7 +71,7 @@ class Config:
     prior: str = flag("sample",
         "sample: one image's masks; masks: every image's; statistics; none; or a .npy file (R, S, S)",
         group="where to look (SPAN)", needs="task=pretrain masks=prior")
-    align: str = flag("bend", "how priors are registered to each image: deformable (bend), affine, or not",
+    align: str = flag("bend", "how priors are registered to each image: bend (deformable), affine, or none",
         choices=["bend", "affine", "none"], needs=f"prior=sample {MADE}")
     follow: bool = flag(True, "keep priors fixed while crops move", needs=f"{VIEWS}&prior")
     prior_blur: float = flag(0.025, "blur of priors: sigma / image width",

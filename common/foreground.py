@@ -96,8 +96,8 @@ def check_foreground(source: str, train: Data, masks: Tensor, stay: Tensor) -> N
     shares = {name: int(now) / int(n) for name, n, now in zip(names, there, kept) if n}
     least, most = min(shares, key=shares.get, default=""), max(shares, key=shares.get, default="")
     if shares and 2 * shares[least] < shares[most]:
-        both = " and ".join(f"{100 * shares[name]:.0f} % of {name}" for name in (least, most))
-        print(f"warning: only {both} have masks, so the class balance changes: add masks")
+        both = " but ".join(f"{100 * shares[name]:.0f} % of {name}" for name in (least, most))
+        print(f"warning: {both} have masks, so the class balance changes: add masks")
 
 
 def registered_masks(images: Tensor, prior: tuple, most: int = 1) -> Tensor:

@@ -135,7 +135,7 @@ def share_model(model: nn.Module) -> None:
     """Give each process, if there are several, the first one's weights, and each BatchNorm all their images.
 
     This is what SyncBatchNorm does, but that runs on GPUs only, and LRP has no rule for it. Here each process
-    normalises the images of all and keeps its own, so its memory and time do not fall with their number.
+    normalises the images of all and keeps its own, so a BatchNorm's memory and time do not fall.
     """
     if world_size() == 1:
         return

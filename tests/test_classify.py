@@ -168,10 +168,18 @@ def test_c1_and_c2_are_found_from_the_images_with_masks_and_leave_the_model_as_i
     assert 0 < few[0] < few[1] and few == found(other, middle(4), 0.0) != found(other, middle(8), 0.0)
     assert few != found(images, middle(4), 1e-2)  # it has learned
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    seen = []  # by copies of the model as well
-    model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
-    parts = natural_range(model, images, middle(4), LABELS, False, 0.0, 4, "selective", rule, 0, parts=2)
-    assert max(seen) == 2 and parts == pytest.approx(few)  # a batch of 4 in two parts
+
+
+def test_c1_and_c2_are_found_in_parts_of_batches_but_never_of_one_image():
+    (_, model), rule, seen = classifier(VIT), {"epsilon": 0.01, "signed": True}, []
+    images = torch.randint(256, (8, 1, 16, 16), dtype=torch.uint8)
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))  # also of copies
+    given = model, images, middle(4), LABELS, False, 1e-2, 5, "selective", rule, 0
+    whole = natural_range(*given)
+    assert seen == [5, 3] * 5 + [4]  # five epochs, and the images with masks
+    seen.clear()
+    assert natural_range(*given, parts=2) == pytest.approx(whole, rel=1e-3)
+    assert seen == [3, 2, 3] * 5 + [3, 1]  # relevance needs no batch statistics
 
 
 def test_isnet_supervises_every_norm_patches_and_blocks_but_no_norm_that_pooling_leaves_without_effect():

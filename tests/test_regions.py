@@ -189,10 +189,10 @@ def test_masks_that_leave_no_background_stop_the_run_and_classes_that_lose_uneve
     check_foreground("RUN", data, masks, all_)
     assert capsys.readouterr().out.endswith("is known. It covers 50 % of an image\n")
     check_foreground("prior", data, masks, (torch.arange(40) % 2 == 0) | (torch.arange(40) < 10))
-    assert "warning: only 25 % of ill and 100 % of well have masks" in capsys.readouterr().out
+    assert "warning: 25 % of ill but 100 % of well have masks" in capsys.readouterr().out
     both = data._replace(labels=data.labels[:, [1, 1]], findings=["ill", "worse"])  # findings that lose alike
     check_foreground("prior", both, masks, (torch.arange(40) % 2 == 0) | (torch.arange(40) < 10))
-    assert "warning: only 25 % of ill and 100 % of no finding have masks" in capsys.readouterr().out
+    assert "warning: 25 % of ill but 100 % of no finding have masks" in capsys.readouterr().out
     both.labels[36:] = torch.nan  # labels that are unknown are no class of their own
     check_foreground("prior", both, masks, torch.arange(40) < 36)
     assert "class balance" not in capsys.readouterr().out
