@@ -210,10 +210,9 @@ def train(
 ) -> list[dict]:  # fmt: skip
     """Train on images (N, C, S, S) with an objective; returns the history, one row per epoch.
 
-    masses_now: returns the attention masses of guided heads (`masses_of`) for each checkpoint. One generator
-    draws order and views. Checkpoints hold its state and PyTorch's, so that a resumed run ends with the same
-    weights as an uninterrupted one. Each torchrun process takes its share of a batch. Raises Collapse,
-    FloatingPointError (before the weights are damaged) and KeyboardInterrupt (after saving).
+    masses_now: see `masses_of`. One generator draws order and views. Checkpoints hold its state and that of
+    PyTorch, so that a resumed run ends with the weights of an unbroken one. Each process takes its share of a
+    batch. Raises Collapse, FloatingPointError (before weights are damaged), KeyboardInterrupt (after saving).
     """
     generator = Generator().manual_seed(config.seed)
     optimizer = AdamW(decayed(model, config.weight_decay), config.lr)

@@ -134,8 +134,8 @@ class _Sum(Function):
 def share_model(model: nn.Module) -> None:
     """Give each process, if there are several, the first one's weights, and each BatchNorm all their images.
 
-    This is what SyncBatchNorm does, but that runs on GPUs only, and LRP has no rule for it. Here each process
-    normalises the images of all and keeps its own, so a BatchNorm's memory and time do not fall.
+    SyncBatchNorm does this too, but on GPUs only, and LRP has no rule for it. Here each process normalises
+    the images of all and keeps its own, so more processes do not make a BatchNorm faster or smaller.
     """
     if world_size() == 1:
         return

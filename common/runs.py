@@ -166,9 +166,7 @@ def pretrained(model: nn.Module) -> nn.Module:
 
 
 def masses_of(config: Config, model: nn.Module, train: Data, reference: str | None) -> Callable[[], dict]:
-    """A function that measures m_r, {region: share}, of regions to which one prior guides heads, for --masks
-    RUN; it returns {} if there are none.
-    """
+    """A function that measures m_r, {region: share}, of heads that one prior guides, or {} (--masks)."""
     if config.task == "classify" or config.prior in ("none", "masks"):
         return dict  # which makes {}
     priors, names = make_priors(config.prior, train, reference, config.prior_blur)
