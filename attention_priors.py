@@ -12,7 +12,8 @@ of unlabelled images. There is no public code; equation numbers are ours (theta 
 
 (1) The same theta samples image and prior, so a prior follows its crop. (2) A view that shows a tenth of a
 lung has a tenth of the weight. The weights (2) and the KL divergence (or another `kind` of loss) are ours. In
-the paper all images share their priors; here `common/registration.py` warps them to each image. `guidance`
+the paper all images share their priors; here `common/registration.py` warps them to each image. `train.py`
+adds 3 L to the loss of DINO or RelViT. `guidance`
 computes (4) over all resolutions of a batch, and multiplies s by the registration's confidence. Always report
 the prior's own score as well: attention that only copies its prior has learned nothing.
 """
@@ -26,8 +27,10 @@ def priors_from_masks(masks: Tensor, blur: float = 0.025) -> Tensor:
     """Priors (R, H, W) from the masks (R, H, W) of one reference image: blurred, largest value 1.
 
     blur: Gaussian sigma as a fraction of the width, because borders differ in other images. Raises
-    ValueError if a mask is empty.
+    ValueError for another shape, or if a mask is empty.
     """
+    if masks.dim() != 3:
+        raise ValueError(f"masks {tuple(masks.shape)}: give (R, H, W), one mask of each region")
     empty = (masks.flatten(1).sum(dim=1) <= 0).nonzero()[:, 0].tolist()
     if empty:
         numbers = ", ".join(map(str, empty))
@@ -96,9 +99,12 @@ def span_loss(attention: Tensor, prior: Tensor, share: Tensor, kind: str = "kl")
     attention (B, heads, N) or, of one head, (B, N): probabilities; prior r guides head r, heads beyond R stay
     free. prior (B, R, N) and share (B, R): from `follow`. kind: "kl", KL(P || A) in nats; "mse", N^2 times
     the mean squared difference, as for a map of mean 1; "dice", 1 - 2 sum(P A) / (sum(P^2) + sum(A^2)).
-    Raises ValueError for more priors than heads, different sizes, or an unknown kind.
+    Raises ValueError for more priors than heads, other or different sizes, or an unknown kind.
     """
     attention = attention[:, None] if attention.dim() == 2 else attention
+    if attention.dim() != 3:
+        remedy = "give the CLS token's rows (B, heads, N), such as attention[:, :, 0, 1:]"
+        raise ValueError(f"attention {tuple(attention.shape)}: {remedy}")
     (B, heads, N), R = attention.shape, prior.shape[1]
     if R > heads:
         raise ValueError(f"{R} priors but {heads} attention heads: use at least {R} heads or fewer priors")

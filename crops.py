@@ -101,9 +101,12 @@ def multi_crop(
     The first entry holds two global views of `size` px (2 B, C, size, size): the first of every image, always
     blurred, then the second, blurred with probability 0.1 and solarised with 0.2. If locals_number V > 0, the
     second holds the local views (V B, C, local_size, local_size). thetas: (2 B, 2, 3) and (V B, 2, 3). Raises
-    ValueError for local views without a size. Call it outside autocast, which would round pixels.
+    ValueError for other images and for local views without a size. Call it outside autocast, which would
+    round pixels.
     """
     B, V = len(images), locals_number
+    if not images.is_floating_point() or images.min() < 0 or images.max() > 1:
+        raise ValueError("multi_crop needs float images in [0, 1]: normalise the views, not the images")
     if V and local_size < 1:
         raise ValueError(f"{V} local views of {local_size} px: give local_size")
     theta = random_crops(2 * B, global_scale, generator, flip=flip).to(images.device)

@@ -12,12 +12,13 @@ Centring (c) and sharpening (small tau_t) balance each other. Without this balan
 get the same output, which the loss does not show. Two additions, off unless asked for, work against it. KoLeo
 (1806.03198, used by DINOv2) spreads the features z of a batch. The entropy of P_t is about
 log K - (s / tau_t)^2 / 2, where s is the standard deviation of logits; tau_t falls to keep it below about
-e log K (e: `max_entropy`). A slow c would leave one offset in all logits, and one prototype would win: (8).
+eta log K (eta: `max_entropy`). A slow c would leave one offset in all logits, and one prototype would win at
+a low tau_t; so c follows each batch: (8).
 
     L_KoLeo = -mean_i log min_(j != i) |z_i - z_j|,  |z| = 1,  weighted by w                             (5)
-    tau_t   = min(tau_t, s / sqrt(2 w (1 - e) log K)),  so that mean h(P_t) / log K <~ 1 - w (1 - e)     (6)
+    tau_t   = min(tau_t, s / sqrt(2 w (1 - eta) log K)),  so mean h(P_t) <~ (1 - w (1 - eta)) log K      (6)
     w       = 3 - KL / (f log K), clamped to [0, 1]: at a large KL both additions harm the features      (7)
-    c       <- c + w (mean_i g_t(x_i) - c)  in each step before (1) and (6), if e < 1                    (8)
+    c       <- c + w (mean_i g_t(x_i) - c)  in each step before (1) and (6), if eta < 1                  (8)
 
 `CollapseMonitor` tracks the entropy h(P_t) (in a collapse: near log K if centring won, low if sharpening
 won), the KL of P_t from the mean P_t (how much an output says about its image: 0 in a collapse, at least f
@@ -92,7 +93,7 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def temperature(self, teacher: Tensor, highest: float, max_entropy: float, w: Tensor) -> Tensor | float:
-        """tau_t, equation (6), a scalar, for scores (..., K); max_entropy: e; if it is 1, tau_t = highest."""
+        """tau_t, equation (6), a scalar, for scores (..., K); max_entropy: eta; if it is 1, tau_t = highest."""
         if max_entropy >= 1:
             return highest
         variance = over_processes((teacher - self.center).var(dim=-1, correction=0).mean())
@@ -181,7 +182,7 @@ class DINO(nn.Module):
 
     The encoder may ignore both, as a ResNet does. The default sizes suit thousands of images; for millions
     the paper has out_dim 65536, hidden_dim 2048, bottleneck_dim 256. koleo: a factor of (5), like w;
-    max_entropy: e in (6) and (8).
+    max_entropy: eta in (6) and (8).
     """
 
     def __init__(
@@ -201,9 +202,12 @@ class DINO(nn.Module):
         """The loss of one step, a scalar, and the student's Features of each entry of views, without patches.
 
         views: one entry per resolution, [globals (2 B, C, H, W), locals (V B, C, h, w)] or globals alone, as
-        from `crops.multi_crop`. layer: the block whose attention is in the Features.
+        from `crops.multi_crop`. layer: the block whose attention is in the Features. Raises ValueError for a
+        list of single views (B, C, H, W).
         """
-        B = len(views[0]) // 2  # images
+        B, odd = divmod(len(views[0]), 2)  # images
+        if odd or len(views) > 2 or len({v.shape for v in views}) < len(views):
+            raise ValueError("DINO: give [globals (2 B, ...), locals (V B, ...)], not a list of single views")
         features = [self.student(x, layer=layer, patches=False) for x in views]
         student = torch.cat([self.student_head(f.pooled) for f in features])  # (V B, K)
         with torch.no_grad():

@@ -4,7 +4,8 @@ A classifier uses whatever predicts the label, including a hospital's marker in 
 relevance R that LRP (`lrp.py`) finds outside a mask m, 1 in the foreground. Only training needs masks.
 
     L     = L_class + weight (L_bg(R) + mean_l L_bg(R_l) + mean_a L_att(A_a) + L_fg(R))              (1)
-    H     = |R| / its mean in the foreground,  h = rank-pooled (1 - m) H                             (2)
+    H     = |R| / its mean in the foreground,  h = sum_n d^n H_n / sum_n d^n,                        (2)
+            H_n the n-th largest (from n = 0) of (1 - m) H, d = decay: rank pooling
     L_bg  = -log(1 - u),  u = h / (h + E)                                                            (3)
     L_fg  = (min(F / C1, 1) - 1)^2 + x^2,  F = sum of |R| in the foreground,                         (4)
             x = max(F / C1 - C2 / C1, 0);  "hybrid": 2 x - 1 in place of x^2 where x > 1
@@ -39,8 +40,9 @@ Where we differ:
     published                                             here
     (1 - P) L_class + P L_heat, `published_loss`          (1); `train.py --preset published` uses theirs
     epsilon rule, eps = 0.01; z^B rule at the input       signed gamma rule (`lrp.relevance` has all)
-    explains log-odds (Selective), or a random logit      both, or the label's logit
-      (Stochastic)
+    explains the log-odds of the least likely class       both, or the label's logit
+      (Selective), or a random logit (Stochastic)
+    2022: explains every class                            one score of each image
     pools each channel, averages L_bg over channels       sums |R| over channels; per_channel=True: published
     inner layers have their own C1, C2 and L_fg, and      plain mean of L_bg, no L_fg there
       are pooled by rank
@@ -164,6 +166,7 @@ def attention_loss(attention: Tensor, foreground: Tensor) -> Tensor:
 def log_odds(logits: Tensor, classes: Tensor) -> Tensor:
     """The log-odds (B,) of classes (B,) from logits (B, K): z_c - log sum_{k != c} exp z_k.
 
+    Selective ISNet explains the least likely class, `logits.argmin(dim=1)`.
     Raises ValueError for a single logit, which is a log-odds itself.
     """
     if logits.shape[1] < 2:

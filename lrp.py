@@ -15,9 +15,10 @@ an operation, so one backward pass computes all relevance:
     input layer            z' = w x - max(w, 0) low - min(w, 0) high for pixels in [low, high]       (9)
 
 (2) epsilon, (3) gamma and (9) z^B rule: Montavon et al. 2019. (5), (6), (8): AttnLRP, arXiv 2402.05602. In
-a / b, b is a constant. (3) is for x, z >= 0: elsewhere z' can be 0 where z is not, and relevance explodes.
-(4), the generalised gamma rule, equals (3) for x, z >= 0, favours contributions of z's sign, and keeps z / z'
-in [0, 1]. Operations without a rule keep their gradient, exact if f(c x) = c f(x) for c > 0; others warn.
+a / b, b is a constant. (3) is for x, z >= 0: elsewhere z' can be 0 where z is not, and relevance explodes; by
+(5) it can at x near 0 if f(0) is not 0 (sigmoid, exp). (4), the generalised gamma rule, equals (3) for x,
+z >= 0, favours contributions of z's sign, and keeps z / z' in [0, 1]. Operations without a rule keep their
+gradient, exact if f(c x) = c f(x) for c > 0; others warn.
 
 `LRP` is a `TorchFunctionMode`: it sees conv2d, gelu, matmul ... as any model calls them, in place or not, but
 not what a custom `autograd.Function` does. The rules act only in `explain`: outputs and other gradients stay.
@@ -146,7 +147,8 @@ class LRP(TorchFunctionMode):
         self.warn({n.name() for n in nodes} - {"_RouteBackward"}, HIDDEN)
         if len(others) == len(leaves):  # nothing depends on the input, or `explain` runs
             return func(*args, **kwargs)
-        if name in ("multi_head_attention_forward", "normalize"):  # of a copy, the operations alone are seen
+        if name in ("multi_head_attention_forward", "normalize"):
+            # Run a copy that does not know of this context, so that its operations arrive here one by one.
             unaware = {k: lambda *args: False for k in func.__globals__ if k.startswith("has_torch_function")}
             twin = FunctionType(func.__code__, func.__globals__ | unaware, name, func.__defaults__)
             with self:
@@ -235,6 +237,14 @@ class LRP(TorchFunctionMode):
         z = (centred / self.constant(deviation)).view_as(input)
         return self.route(y, z * (1 if weight is None else weight) + (0 if bias is None else bias))
 
+    def _instance_norm(self, func, input, *, weight, bias, use_input_stats, eps, **running):
+        """Rule (6) with one channel a group; with running statistics, rule (7)."""
+        y = func(input, weight=weight, bias=bias, use_input_stats=use_input_stats, eps=eps, **running)
+        if use_input_stats:
+            return self.route(y, self._norm(F.group_norm, input, input.shape[1], weight, bias, eps))
+        known = running["running_mean"], running["running_var"], weight, bias
+        return self.route(y, self._batch_norm(F.batch_norm, input, *known, eps=eps))
+
     def _batch_norm(self, func, input, mean, var, weight=None, bias=None, training=False, eps=1e-5, **kw):
         """Rule (7), with the batch's statistics in training mode and the running ones in evaluation mode."""
         y = func(input, mean, var, weight, bias, training, eps=eps, **kw)
@@ -275,6 +285,7 @@ FAMILIES = {  # the rules: they take (self, func, *args, **kwargs) and return th
     "hardsigmoid clamp clamp_min clamp_max threshold square sqrt exp log pow rms_norm": LRP._elementwise,
     "layer_norm group_norm": LRP._norm,  # an RMS norm subtracts nothing, so (5) is (6) for it, but for x = 0
     "batch_norm": LRP._batch_norm,
+    "instance_norm": LRP._instance_norm,
     "scaled_dot_product_attention": LRP._attention,
 }
 RULES = {name: rule for names, rule in FAMILIES.items() for name in names.split()}
@@ -348,6 +359,7 @@ def relevance(
             score = _score(output, target)
         gradients = rules.explain(score, inputs + edges, create_graph)
     products = [x * (0 if g is None else g) for x, g in zip(inputs + values, gradients)]  # equation (1)
+    products = products if create_graph else [R.detach() for R in products]
     heatmap = sum(products[: len(inputs)])
     return ([heatmap, *products[len(inputs) :]] if layers else heatmap), output
 

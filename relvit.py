@@ -138,6 +138,7 @@ def patch_views(
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """A view of each image (B, C, H, W) in [0, 1], whose patches are cut and changed one by one.
 
+    Normalise the views, not the images: values outside [0, 1] are clamped.
     Returns views (B, C, h * patch_size, w * patch_size), the boxes (B, N, 4) that they were cut from, and, if
     shuffled, the order (B, N): place n of the grid holds patch order[n].
     """

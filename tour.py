@@ -75,6 +75,7 @@ print("average precision: " + ", ".join(f"{region} {100 * ap:.1f}" for region, a
 
 # 5. Their attention becomes the masks of all training images.
 maps = F.interpolate(gaze.unflatten(2, GRID), size=64, mode="bilinear")  # (N, 3, 64, 64)
+# 0.4 of the largest value; train.py takes the pixels that hold most of the attention.
 foreground = (maps > 0.4 * maps.amax(dim=(2, 3), keepdim=True)).any(dim=1, keepdim=True)  # (N, 1, 64, 64)
 true = masks.any(dim=1, keepdim=True)
 print(f"Dice of the masks: {100 * 2 * (foreground & true).sum() / (foreground.sum() + true.sum()):.1f}")
@@ -90,6 +91,7 @@ def train(model: nn.Module, steps: int, c1: float = 0, c2: float = 0) -> nn.Modu
         if c1:  # backgrounds swapped in every step, relevance penalised in every third
             batch = batch * m + batch.roll(1, 0) * (1 - m)  # train.py fills the other's foreground first
         if c1 and step % 3 == 0:
+            # Weights of 1: a single logit is its own log-odds.
             R, logits = relevance(model, batch, torch.ones(16, 1), create_graph=True, **RULE)
             # train.py: weight 0.3, also on inner layers, and with a margin around the foreground
             isnet = background_loss(R, m, decay=0.97, E=0.1) + foreground_loss(R, m, c1, c2, hybrid=True)
@@ -120,7 +122,7 @@ for i, row in enumerate(axes):
     shown = [(tests[i, 0], "gray", 0, 255)]
     shown += [(A, "magma", 0, 0.15) for A in test_gaze[i].unflatten(1, GRID)]
     for R in heat.values():
-        picture = R[i, 0].detach()
+        picture = R[i, 0]
         shown.append((picture / picture.abs().mean(), "RdBu_r", -12, 12))  # one scale, in units of the mean
     for axis, (picture, colours, low, high) in zip(row, shown):
         axis.imshow(picture.numpy(), cmap=colours, vmin=low, vmax=high)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import seeded
+from conftest import refuses, seeded
 
 from attention_priors import follow, gaussian_blur, guidance
 from attention_priors import priors_from_masks, priors_from_statistics, span_loss
@@ -42,6 +42,8 @@ def test_a_prior_from_a_mask_is_largest_inside_it_and_fades_over_its_border():
     inside, border, outside = priors_from_masks(mask, blur=0.05)[0, 20, [20, 10, 2]]
     assert inside > 0.99 and 0.3 < border < 0.7 and outside < 0.01
     assert torch.equal(priors_from_masks(mask, blur=0.0), mask.float())
+    for other in (mask[0], mask[None]):
+        refuses(r"give \(R, H, W\)", priors_from_masks, other)
 
 
 def test_a_blur_is_a_gaussian_convolution_with_repeated_borders():

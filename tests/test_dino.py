@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import golden
+from conftest import golden, refuses
 from torch.multiprocessing import start_processes
 
 from dino import DINO, CollapseMonitor, DINOHead, DINOLoss, koleo_loss
@@ -201,6 +201,13 @@ def test_centre_and_monitor_average_over_all_processes(tmp_path):
     for rank in range(2):
         for found, expected in zip(torch.load(tmp_path / f"{rank}.pt"), after(teacher)):
             torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (3,), (4, 6, 6)])
+def test_a_list_of_single_views_is_refused(sizes):
+    """DINO's release has [first (B), second (B), ...]: halves of the first would count as two views."""
+    views = [torch.rand(n, 1, 16, 16) for n in sizes]
+    refuses("not a list of single views", DINO(ViT(16, 4, 1, 24, 1, 3), 24, out_dim=8), views)
 
 
 def test_the_monitor_does_not_judge_by_a_single_image():

@@ -26,6 +26,12 @@ def test_background_and_foreground_loss_equal_the_published_ones(name):
     torch.testing.assert_close(torch.stack(losses).mean(dim=0), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_volumes_have_the_losses_of_their_voxels():
+    volumes = [t.unflatten(2, (2, 4)) for t in (HEATMAPS, MASK)]  # (B, C, 2, 4, 8)
+    assert torch.equal(background_loss(*volumes, 0.9, 0.1), background_loss(HEATMAPS, MASK, 0.9, 0.1))
+    assert torch.equal(foreground_loss(*volumes, 1.0, 2.0), foreground_loss(HEATMAPS, MASK, 1.0, 2.0))
+
+
 def test_each_channel_is_pooled_by_itself_as_published_or_with_the_others():
     inside, (E, weights) = MASK[0, 0].bool(), (0.5, 0.9 ** torch.arange(64, dtype=torch.float64))
     for maps, per_channel in ((HEATMAPS[0].abs(), True), (HEATMAPS[0].abs().sum(0, keepdim=True), False)):

@@ -119,6 +119,20 @@ def test_without_biases_the_relevance_of_images_and_inner_layers_sums_to_the_log
     assert torch.equal(R, alone) and not any(m._forward_hooks for m in model)
 
 
+@pytest.mark.parametrize("running", [False, True])
+def test_an_instance_norm_has_the_relevance_of_the_equal_group_or_batch_norm(running):
+    norm = nn.InstanceNorm2d(6, affine=True, track_running_stats=running)
+    for values in norm.state_dict().values():  # num_batches_tracked becomes 0 or 1, and is not used
+        values.copy_(torch.rand(values.shape) + 0.5)
+    equal = nn.BatchNorm2d(6) if running else nn.GroupNorm(6, 6)
+    equal.load_state_dict(norm.state_dict())
+    model, images = cnn(), doubles(4, 3, 8, 8)
+    norms = [nn.Sequential(*model[:1], layer, *model[2:]).double().eval() for layer in (norm, equal)]
+    (found, output), (expected, _) = (relevance(net, images, TARGET, gamma=1.0, signed=True) for net in norms)
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(output, norms[0](images))
+
+
 def test_in_training_the_batch_s_statistics_are_constants():
     """Equation (7). The heatmap is that of the same network with the batch's mean and deviation fixed."""
     model, images = cnn().double().train(), doubles(4, 3, 8, 8)
