@@ -230,9 +230,7 @@ def _choose_reference(data: Data, masks: dict, split: dict, name: str | None, no
     if name is None and not complete:
         if masks:
             counts = ", ".join(f"{region} has {len(files)}" for region, files in masks.items())
-            lacks = ([f"masks/{r}/{n}" for r, files in masks.items() if n not in files] for n in data.names)
-            nearest = " and ".join(min(lacks, key=len))
-            notes.append(f"no image has a mask in every region: {counts}; to complete one, add {nearest}")
+            notes.append(f"no image has a mask in every region: {counts}")
         return None
     empty = dict(zip(data.names, (~data.masks.flatten(2).any(dim=2)).any(dim=1).tolist())) if complete else {}
     name = name or min(complete, key=lambda n: (SPLITS.index(split[n]), empty[n]))  # the first that shows all
