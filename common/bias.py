@@ -23,7 +23,7 @@ def measure_bias(model: nn.Module, splits: dict[str, Data], multiclass: bool, ru
     kinds, table = {"same": splits["test"], **{k: d for k, d in splits.items() if k not in SPLITS}}, {}
     for name, found in classified(model, splits["val"], kinds, multiclass).items():
         table[name], data = found, kinds[name]
-        if data.has_masks.any() and (masked := shows_one(data)).names:
+        if (masked := shows_one(data)).names:
             foreground = masked.masks.any(dim=1, keepdim=True)  # (M, 1, S, S)
             R = relevance_of(model, masked.images, multiclass, rule or {})  # (M, C, S, S)
             table[name]["relevance share"] = float(relevance_share(R, foreground).nanmean())
@@ -40,7 +40,7 @@ def measure_backgrounds(model: nn.Module, splits: dict[str, Data], multiclass: b
     Those share their labels, not all unknown, with another. Raises CannotMeasure without masks or labels.
     """
     test = shows_one(splits["test"])
-    if not test.names or not test.has_masks.all():
+    if not test.names:
         raise CannotMeasure("no test image has masks that show something: backgrounds can't be exchanged")
     label, n = test.labels.nan_to_num(-1).unique(dim=0, return_inverse=True, return_counts=True)[1:]
     paired = (n[label] > 1) & ~test.labels.isnan().all(dim=1)
@@ -60,7 +60,7 @@ def classified(model: nn.Module, val: Data, kinds: dict[str, Data], multiclass: 
     on validation images. Raises CannotMeasure without labels.
     """
     test, table = next(iter(kinds.values())), {}
-    if test.labels is None or test.labels.isnan().all():
+    if test.labels.isnan().all():
         raise CannotMeasure("no test image has a label: AUC can't be measured")
     findings = dict(enumerate(test.findings))
     if multiclass and len(findings) == 2:  # the second is "X", the first is "no X"

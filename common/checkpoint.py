@@ -134,11 +134,11 @@ def data_spec(
         if prior == "sample" and reference is not None:
             mark = _hash(train.regions, train.masks[train.names.index(reference)])
             priors = f"{printable(reference)} (hash of its masks: {mark})"
-        elif prior == "masks" and train.masks is not None:
+        elif prior == "masks":
             mark = _hash(train.regions, train.masks & train.has_masks[:, None, None, None])
             priors = f"all masks (hash: {mark})"
         return DataSpec(train.images.shape[1], (), False, images, priors=priors)
-    if labels is None or labels.isnan().all():
+    if labels.isnan().all():
         raise ValueError(f"--task classify: no training image of {data} has a label; add labels.csv")
     if not ((labels == 1).any(dim=0) & (labels == 0).any(dim=0)).any():
         raise ValueError(f"--task classify: all training images of {data} have the same labels")

@@ -25,12 +25,12 @@ class DataError(ValueError):
 
 
 class Data(NamedTuple):
-    """The images of a split; masks and labels may be unknown for some of them, or for all."""
+    """The images of a split; masks and labels may be unknown for some of them. R or K may be 0."""
 
     images: Tensor  # (N, C, S, S) uint8
-    masks: Tensor | None  # (N, R, S, S) bool, None without any region
-    has_masks: Tensor  # (N,) bool: all R masks of an image are known
-    labels: Tensor | None  # (N, K) float32, multi-hot, NaN = unknown
+    masks: Tensor  # (N, R, S, S) bool
+    has_masks: Tensor  # (N,) bool: all R masks of an image are known; none if R = 0
+    labels: Tensor  # (N, K) float32, multi-hot, NaN = unknown
     names: list[str]
     regions: list[str]  # R
     findings: list[str]  # K, the class names
@@ -39,8 +39,7 @@ class Data(NamedTuple):
 def select(data: Data, index: Tensor) -> Data:
     """The images at `index`, (M,) integer or (N,) bool, with their masks, labels and names."""
     names = [data.names[i] for i in torch.arange(len(data.names))[index].tolist()]
-    tensors = [None if tensor is None else tensor[index] for tensor in data[:4]]
-    return Data(*tensors, names, data.regions, data.findings)
+    return Data(*(tensor[index] for tensor in data[:4]), names, data.regions, data.findings)
 
 
 def to_device(images: Tensor, device: str) -> Tensor:

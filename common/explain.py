@@ -76,7 +76,7 @@ def scores_in(
     model: nn.Module, data: Data, heads: dict[str, int], multiclass: bool | None, layer: int
 ) -> tuple[str, list[float]]:
     """The name of an image's score, and the scores (M,), NaN if unknown; heads: {region: number}."""
-    if multiclass is not None and data.labels is not None:
+    if multiclass is not None and data.findings:
         p, y = scores_of(model, data.images, multiclass).sigmoid(), data.labels  # (M, K)
         if multiclass:
             true = (p * y).sum(dim=1).masked_fill(y.sum(dim=1) != 1, torch.nan)  # of no class, or of two

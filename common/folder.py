@@ -67,15 +67,14 @@ def load_folder(folder: str | Path, img_size: int, reference: str | None = None)
         raise DataError(f"{folder} holds no images{where}; {LAYOUT}")
     notes += [f"images not used:{elsewhere[1:]}; {LAYOUT}"] if elsewhere else []
     data = _read_images(paths, masks, img_size, notes)
-    for region, m in zip(data.regions, data.masks.transpose(0, 1) if data.regions else []):  # (N, S, S)
+    for region, m in zip(data.regions, data.masks.unbind(1)):  # (N, S, S)
         if (full := torch.stack([mask.float().mean() for mask in m]) > 0.98).any():
             name = data.names[int(full.int().argmax())]
             line = f"{int(full.sum())} mask(s) of {region} cover the whole image, such as that of {name}"
             notes.append(f"{line}: a mask must be black where the region is not")
-    if findings:
-        unknown = torch.full((len(findings),), math.nan)
-        rows = torch.stack([labels.get(name, unknown) for name in data.names])  # (N, K)
-        data = data._replace(labels=rows, findings=findings)
+    unknown = torch.full((len(findings),), math.nan)
+    rows = torch.stack([labels.get(name, unknown) for name in data.names])  # (N, K)
+    data = data._replace(labels=rows, findings=findings)
     if not split:  # by the checksum of the names: the same for every seed, on every machine
         order = sorted(data.names, key=lambda n: (zlib.crc32(n.encode("utf-8", "surrogateescape")), n))
         held_out = max(1, round(0.15 * len(order))) if len(order) > 2 else 0
@@ -84,8 +83,7 @@ def load_folder(folder: str | Path, img_size: int, reference: str | None = None)
     reference = _choose_reference(data, masks, split, reference, notes)
     splits = {s: select(data, torch.tensor([split[name] == s for name in data.names])) for s in SPLITS}
     notes += [f"{folder}: no images in {s}" for s in SPLITS if not splits[s].names] + _repeated(splits)
-    if findings:
-        notes += notes_on(findings, rows, torch.tensor([split[name] == "train" for name in data.names]))
+    notes += notes_on(findings, rows, torch.tensor([split[name] == "train" for name in data.names]))
     return splits, reference, [printable(note) for note in notes]
 
 
@@ -221,7 +219,7 @@ def _read_images(paths: dict[str, Path], masks: dict[str, dict], size: int, note
     channels = max(map(len, images))
     images = torch.stack([image.expand(channels, -1, -1) for image in images])  # (N, C, S, S)
     known = torch.tensor([bool(masks) and all(name in files for files in masks.values()) for name in names])
-    return Data(images, torch.stack(own) if masks else None, known, None, names, list(masks), [])
+    return Data(images, torch.stack(own), known, torch.zeros(len(names), 0), names, list(masks), [])
 
 
 def _choose_reference(data: Data, masks: dict, split: dict, name: str | None, notes: list) -> str | None:
@@ -232,7 +230,7 @@ def _choose_reference(data: Data, masks: dict, split: dict, name: str | None, no
             counts = ", ".join(f"{region} has {len(files)}" for region, files in masks.items())
             notes.append(f"no image has a mask in every region: {counts}")
         return None
-    empty = dict(zip(data.names, (~data.masks.flatten(2).any(dim=2)).any(dim=1).tolist())) if complete else {}
+    empty = dict(zip(data.names, (~data.masks.flatten(2).any(dim=2)).any(dim=1).tolist()))
     name = name or min(complete, key=lambda n: (SPLITS.index(split[n]), empty[n]))  # the first that shows all
     if name not in data.names:
         raise DataError(f"sample `{name}` is no readable image; use a name like `{data.names[0]}`")

@@ -128,8 +128,7 @@ def registered_masks(images: Tensor, prior: tuple, most: int = 1) -> Tensor:
 def references_for(train: Data, reference: str, most: int) -> list[str]:
     """The reference image, and others whose masks are all there and not empty; of each label in turn."""
     complete = train.has_masks & train.masks.flatten(2).any(dim=2).all(dim=1)  # (N,)
-    labels = [""] * len(train.names) if train.labels is None else map(str, train.labels.tolist())
-    label, turn, turns = dict(zip(train.names, labels)), {}, Counter()
+    label, turn, turns = dict(zip(train.names, map(str, train.labels.tolist()))), {}, Counter()
     others = (name for name, whole in zip(train.names, complete.tolist()) if whole and name != reference)
     for name in (reference, *others):
         turn[name] = turns[label[name]]  # how many of its label come before

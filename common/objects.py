@@ -58,7 +58,7 @@ def untrained(model: nn.Module) -> nn.Module:
 
 def shows_one(data: Data) -> Data:
     """The images whose masks are known and not empty."""
-    return select(data, data.has_masks & data.masks.flatten(1).any(dim=1)) if data.has_masks.any() else data
+    return select(data, data.has_masks & data.masks.flatten(1).any(dim=1))
 
 
 @torch.no_grad()
@@ -69,7 +69,7 @@ def measure_objects(model: nn.Module, splits: dict[str, Data], layer: int) -> di
     that pools evenly but has no linear layer of logits, which a class activation map needs.
     """
     val, test = (shows_one(splits[name]) for name in ("val", "test"))
-    if len(test.regions) != 1 or not test.has_masks.any() or not val.has_masks.any():
+    if len(test.regions) != 1 or not test.names or not val.names:
         raise CannotMeasure("objects are measured where test and validation images have masks of one region")
     encoder = getattr(model, "encoder", model)
     even = pools_evenly(encoder)

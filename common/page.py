@@ -130,7 +130,7 @@ def _run(name: str, seen: Looks) -> dict:
 
 def _about(shown: Data, i: int) -> str:
     """What is known of an image's labels."""
-    if shown.labels is None or shown.labels[i].isnan().all():
+    if shown.labels[i].isnan().all():
         return "no label."
     labels = list(zip(shown.findings, shown.labels[i].tolist()))
     present, unknown = [f for f, y in labels if y == 1], [f for f, y in labels if math.isnan(y)]

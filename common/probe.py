@@ -167,7 +167,7 @@ def probe(
     Raises CannotMeasure without labels.
     """
     for split in ("train", "test") if how == "knn" else SPLITS:
-        if splits[split].labels is None or splits[split].labels.isnan().all():
+        if splits[split].labels.isnan().all():
             raise CannotMeasure(f"no {split} image has a label: {how} can't be measured")
     labels, found = splits["train"].labels, {}
     x = {} if features is None or how == "heads" else features  # features (M, D) by split; heads has its own

@@ -131,9 +131,9 @@ def images_to_show(config: Config, splits: dict[str, Data], n: int) -> Data:
     _, test = worth_showing(splits)
     n = min(n, len(test.names))
     labels, pretraining = splits["train"].labels, config.task == "pretrain"
-    if test.labels is not None and is_multiclass(labels) and (pretraining or labels.shape[1] > 2):
+    if is_multiclass(labels) and (pretraining or labels.shape[1] > 2):
         return select(test, torch.linspace(0, len(test.names) - 1, n).long())  # often sorted by class
-    if pretraining or test.labels is None:
+    if pretraining or not test.findings:
         return select(test, torch.arange(n))
     column = 1 if labels.shape[1] == 2 and is_multiclass(labels) else 0  # the first of two classes is "no X"
     finding = test.labels[:, column].nan_to_num()

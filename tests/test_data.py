@@ -60,7 +60,7 @@ def test_a_folder_becomes_three_splits_of_uint8_images(folder):
     splits, reference, notes = load_folder(str(folder), 12)
     for data, n in zip(splits.values(), (4, 1, 1)):
         assert data.images.shape == (n, 1, 12, 12) and data.images.dtype == torch.uint8
-        assert data.masks is None and data.labels is None and not data.has_masks.any()
+        assert data.masks.shape[1] == data.labels.shape[1] == 0 and not data.has_masks.any()
     assert reference is None and notes == []
     save(folder / "images" / "z.png", Image.new("RGB", (12, 12), "red"))
     coloured = load_folder(folder, 12)[0]["train"]  # one colour image gives all of them three channels
@@ -341,7 +341,7 @@ def test_a_label_column_becomes_one_hot_over_the_sorted_classes_and_no_labels_wi
     assert [found[name].labels.tolist() for name in ("a.png", "b.png")] == [[[0, 0, 0, 1]], [[0, 0, 1, 0]]]
     assert found["e.png"].labels.isnan().all() and found["f.png"].labels.isnan().all()
     table(folder, "file,label\na.png,\n")
-    assert everything(folder)[0]["a.png"].labels is None
+    assert everything(folder)[0]["a.png"].labels.shape == (1, 0)
 
 
 NOTES = [  # pictures beside a.png to f.png, rows of labels.csv, and what is noted

@@ -93,7 +93,7 @@ def test_without_labelled_test_images_a_classifier_is_trained_but_not_measured(t
 def test_a_picture_shows_all_classes_though_names_are_sorted_by_class():
     names, none = [f"{c}/{i}" for c in "abc" for i in range(5)], torch.zeros(15, dtype=torch.bool)
     labels = torch.eye(3).repeat_interleave(5, 0)
-    data = Data(torch.zeros(15, 1, 8, 8), None, none, labels, names, [], [*"abc"])
+    data = Data(torch.zeros(15, 1, 8, 8), torch.zeros(15, 0, 8, 8), none, labels, names, [], [*"abc"])
     for task in ("pretrain", "classify"):
         config, _ = parse(["--task", task])
         assert [n[0] for n in images_to_show(config, {"train": data, "test": data}, 6).names] == [*"aabbcc"]

@@ -75,7 +75,8 @@ def test_the_page_holds_images_maps_and_masks_exactly(made):
     assert numbers(run["colours"], np.uint8).reshape(256, 3)[[0, -1]].tolist() == [[0, 0, 3], [251, 252, 191]]
     assert [first["about"], second["about"]] == [f"{EVIL}.", "no label."]
     fine = {"a": Looks({"R": torch.randn(2, 256, 256)}, "nodule", [], "", [])}
-    bare = data_in(page({}, shown._replace(masks=None, has_masks=torch.zeros(2), labels=None), "", fine, {}))
+    none = shown._replace(has_masks=torch.zeros(2), labels=torch.zeros(2, 0))
+    bare = data_in(page({}, none, "", fine, {}))
     R = numbers(bare["runs"][0]["maps"]["R"], "<f4").reshape(2, 64, 64)
     assert abs(R).mean(axis=(1, 2)) == pytest.approx([1, 1])
     assert [image["masks"] for image in bare["images"]] == [None, None]
@@ -112,7 +113,7 @@ def test_a_classifier_is_shown_by_its_relevance_and_by_its_heads_if_it_has_some(
 
 def test_the_page_shows_the_first_images_and_those_that_each_model_is_worst_at(monkeypatch):
     monkeypatch.setattr(loaded_runs, "ON_PAGE", 6)
-    data = Data(torch.zeros(9, 1, 8, 8), None, torch.zeros(9), None, [str(i) for i in range(9)], [], [])
+    data = Data(*torch.zeros(2, 9, 1, 8, 8), torch.zeros(9) > 0, torch.zeros(9, 0), [*"012345678"], [], [])
     config, spec = parse(["--data", "d", "--img-size", "8"])[0], DataSpec(1, (), False, "")
     runs = {name: loaded_runs.Loaded(config, spec, name, [], Path(), {}) for name in ("a", "b")}
     scores = {"a": [0.9] * 7 + [0.2, 0.1], "b": [0.9] * 4 + [math.nan, 0.3, 0.4, 0.9, 0.9]}
