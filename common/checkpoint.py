@@ -88,8 +88,6 @@ def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
     """In the first process, raise ValueError rather than touch a folder that holds anything, unless asked."""
     if rank():
         return
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; name a folder")
     if resume and overwrite:
         raise ValueError("--resume continues a run, --overwrite starts again: choose one")
     empty = not out.exists() or all(path.suffix == ".part" for path in out.iterdir())  # of a killed process
@@ -97,11 +95,9 @@ def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
     if not empty and not (record.exists() and b'"command": "python ' in record.read_bytes()):
         raise ValueError(f"--out {out} holds something other than a run; name another folder")
     if resume and not (out / "last.pt").exists():
-        stopped = "it stopped before its first epoch ended, --overwrite starts again"
-        raise ValueError(f"--resume: there is no {out}/last.pt; {'drop --resume' if empty else stopped}")
+        raise ValueError(f"--resume: there is no {out}/last.pt; drop --resume, or start again by --overwrite")
     if not (empty or resume or overwrite):
-        goes_on = "--resume continues it, " * (out / "last.pt").exists()
-        raise ValueError(f"--out {out} holds a run: {goes_on}--overwrite starts again")
+        raise ValueError(f"--out {out} holds a run: --resume continues it, --overwrite starts again")
 
 
 def start_run(config: Config, spec: DataSpec, argv: list[str]) -> None:

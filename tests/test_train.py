@@ -77,11 +77,11 @@ def test_an_existing_run_is_neither_overwritten_nor_resumed_unless_asked_to(span
     for name, content in [("dead", (span_run / "config.json").read_text()), ("other", '{"model": "vit"}')]:
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(content)
-    assert "--overwrite starts again" in refused(train.main, "--out", str(tmp_path / "dead"), "--resume")
+    assert "start again by --overwrite" in refused(train.main, "--out", str(tmp_path / "dead"), "--resume")
     assert "other than a run" in refused(train.main, "--out", str(tmp_path / "other"), "--overwrite")
     (tmp_path / "thesis.txt").write_text("years of work")
     assert "something other than a run" in refused(train.main, "--out", str(tmp_path), "--overwrite")
-    assert "is a file" in refused(train.main, "--out", str(tmp_path / "thesis.txt"))
+    assert "Not a directory: " in refused(train.main, "--out", str(tmp_path / "thesis.txt"))
     line = refused(train.main, "--data=nowhere", "--out", str(span_run))  # mistyped
     assert "nowhere is not a folder" in line and "overwrite" not in line
     assert (span_run / "last.pt").read_bytes() == before and not (tmp_path / "new").exists()
