@@ -30,10 +30,14 @@ MEASURES = ["attention", "objects", "bias", "backgrounds", *PROBES]
 NOT_OF = {  # what is not measured of a model, and of whom it is; a pipeline's encoder sees no background
     "encoder": (["bias", "backgrounds"], "classifiers"), "classifier": (["finetune"], "pretrained runs"),
     "pipeline": (["attention", "objects", *PROBES], "encoders of whole images")}  # fmt: skip
-OF_FOREGROUND = {  # {table: what in it is measured only on images with a foreground}
-    "AP in %": "AP", "objects, in %": "objects", "exchanged backgrounds, in %": "backgrounds",
-    "test images (same = unchanged), in %": "relevance share",
-}  # fmt: skip
+# What is measured only on images with a foreground.
+OF_FOREGROUND = {
+    "attention": "AP",
+    "bias": "relevance share",
+    "backgrounds": "backgrounds",
+    "objects": "objects",
+}
+MEAN = "mean over regions"  # a row beside the regions
 QUICK = ["attention", "bias", "knn", "linear"]  # seconds a run
 
 
@@ -67,26 +71,34 @@ def report(
     if list(measures) not in (MEASURES, QUICK):
         found.notes.extend(f"{what} is only for {others}" for what in measures if what not in apply)
     test, n, masked = splits["test"], len(splits["test"].names), len(shows_one(splits["test"]).names)
-    if "attention" in apply and pools_evenly(encoder):
-        apply.remove("attention")
-        found.notes.append("patches are pooled by their mean: there is no attention to measure")
     for what in apply:
         try:
             if what == "bias":
-                add_bias(found, measure_bias(model, splits, multiclass, rule), test)
+                table = measure_bias(model, splits, multiclass, rule)
+                add_table(found, "test images (same = unchanged), in %", table, name_of_bias)
+                if (m := int((~test.labels.isnan()).any(dim=1).sum())) < 50:
+                    worth = f"each is worth up to {100 / m:.0f} points of accuracy"
+                    found.notes.append(f"only {m} test images with labels: {worth}")
             elif what == "backgrounds":
-                add_backgrounds(found, *measure_backgrounds(model, splits, multiclass), masked)
+                table, paired = measure_backgrounds(model, splits, multiclass)
+                add_table(found, "exchanged backgrounds, in %", table, name_of_bias)
+                if paired < masked:
+                    line = f"mixed same and rand: on {paired} of {masked} images, whose labels others share"
+                    found.notes.append(line)
             elif what == "attention":
-                add_attention(found, *measure_attention(encoder, splits, layer, guided, priors))
-            elif what in PROBES:
+                table, heads = measure_attention(encoder, splits, layer, guided, priors)
+                add_table(found, "AP in %", table, name_of_ap)
+                found.heads.update(heads)
+            elif what == "objects":
+                table = measure_objects(model, splits, layer)
+                add_table(found, "objects, in %", table, lambda of, metric: f"{of}_{metric}")
+            else:
                 add_probe(found, what, encoder, splits, None if classifier else fractions, features)
-            elif list(measures) != MEASURES or len(test.regions) == 1:  # objects
-                found.tables["objects, in %"] = measure_objects(model, splits, layer)
-                found.metrics.update(flatten(found.tables["objects, in %"], lambda of, x: f"{of}_{x}"))
+            if what in OF_FOREGROUND and 0 < masked < n:
+                part = f"on the {masked} of {n} test images with a foreground"
+                found.notes.append(f"{OF_FOREGROUND[what]}: {part}")
         except CannotMeasure as error:
             found.notes.append(str(error))
-    partly = [what for title, what in OF_FOREGROUND.items() if title in found.tables and 0 < masked < n]
-    found.notes.extend(f"{what}: on the {masked} of {n} test images with a foreground" for what in partly)
     if unknown := [name for name, value in found.metrics.items() if math.isnan(value)]:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         few = "(too few test images of a kind, or validation images)"
@@ -94,30 +106,11 @@ def report(
     return found
 
 
-def add_bias(found: Report, table: Table, test: Data) -> None:
-    """Add what `measure_bias` returns, and a note if few images have labels."""
-    if (m := int((~test.labels.isnan()).any(dim=1).sum())) < 50:
-        worth = f"each is worth up to {100 / m:.0f} points of accuracy"
-        found.notes.append(f"only {m} test images with labels: {worth}")
-    found.tables["test images (same = unchanged), in %"] = table
-    found.metrics.update(flatten(table, name_of_bias))
-
-
-def add_backgrounds(found: Report, table: Table, paired: int, masked: int) -> None:
-    """Add what `measure_backgrounds` returns, and a note if some images have no mixed ones."""
-    found.tables["exchanged backgrounds, in %"] = table
-    found.metrics.update(flatten(table, name_of_bias))
-    if paired < masked:
-        found.notes.append(f"mixed same and rand: on {paired} of {masked} images, whose labels others share")
-
-
-def add_attention(found: Report, ap: Table, heads: dict[str, int]) -> None:
-    """Add what `measure_attention` returns, and means over regions."""
-    means = {of: {"": known_mean(row.values())} for of, row in ap.items()}
-    found.metrics.update(flatten(ap, lambda of, region: f"{of}_AP_{region}"))
-    found.metrics.update(flatten(means, lambda of, _: f"{of}_mAP"))
-    found.tables["AP in %"] = ap
-    found.heads.update(heads)
+def add_table(found: Report, title: str, table: Table, name: Callable[[str, str], str]) -> None:
+    """Add a table {column: {row: value}}, and its values to the metrics, as name(column, row)."""
+    found.tables[title] = table
+    cells = ((column, row, value) for column, rows in table.items() for row, value in rows.items())
+    found.metrics.update({name(c.replace(",", ""), row).replace(" ", "_"): value for c, row, value in cells})
 
 
 def add_probe(
@@ -146,8 +139,10 @@ def measure_attention(
 ) -> tuple[Table, dict[str, int]]:
     """AP {attention or another map: {region: AP}}, and heads {region: number}.
 
-    Raises CannotMeasure without masks.
+    Raises CannotMeasure without masks, or without attention.
     """
+    if pools_evenly(encoder):
+        raise CannotMeasure("patches are pooled by their mean: there is no attention to measure")
     val, test = (select(splits[split], splits[split].has_masks) for split in ("val", "test"))
     for split, data in {"test": test, "validation": val}.items():
         if not data.names and not (guided and data is val):
@@ -168,17 +163,16 @@ def measure_attention(
     maps["attention"] = attention, grid  # (M, R, N)
     for name, (m, size) in maps.items():
         ap = localisation_ap(m, test.masks, size).diagonal(dim1=1, dim2=2).nanmean(dim=0)  # (R,)
-        table[name] = dict(zip(test.regions, ap.tolist()))
+        table[name] = dict(zip(test.regions, ap.tolist())) | {MEAN: known_mean(ap)}
     return table, dict(zip(test.regions, heads.tolist()))
-
-
-def flatten(table: Table, name: Callable[[str, str], str]) -> dict[str, float]:
-    """{column: {row: value}} as in metrics.json: {name(column, row): value}."""
-    cells = ((column, row, value) for column, rows in table.items() for row, value in rows.items())
-    return {name(column.replace(",", ""), row).replace(" ", "_"): value for column, row, value in cells}
 
 
 def name_of_bias(images: str, metric: str) -> str:
     """auc_same, auc_flipped_effusion, accuracy_same ..."""
     metric, finding = ("auc", metric[3:]) if metric.startswith("AUC") else (metric, "")
     return f"{metric}_{images}{finding}"
+
+
+def name_of_ap(of: str, region: str) -> str:
+    """attention_AP_heart, prior_mAP ..."""
+    return f"{of}_mAP" if region == MEAN else f"{of}_AP_{region}"

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from common.data import Data
 from common.measure import Report
-from common.metrics import known_mean
 from common.plots import COLOURS, SCALE
 
 PNG = "data:image/png;base64,"
@@ -40,8 +39,6 @@ def side_by_side(reports: dict[str, Report]) -> dict[str, tuple[list[str], list[
     for title, table in joined.items():
         names = list(dict.fromkeys(name for column in table.values() for name in column))
         rows = [[name, *(column.get(name, math.nan) for column in table.values())] for name in names]
-        if title == "AP in %":
-            rows.append(["mean", *(known_mean(column.values()) for column in table.values())])
         rows = [[name, *("" if math.isnan(v) else f"{100 * v:.1f}" for v in cells)] for name, *cells in rows]
         made |= {title: ([title, *table], rows)} if table else {}
     return made
