@@ -38,6 +38,16 @@ class Features(NamedTuple):
     attention: Tensor | None
 
 
+def resized(positions: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """Position embeddings (1, T, D) of a grid (h, w), resized bicubically; one for CLS before them is kept."""
+    if new_grid == grid:
+        return positions
+    cls, patches = positions.tensor_split([positions.shape[1] - math.prod(grid)], dim=1)
+    patches = patches.transpose(1, 2).unflatten(2, grid)  # (1, D, h, w)
+    patches = F.interpolate(patches, size=new_grid, mode="bicubic", align_corners=False)
+    return torch.cat([cls, patches.flatten(2).transpose(1, 2)], dim=1)
+
+
 class PatchEmbed(nn.Module):
     """Images (B, C, H, W) to patch tokens (B, N, D), equation (1): a convolution with stride = kernel."""
 
@@ -180,16 +190,6 @@ class ViT(nn.Module):
         """Rows and columns (h, w) of the patches of images (B, C, H, W); N = h * w. Raises ValueError."""
         return self._grid(*images.shape[-2:])
 
-    def positions_for(self, grid: tuple[int, int]) -> Tensor:
-        """The position embedding (1, T, D) for a grid (h, w), resized bicubically if it is not native."""
-        if grid == self.native_grid:
-            return self.pos_embed
-        extra = int(self.pool is None)  # the CLS token is not part of the grid
-        cls, patches = self.pos_embed[:, :extra], self.pos_embed[:, extra:]
-        patches = patches.transpose(1, 2).unflatten(2, self.native_grid)  # (1, D, h0, w0)
-        patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
-        return torch.cat([cls, patches.flatten(2).transpose(1, 2)], dim=1)
-
     def embed(self, images: Tensor, positions: bool = True) -> Tensor:
         """Images (B, C, H, W) to input tokens (B, T, D), equation (1)."""
         grid = self.grid(images)
@@ -197,7 +197,7 @@ class ViT(nn.Module):
         if self.pool is None:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + N, D)
         # A sum with positions is in float32 under autocast, so tokens without them are made so, too.
-        x = x + self.positions_for(grid) if positions else x.to(self.pos_embed)
+        x = x + resized(self.pos_embed, self.native_grid, grid) if positions else x.to(self.pos_embed)
         if self.registers:
             extra = int(self.pool is None)  # the CLS token stays first
             registers = self.reg_token.expand(len(x), -1, -1)

@@ -7,7 +7,7 @@ prefix (module., backbone. ...). Differences from `vit.py` are folded into weigh
     ImageNet's (x - m) / s                goes into the patch embedding; assumed for all colour weights
     grey images                           the kernels of the three channels are summed
     registers, distillation token         become `registers`, with the token's position added
-    no position for CLS, another size     a zero is added; positions are resized, as `ViT.positions_for` does
+    no position for CLS, another size     a zero is added; positions are resized, as `vit.resized` does
 
 Heads are left out. Other operations (SwiGLU, normalised queries, rotary positions) are refused by their keys.
 """
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simpool import SimPool
-from vit import ViT
+from vit import ViT, resized
 
 HOLDERS = ["teacher", "student", "model", "state_dict", "model_state_dict"]
 FIRST, BIAS = "patch_embed.proj.weight", "patch_embed.proj.bias"
@@ -125,13 +125,8 @@ def fit(weights: dict[str, Tensor], vit: ViT) -> None:
         w[BIAS] = w[BIAS] + ((0.5 - MEAN) / DEVIATION * w[FIRST]).sum(dim=(1, 2, 3))
         w[FIRST] = w[FIRST] * (0.25 / DEVIATION)
         w[FIRST] = w[FIRST].sum(dim=1, keepdim=True) if ours[FIRST].shape[1] == 1 else w[FIRST]
-    first = int("cls_token" in w)
-    patches = w["pos_embed"][:, first:]
-    side = math.isqrt(patches.shape[1])
-    if (side, side) != vit.native_grid:
-        patches = patches.transpose(1, 2).unflatten(2, (side, side))
-        patches = F.interpolate(patches, size=vit.native_grid, mode="bicubic").flatten(2).transpose(1, 2)
-        w["pos_embed"] = torch.cat([w["pos_embed"][:, :first], patches], dim=1)
+    side = math.isqrt(w["pos_embed"].shape[1] - ("cls_token" in w))
+    w["pos_embed"] = resized(w["pos_embed"], (side, side), vit.native_grid)
     for k in w | ours:
         theirs, own = (list(x[k].shape) if k in x else "missing" for x in (w, ours))
         if theirs != own:

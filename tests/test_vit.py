@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import golden, seeded
 
 from simpool import GAP
-from vit import ViT
+from vit import ViT, resized
 
 IMAGES = torch.rand(2, 1, 16, 16, generator=seeded())
 
@@ -81,11 +81,11 @@ def test_other_image_sizes_get_resized_positions():
     features = vit(images)
     assert vit.grid(images) == (2, 6) and small(img_size=(8, 16)).native_grid == (2, 4)
     assert features.patches.shape == (2, 12, 12) and features.attention.shape == (2, 3, 12)
-    assert torch.equal(vit.positions_for((4, 4)), vit.pos_embed)
+    assert resized(vit.pos_embed, (4, 4), (4, 4)) is vit.pos_embed
     vit.pos_embed.data[:, 1:] = torch.arange(4.0).repeat_interleave(4)[None, :, None]  # by the row alone
-    resized = vit.positions_for((2, 6))  # still is
-    assert torch.equal(resized[:, 0], vit.pos_embed[:, 0])  # CLS has no place to be resized
-    rows = resized[0, 1:, 0].view(2, 6)
+    wider = resized(vit.pos_embed, (4, 4), (2, 6))  # still is
+    assert torch.equal(wider[:, 0], vit.pos_embed[:, 0])  # CLS has no place to be resized
+    rows = wider[0, 1:, 0].view(2, 6)
     torch.testing.assert_close(rows, rows[:, :1].expand(2, 6))
     assert rows[1, 0] > rows[0, 0] + 1
 

@@ -11,7 +11,7 @@ import evaluate
 import train
 from common.weights import BIAS, DEVIATION, FIRST, MEAN, exported, fit, read_weights, sizes
 from simpool import SimPool
-from vit import ViT
+from vit import ViT, resized
 
 
 def published_names(**options) -> dict[str, torch.Tensor]:
@@ -86,7 +86,7 @@ def test_other_positions_grey_images_and_other_sizes_fit(tmp_path):
     pooled = colour(image.expand(-1, 3, -1, -1)).pooled
     torch.testing.assert_close(pooled, grey(image).pooled, rtol=1e-3, atol=1e-4)
     native, _, _ = loaded(tmp_path, state)
-    torch.testing.assert_close(colour.pos_embed, native.positions_for((4, 4)))
+    torch.testing.assert_close(colour.pos_embed, resized(native.pos_embed, native.native_grid, (4, 4)))
     state["pos_embed"] = torch.randn(1, 196, 192)  # none for CLS
     vit, _, _ = loaded(tmp_path, state)
     assert torch.equal(vit.pos_embed[:, 1:], state["pos_embed"]) and not vit.pos_embed[:, 0].any()
