@@ -145,8 +145,6 @@ def write_weights(run: Path, path: Path) -> None:
         raise ValueError(f"--export {path}: it exists already")
     if path.suffix not in (".pth", ".pt") or not path.parent.is_dir():
         raise ValueError(f"--export {path}: name a .pth file in a folder that exists")
-    if run.is_file():
-        raise ValueError(f"--export: {run} is a file of weights already; name a run of train.py")
     found = load_run(run)
     model, c = load_model(run, found), found.config
     encoder = getattr(model, "encoder", model)
