@@ -103,11 +103,7 @@ def main() -> None:
         out = ROOT / f"data/chest{shortcut}"
         if out.exists():
             parser.error(f"{out.relative_to(ROOT)} exists: delete it first")
-        try:
-            written = write(examples(path, shortcut), out)
-        except (ValueError, OSError) as error:
-            parser.error(f"{path}: {error}; it must hold cxr/ and masks/ with files of the same names")
-        print(f"wrote {written} images into {out.relative_to(ROOT)}")
+        print(f"wrote {write(examples(path, shortcut), out)} images into {out.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":
