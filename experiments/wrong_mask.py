@@ -102,18 +102,18 @@ def measured(train: Data, all_test: Data) -> dict[str, list]:
     complete = train.masks.flatten(2).any(dim=2).all(dim=1).nonzero()[:REFERENCES, 0].tolist()
     few, masks = complete[:: REFERENCES // 5], train.masks
 
-    def of(references: list[int], change) -> list[tuple[float, float]]:
-        return [scores(train, k, change(masks[k]), test) for k in references]
+    def of(references: list[int], shift: float = 0, scale: float = 1, roll: int = 0) -> list[tuple]:
+        changed = [wrong(masks[k].roll(roll, dims=0), shift, scale) for k in references]
+        return [scores(train, k, m, test) for k, m in zip(references, changed)]
 
-    of_hearts = {what: [left_inside(train, k, all_test) for k in ks] for what, ks in hearts(train).items()}
-    shifts = [(s, of(few, lambda m, s=s: wrong(m, s / 100, 1.0))) for s in SHIFTS]
-    right = shifts[0][1]  # neither shifted nor scaled
     return {
-        "reference image": [(0, of(complete, lambda m: m))],
-        "shift": shifts,
-        "scale": [(s, right if s == 100 else of(few, lambda m, s=s: wrong(m, 0.0, s / 100))) for s in SCALES],
-        "swapped": [(1, of(few, lambda m: m.roll(1, dims=0)))],  # each region has another one's mask
-        "hearts": list(of_hearts.items()),
+        "reference image": [(0, of(complete))],
+        "shift": [(s, of(few, shift=s / 100)) for s in SHIFTS],
+        "scale": [(s, of(few, scale=s / 100)) for s in SCALES],
+        "swapped": [(1, of(few, roll=1))],  # each region has another one's mask
+        "hearts": [
+            (what, [left_inside(train, k, all_test) for k in ks]) for what, ks in hearts(train).items()
+        ],
     }
 
 
