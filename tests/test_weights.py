@@ -134,6 +134,8 @@ def test_published_weights_are_measured_trained_on_and_exported_again(tmp_path, 
     evaluate.main("run --export out.pth".split())
     assert set(torch.load("out.pth")) == set(published_names(embed_dim=64, num_heads=1))
     capsys.readouterr()
+    wide = "--init vit.pth --num-heads 1 --embed-dim 32 --prior none --out wide".split()
+    assert "vit.pth doesn't fit: size mismatch for " in refused(train.main, *wide)
     for wrong, line in {
         "run --export out.pth": "exists already",
         "run --export vit.bin": "name a .pth file",
