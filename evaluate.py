@@ -174,7 +174,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--all", action="store_true", help=what)
     add("--rows", type=int, help="test images in compare.png (default: 6)")
     add("--html", action="store_true", help="also write report.html, with metrics and images to browse")
-    add = parser.add_argument_group("for one run, instead of measuring").add_argument
+    group = parser.add_argument_group("for one run, instead of measuring; exclude each other")
+    add = group.add_mutually_exclusive_group().add_argument
     add("--image", nargs="+", type=Path, metavar="FILE", help="draw its maps over images of any size")
     add("--export-masks", type=Path, metavar="DIR", help="write its guided heads' masks into a new folder")
     add("--export", type=Path, metavar="FILE", help="write its ViT for timm and DINO's code")
@@ -185,14 +186,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     typed = {"--data": args.data, "--img-size": args.img_size, "--num-heads": args.num_heads}
     args.flags = [word for flag, v in typed.items() if v is not None for word in (flag, str(v))]
-    alone = [f"--{key.replace('_', '-')}" for key in ("export", "export_masks", "image") if vars(args)[key]]
+    alone = args.export or args.export_masks or args.image
     others = args.html or args.measures or args.rows or args.all or len(args.runs) > 1
     missing = ", ".join(str(path) for path in [*args.runs, *(args.image or [])] if not path.exists())
     files = any(run.is_file() for run in args.runs)
     flags = "" if files else " ".join(args.flags[2 if args.data else 0 :])  # all but --data
     for wrong, line in [
-        (len(alone) > 1, f"{' and '.join(alone)} exclude each other: give one"),
-        (alone and others, f"{' or '.join(alone)} takes one run, without --only, --all, --rows and --html"),
+        (alone and others, "--image and --export take one run, without --only, --all, --rows and --html"),
         (args.data and not files and (args.image or args.export), "--image and --export use no --data"),
         (missing, f"{missing}: no such file or folder"),
         (flags, f"{flags} is for files of weights; runs are measured on their own data"),

@@ -136,14 +136,14 @@ def test_what_can_not_be_compared_or_asked_is_refused_at_once(two_runs, tmp_path
         ([span, "--img-size", "32"], "--img-size 32 is for files of weights; runs are measured on their own"),
         ([span, "nowhere"], "nowhere: no such file or folder"),
         ([span, "--rows", "0"], "--rows 0: draw at least 1"),
-        ([span, "--export", "x.pth", "--image", "x.png"], "--export and --image exclude each other"),
+        ([span, "--export", "x.pth", "--image", "x.png"], "--image: not allowed with argument --export"),
         ([span, dino], f"{dino}/metrics.json is damaged: remove it"),
         ([str(tmp_path)], "is not a run of train.py"),
     ]:
         assert line in refused(evaluate.main, *argv)
     for beside in (["--html"], ["--rows", "9"], ["--only", "knn"], [dino]):
         line = refused(evaluate.main, span, *beside, "--image", "x.png")
-        assert "--image takes one run, without --only" in line
+        assert "--image and --export take one run, without --only" in line
 
 
 def test_masks_cover_the_reference_s_prior_and_come_back_as_they_went(span_run, tmp_path, capsys, refused):
