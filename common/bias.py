@@ -67,7 +67,7 @@ def classified(model: nn.Module, val: Data, kinds: dict[str, Data], multiclass: 
         del findings[0]
     chosen_on = scores_of(model, val.images, multiclass)
     known = [k for k in findings if not val.labels[:, k].isnan().all()]
-    thresholds = {k: best_threshold(chosen_on[:, k], val.labels[:, k]) for k in known}
+    thresholds = torch.tensor([best_threshold(chosen_on[:, k], val.labels[:, k]) for k in known])
     for name, data in kinds.items():
         scores, labels = scores_of(model, data.images, multiclass), data.labels
         each = {f"AUC {finding}": auc(scores[:, k], labels[:, k]) for k, finding in findings.items()}
@@ -75,8 +75,7 @@ def classified(model: nn.Module, val: Data, kinds: dict[str, Data], multiclass: 
             one = labels.sum(dim=1) == 1  # known, and of one class
             right = (scores.argmax(dim=1) == labels.argmax(dim=1))[one]
         else:
-            columns = [(scores[:, k] > t, labels[:, k]) for k, t in thresholds.items()]
-            known_right = [(said == y)[~y.isnan()] for said, y in columns]
-            right = torch.cat(known_right) if known_right else torch.zeros(0)  # then accuracy is NaN
+            said, true = scores[:, known] > thresholds, labels[:, known]
+            right = (said == true)[~true.isnan()]  # none, and accuracy NaN, without thresholds
         table[name] = {"AUC": known_mean(each.values()), **each, "accuracy": float(right.double().mean())}
     return table
