@@ -57,10 +57,6 @@ def load_folder(folder: str | Path, img_size: int, reference: str | None = None)
             raise DataError(f"{folder}: {line}: move all images to images/, add the split to labels.csv")
         paths = {f"{sub.name}/{path.name}": path for sub in classes for path in _listed(sub)}
         findings, labels = one_hot({name: printable(path.parent.name) for name, path in paths.items()})
-    if not paths and (beside := _listed(folder)):
-        if folder.resolve().name == "images":
-            raise DataError(f"{folder} holds the images of {folder.resolve().parent}: name that folder")
-        raise DataError(f"{folder}: {len(beside)} images lie beside each other; move them to {folder}/images")
     elsewhere = _unused(folder, paths)
     if not paths:
         where = f" where they belong, but{elsewhere[1:]}" if elsewhere else f" ({' '.join(SUFFIXES)})"
@@ -114,7 +110,7 @@ def _unused(folder: Path, used: dict[str, Path]) -> str:
     found, left = {*used.values()}, Counter()
     for path in folder.rglob("*"):
         parts = path.relative_to(folder).parts
-        misplaced = parts[0] != "masks" or len(parts) > 3  # a mask is masks/<region>/<name>
+        misplaced = parts[0] != "masks" or len(parts) != 3  # a mask is masks/<region>/<name>
         if path.suffix.lower() in SUFFIXES and misplaced and path not in found and path.is_file():
             left[path.parent] += not any(part[0] == "." for part in parts)
     words = [f", {n} in {parent}" for parent, n in sorted(left.items()) if n]
@@ -127,8 +123,6 @@ def _find_masks(folder: Path, images: dict[str, Path], notes: list[str]) -> dict
     Adds notes on files that are not used. Raises DataError if a mask may be of two images, or two are of one.
     """
     stems, masks = defaultdict(list), {}
-    if folder.is_dir() and _listed(folder):
-        notes.append(f"masks beside the regions' folders are not used: move them to {folder}/<region>")
     for name, path in images.items():
         stems[normalize("NFC", path.stem)].append(name)  # macOS may write an umlaut as two characters
     for region in _listed(folder, folders=True) if folder.is_dir() else []:
