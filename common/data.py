@@ -50,10 +50,7 @@ def to_device(images: Tensor, device: str) -> Tensor:
 
 def rows_at(images: Tensor, index: Tensor) -> Tensor:
     """images[index] on the device of index (B,), wherever `to_device` left the images (N, ...)."""
-    rows = images[index.to(images.device)]
-    if rows.device != index.device:
-        rows = rows.pin_memory()  # from there, the copy does not wait for the GPU
-    return rows.to(index.device, non_blocking=True)
+    return images[index.to(images.device)].to(index.device)
 
 
 def at_a_time(most: int, images: Tensor) -> int:
