@@ -62,16 +62,9 @@ def check_step(c: Config, images: int, processes: int) -> None:
     near_collapse = c.task == "pretrain" and c.ssl == "dino" and (c.koleo or c.max_entropy < 1)
     swaps = c.isnet and c.swap or c.baseline == "swap"
     if (near_collapse or swaps) and here < 2 * c.accumulate:
-        what = "swapping backgrounds needs" if swaps else "keeping DINO from collapse needs"
-        remedies = {
-            "add images": images < 2 * c.accumulate * processes,
-            "raise --batch-size": c.batch_size < 2 * c.accumulate * processes,
-            "lower --accumulate": c.accumulate > 1,
-            "take fewer processes": processes > 1,
-            "risk a collapse by --koleo 0 --max-entropy 1": near_collapse,
-        }
-        line = f"{what} 2 images or more in each part of a step, not {here} in {c.accumulate} part(s)"
-        raise ValueError(f"{line}: {', or '.join(name for name, helps in remedies.items() if helps)}")
+        what = "swapping backgrounds" if swaps else "what keeps DINO from collapse (--koleo, --max-entropy)"
+        line = f"{what} needs 2 images in each of {c.accumulate} part(s) of a step, which has {here}"
+        raise ValueError(f"{line}: add images, lower --accumulate, or raise --batch-size")
 
 
 def check_pairs(c: Config) -> None:
