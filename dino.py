@@ -93,7 +93,7 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def temperature(self, teacher: Tensor, highest: float, max_entropy: float, w: Tensor) -> Tensor | float:
-        """tau_t, equation (6), a scalar, for scores (..., K); max_entropy: eta; if it is 1, tau_t = highest."""
+        """tau_t, equation (6), a scalar, for scores (..., K); max_entropy: eta; if 1, tau_t = highest."""
         if max_entropy >= 1:
             return highest
         variance = over_processes((teacher - self.center).var(dim=-1, correction=0).mean())
@@ -201,13 +201,13 @@ class DINO(nn.Module):
     def forward(self, views: list[Tensor], teacher_temp: float = 0.04, layer: int = -1) -> tuple:
         """The loss of one step, a scalar, and the student's Features of each entry of views, without patches.
 
-        views: one entry per resolution, [globals (2 B, C, H, W), locals (V B, C, h, w)] or globals alone, as
-        from `crops.multi_crop`. layer: the block whose attention is in the Features. Raises ValueError for a
-        list of single views (B, C, H, W).
+        views: one entry per resolution, first globals (2 B, C, H, W), then locals (V B, C, h, w), if any,
+        as from `crops.multi_crop`. layer: the block whose attention is in the Features. Raises ValueError if
+        two entries have one shape, as in a list of single views (B, C, H, W).
         """
         B, odd = divmod(len(views[0]), 2)  # images
-        if odd or len(views) > 2 or len({v.shape for v in views}) < len(views):
-            raise ValueError("DINO: give [globals (2 B, ...), locals (V B, ...)], not a list of single views")
+        if odd or len({v.shape for v in views}) < len(views):
+            raise ValueError("DINO: join views of one size: [globals (2 B, ...), locals (V B, ...), ...]")
         features = [self.student(x, layer=layer, patches=False) for x in views]
         student = torch.cat([self.student_head(f.pooled) for f in features])  # (V B, K)
         with torch.no_grad():

@@ -174,7 +174,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--all", action="store_true", help=what)
     add("--rows", type=int, help="test images in compare.png (default: 6)")
     add("--html", action="store_true", help="also write report.html, with metrics and images to browse")
-    group = parser.add_argument_group("for one run, instead of measuring; exclude each other")
+    group = parser.add_argument_group("for one run, instead of measuring (one of these)")
     add = group.add_mutually_exclusive_group().add_argument
     add("--image", nargs="+", type=Path, metavar="FILE", help="draw its maps over images of any size")
     add("--export-masks", type=Path, metavar="DIR", help="write its guided heads' masks into a new folder")
@@ -192,7 +192,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     files = any(run.is_file() for run in args.runs)
     flags = "" if files else " ".join(args.flags[2 if args.data else 0 :])  # all but --data
     for wrong, line in [
-        (alone and others, "--image and --export take one run, without --only, --all, --rows and --html"),
+        (alone and others, "--image and --export take one run alone, without flags of what is measured"),
         (args.data and not files and (args.image or args.export), "--image and --export use no --data"),
         (missing, f"{missing}: no such file or folder"),
         (flags, f"{flags} is for files of weights; runs are measured on their own data"),

@@ -136,6 +136,8 @@ class LRP(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, name, changed = kwargs or {}, func.__name__.strip("_"), None
+        if func in (torch.batch_norm, torch.instance_norm):
+            name = f"torch.{name}"  # its arguments have another order than those of F's
         if name == "setitem" or func.__name__ == name + "_" or kwargs.get("inplace"):
             changed = (*args, *kwargs.values())[0]  # the first argument, whether it has a name or not
             for t in self.kept:  # copy kept tensors whose memory is about to change
@@ -237,7 +239,9 @@ class LRP(TorchFunctionMode):
         z = (centred / self.constant(deviation)).view_as(input)
         return self.route(y, z * (1 if weight is None else weight) + (0 if bias is None else bias))
 
-    def _instance_norm(self, func, input, *, weight, bias, use_input_stats, eps, **running):
+    def _instance_norm(
+        self, func, input, *, weight=None, bias=None, use_input_stats=True, eps=1e-5, **running
+    ):
         """Rule (6) with one channel a group; with running statistics, rule (7)."""
         y = func(input, weight=weight, bias=bias, use_input_stats=use_input_stats, eps=eps, **running)
         if use_input_stats:

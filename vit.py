@@ -39,7 +39,7 @@ class Features(NamedTuple):
 
 
 def resized(positions: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """Position embeddings (1, T, D) of a grid (h, w), resized bicubically; one for CLS before them is kept."""
+    """Position embeddings (1, T, D) of a grid (h, w), resized bicubically; one for CLS before them stays."""
     if new_grid == grid:
         return positions
     cls, patches = positions.tensor_split([positions.shape[1] - math.prod(grid)], dim=1)

@@ -95,7 +95,7 @@ def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
     if not empty and not (record.exists() and b'"command": "python ' in record.read_bytes()):
         raise ValueError(f"--out {out} holds something other than a run; name another folder")
     if resume and not (out / "last.pt").exists():
-        raise ValueError(f"--resume: there is no {out}/last.pt; drop --resume, or start again by --overwrite")
+        raise ValueError(f"--resume: there is no {out}/last.pt: check --out; --overwrite starts again")
     if not (empty or resume or overwrite):
         raise ValueError(f"--out {out} holds a run: --resume continues it, --overwrite starts again")
 

@@ -79,6 +79,7 @@ def check_pairs(c: Config) -> None:
     heads_fit = c.pool != "simpool" or c.embed_dim % c.pool_heads == 0
     # fmt: off
     for wrong, line in [
+        (vit and c.local_crops_number and most < 2, "--local-crops-number needs 2 patches a side or more"),
         (c.mega_patches > most, f"--mega-patches {c.mega_patches}: more than the {most} patches per side"),
         (c.data not in DRAWN and not Path(c.data).is_dir(), f"--data {c.data} is not a folder; {LAYOUT}"
          + suggestion(c.data, DRAWN)),

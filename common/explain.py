@@ -55,7 +55,7 @@ def relevance_of(model: nn.Module, images: Tensor, multiclass: bool, rule: dict)
 
     model.eval()
     heatmaps = (relevance(model, x, target, **rule)[0] for x in batches(images, model, EXPLAINED))
-    return torch.cat([R.detach().cpu() for R in heatmaps])
+    return torch.cat([R.cpu() for R in heatmaps])
 
 
 def explained_class(classes: list[str], multiclass: bool) -> str:

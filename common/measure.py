@@ -30,13 +30,9 @@ MEASURES = ["attention", "objects", "bias", "backgrounds", *PROBES]
 NOT_OF = {  # what is not measured of a model, and of whom it is; a pipeline's encoder sees no background
     "encoder": (["bias", "backgrounds"], "classifiers"), "classifier": (["finetune"], "pretrained runs"),
     "pipeline": (["attention", "objects", *PROBES], "encoders of whole images")}  # fmt: skip
-# What is measured only on images with a foreground.
-OF_FOREGROUND = {
-    "attention": "AP",
-    "bias": "relevance share",
-    "backgrounds": "backgrounds",
-    "objects": "objects",
-}
+OF_FOREGROUND = {  # what is measured only on images with a foreground, and its name in the note on that
+    "attention": "AP", "bias": "relevance share", "backgrounds": "backgrounds", "objects": "objects"
+}  # fmt: skip
 MEAN = "mean over regions"  # a row beside the regions
 QUICK = ["attention", "bias", "knn", "linear"]  # seconds a run
 

@@ -71,8 +71,8 @@ def start_from(init: Path, encoder: nn.Module) -> nn.Module:
     weights, left = read_weights(init)
     try:
         fit(weights, encoder)
-    except RuntimeError as error:  # its second line is the first thing that is wrong
-        raise ValueError(f"{init} doesn't fit: {str(error).splitlines()[1].strip()[:200]}") from None
+    except RuntimeError as error:  # its last line names a weight of another size, or missing ones
+        raise ValueError(f"{init} doesn't fit: {str(error).splitlines()[-1].strip()[:200]}") from None
     found, size = sizes(weights), encoder.native_grid[0] * encoder.patch_size
     about = f"{found['embed_dim']} wide, {found['depth']} deep, patches of {found['patch_size']} px"
     resized = f"positions of {found['img_size']} px" + (" resized" if found["img_size"] != size else "")

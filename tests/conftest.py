@@ -20,6 +20,7 @@ import evaluate
 import train
 from common import runs
 from common.checkpoint import load_run
+from common.data import Data
 from common.runs import images_to_show
 from common.symbols import draw_digit
 
@@ -155,6 +156,14 @@ def image_folder(path: Path, *rows: str, size: tuple[int, int] = (16, 16)) -> Pa
         save(path / "images" / row.split(",")[0], noise(*size, seed=i))
     (path / "labels.csv").write_text("\n".join(rows))
     return path
+
+
+def unlabelled(images: torch.Tensor, **known) -> Data:
+    """Images (n, C, S, S) as a split, without masks and labels, but for what is known."""
+    n, size = len(images), images.shape[2:]
+    masks, has_masks = torch.zeros(n, 0, *size, dtype=torch.bool), torch.zeros(n, dtype=torch.bool)
+    data = Data(images, masks, has_masks, torch.zeros(n, 0), [str(i) for i in range(n)], [], [])
+    return data._replace(**known)
 
 
 def digits(n: int) -> tuple[torch.Tensor, torch.Tensor]:

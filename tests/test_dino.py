@@ -207,7 +207,7 @@ def test_centre_and_monitor_average_over_all_processes(tmp_path):
 def test_a_list_of_single_views_is_refused(sizes):
     """DINO's release has [first (B), second (B), ...]: halves of the first would count as two views."""
     views = [torch.rand(n, 1, 16, 16) for n in sizes]
-    refuses("not a list of single views", DINO(ViT(16, 4, 1, 24, 1, 3), 24, out_dim=8), views)
+    refuses("join views of one size", DINO(ViT(16, 4, 1, 24, 1, 3), 24, out_dim=8), views)
 
 
 def test_the_monitor_does_not_judge_by_a_single_image():

@@ -6,14 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, image_folder, metrics_of, noise, save, trained
+from conftest import SMALL, image_folder, metrics_of, noise, save, trained, unlabelled
 from PIL import Image
 
 import evaluate
 import train
 from common.checkpoint import load_run
 from common.config import parse
-from common.data import Data
 from common.explain import decisions
 from common.folder import read_masks
 from common.models import load_model
@@ -91,9 +90,8 @@ def test_without_labelled_test_images_a_classifier_is_trained_but_not_measured(t
 
 
 def test_a_picture_shows_all_classes_though_names_are_sorted_by_class():
-    names, none = [f"{c}/{i}" for c in "abc" for i in range(5)], torch.zeros(15, dtype=torch.bool)
-    labels = torch.eye(3).repeat_interleave(5, 0)
-    data = Data(torch.zeros(15, 1, 8, 8), torch.zeros(15, 0, 8, 8), none, labels, names, [], [*"abc"])
+    names, labels = [f"{c}/{i}" for c in "abc" for i in range(5)], torch.eye(3).repeat_interleave(5, 0)
+    data = unlabelled(torch.zeros(15, 1, 8, 8), labels=labels, names=names, findings=[*"abc"])
     for task in ("pretrain", "classify"):
         config, _ = parse(["--task", task])
         assert [n[0] for n in images_to_show(config, {"train": data, "test": data}, 6).names] == [*"aabbcc"]
@@ -143,7 +141,7 @@ def test_what_can_not_be_compared_or_asked_is_refused_at_once(two_runs, tmp_path
         assert line in refused(evaluate.main, *argv)
     for beside in (["--html"], ["--rows", "9"], ["--only", "knn"], [dino]):
         line = refused(evaluate.main, span, *beside, "--image", "x.png")
-        assert "--image and --export take one run, without --only" in line
+        assert "--image and --export take one run alone" in line
 
 
 def test_masks_cover_the_reference_s_prior_and_come_back_as_they_went(span_run, tmp_path, capsys, refused):

@@ -319,6 +319,12 @@ def test_an_operation_without_a_rule_is_named_once_and_keeps_its_gradient():
     assert len(caught) == 1
 
 
+def test_torch_s_own_batch_norm_is_named_since_its_arguments_have_another_order():
+    norm = lambda x: torch.batch_norm(x, None, None, None, None, True, 0.1, 1e-5, False)  # noqa: E731
+    with pytest.warns(UserWarning, match="no rule for 'torch.batch_norm'"):
+        relevance(norm, doubles(4, 6), TARGET)
+
+
 def test_a_custom_function_beside_a_shortcut_is_named_since_it_hides_its_operations():
     class Twice(torch.autograd.Function):
         forward = backward = staticmethod(lambda ctx, x: 2 * x)

@@ -5,7 +5,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import refuses, seeded
+from conftest import refuses, seeded, unlabelled
 from torch import nn
 from torch.nn.functional import avg_pool2d
 
@@ -51,15 +51,16 @@ def attention(monkeypatch):
 def lungs():
     """Eight phantoms with the mask of a lung as `splits`, and the exact attention (8, 1, 64) for it."""
     images, masks, _ = phantom(8, seed=3)
-    data = Data(images, masks[:, :1], torch.ones(8) > 0, torch.zeros(8, 0), list("abcdefgh"), ["lung"], [])
+    has_masks = torch.ones(8, dtype=torch.bool)
+    data = unlabelled(images, masks=masks[:, :1], has_masks=has_masks, regions=["lung"])
     return dict.fromkeys(("train", "val", "test"), data), avg_pool2d(data.masks.float(), 8).flatten(2)
 
 
 def labelled(*rows: list[float], pixels=None) -> Data:
     """Images whose first row of pixels holds their labels, unless it is given; without masks."""
     images = torch.tensor(pixels or rows).nan_to_num()[:, None, None].to(torch.uint8)  # (M, 1, 1, K)
-    empty, findings = torch.zeros(len(rows), dtype=torch.bool), ["lump", "big heart", "spot"][: len(rows[0])]
-    return Data(images, images[:, :0] > 0, empty, torch.tensor(rows), [""] * len(rows), [], findings)
+    findings = ["lump", "big heart", "spot"][: len(rows[0])]
+    return unlabelled(images, labels=torch.tensor(rows), findings=findings)
 
 
 def test_heads_of_an_unguided_encoder_are_chosen_on_validation_images(lungs):
@@ -247,7 +248,7 @@ def test_features_are_measured_beside_those_of_an_untrained_encoder(monkeypatch)
     """This one tells nothing about images: training has made its features worse than none."""
     labels = (torch.arange(24) % 2)[:, None].float()
     images = (100 * labels[..., None, None] + 20 * torch.rand(24, 1, 16, 16)).to(torch.uint8)
-    data = Data(images, images[:, :0] > 0, torch.zeros(24) > 0, labels, [""] * 24, [], ["bright"])
+    data = unlabelled(images, labels=labels, findings=["bright"])
     splits, model = dict.fromkeys(("train", "val", "test"), data), Classifier(ViT(16, 4, 1, 12, 1, 2), 1)
     for weight in model.parameters():
         weight.data.zero_()

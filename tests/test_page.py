@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, metrics_of, trained
+from conftest import SMALL, metrics_of, trained, unlabelled
 from PIL import Image
 
 import evaluate
@@ -113,7 +113,7 @@ def test_a_classifier_is_shown_by_its_relevance_and_by_its_heads_if_it_has_some(
 
 def test_the_page_shows_the_first_images_and_those_that_each_model_is_worst_at(monkeypatch):
     monkeypatch.setattr(loaded_runs, "ON_PAGE", 6)
-    data = Data(*torch.zeros(2, 9, 1, 8, 8), torch.zeros(9) > 0, torch.zeros(9, 0), [*"012345678"], [], [])
+    data = unlabelled(torch.zeros(9, 1, 8, 8))
     config, spec = parse(["--data", "d", "--img-size", "8"])[0], DataSpec(1, (), False, "")
     runs = {name: loaded_runs.Loaded(config, spec, name, [], Path(), {}) for name in ("a", "b")}
     scores = {"a": [0.9] * 7 + [0.2, 0.1], "b": [0.9] * 4 + [math.nan, 0.3, 0.4, 0.9, 0.9]}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import refuses, seeded
+from conftest import refuses, seeded, unlabelled
 from torch import nn
 
 from common import runs
@@ -165,7 +165,8 @@ def test_a_region_gets_the_statistic_that_is_best_on_validation_images():
     images[..., :8], images[::2, ..., 8:] = 250, 200
     masks = torch.zeros(8, 2, 16, 16, dtype=torch.bool)
     masks[:, 0, :, :8] = masks[:, 1, :, 8:] = True
-    data = Data(images, masks, torch.ones(8) > 0, torch.zeros(8, 0), [""] * 8, ["left", "right"], [])
+    has_masks = torch.ones(8, dtype=torch.bool)
+    data = unlabelled(images, masks=masks, has_masks=has_masks, regions=["left", "right"])
     swapped = data._replace(masks=masks.flip(1), has_masks=torch.arange(8) > 4)
     swapped.masks[:5] = masks[:5]  # not known
     config = parse("--prior statistics --prior-blur 0".split())[0]

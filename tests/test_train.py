@@ -73,11 +73,11 @@ def test_an_existing_run_is_neither_overwritten_nor_resumed_unless_asked_to(span
     assert "with amp off, not on: leave out --amp" in refused(train.main, *resume, "--amp")
     assert "leave out either" in refused(train.main, *resume, "--config", str(span_run))
     assert "choose one" in refused(train.main, *resume, "--overwrite")
-    assert "drop --resume" in refused(train.main, "--out", str(tmp_path / "new"), "--resume")
+    assert "check --out; --overwrite" in refused(train.main, "--out", str(tmp_path / "new"), "--resume")
     for name, content in [("dead", (span_run / "config.json").read_text()), ("other", '{"model": "vit"}')]:
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(content)
-    assert "start again by --overwrite" in refused(train.main, "--out", str(tmp_path / "dead"), "--resume")
+    assert "--overwrite starts again" in refused(train.main, "--out", str(tmp_path / "dead"), "--resume")
     assert "other than a run" in refused(train.main, "--out", str(tmp_path / "other"), "--overwrite")
     (tmp_path / "thesis.txt").write_text("years of work")
     assert "something other than a run" in refused(train.main, "--out", str(tmp_path), "--overwrite")
