@@ -239,9 +239,7 @@ class LRP(TorchFunctionMode):
         z = (centred / self.constant(deviation)).view_as(input)
         return self.route(y, z * (1 if weight is None else weight) + (0 if bias is None else bias))
 
-    def _instance_norm(
-        self, func, input, *, weight=None, bias=None, use_input_stats=True, eps=1e-5, **running
-    ):
+    def _instance_norm(self, func, input, *, weight, bias, use_input_stats, eps, **running):
         """Rule (6) with one channel a group; with running statistics, rule (7)."""
         y = func(input, weight=weight, bias=bias, use_input_stats=use_input_stats, eps=eps, **running)
         if use_input_stats:

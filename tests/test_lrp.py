@@ -117,6 +117,7 @@ def test_without_biases_the_relevance_of_images_and_inner_layers_sums_to_the_log
     torch.testing.assert_close(head, F.one_hot(TARGET, 3) * output)
     assert torch.equal(relevance(model, images, TARGET.int(), 1e-10, gamma, signed=signed)[0], alone)
     assert torch.equal(R, alone) and not any(m._forward_hooks for m in model)
+    assert not alone.requires_grad  # without create_graph
 
 
 @pytest.mark.parametrize("running", [False, True])
@@ -317,6 +318,16 @@ def test_an_operation_without_a_rule_is_named_once_and_keeps_its_gradient():
         R, _ = relevance(lambda x: x.sin().sin(), x, TARGET)
     torch.testing.assert_close(R, x * torch.autograd.grad(logit(x.sin().sin()).sum(), x)[0])
     assert len(caught) == 1
+
+
+def test_a_volume_of_one_slice_has_the_relevance_of_the_slice():
+    flat, images = nn.Conv2d(3, 4, 3).double(), doubles(4, 3, 8, 8)
+    deep, head = nn.Conv3d(3, 4, (1, 3, 3)).double(), nn.Sequential(nn.ReLU(), nn.Flatten())
+    head.append(nn.Linear(144, 3).double())
+    deep.load_state_dict({"weight": flat.weight[:, :, None], "bias": flat.bias})
+    R, output = relevance(nn.Sequential(deep, head), images[:, :, None], TARGET, 0.01, 10.0, signed=True)
+    expected, of_slice = relevance(nn.Sequential(flat, head), images, TARGET, 0.01, 10.0, signed=True)
+    torch.testing.assert_close((R[:, :, 0], output), (expected, of_slice))
 
 
 def test_torch_s_own_batch_norm_is_named_since_its_arguments_have_another_order():
