@@ -13,9 +13,9 @@ of unlabelled images. There is no public code; equation numbers are ours (theta 
 (1) The same theta samples image and prior, so a prior follows its crop. (2) A view that shows a tenth of a
 lung has a tenth of the weight. The weights (2) and the KL divergence (or another `kind` of loss) are ours. In
 the paper all images share their priors; here `common/registration.py` warps them to each image. `train.py`
-adds 3 L to the loss of DINO or RelViT. `guidance`
-computes (4) over all resolutions of a batch, and multiplies s by the registration's confidence. Always report
-the prior's own score as well: attention that only copies its prior has learned nothing.
+adds 3 L to the loss of DINO or RelViT. `guidance` computes (4) over all resolutions of a batch, with s times
+the registration's confidence. Always report the prior's own score as well: attention that only copies its
+prior has learned nothing.
 """
 
 import torch
@@ -81,6 +81,7 @@ def follow(priors: Tensor, theta: Tensor, grid: tuple[int, int]) -> tuple[Tensor
     (B, R, h * w), all zero where a view sees nothing of a prior, and the share seen (B, R).
     """
     h, w = grid
+    priors = priors.to(torch.promote_types(priors.dtype, torch.float32))  # points need 32 bits, too
     priors = priors.expand(len(theta), *priors.shape[-3:])
     H, W = priors.shape[-2:]
     per_patch = -(-H // h), -(-W // w)  # samples along a patch, rounded up, so that no pixel is skipped

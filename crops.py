@@ -14,8 +14,9 @@ solarise. Where we differ: all random numbers come from one CPU generator, so a 
 every device. A crop larger than the image is clipped to it instead of drawn again. Where a crop is enlarged,
 its pixels within half a pixel of the image's border fade toward 0. Blur is given for 224 px and scaled to the
 view. By default there are no flips and no local crops; if used, these show at least 10 % of the area (there:
-5 %). Contrast uses the mean of all channels, and colour changes have a fixed order. Sampling is bilinear
-without antialiasing, so downscale much larger images first.
+5 %). Contrast uses the mean of all channels, hue turns in YIQ (there: HSV), and colour changes have a fixed
+order. Aspect ratios are relative to the image's (there: in pixels). Sampling is bilinear, not antialiased, so
+downscale much larger images first.
 """
 
 import torch

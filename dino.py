@@ -1,7 +1,8 @@
 """DINO: self-distillation without labels (Caron et al. 2021, arXiv 2104.14294), and a collapse monitor.
 
-A student and a teacher of the same shape see different views of an image. The student learns to predict the
-teacher's distribution over K prototypes; the teacher's weights are a moving average of the student's:
+A student g_s and a teacher g_t, each an encoder and a head, see different views V of an image (x_1^g, x_2^g:
+global). The student learns to predict the teacher's distribution over K prototypes; the teacher's weights
+are a moving average of its own. (1), (3), (4) are numbered as in the paper, whose (2) is (3) for two views:
 
     P_s = softmax(g_s(x) / tau_s),   P_t = softmax((g_t(x) - c) / tau_t)                     (1)
     min  sum over x in {x_1^g, x_2^g}, x' in V, x' != x  of  H(P_t(x), P_s(x')),  H(a, b) = -a log b     (3)
@@ -9,8 +10,11 @@ teacher's distribution over K prototypes; the teacher's weights are a moving ave
     theta_t <- lambda theta_t + (1 - lambda) theta_s
 
 Centring (c) and sharpening (small tau_t) balance each other. Without this balance DINO collapses: all images
-get the same output, which the loss does not show. Two additions, off unless asked for, work against it. KoLeo
-(1806.03198, used by DINOv2) spreads the features z of a batch. The entropy of P_t is about
+get the same output, which the loss does not show. `CollapseMonitor` tracks the entropy h(P_t) (in a collapse:
+near log K if centring won, low if sharpening won), the KL of P_t from the mean P_t (how much an output says
+about its image: 0 in a collapse, at least f log K in a healthy run, f = 0.02), and the number of prototypes
+in use. Two additions, off unless asked for, work against a collapse. KoLeo (1806.03198) spreads the features
+z of a batch; DINOv2 adds it up over two views, here it is their mean. h(P_t) is about
 log K - (s / tau_t)^2 / 2, where s is the standard deviation of logits; tau_t falls to keep it below about
 eta log K (eta: `max_entropy`). A slow c would leave one offset in all logits, and one prototype would win at
 a low tau_t; so c follows each batch: (8).
@@ -20,11 +24,9 @@ a low tau_t; so c follows each batch: (8).
     w       = 3 - KL / (f log K), clamped to [0, 1]: at a large KL both additions harm the features      (7)
     c       <- c + w (mean_i g_t(x_i) - c)  in each step before (1) and (6), if eta < 1                  (8)
 
-`CollapseMonitor` tracks the entropy h(P_t) (in a collapse: near log K if centring won, low if sharpening
-won), the KL of P_t from the mean P_t (how much an output says about its image: 0 in a collapse, at least f
-log K in a healthy run, f = 0.02), and the number of prototypes in use. `DINOHead` has the published names.
-Where we differ, for short runs: tau_t has no warm-up; the last layer is not frozen, its rows `weight_v` start
-shorter, to turn faster; weight decay is constant; gradients are clipped together; the student is the result.
+`DINOHead` has the published names. Where we differ, for short runs: tau_t has no warm-up; the last layer is
+not frozen, its rows `weight_v` start shorter, to turn faster; weight decay is constant; gradients are clipped
+together; there is no stochastic depth by default (there: 0.1); the student is the result.
 """
 
 import copy
@@ -80,7 +82,7 @@ class DINOLoss(nn.Module):
         log_ps = (student / self.student_temp).log_softmax(dim=-1)
         pt = self.teacher_probabilities(teacher, teacher_temp)
         with torch.autocast(student.device.type, enabled=False):
-            losses = -torch.einsum("tbk,sbk->ts", pt, log_ps) / student.shape[1]  # (2, V)
+            losses = -torch.einsum("tbk,sbk->ts", pt, log_ps.to(pt)) / student.shape[1]  # (2, V)
         same_view = torch.eye(*losses.shape, dtype=torch.bool, device=losses.device)
         if self.training:
             self.move_center(teacher, 1 - self.center_momentum)
@@ -215,7 +217,7 @@ class DINO(nn.Module):
         kind = torch.promote_types(student.dtype, torch.float32)  # for sums over images
         student, teacher = (scores.to(kind).unflatten(0, (-1, B)) for scores in (student, teacher))
         w = self.health.nearness()
-        if self.training and self.max_entropy < 1:
+        if self.training and self.max_entropy < 1 and B > 1:  # else its two views would be opposites
             self.loss.move_center(teacher, w)
         teacher_temp = self.loss.temperature(teacher, teacher_temp, self.max_entropy, w)
         if self.training and B > 1:  # of one image, the KL says nothing

@@ -112,7 +112,7 @@ def draw_pictures(run: Path, flags: list[str], paths: list[Path], device: str) -
 def draw_picture(run: Loaded, path: Path, out: Path) -> int:
     """Draw the heads' attention, their masks at the picture's size, and a classifier's heatmap into `out`.
 
-    Masks: equation (7), `common/regions.py`. The picture keeps its shape; its shorter side becomes the run's
+    Masks: equation (1), `common/regions.py`. The picture keeps its shape; its shorter side becomes the run's
     --img-size. Returns how many files were written. Raises DataError.
     """
     config, spec, model, *_ = run

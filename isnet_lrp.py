@@ -6,7 +6,7 @@ relevance R that LRP (`lrp.py`) finds outside a mask m, 1 in the foreground. Onl
     L     = L_class + weight (L_bg(R) + mean_l L_bg(R_l) + mean_a L_att(A_a) + L_fg(R))              (1)
     H     = |R| / its mean in the foreground,  h = sum_n d^n H_n / sum_n d^n,                        (2)
             H_n the n-th largest (from n = 0) of (1 - m) H, d = decay: rank pooling
-    L_bg  = -log(1 - u),  u = h / (h + E)                                                            (3)
+    L_bg  = -log(1 - u),  u = h / (h + E)                        (E > 0; published: 1)               (3)
     L_fg  = (min(F / C1, 1) - 1)^2 + x^2,  F = sum of |R| in the foreground,                         (4)
             x = max(F / C1 - C2 / C1, 0);  "hybrid": 2 x - 1 in place of x^2 where x > 1
     C1    = max(mean / 5, mean - 3 sd),  C2 = mean + 3 sd, of a plain classifier's sums of |R|       (5)
@@ -39,20 +39,25 @@ Where we differ:
 
     published                                             here
     (1 - P) L_class + P L_heat, `published_loss`          (1); `train.py --preset published` uses theirs
+    L_bg + 3 L_fg (LRP Block), L_bg + L_fg (LRP-Flex)     L_bg + L_fg
     epsilon rule, eps = 0.01; z^B rule at the input       signed gamma rule (`lrp.relevance` has all)
-    explains the log-odds of the least likely class       both, or the label's logit
-      (Selective), or a random logit (Stochastic)
+    explains the log-odds of the least likely class       the same, or a logit: of any class with equal
+      (Selective), or a logit: half the time the highest,   chance, or of the label
+      else that of a random other class (Stochastic)
     2022: explains every class                            one score of each image
     pools each channel, averages L_bg over channels       sums |R| over channels; per_channel=True: published
     inner layers have their own C1, C2 and L_fg, and      plain mean of L_bg, no L_fg there
       are pooled by rank
     C2 = min(25 C1, mean + 3 sd)                          no bound by default; `relevance_range` takes one
-    biases are detached in LRP's denominators             differentiated; `lrp.relevance` does both
+    biases are detached in denominators (LRP Block)       differentiated; `lrp.relevance` does both
     -                                                     L_att
     Not implemented here:
     hybrid L_fg grows as C1 (x - 1) + 1 above x = 1       2 x - 1, which continues the slope of x^2
     log-odds are bounded, log(p + 0.01) - log(1.01 - p)   log p - log(1 - p)
     batch norm is folded into the convolution before it   a layer of its own
+    z^B rule: eps = 0.01, positive biases stay in z       eps = 1e-9, biases cancel
+    LRP-Flex: eps at the outputs of ReLUs only            eps in each linear layer
+    u is at most 1 - 1e-7; sd over n - 1                  no limit; sd over n
 
 Compute: a plain training step costs 3 forward passes (forward 1, backward 2). The epsilon rule adds 1 for
 relevance and 2 for its derivative: at least 2 x a plain step. The gamma rule adds w' x and its derivative:
@@ -73,21 +78,23 @@ def background_loss(
     """L_bg, (2) and (3): the background's relevance relative to the foreground's, (B,).
 
     heatmap (B, C, H, W), signed; mask (B, 1, H, W), 1 in the foreground. decay: 1 averages all pixels, with
-    0 in the foreground; below 1, the n-th largest pixel, from n = 0, has weight decay^n. per_channel: apply
-    (2) and (3) to each channel, then average. An image with an empty mask has loss 0, with one warning.
-    Raises ValueError for decay or E out of range, and for a mask of another shape or with other values.
+    0 in the foreground; below 1, the n-th largest pixel, from n = 0, has weight decay^n. per_channel: pool
+    and apply (3) in each channel (the mean in (2) is over all), then average. An image with
+    an empty mask has loss 0, with one warning. Raises ValueError for decay or E out of range, and for a mask
+    of another shape or with other values.
     """
     if not (0 < decay <= 1 and E > 0):
         raise ValueError(f"background_loss: decay {decay} must be in (0, 1], E {E} above 0")
-    H, inside = _checked(heatmap, mask)  # (B, C, P), (B, 1, P)
-    H = H if per_channel else H.sum(dim=1, keepdim=True)  # (B, 1, P)
+    R, inside = _checked(heatmap, mask)  # |R| (B, C, H * W), m (B, 1, H * W)
+    R = R if per_channel else R.sum(dim=1, keepdim=True)  # (B, 1, H * W)
     size = inside.sum(dim=2)
     if (size == 0).any():
         warnings.warn("background_loss: an image with an empty mask has no background loss", stacklevel=2)
-    mean = ((H * inside).sum(dim=2) / size.clamp(min=1)).mean(dim=1, keepdim=True)  # (B, 1)
-    outside = H * (1 - inside) / mean.clamp(min=torch.finfo(H.dtype).tiny ** 0.5)[:, :, None]
-    n = H.shape[2] if decay == 1 else min(H.shape[2], math.ceil(math.log(1e-6) / math.log(decay)))
-    weights = decay ** torch.arange(n, device=H.device, dtype=H.dtype)  # further weights are below 1e-6
+    mean = ((R * inside).sum(dim=2) / size.clamp(min=1)).mean(dim=1, keepdim=True)  # (B, 1)
+    least = torch.finfo(R.dtype).tiny ** 0.5  # neither 1 / mean nor its derivative overflows
+    outside = R * (1 - inside) / mean.clamp(min=least)[:, :, None]  # (1 - m) H
+    n = R.shape[2] if decay == 1 else min(R.shape[2], math.ceil(math.log(1e-6) / math.log(decay)))
+    weights = decay ** torch.arange(n, device=R.device, dtype=R.dtype)  # further weights are below 1e-6
     h = (outside.topk(n, dim=2).values * weights).sum(dim=2) / weights.sum()  # (B, C) or (B, 1)
     return (torch.log1p(h / E) * (size > 0)).mean(dim=1)  # log1p(h / E) = -log(1 - u)
 
@@ -96,12 +103,13 @@ def foreground_loss(heatmap: Tensor, mask: Tensor, c1: float, c2: float, hybrid:
     """L_fg, (4): keeps the foreground's relevance F between c1 and c2, (B,).
 
     Without it, inflating F satisfies the background loss. heatmap (B, C, H, W), mask (B, 1, H, W). hybrid:
-    linear above x = 1, so that no outlier dominates the batch. Raises ValueError, also unless 0 < c1 < c2.
+    linear above x = 1, so that no outlier dominates the batch. An empty mask gives 1, without a gradient:
+    leave such images out. Raises ValueError, also unless 0 < c1 < c2.
     """
     if not 0 < c1 < c2:
         raise ValueError(f"foreground_loss: c1 {c1} and c2 {c2} must be 0 < c1 < c2")
-    H, inside = _checked(heatmap, mask)
-    F_c1 = (H.sum(dim=1) * inside[:, 0]).sum(dim=1) / c1
+    R, inside = _checked(heatmap, mask)
+    F_c1 = (R.sum(dim=1) * inside[:, 0]).sum(dim=1) / c1
     x = (F_c1 - c2 / c1).clamp(min=0)
     above = torch.where(x > 1, 2 * x - 1, x.square()) if hybrid else x.square()
     return (F_c1.clamp(max=1) - 1).square() + above
@@ -136,8 +144,9 @@ def published_loss(
     """L_heat of Faster ISNet, a scalar: L_bg + L_fg of the image and of inner layers, pooled by rank.
 
     heatmaps: relevance of the image (B, C, H, W) and of layers, as in `isnet_background`; ranges: C1 and C2
-    of each. The n-th largest of their means over the batch has weight layer_decay^n, from n = 0. Raises
-    ValueError as `background_loss` and `foreground_loss` do, or for fewer or more ranges than heatmaps.
+    of each. The n-th largest of their means over the batch has weight layer_decay^n, from n = 0. Defaults are
+    those of RunISNetFlex.py. Raises ValueError as `background_loss` and `foreground_loss` do, or for fewer or
+    more ranges than heatmaps.
     """
     losses = []
     for R, (c1, c2) in zip(heatmaps, ranges, strict=True):

@@ -14,11 +14,11 @@ an operation, so one backward pass computes all relevance:
     a @ b, a * b           both depend on the input: g <- g / 2, half of the relevance to each       (8)
     input layer            z' = w x - max(w, 0) low - min(w, 0) high for pixels in [low, high]       (9)
 
-(2) epsilon, (3) gamma and (9) z^B rule: Montavon et al. 2019. (5), (6), (8): AttnLRP, arXiv 2402.05602. In
-a / b, b is a constant. (3) is for x, z >= 0: elsewhere z' can be 0 where z is not, and relevance explodes; by
-(5) it can at x near 0 if f(0) is not 0 (sigmoid, exp). (4), the generalised gamma rule, equals (3) for x,
-z >= 0, favours contributions of z's sign, and keeps z / z' in [0, 1]. Operations without a rule keep their
-gradient, exact if f(c x) = c f(x) for c > 0; others warn.
+(2) epsilon, (3) gamma and (9) z^B rule: Montavon et al. 2019; in (9) biases cancel. (4), the generalised
+gamma rule: Andeol et al. 2021. (5), (6), (8): AttnLRP, arXiv 2402.05602. In a / b, b is a constant. (3) needs
+x, z >= 0: elsewhere z' can be 0 where z is not, and relevance explodes; so it does by (5) at x near 0 if f(0)
+is not 0 (sigmoid, exp). (4) equals (3) for x, z >= 0, favours contributions of z's sign, and keeps z / z' in
+[0, 1]. Operations without a rule keep their gradient, exact if f(c x) = c f(x) for c > 0; others warn.
 
 `LRP` is a `TorchFunctionMode`: it sees conv2d, gelu, matmul ... as any model calls them, in place or not, but
 not what a custom `autograd.Function` does. The rules act only in `explain`: outputs and other gradients stay.
@@ -38,9 +38,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
+TINY = 1e-9  # epsilon of (5) and (9), which need a denominator other than 0 but no damping
+
 
 class _Share(torch.autograd.Function):
-    """g top / (z + eps sign z). Its derivative is written by hand, which saves memory in every layer."""
+    """g top / (z + eps sign z), where (top, z) are the z and z' of (2) to (4) and (9), or f(x) and x of (5).
+    Its derivative is written by hand, which saves memory in every layer."""
 
     @staticmethod
     def forward(ctx, g: Tensor, top: Tensor, z: Tensor, epsilon: float) -> Tensor:
@@ -92,12 +95,12 @@ class LRP(TorchFunctionMode):
     def __init__(
         self, epsilon: float = 1e-6, gamma: float = 0.0, signed: bool = False, detach_biases: bool = False
     ):
-        if not (epsilon >= 0 and gamma >= 0):
-            raise ValueError(f"LRP: epsilon {epsilon} and gamma {gamma} must not be negative")
+        if not (epsilon > 0 and gamma >= 0):  # where z = 0, a stabiliser of 0 would give 0 / 0
+            raise ValueError(f"LRP: epsilon {epsilon} must be above 0, gamma {gamma} not negative")
         self.epsilon, self.gamma, self.signed, self.detach_biases = epsilon, gamma, signed, detach_biases
         self.explaining, self.warned = False, set()  # whether `explain` runs; names that were warned of
         self.depends = WeakIdKeyDictionary()  # what depends on the watched input: a set, all values are True
-        self.kept = WeakIdKeyDictionary()  # tensors that must keep their values: version, None after a copy
+        self.kept = WeakIdKeyDictionary()  # {tensor to keep: its _version then, or None once it is a copy}
         self.box, self.boxed = [], False  # the input and its bounds for rule (9), and whether it was applied
 
     def watch(self, images: Tensor) -> Tensor:
@@ -180,7 +183,10 @@ class LRP(TorchFunctionMode):
 
     def linear(self, op: Callable, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         """z = op(x, w, b) with rules (2) to (4), or rule (9) at the watched input."""
-        part = lambda change: [v if v is None else change(v) for v in (w, b)]  # noqa: E731
+
+        def part(change: Callable) -> list:
+            return [v if v is None else change(v) for v in (w, b)]
+
         y = z = ruled = op(x, w, b)
         if self.active(w):
             return self.half(y, x, w)
@@ -191,7 +197,7 @@ class LRP(TorchFunctionMode):
             _, low, high = self.box
             self.boxed = True
             positive, negative = part(lambda v: v.clamp(min=0)), part(lambda v: v.clamp(max=0))
-            return self.route(y, z - op(low, *positive) - op(high, *negative), z, 1e-9)
+            return self.route(y, z - op(low, *positive) - op(high, *negative), z, TINY)
         if self.gamma and self.signed:
             sized = op(x.abs(), *part(torch.abs))  # |w| |x| + |b|
             ruled = (1 + self.gamma / 2) * z + (self.gamma / 2 * _sign(z)) * sized
@@ -224,7 +230,7 @@ class LRP(TorchFunctionMode):
     def _elementwise(self, func, input, *args, **kwargs) -> Tensor:
         """Rule (5)."""
         y = func(input, *args, **kwargs)
-        return self.route(y, input, y, 1e-9) if self.active(input) else y
+        return self.route(y, input, y, TINY) if self.active(input) else y
 
     def _norm(self, func, input, groups, weight=None, bias=None, eps=1e-5, *args) -> Tensor:
         """Rule (6). groups: the normalized_shape of a layer norm, or the number of groups of a group norm."""
@@ -264,11 +270,15 @@ class LRP(TorchFunctionMode):
             raise ValueError("LRP: attention dropout must be 0 while relevance is asked for")
         y = func(query, key, value, attn_mask, 0.0, is_causal, **kw)  # (..., Q, d) for keys (..., T, d)
         scale = query.shape[-1] ** -0.5 if kw.get("scale") is None else kw["scale"]
+        if kw.get("enable_gqa"):
+            raise ValueError("LRP: attention with enable_gqa: repeat keys and values for each head instead")
         scores = self.half(query @ key.transpose(-2, -1) * scale, query, key)  # (..., Q, T)
         attn_mask = torch.ones_like(scores, dtype=torch.bool).tril() if is_causal else attn_mask
         if attn_mask is not None:
             allowed = attn_mask.dtype == torch.bool
             scores = scores.masked_fill(~attn_mask, -torch.inf) if allowed else scores + attn_mask
+            if scores.isneginf().all(dim=-1).any():
+                raise ValueError("LRP: attention in which a query sees no key: leave such queries out")
         z = scores.softmax(dim=-1) @ value
         return self.route(y, self.half(z, query if self.active(query) else key, value))
 
@@ -322,8 +332,9 @@ def relevance(
     output to scores (B,), without rules. epsilon, gamma, signed, detach_biases: see `LRP`. input_rule: the
     range (low, high) of pixels, numbers or tensors, for rule (9) in layers that get them. create_graph: to
     train through the heatmap. layers: modules that the model calls once; then a list is returned: the
-    heatmap, and the relevance of each module's output. Without biases, softmax and gates an image's relevance
-    sums to its score. Raises ValueError for other shapes, types or labels, and for what it can't follow.
+    heatmap, and the relevance of each module's output. Without biases and softmax, and with a rule for each
+    operation, an image's relevance sums to its score. Raises ValueError for other shapes, types or labels,
+    and for what it can't follow.
     """
     if not images.is_floating_point() or not len(images):
         raise ValueError(f"relevance needs float images, not {images.dtype} {tuple(images.shape)}")

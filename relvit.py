@@ -8,9 +8,10 @@ the first three of these targets, and for each patch the last:
     angles      between (x_i + w/2, y_i + h/2) and (x_j + w/2, y_j + h/2)    in [-1, 1]     squared error
     positions   y_i w + x_i                                                  N classes      cross-entropy
 
-Scores of pairs are q_i . k_j / sqrt(d), where q and k are linear maps, one pair of maps per class. Scores of
-patches come from a linear layer. Distances and angles are scaled from [0, largest] to [-1, 1]. Targets depend
-only on the grid, so they are built once and indexed when patches are shuffled.
+Scores of pairs are q_i . k_j / sqrt(d), where q and k are linear maps to d = D // classes numbers, one pair
+of maps per class. Scores of patches come from a linear layer. Distances and angles are scaled from
+[0, largest] to [-1, 1]. Targets depend only on the grid, so they are built once and indexed when patches are
+shuffled.
 
 Without labels (upstream) the encoder gets no position embedding, as it would contain the answer. With labels
 (joint) it has one, so the patches are shuffled. Image content that continues across a border would reveal
@@ -23,7 +24,7 @@ of a whole batch at once. Priors over an image are cut with the same boxes.
 Where we differ from the published code: its scripts use relations and positions only; its joint training
 classifies images whose patches are in order and unchanged (`compare` without `order`); it divides columns
 into mega-patches at the same random places as rows, always between patches; its grids are square; it also
-changes hue and saturation, makes some patches grey, and first crops and mirrors whole images.
+changes hue and saturation, makes some patches grey, first crops and mirrors whole images, and has dropout.
 """
 
 import math
@@ -112,8 +113,10 @@ def cut(images: Tensor, boxes: Tensor, grid: tuple[int, int], patch_size: int) -
     y, x = points[:, :, :, None, 0], points[:, :, None, :, 1]
     points = torch.stack(torch.broadcast_tensors(x, y), dim=-1)  # (B, N, p, p, 2)
     points = points.unflatten(1, grid).transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (B, h p, w p, 2)
-    pixels = F.grid_sample(images, (2 * points - 1).to(images), padding_mode="border", align_corners=False)
-    return F.avg_pool2d(pixels, finer)
+    kind = torch.promote_types(images.dtype, torch.float32)  # in half precision, points would be pixels off
+    points = (2 * points - 1).to(images.device, kind)
+    pixels = F.grid_sample(images.to(kind), points, padding_mode="border", align_corners=False)
+    return F.avg_pool2d(pixels, finer).to(images.dtype)
 
 
 def jitter(views: Tensor, patch_size: int, generator: Generator, strength: float = 0.4) -> Tensor:

@@ -305,7 +305,7 @@ def learning_rate(config: Config, step: int, total: int) -> float:
     return falling * min(1, (step + 1) / rising)
 
 
-def cosine(step: int, total: int, first: float, last: float) -> float:
+def cosine(step: float, total: float, first: float, last: float) -> float:
     """Half a cosine wave from `first` at step 0 to `last` at step `total`."""
     return last + (first - last) * (1 + math.cos(math.pi * step / total)) / 2
 

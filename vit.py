@@ -7,6 +7,7 @@ blocks transform the T = N + 1 tokens (equations numbered as in the paper):
     z'_l = MSA(LN(z_{l-1})) + z_{l-1},   z_l = MLP(LN(z'_l)) + z'_l                 (2), (3)
     y    = LN(z_L)                                                                  (4)
     [q, k, v] = z U_qkv,   A = softmax(q k^T / sqrt(d)),   SA(z) = A v              (5), (6), (7)
+    MSA(z) = [SA_1(z); ...; SA_h(z)] U_msa   for h heads of d = D / h numbers       (8)
 
 Every forward returns `Features(pooled, patches, attention)`. `attention` is the CLS row of A in one block:
 the weights with which each head pooled the image. `F.scaled_dot_product_attention` never forms A, so this row
@@ -139,8 +140,9 @@ class ViT(nn.Module):
     embedding, which is resized for other images. pool: None for a CLS token, or a module that maps patches
     (B, N, D), before the last LayerNorm, to (pooled (B, D), attention (B, N) or (B, heads, N)); then there is
     no CLS token, and the module's linear layers are initialised anew. registers: tokens without a position
-    behind CLS, not returned (Darcet et al. 2023, arXiv 2309.16588). drop_path: stochastic depth of the last
-    block; the first has 0. Raises ValueError if patch_size does not divide img_size, or num_heads embed_dim.
+    behind CLS, not returned (Darcet et al. 2023, arXiv 2309.16588). drop_path, in [0, 1): stochastic depth of
+    the last block; the first has 0. Raises ValueError if patch_size does not divide img_size, or num_heads
+    embed_dim.
     """
 
     def __init__(
@@ -167,7 +169,7 @@ class ViT(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """As in the DINO release: truncated normal, std 0.02, for matrices and embeddings; zero biases."""
+        """As in the DINO release: truncated normal, std 0.02, for linear layers, embeddings; biases 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)

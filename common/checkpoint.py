@@ -55,7 +55,7 @@ class Run(NamedTuple):
 
     config: Config
     spec: DataSpec
-    masses: dict[str, float]  # {region: m_r}, (7) in common/regions.py, if one prior guided heads; else {}
+    masses: dict[str, float]  # {region: m_r}, (2) in common/regions.py, if one prior guided heads; else {}
     checkpoint: dict
 
 

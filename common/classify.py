@@ -79,9 +79,9 @@ def explained_target(
 ) -> Tensor | Callable:
     """What to explain in each image, as a target for `relevance`; labels (B, K).
 
-    Of classes: the logit of the label, of a random class ("random": Stochastic ISNet), or the log-odds of the
-    class that the model finds least likely ("selective"). Of findings: the logit of a random one, which is
-    its log-odds already; with "label" it is one of those present, if there are any.
+    Of classes: the logit of the label, of a random class ("random"; Stochastic ISNet prefers the highest), or
+    the log-odds of the class that the model finds least likely ("selective"). Of findings: the logit of a
+    random one, which is its log-odds already; with "label" it is one of those present, if there are any.
     """
     if multiclass and explain == "selective":
         return lambda logits: log_odds(logits, logits.argmin(dim=1))

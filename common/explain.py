@@ -58,12 +58,12 @@ def relevance_of(model: nn.Module, images: Tensor, multiclass: bool, rule: dict)
     return torch.cat([R.cpu() for R in heatmaps])
 
 
-def explained_class(classes: list[str], multiclass: bool) -> str:
+def explained_class(classes: tuple[str, ...], multiclass: bool) -> str:
     """What `relevance_of` explains, in words."""
     return "the likeliest class" if multiclass and len(classes) > 2 else classes[int(multiclass)]
 
 
-def decisions(model: nn.Module, images: Tensor, multiclass: bool, classes: list[str]) -> list[list[str]]:
+def decisions(model: nn.Module, images: Tensor, multiclass: bool, classes: tuple) -> list[list[str]]:
     """A classifier's decisions in words, by image: first what `relevance_of` explains, then the likeliest."""
     said, explained = [], explained_class(classes, multiclass)
     for chances in scores_of(model, images, multiclass).sigmoid().tolist():

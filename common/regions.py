@@ -3,8 +3,8 @@
 Priors lie over one image and are registered to the others. Attention A_r of head r becomes a mask of the
 fewest pixels that hold the share m_r of it:
 
-    M_r = the fewest pixels x with  sum A_r(x) >= m_r                                  (7) `masks_held`
-    m_r = the least share that covers 95 % of the prior, where the prior is true       (7) `mass_held`
+    M_r = the fewest pixels x with  sum A_r(x) >= m_r                                  (1) `masks_held`
+    m_r = the least share that covers 95 % of the prior, where the prior is true       (2) `mass_held`
 
 Much of what matters lies at a region's border, so the mask covers the prior instead of matching its area.
 """
@@ -113,7 +113,6 @@ def prior_maps(
     As they are, registered to each image at every pixel, and registered on the grid of patches. Registration
     runs on the device; the maps are in host memory.
     """
-
     prior = make_priors("sample", train, reference, blur)[0][None]  # (1, R, S, S)
     maps = {"prior": (_on_grid(prior, grid).expand(len(images), -1, -1), grid)}
     if how != "none":
@@ -147,14 +146,14 @@ def _on_grid(priors: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def masks_held(attention: Tensor, grid: tuple[int, int], size: tuple[int, int], mass: Tensor) -> Tensor:
-    """Equation (7): masks (B, R, H, W) bool, the fewest pixels that hold mass (R,) of attention (B, R, N)."""
+    """Equation (1): masks (B, R, H, W) bool, the fewest pixels that hold mass (R,) of attention (B, R, N)."""
     maps, order = _upsampled(attention, grid, size).sort(dim=2, descending=True)
     kept = maps.cumsum(dim=2) - maps < mass[:, None]  # the pixels before this one don't hold enough yet
     return torch.zeros_like(kept).scatter(2, order, kept).unflatten(2, size)
 
 
 def mass_held(attention: Tensor, grid: tuple[int, int], regions: Tensor) -> Tensor:
-    """m_r of equation (7): the share (R,) of attention in the most attended pixels covering 95 % of a region.
+    """m_r, equation (2): the share (R,) of attention in the most attended pixels covering 95 % of a region.
 
     attention (B, R, N) on a grid (h, w) of images that show the regions (R, H, W) bool, at least on average.
     """

@@ -90,6 +90,8 @@ def test_prototypes_and_both_losses_are_computed_in_float32_under_autocast():
     expected = results()
     with torch.autocast("cpu", torch.bfloat16):
         assert all(map(torch.equal, results(), expected))
+    half = scores.half()
+    torch.testing.assert_close(DINOLoss(64)(half, half, 0.04), expected[2], rtol=1e-2, atol=0)
 
 
 def test_the_temperature_falls_so_that_the_entropy_of_the_teacher_has_a_ceiling():
@@ -210,9 +212,9 @@ def test_a_list_of_single_views_is_refused(sizes):
     refuses("join views of one size", DINO(ViT(16, 4, 1, 24, 1, 3), 24, out_dim=8), views)
 
 
-def test_the_monitor_does_not_judge_by_a_single_image():
-    """Both views of one image should get the same output, which tells nothing about others."""
-    model = DINO(ViT(16, 4, 1, 24, 1, 3), 24, out_dim=8)
+def test_neither_the_monitor_nor_the_centre_judges_by_a_single_image():
+    """Its views should get the same output, which tells nothing of others."""
+    model = DINO(ViT(16, 4, 1, 24, 1, 3), 24, out_dim=8, max_entropy=0.8, center_momentum=1.0)
     for images, steps in ((1, -200), (2, -199)):
         model([torch.rand(2 * images, 1, 16, 16)])
-        assert model.health.steps_below == steps
+        assert model.health.steps_below == steps and model.loss.center.any() == (images == 2)

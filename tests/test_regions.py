@@ -68,7 +68,7 @@ def test_a_note_names_the_remedy_if_the_reference_is_found_in_few_images(capsys)
 
 
 def test_the_fewest_pixels_that_hold_the_mass_are_kept():
-    """Equation (7)."""
+    """Equation (1)."""
     attention = torch.tensor([[[0.5, 0.2, 0.2, 0.1], [0.1, 0.1, 0.1, 0.7]]])  # (1, 2, 4), a 2x2 grid
     found = masks_held(attention, (2, 2), (2, 2), torch.tensor([0.65, 0.7]))
     assert found[0, 0, 0, 0] and found[0, 0].sum() == 2  # 0.5 + 0.2 suffices, 0.5 does not
@@ -76,6 +76,7 @@ def test_the_fewest_pixels_that_hold_the_mass_are_kept():
 
 
 def test_attention_that_is_the_prior_makes_a_mask_of_nearly_its_area():
+    """Equation (2)."""
     regions = torch.zeros(1, 32, 32, dtype=torch.bool)
     regions[0, 8:24, 4:28] = True
     attention = F.avg_pool2d(regions.float(), 2).flatten(1)[None]  # (1, 1, 256)

@@ -118,6 +118,14 @@ def test_large_cells_are_averaged():
     assert found.std() < 1.2 * means.std()
 
 
+def test_patches_of_half_precision_lie_where_those_of_float32_do():
+    images = torch.rand(2, 1, 224, 224, generator=seeded())
+    boxes = patch_boxes(2, 14, 14, seeded())
+    found, expected = (cut(x, boxes, (14, 14), 16) for x in (images.half(), images))
+    assert found.dtype == torch.half
+    torch.testing.assert_close(found.float(), expected, rtol=0, atol=2e-3)
+
+
 @pytest.mark.parametrize("tasks", [TASKS, ("relations",), ("angles", "positions")])
 def test_losses_and_metrics_are_those_of_the_requested_tasks(tasks):
     model = RelViT(ViT((16, 24), 8, 1, 18, 1, 2), 18, (2, 3), tasks)

@@ -17,7 +17,7 @@ def small(**options) -> ViT:
 
 
 def test_features_and_attention_equal_those_of_the_published_vit():
-    """Equations (1) to (7)."""
+    """Equations (1) to (8)."""
     numbers, weights = golden("dino_vit.npz")
     img, patch, *size = [int(numbers[f"config.{name}"]) for name in ("img", "patch", "dim", "depth", "heads")]
     vit = ViT(img, patch, 3, *size).eval()
