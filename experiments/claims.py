@@ -125,6 +125,9 @@ def of_isnet() -> list[tuple]:
                 if isnet != way and not (run == "vit" and "published" in (isnet, way)):  # it is for ResNets
                     auc, other = f"{isnet}_{run}_hospitals auc_hospital_C", f"{way}_{run}_hospitals"
                     rows.append((5, f"{who}, {at_c} {name}", 1, auc, other))
+        text = f"ISNet with swapping, {at_c} {AT_HOSPITALS['pipeline']}".replace("AUC", "accuracy")
+        accuracy, other = f"blind_{run}_hospitals accuracy_hospital_C", f"pipeline_{run}_hospitals"
+        rows.append((5, text, 0, accuracy, other))
     rows += on_shortcuts(5, "ISNet alone (no swapping)", "alone")
     rows += on_shortcuts(5, "ISNet as published", "published", ["resnet"])
     rows += on_shortcuts(8, "ISNet with swapping, one mask, registered", "blind_close")

@@ -68,7 +68,7 @@ def on_other_data() -> dict[str, str]:
             runs[f"steady_{kind}_{n}"] = dino
             if n == 200:
                 runs[f"published_{kind}_{n}"] = f"{dino} {PUBLISHED}"
-    # No default was chosen on leaves.
+    # When the runs of leaves were made, no default had been chosen on them.
     for kind, n in {"digits": 85, "leaves": 400, "hearts": 1500}.items():
         label = f"--data data/{kind}{n}-{{seed}} --task classify"
         runs[f"{kind}_plain"] = label

@@ -145,14 +145,14 @@ def of_backgrounds() -> Tables:
                 blind.append(Row(f"{words}, {name}: {title}", f"{way}_{backbone}_{kind}", [*figures, dice]))
         for way, title in WAYS.items():
             at = [f"auc_{x}" for x in ("same", "flipped", "hospital_A", "hospital_B", "hospital_C")]
-            at += ["relevance_share_hospital_C", "segmentation_Dice_hospital_C"]
+            at += [f"{x}_hospital_C" for x in ("accuracy", "relevance_share", "segmentation_Dice")]
             hospitals.append(Row(f"{name}: {title}", f"{way}_{backbone}_hospitals", at))
             of = [*(f"accuracy_{x}" for x in exchanged), "relevance_share_same"]
             grounds.append(Row(f"{name}: {title}", f"{way}_{backbone}_grounds", of))
     at_each = "AUC | as in training | flipped | at A | at B | at C"
     return {
         "blind": ("AUC | as in training | flipped | unseen kind | relevance inside | Dice of masks", blind),
-        "hospitals": (f"{at_each} | relevance inside, C | segmenter's Dice, C", hospitals),
+        "hospitals": (f"{at_each} | accuracy at C | relevance inside, C | segmenter's Dice, C", hospitals),
         "grounds": (f"accuracy | {' | '.join(exchanged).replace('_', ' ')} | relevance inside", grounds),
     }
 
