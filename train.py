@@ -24,7 +24,7 @@ from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
 from attention_priors import guidance, span_loss
-from common.baselines import PENALTIES, swapped
+from common.baselines import PENALTIES, grown, swapped
 from common.checkpoint import DataSpec, check_folder, check_spec, data_spec, restore, resumed, save
 from common.checkpoint import start_run
 from common.checks import check, check_step
@@ -151,7 +151,7 @@ def classifier_objective(
 
     def isnet_parts(x: Tensor, m: Tensor, y: Tensor, mean: Tensor, generator: Generator) -> tuple:
         """Logits (B, K) and the parts of ISNet's loss; mean (B,): weights of images, 0 without a mask."""
-        m = F.max_pool2d(m, 2 * wider + 1, 1, wider)  # outlines have relevance on both sides
+        m = grown(m, wider)  # outlines have relevance on both sides
         m = whole_patches(m, encoder.patch_size) if isinstance(encoder, ViT) else m
         target = explained_target(y, multiclass, config.explain, generator)
         with attention_seen(encoder, config.isnet_layers) as attention:

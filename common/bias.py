@@ -20,9 +20,9 @@ def measure_bias(model: nn.Module, splits: dict[str, Data], multiclass: bool, ru
     The test images are unchanged ("same") and, with a marker, also those that `load` adds. For a pipeline the
     Dice of its segmenter is added. Raises CannotMeasure without labels.
     """
-    kinds, table = {"same": splits["test"], **{k: d for k, d in splits.items() if k not in SPLITS}}, {}
-    for name, found in classified(model, splits["val"], kinds, multiclass).items():
-        table[name], data = found, kinds[name]
+    kinds = {"same": splits["test"]} | {k: d for k, d in splits.items() if k not in SPLITS}
+    table = classified(model, splits["val"], kinds, multiclass)
+    for name, data in kinds.items():
         if (masked := shows_one(data)).names:
             foreground = masked.masks.any(dim=1, keepdim=True)  # (M, 1, S, S)
             R = relevance_of(model, masked.images, multiclass, rule or {})  # (M, C, S, S)

@@ -28,7 +28,7 @@ from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
 from common.classify import is_multiclass
-from common.config import KEYWORDS, PER_CALL, PLACES, Config, as_config, as_json
+from common.config import PER_CALL, PLACES, Config, as_config, as_json
 from common.data import Data, printable
 from common.flags import option
 from common.processes import rank
@@ -47,7 +47,7 @@ class DataSpec(NamedTuple):
     multiclass: bool  # each image has one of the classes
     images: str  # how many training images there were, and a hash of their names and, of classifiers, labels
     relevance_range: tuple[float, ...] | None = None  # C1, C2 of ISNet; if published, also of inner layers
-    priors: str = ""  # if they are masks: the reference image, and a hash of regions and masks
+    priors: str = ""  # of masks or a file: a hash, and the reference image
 
 
 class Run(NamedTuple):
@@ -133,6 +133,8 @@ def data_spec(
         elif prior == "masks":
             mark = _hash(train.regions, train.masks & train.has_masks[:, None, None, None])
             priors = f"all masks (hash: {mark})"
+        elif Path(prior).is_file():
+            priors = f"a file (hash: {hashlib.sha256(Path(prior).read_bytes()).hexdigest()[:8]})"
         return DataSpec(train.images.shape[1], (), False, images, priors=priors)
     if labels.isnan().all():
         raise ValueError(f"--task classify: no training image of {data} has a label; add labels.csv")
@@ -150,7 +152,7 @@ def check_spec(
     """
     for name in ("channels", "classes", "multiclass", "images", "priors"):
         was, there = getattr(run.spec, name), getattr(now, name)
-        if was != there and (name != "priors" or there):
+        if was != there and (name != "priors" or was and there):
             was, there = (", ".join(x) if isinstance(x, tuple) else x for x in (was, there))
             learned = f"{folder} learned {name} {was}, but {data} has {there}"
             if name == "images" and not goes_on:
@@ -207,7 +209,7 @@ def resumed(config: Config, typed: set[str]) -> Run:
     """The run in --out, to be continued with the settings in last.pt. Raises ValueError if flags differ."""
     run = load_run(config.out)
     saved, asked = as_json(run.config), as_json(config)
-    moved = {name for name in PLACES if not {saved[name], asked[name]} & KEYWORDS}
+    moved = {k for k, words in PLACES.items() if not {saved[k], asked[k]} & {*words, None}}
     for name in sorted(typed - {*PER_CALL, *moved}):
         if asked[name] != saved[name]:
             flag = option(Config.__dataclass_fields__[name])

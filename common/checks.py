@@ -4,13 +4,13 @@ from dataclasses import fields
 from pathlib import Path
 
 from common.baselines import PENALTIES
-from common.config import Config
+from common.config import PLACES, Config
 from common.flags import option, suggestion
 from common.folder import LAYOUT
 from common.processes import rank
 from common.splits import DRAWN
 
-PRIORS, MASKS = ("sample", "masks", "statistics", "none"), ("data", "prior", "attention")
+PRIORS, MASKS = PLACES["prior"], PLACES["masks"]
 PRETRAINING = ("ssl", "prior")  # have no effect outside pretraining, except --prior with --masks prior
 
 

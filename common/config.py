@@ -38,8 +38,10 @@ PRESETS = {  # from Faster ISNet's code; its weight is P / (1 - P) with P = 0.7
 LENGTHS = {"pretrain": (9, 350), "classify resnet": (15, 2800), "classify vit": (40, 7500)}
 ENCODER = "backbone img_size patch_size embed_dim depth num_heads registers pool pool_heads simpool_gamma"
 PER_CALL = ("out", "overwrite", "resume", "keep_going", "strict", "device")  # --resume may change these
-PLACES = ("data", "init", "masks", "prior")  # ... and these, if a file or folder that they name has moved
-KEYWORDS = {*"phantom parts data prior attention sample masks statistics none".split(), None}  # no paths
+PLACES = {  # ... and these, if a file or folder that they name has moved: any value but these words
+    "data": tuple(DRAWN), "init": (), "masks": ("data", "prior", "attention"),
+    "prior": ("sample", "masks", "statistics", "none"),
+}  # fmt: skip
 NO_SETTINGS = {*"command versions machine channels classes multiclass images priors relevance_range".split()}
 COUNT, FRACTION, WEIGHT, POSITIVE = (1, 10**9), (0, 1), (0, 1e9), (1e-12, 1e9)  # limits
 DINO, VIEWS, PENALISED = "ssl=dino", "ssl=dino|none", "baseline=" + "|".join(PENALTIES)
@@ -192,6 +194,10 @@ def parse(argv: list[str], doc: str = "") -> tuple[Config, set[str]]:
     given = saved | PRESETS.get(typed.get("preset"), {}) | encoder | typed
     if encoder and given["num_heads"] is None:
         raise ValueError(f"{typed['init']} doesn't say how many heads it has: add --num-heads")
+    for name in ("num_heads", "pool_heads", "simpool_gamma") if encoder and typed["init"].is_dir() else ():
+        if given[name] != encoder[name]:  # such weights would fit, and mean something else
+            flag = name.replace("_", "-")
+            raise ValueError(f"{typed['init']} has --{flag} {encoder[name]}, not {given[name]}: leave it out")
     if encoder and given["backbone"] != encoder["backbone"]:
         masks = f"; for its masks alone, --masks {typed['init']}" if typed["init"].is_dir() else ""
         raise ValueError(f"{typed['init']} is not a {given['backbone']}: leave out --backbone{masks}")

@@ -74,6 +74,8 @@ def start_from(init: Path, encoder: nn.Module) -> nn.Module:
     except RuntimeError as error:  # its last line names a weight of another size, or missing ones
         raise ValueError(f"{init} doesn't fit: {str(error).splitlines()[-1].strip()[:200]}") from None
     found, size = sizes(weights), encoder.native_grid[0] * encoder.patch_size
+    if found["num_heads"] not in (None, encoder.num_heads):  # other heads fit, and attend to something else
+        print(f"warning: {init}: releases of this width have {found['num_heads']} heads; check --num-heads")
     about = f"{found['embed_dim']} wide, {found['depth']} deep, patches of {found['patch_size']} px"
     resized = f"positions of {found['img_size']} px" + (" resized" if found["img_size"] != size else "")
     without = f"; left out: {', '.join(left)}" if left else ""

@@ -68,7 +68,8 @@ def priors_over(
     Confidence, from 0 to 1, says how surely the priors lie where they should, likeness how much an image is
     like the reference image; both are 1 for priors that are not registered. prior, reference, blur: as in
     `make_priors`; prior "masks" takes each image's own, and images are `train`'s. how: bend, affine or none,
-    to register the reference image to each image. heads: how many can be guided. Raises ValueError.
+    to register the reference image to each image. heads: how many can be guided; if given, what is found is
+    printed. Raises ValueError.
     """
     certain = torch.ones(2, len(images), device=device)  # confidence and likeness
     if prior == "masks":
@@ -80,7 +81,8 @@ def priors_over(
     if heads is not None:
         if len(names) > heads:
             listed = f"{len(names)} priors ({', '.join(names)})"
-            raise ValueError(f"{listed} but {heads} heads: raise --num-heads (--pool-heads with SimPool)")
+            remedy = "raise --num-heads (--pool-heads with SimPool; with --init, guide fewer regions)"
+            raise ValueError(f"{listed} but {heads} heads: {remedy}")
         print("guided heads:", ", ".join(f"{i} {name}" for i, name in enumerate(names)), flush=True)
         if prior == "sample" and how != "none":
             print(f"registering {printable(reference)} to {len(images)} images ...", flush=True)

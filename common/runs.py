@@ -86,8 +86,9 @@ def load_all(
         raise ValueError(f"the runs have markers of {both}: compare runs on the same images")
     marker, kind = markers.pop() if markers else (None, "corner")
     splits, reference, _ = load(**data_of(first), marker=marker, marker_kind=kind)
-    spec, loaded = data_spec(splits["train"], first.task == "classify", first.data), {}
+    loaded, classify = {}, first.task == "classify"
     for path, config in configs.items():
+        spec = data_spec(splits["train"], classify, config.data, config.prior, reference)
         if run := runs.get(path):
             check_spec(path, run, spec, splits["train"].regions, config.data, goes_on=moved)
             model, history = load_model(path, run).to(device), run.checkpoint["history"]

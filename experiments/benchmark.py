@@ -191,7 +191,7 @@ def of_dino(runs: int, device: str) -> Ratios:
             other, _ = dino_steps(f"{flags} {way}", shape, device)
             some = max(2, fewer // 4) if way == "--amp" else fewer  # seconds a step
             yield f"DINO's step, here / with {way}: {name}", ratio(other, ours, some)
-    if device == "cuda" and torch.cuda.device_count() < 2:
+    if device.startswith("cuda") and (device != "cuda" or torch.cuda.device_count() < 2):
         return  # a GPU for each
     two = [images_a_second(2, device) / images_a_second(1, device) for _ in range(3)]
     yield "images a second of DINO's steps, two processes / one", tuple(statistics.quantiles(two, n=4))

@@ -130,10 +130,12 @@ def test_a_finished_run_that_is_resumed_is_measured_again_and_not_trained(span_r
     assert metrics_of(tmp_path / "run") == pytest.approx(metrics_of(span_run))
 
 
-def test_a_run_goes_on_though_its_data_moved_but_not_on_others(tmp_path, capsys, refused):
+def test_a_run_goes_on_though_its_data_moved_but_not_on_others(tmp_path, capsys, refused, monkeypatch):
+    """Even if their folder was named as --masks names a source."""
     image_folder(tmp_path / "data", "file", *(f"{i}.png" for i in range(12)))
+    monkeypatch.chdir(tmp_path)
     out, words = tmp_path / "run", "--img-size 16 --patch-size 4 --prior none --keep-going --data".split()
-    stopped_after_an_epoch([*TINY[2:], *words, str(tmp_path / "data"), "--out", str(out)])
+    stopped_after_an_epoch([*TINY[2:], *words, "data", "--out", str(out)])
     assert "if an epoch was finished, --resume continues after it" in capsys.readouterr().out
     (tmp_path / "data").rename(tmp_path / "moved")
     resume = "--out", str(out), "--resume"

@@ -53,6 +53,13 @@ def test_config_repeats_a_run_but_not_over_it_and_what_is_typed_beside_it_wins(t
     assert parse(["--config", str(run), "--overwrite", "--out", "other"])[0].out == Path("other")
 
 
+def test_a_start_from_a_run_has_its_heads(tmp_path):
+    """Weights of other heads have the same shapes, and would fit without a word."""
+    run = str(run_folder(tmp_path, "--num-heads 3"))
+    assert parse(["--init", run])[0].num_heads == parse(["--init", run, "--num-heads", "3"])[0].num_heads == 3
+    refuses("has --num-heads 3, not 6: leave it out", parse, ["--init", run, "--num-heads", "6"])
+
+
 def test_a_config_from_before_a_setting_existed_takes_today_s_default_and_says_so(tmp_path, capsys):
     path = run_folder(tmp_path, "--isnet-margin 0.1") / "config.json"
     path.write_text(path.read_text().replace('"isnet_margin": 0.1, ', ""))

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, image_folder, metrics_of, noise, save, trained, unlabelled
+from conftest import SMALL, image_folder, metrics_of, noise, refuses, save, trained, unlabelled
 from PIL import Image
 
 import evaluate
 import train
+from common import runs
 from common.checkpoint import load_run
 from common.config import parse
 from common.explain import decisions
@@ -28,6 +29,18 @@ pytestmark = pytest.mark.usefixtures("few_test_images")
 def two_runs(span_run, dino_run, tmp_path) -> list[str]:
     """Copies of two runs, to write into."""
     return [str(shutil.copytree(run, tmp_path / run.name)) for run in (span_run, dino_run)]
+
+
+def test_a_run_is_not_measured_by_other_masks_than_those_that_guided_it(span_run, monkeypatch):
+    """Its heads would count for other regions."""
+
+    def changed(*args, **settings) -> tuple:
+        splits, reference, notes = load(*args, **settings)
+        train_split = splits["train"]
+        return splits | {"train": train_split._replace(masks=train_split.masks.roll(1, 1))}, reference, notes
+
+    monkeypatch.setattr(runs, "load", changed)
+    refuses("span learned priors .* but phantom has", runs.load_all, [span_run], [], "cpu")
 
 
 def test_runs_are_compared_side_by_side_on_the_same_images(two_runs, capsys):

@@ -405,7 +405,7 @@ def test_a_marker_that_tells_all_deceives_a_plain_classifier(tmp_path, capsys):
     assert "constant prediction" not in capsys.readouterr().out
 
 
-def test_a_run_is_not_resumed_on_other_classes_images_labels_or_regions_than_it_was_trained_on():
+def test_a_run_is_not_resumed_on_other_classes_images_labels_or_regions_than_it_was_trained_on(tmp_path):
     def pets(names: str = "abc", findings: str = "cat dog", labels=((0.0, 1), (1, 1), (1, 0))) -> DataSpec:
         images, known = torch.zeros(3, 1, 8, 8).byte(), torch.zeros(3).bool()
         data = Data(images, None, known, torch.tensor(labels), list(names), [], findings.split())
@@ -425,6 +425,10 @@ def test_a_run_is_not_resumed_on_other_classes_images_labels_or_regions_than_it_
     resumed(guided("a"), guided("b", "none"), "heart")  # to be measured only
     for other in (guided("b"), guided("a", area=3), guided("a", "masks")):
         refuses("run learned priors a .hash of its masks", resumed, guided("a"), other, "heart")
+    for content in "ab":
+        (tmp_path / content).write_text(content)
+    of_files = [guided("a", str(tmp_path / content)) for content in "ab"]
+    refuses("run learned priors a file", resumed, *of_files, "heart")
     resumed(pets(), pets(), "heart")
     resumed(pets(), pets())  # all masks are gone: the heads can't be mistaken
     resumed(pets(), pets(), "aorta", words="--prior statistics")

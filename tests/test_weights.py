@@ -9,6 +9,7 @@ from conftest import Evil, metrics_of, noise, save
 
 import evaluate
 import train
+from common.models import start_from
 from common.weights import BIAS, DEVIATION, FIRST, MEAN, exported, fit, read_weights, sizes
 from simpool import SimPool
 from vit import ViT, resized
@@ -98,6 +99,13 @@ def test_simpool_s_release_is_known(tmp_path):
     vit, found, left = loaded(tmp_path, {"teacher": state | {"simpool.beta": torch.zeros(1)}})
     assert found["pool"] == "simpool" and left == []
     assert torch.equal(vit.pool.wq.weight, ours.pool.wq.weight)
+
+
+def test_other_heads_than_the_release_s_cause_a_warning_as_their_weights_would_fit(tmp_path, capsys):
+    torch.save(published_names(), tmp_path / "vit.pth")
+    for heads, warned in ((3, False), (6, True)):
+        start_from(tmp_path / "vit.pth", ViT(224, 16, 3, 192, 1, heads))
+        assert ("releases of this width have 3 heads" in capsys.readouterr().out) == warned
 
 
 @pytest.mark.parametrize("registers", [0, 4])
