@@ -2,7 +2,7 @@
 
 A student g_s and a teacher g_t, each an encoder and a head, see different views V of an image (x_1^g, x_2^g:
 global). The student learns to predict the teacher's distribution over K prototypes; the teacher's weights
-are a moving average of its own. (1), (3), (4) are numbered as in the paper, whose (2) is (3) for two views:
+are a moving average of the student's. (1), (3), (4) have the paper's numbers; its (2) is (3) for two views:
 
     P_s = softmax(g_s(x) / tau_s),   P_t = softmax((g_t(x) - c) / tau_t)                     (1)
     min  sum over x in {x_1^g, x_2^g}, x' in V, x' != x  of  H(P_t(x), P_s(x')),  H(a, b) = -a log b     (3)

@@ -87,9 +87,10 @@ def _sign(z: Tensor) -> Tensor:
 class LRP(TorchFunctionMode):
     """In this context, each operation on tensors that depend on the watched input follows its relevance rule.
 
-    epsilon: the stabiliser of (2), in units of z. gamma: 0 for the epsilon rule; larger values favour
-    contributions of one sign, by (3) or, if signed, (4). detach_biases: derivatives of relevance take biases
-    as constants, as in ISNet. Call `watch(images)`, the model, `explain(score, inputs)`. Raises ValueError.
+    epsilon: the stabiliser of (2), above 0, in units of z. gamma: 0 for the epsilon rule; larger values
+    favour contributions of one sign, by (3) or, if signed, (4). detach_biases: derivatives of relevance take
+    biases as constants, as in ISNet. Call `watch(images)`, the model, `explain(score, inputs)`. Raises
+    ValueError.
     """
 
     def __init__(
@@ -270,7 +271,7 @@ class LRP(TorchFunctionMode):
             raise ValueError("LRP: attention dropout must be 0 while relevance is asked for")
         y = func(query, key, value, attn_mask, 0.0, is_causal, **kw)  # (..., Q, d) for keys (..., T, d)
         scale = query.shape[-1] ** -0.5 if kw.get("scale") is None else kw["scale"]
-        if kw.get("enable_gqa"):
+        if kw.get("enable_gqa") and query.shape[-3] != key.shape[-3]:
             raise ValueError("LRP: attention with enable_gqa: repeat keys and values for each head instead")
         scores = self.half(query @ key.transpose(-2, -1) * scale, query, key)  # (..., Q, T)
         attn_mask = torch.ones_like(scores, dtype=torch.bool).tril() if is_causal else attn_mask

@@ -1,8 +1,8 @@
 """SimPool: one attention that pools patches, in a ViT or a convnet (Psomas et al. 2023, arXiv 2309.06891).
 
 A ViT pools its patches through a CLS token in every block, a convnet averages them after the last one.
-SimPool replaces both by one step of attention at the end, whose query is the mean of the patches X (D, N),
-columns as in the paper, in the code rows:
+SimPool replaces both by one step of attention at the end, whose query is the mean of the patches. In
+X (D, N) they are columns, as in the paper; in the code they are rows:
 
     u0 = mean of X                             (12)        a = softmax(K^T q / sqrt(d))             (15)
     q  = W_Q u0                                (13)        V = LN(X) - min LN(X)                    (16)

@@ -61,7 +61,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, equations (5)-(7), which can return the first token's attention."""
+    """Multi-head self-attention, equations (5)-(8), which can return the first token's attention."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()

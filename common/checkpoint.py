@@ -147,16 +147,19 @@ def check_spec(
     folder: Path, run: Run, now: DataSpec, regions: list[str], data: str, goes_on: bool = True
 ) -> None:
     """Raise ValueError if the data no longer have the channels, classes or images that a run was trained on,
-    or other regions than those whose masks of one image guided its heads; if `now` has priors, also for other
-    masks. regions: of the data now. If a run is only measured, where it was, other images only cause a note.
+    or other regions than those whose masks of one image guided its heads; if both name priors, also for
+    others. regions: of the data now. If a run is only measured, where it was, other images only cause a note,
+    and so do other priors, unless they are all images' masks: a head might count for another's region.
     """
     for name in ("channels", "classes", "multiclass", "images", "priors"):
         was, there = getattr(run.spec, name), getattr(now, name)
         if was != there and (name != "priors" or was and there):
             was, there = (", ".join(x) if isinstance(x, tuple) else x for x in (was, there))
-            learned = f"{folder} learned {name} {was}, but {data} has {there}"
-            if name == "images" and not goes_on:
-                print(f"note: {learned}; it may have been trained on some of the test images")
+            has = "but now they are" if name == "priors" else f"but {data} has"
+            learned = f"{folder} learned {name} {was}, {has} {there}"
+            if not goes_on and (name == "images" or name == "priors" and run.config.prior != "masks"):
+                some = "it may have been trained on some of the test images"
+                print(f"note: {learned}; {some if name == 'images' else 'the AP of its prior is of these'}")
                 continue
             raise ValueError(f"{learned}: give its own data by --data, restore its files, or train again")
     guided = list(run.masses) if run.config.prior == "sample" else []  # other priors are of no region

@@ -194,7 +194,8 @@ def parse(argv: list[str], doc: str = "") -> tuple[Config, set[str]]:
     given = saved | PRESETS.get(typed.get("preset"), {}) | encoder | typed
     if encoder and given["num_heads"] is None:
         raise ValueError(f"{typed['init']} doesn't say how many heads it has: add --num-heads")
-    for name in ("num_heads", "pool_heads", "simpool_gamma") if encoder and typed["init"].is_dir() else ():
+    same_pool = encoder and typed["init"].is_dir() and given["pool"] == encoder["pool"]
+    for name in ("num_heads", "pool_heads", "simpool_gamma") if same_pool else ():
         if given[name] != encoder[name]:  # such weights would fit, and mean something else
             flag = name.replace("_", "-")
             raise ValueError(f"{typed['init']} has --{flag} {encoder[name]}, not {given[name]}: leave it out")

@@ -106,7 +106,7 @@ def max_box_acc(overlaps: Tensor) -> float:
     """MaxBoxAccV2 (Choe et al. 2020, arXiv 2007.04178) of `box_overlaps` (T, B), in [0, 1].
 
     The share of images whose IoU reaches d at the best common threshold, averaged over d = 0.3, 0.5, 0.7. A
-    lower bound, as only THRESHOLDS are tried (released: 100 or 1,000).
+    lower bound, as only THRESHOLDS values are tried (released: 100 or 1,000).
     """
     return float(torch.stack([(overlaps >= d).double().mean(dim=1).amax() for d in (0.3, 0.5, 0.7)]).mean())
 

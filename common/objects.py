@@ -5,8 +5,8 @@ images, which can't be chosen without masks. With an even pooling, the map is th
 likeliest class (Zhou et al. 2016, arXiv 1512.04150): the patches' logits, whose mean is the image's. Two
 controls need no learning: a Gaussian in the middle of each image, and the same network with random weights.
 MaxBoxAccV2 by definition takes its threshold from test images; CorLoc takes it from validation images. The
-object's box encloses all parts of its mask, even a stray pixel. AP is a mean over images (the paper's PxAP
-pools all pixels).
+object's box encloses all parts of its mask, even a stray pixel. AP is a mean over images (PxAP of Choe et
+al. 2020 pools all pixels).
 """
 
 import copy

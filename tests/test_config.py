@@ -58,6 +58,9 @@ def test_a_start_from_a_run_has_its_heads(tmp_path):
     run = str(run_folder(tmp_path, "--num-heads 3"))
     assert parse(["--init", run])[0].num_heads == parse(["--init", run, "--num-heads", "3"])[0].num_heads == 3
     refuses("has --num-heads 3, not 6: leave it out", parse, ["--init", run, "--num-heads", "6"])
+    run = str(run_folder(tmp_path, "--pool simpool --pool-heads 1 --simpool-gamma 2"))
+    for flag, value, has in (("--pool-heads", "3", "1"), ("--simpool-gamma", "1", "2.0")):
+        refuses(f"has {flag} {has}, not {value}", parse, ["--init", run, flag, value])
 
 
 def test_a_config_from_before_a_setting_existed_takes_today_s_default_and_says_so(tmp_path, capsys):

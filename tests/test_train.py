@@ -417,12 +417,15 @@ def test_a_run_is_not_resumed_on_other_classes_images_labels_or_regions_than_it_
         data = Data(masks.byte(), masks, torch.ones(2).bool(), None, ["a", "b"], ["heart"], [])
         return data_spec(data, False, "mine", prior, reference)
 
-    def resumed(was: DataSpec, now: DataSpec, *regions: str, words: str = "") -> None:
+    def resumed(was: DataSpec, now: DataSpec, *regions: str, words: str = "", goes_on: bool = True) -> None:
         run = Run(parse(words.split())[0], was, {"heart": 0.6}, {})
-        check_spec(Path("run"), run, now, [*regions], "mine")
+        check_spec(Path("run"), run, now, [*regions], "mine", goes_on)
 
     resumed(guided("a"), guided("a"), "heart")
-    resumed(guided("a"), guided("b", "none"), "heart")  # to be measured only
+    resumed(guided("a", "none"), guided("a"), "heart")  # a run from before priors were recorded
+    every = [guided("a", "masks", area) for area in (3, 4)]
+    refuses("learned priors all masks", resumed, *every, words="--prior masks", goes_on=False)
+    resumed(guided("a"), guided("b", "none"), "heart")  # the reference's masks are gone
     for other in (guided("b"), guided("a", area=3), guided("a", "masks")):
         refuses("run learned priors a .hash of its masks", resumed, guided("a"), other, "heart")
     for content in "ab":
