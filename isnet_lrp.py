@@ -24,7 +24,6 @@ A network can satisfy the loss and keep its shortcut. Each part closes one way t
     another logit reads the marker           log-odds are explained, not one logit
     units respond to the marker's absence    L_bg of inner layers
     saturated attention has no relevance     L_att: attention must lie on the foreground
-    a patch contains some background         `whole_patches` counts it as foreground: it is one token
 
 On absence: suppose a bias activates a unit and the marker silences it. At the marker the silent unit has no
 relevance. Where it is active, its relevance goes to the bias, not to pixels, but L_bg sees it in the unit's
@@ -33,7 +32,8 @@ passes the loss. Backgrounds swapped between images, as in `train.py`, say nothi
 masks are exact. Test on images where the shortcut contradicts the label.
 
 Grow exact masks by a few pixels for this loss: an outline has relevance on both of its sides, and classes
-that differ in outline are learned far worse if one side is penalised.
+that differ in outline are learned far worse if one side is penalised. For a ViT, `whole_patches` grows them:
+a patch is one token, which cannot be split.
 
 Where we differ:
 
@@ -223,6 +223,6 @@ def _checked(heatmap: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 if __name__ == "__main__":
-    from common import chapters
+    from common import holes
 
-    chapters.isnet_lrp()  # prints a few facts and draws isnet_lrp.png
+    holes.isnet_lrp()  # prints a few facts and draws isnet_lrp.png

@@ -1,10 +1,10 @@
 """The chapter (demo) of each concept file: `python vit.py` prints a few facts and writes vit.png.
 
-A chapter takes at most 20 seconds on a CPU. It trains on synthetic images or not at all.
+A chapter takes at most 20 seconds on a CPU. It trains on synthetic images or not at all. That of `isnet_lrp.py`
+is in `holes.py`.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from common.plots import COLOURS, GRID, plt
 from common.symbols import SETS
 from crops import crop, multi_crop, random_crops
 from dino import CollapseMonitor
-from isnet_lrp import background_loss, foreground_loss
 from lrp import relevance
 from relvit import chance, relation_targets
 from resnet import ResNet
@@ -200,50 +199,3 @@ def lrp() -> None:
             heat = R[i, 0] / R[i].abs().mean()
             show(row[k + 1], heat, name if i == 0 else "", top=12, signed=True)
     draw(figure, "lrp")
-
-
-def isnet_lrp() -> None:
-    """Five ways round the ISNet loss and what closes each, on 16 x 16 px, the foreground in the middle."""
-    mask, marker, generator = torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 16, 16), Generator().manual_seed(0)
-    mask[..., 4:12, 4:12], marker[..., 1:3, 1:3] = 1, 1
-    x = mask * torch.rand(mask.shape, generator=generator) + marker
-    shadow = F.relu(marker - marker * (x - marker))  # units that a bias activates and the marker silences
-
-    def heat(score: Callable) -> Tensor:  # of a model that returns a logit for each pixel
-        def total(images: Tensor) -> Tensor:
-            return score(images).flatten(1).sum(dim=1, keepdim=True)
-
-        return relevance(total, x, torch.ones(1, 1))[0].detach()
-
-    strict = partial(background_loss, mask=mask, decay=0.97, E=0.1)
-    both, clean = heat(lambda im: im * (mask + marker)), heat(lambda im: im * mask)
-    loud = both * (1 + 200 * mask)
-    bounded = strict(loud) + foreground_loss(loud, mask, 10, 60, hybrid=True)
-    ways = {  # what happens: heatmap and loss, what closes it: heatmap and loss
-        "a small marker": (both, background_loss(both, mask), "small E, pooled by rank", both, strict(both)),
-        "foreground 200 times louder": (loud, strict(loud), "foreground loss", loud, bounded),
-        "the other logit reads it": (clean, strict(clean), "log-odds explained", both, strict(both)),
-        "its absence is coded": (clean, strict(clean), "inner layer", clean + shadow, strict(clean + shadow)),
-    }
-    figure, axes = panels(3, len(ways) + 1)
-    for (title, (R, passes, part, seen, closed)), column in zip(ways.items(), axes.T):
-        print(f"{title}: background loss {float(passes):.2f}; with {part} {float(closed):.2f}")
-        show(column[0], x[0, 0], title)
-        show(column[1], R[0, 0] / R.max(), f"loss {float(passes):.2f}", top=1, signed=True)
-        show(column[2], seen[0, 0] / seen.max(), f"{part}: {float(closed):.2f}", top=1, signed=True)
-    tint, other = 0.5 * (1 - mask), torch.rand(mask.shape, generator=generator) * (1 - mask)
-
-    def dark(images: Tensor) -> Tensor:  # units outside the foreground detect darkness; a tint silences them
-        return images * mask + F.relu(0.2 - images) * (1 - mask)
-
-    x = x * mask + tint
-    R, seen = heat(dark), (x, x - tint, x * mask + other, (x - tint) * mask + other)
-    scores = ["{:.0f}".format(float(dark(image).sum())) for image in seen]
-    print(f"a tint silences units: background loss {float(strict(R)):.2f}; score with the tint {scores[0]}, "
-          f"without {scores[1]}, on another image's background {scores[2]} and {scores[3]}")  # fmt: skip
-    for ax, what in zip(axes[:, 0], ("image", "heatmap that passes", "what closes the hole")):
-        ax.set_ylabel(what)
-    show(axes[0, -1], x[0, 0], "a tint silences units")
-    show(axes[1, -1], R[0, 0] / R.max(), f"loss {float(strict(R)):.2f}", top=1, signed=True)
-    show(axes[2, -1], (x * mask + other)[0, 0], "background swapped")
-    draw(figure, "isnet_lrp")

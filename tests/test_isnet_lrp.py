@@ -5,6 +5,7 @@ import torch
 from conftest import golden, refuses, seeded
 
 from attention_priors import span_loss
+from common import holes
 from isnet_lrp import attention_loss, background_loss, foreground_loss, isnet_background
 from isnet_lrp import log_odds, published_loss, relevance_range, whole_patches
 
@@ -107,3 +108,15 @@ def test_a_heatmap_of_zeros_gives_no_nan(dtype):
     loss = background_loss(R, mask, 0.9) + foreground_loss(R, mask, 1.0, 2.0)
     loss.sum().backward()
     assert loss.dtype == torch.float32 and loss.isfinite().all() and R.grad.isfinite().all()
+
+
+def test_toy_models_read_the_background_and_pass_the_loss_until_the_remedy():
+    found = {hole.name: hole for hole in holes.holes()}
+    assert len(found) == 8
+    for hole in found.values():
+        assert hole.loss < 0.05 and (hole.then is None or hole.then > 0.5), hole.name
+    models = {"two units cancel": holes.cancelling, "attention saturates": holes.attending}
+    for name, model in (models | {"a tint silences units": holes.silenced}).items():
+        image = found[name].image
+        assert (model(image).sum() - model(image * holes.MASK).sum()).abs() > 1, name
+        assert found[name].passes[..., holes.MASK[0, 0] == 0].abs().max() < 1e-3, name
