@@ -290,9 +290,11 @@ FAMILIES = {  # the rules: they take (self, func, *args, **kwargs) and return th
     "matmul bmm mm rmatmul": LRP._matmul,
     "addmm baddbmm": lambda self, f, b, x, w, **k: self.linear(lambda x, w, b: f(b, x, w, **k), x, w, b),
     "einsum": LRP._einsum,
-    "mul rmul multiply": lambda self, func, a, b, *args, **kw: self.half(func(a, b, *args, **kw), a, b),
+    "mul rmul multiply": lambda self, f, input, other, **k: self.half(f(input, other, **k), input, other),
     "addcmul": lambda s, f, x, a, b, **k: s.route(f(x, a, b, **k), x + s.half(f(0 * x, a, b, **k), a, b)),
-    "div truediv divide true_divide": lambda s, f, a, b, **k: f(a, s.constant(b) if s.active(b) else b, **k),
+    "div truediv divide true_divide": lambda s, f, input, other, **k: f(
+        input, s.constant(other) if s.active(other) else other, **k
+    ),
     " ".join(CONSTANT): lambda self, func, *args, **kw: self.constant(func(*args, **kw)),
     "relu6 elu selu celu gelu silu mish sigmoid logsigmoid tanh softplus softsign hardtanh hardswish "
     "hardsigmoid clamp clamp_min clamp_max threshold square sqrt exp log pow rms_norm": LRP._elementwise,
