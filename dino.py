@@ -26,7 +26,7 @@ a low tau_t; so c follows each batch: (8).
 
 `DINOHead` has the published names. Where we differ, for short runs: tau_t has no warm-up; the last layer is
 not frozen, its rows `weight_v` start shorter, to turn faster; weight decay is constant; gradients are clipped
-together; there is no stochastic depth by default (there: 0.1); the student is the result.
+by their joint norm; stochastic depth is off by default (there: 0.1); the student is kept, not the teacher.
 """
 
 import copy
@@ -217,7 +217,7 @@ class DINO(nn.Module):
         kind = torch.promote_types(student.dtype, torch.float32)  # for sums over images
         student, teacher = (scores.to(kind).unflatten(0, (-1, B)) for scores in (student, teacher))
         w = self.health.nearness()
-        if self.training and self.max_entropy < 1 and B > 1:  # else its two views would be opposites
+        if self.training and self.max_entropy < 1 and B > 1:  # one image's views would be opposites
             self.loss.move_center(teacher, w)
         teacher_temp = self.loss.temperature(teacher, teacher_temp, self.max_entropy, w)
         if self.training and B > 1:  # of one image, the KL says nothing

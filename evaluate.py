@@ -112,8 +112,8 @@ def draw_pictures(run: Path, flags: list[str], paths: list[Path], device: str) -
 def draw_picture(run: Loaded, path: Path, out: Path) -> int:
     """Draw the heads' attention, their masks at the picture's size, and a classifier's heatmap into `out`.
 
-    Masks: equation (1), `common/regions.py`. The picture keeps its shape; its shorter side becomes the run's
-    --img-size. Returns how many files were written. Raises DataError.
+    Masks: equation (1), `common/regions.py`. The picture keeps its aspect ratio; its shorter side becomes the
+    run's --img-size. Returns how many files were written. Raises DataError.
     """
     config, spec, model, *_ = run
     encoder = model.encoder if config.task == "classify" else model
@@ -230,7 +230,7 @@ def main(argv: list[str] | None = None) -> None:
         remedy = "end other programs" + ("" if args.device == "cpu" else ", or add --device cpu")
         fail("evaluate.py", remedy_for(error, remedy), 1)
     except KeyboardInterrupt:
-        print("\nstopped; metrics of the last run are not saved")
+        print("\nstopped; metrics of the current run are not saved")
         sys.exit(130)
 
 

@@ -13,7 +13,7 @@ relevance R that LRP (`lrp.py`) finds outside a mask m, 1 in the foreground. Onl
     L_att = KL(P || A),  P = 1 / n on the n patches that touch the foreground, 0 elsewhere           (6)
 
 R_l is the relevance of an inner layer, A_a an attention map. "Hybrid" is from Faster ISNet (2024, arXiv
-2401.08409). (6) is ours: the SPAN loss of `attention_priors.py`, toward an even prior.
+2401.08409). (6) is ours: the SPAN loss of `attention_priors.py`, toward a uniform prior.
 
 A network can satisfy the loss and keep its shortcut. Each part closes one way to do so:
 

@@ -332,7 +332,7 @@ def relevance(
     """The signed LRP heatmap (B, C, H, W) of a classifier (B, C, H, W) -> (B, K), and its output.
 
     target: labels (B,), whose logits are explained; weights (B, K) of a sum of logits; or a function of the
-    output to scores (B,), without rules. epsilon, gamma, signed, detach_biases: see `LRP`. input_rule: the
+    output to scores (B,), free of rules. epsilon, gamma, signed, detach_biases: see `LRP`. input_rule: the
     range (low, high) of pixels, numbers or tensors, for rule (9) in layers that get them. create_graph: to
     train through the heatmap. layers: modules that the model calls once; then a list is returned: the
     heatmap, and the relevance of each module's output. Without biases and softmax, and with a rule for each
@@ -343,7 +343,7 @@ def relevance(
         raise ValueError(f"relevance needs float images, not {images.dtype} {tuple(images.shape)}")
     bounds, calls = [torch.zeros_like(images).add_(v).requires_grad_() for v in input_rule or ()], []
 
-    def note(module: nn.Module, _, output):  # where the gradient of its first output arrives, and that
+    def note(module: nn.Module, _, output):  # keep the first output and its gradient's edge
         y = given = tree_leaves(output)[0]
         if not isinstance(y, Tensor) or not y.requires_grad:
             raise ValueError(f"layers: {type(module).__name__} gives no tensor with a gradient")

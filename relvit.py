@@ -8,8 +8,8 @@ the first three of these targets, and for each patch the last:
     angles      between (x_i + w/2, y_i + h/2) and (x_j + w/2, y_j + h/2)    in [-1, 1]     squared error
     positions   y_i w + x_i                                                  N classes      cross-entropy
 
-Scores of pairs are q_i . k_j / sqrt(d), where q and k are linear maps to d = D // classes numbers, one pair
-of maps per class. Scores of patches come from a linear layer. Distances and angles are scaled from
+Scores of pairs are q_i . k_j / sqrt(d), where q and k are linear maps to d = D // classes dimensions, one
+pair of maps per class. Scores of patches come from a linear layer. Distances and angles are scaled from
 [0, largest] to [-1, 1]. Targets depend only on the grid, so they are built once and indexed when patches are
 shuffled.
 

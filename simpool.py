@@ -1,4 +1,4 @@
-"""SimPool: one attention that pools patches, in a ViT or a convnet (Psomas et al. 2023, arXiv 2309.06891).
+"""SimPool: one attention step that pools patches, in a ViT or convnet (Psomas et al. 2023, arXiv 2309.06891).
 
 A ViT pools its patches through a CLS token in every block, a convnet averages them after the last one.
 SimPool replaces both by one step of attention at the end, whose query is the mean of the patches. In

@@ -64,11 +64,11 @@ def foreground_masks(
 ) -> tuple[Tensor | None, Tensor]:
     """The foreground (N, 1, S, S) bool of the training images, if it is needed, and which images stay (N,).
 
-    Images without a known foreground are left out: they would teach the background. Raises ValueError.
+    Images without a known foreground are left out: they would teach the shortcut. Raises ValueError.
     """
     train, by_labels = splits["train"], config.task == "classify" and not config.relations
     known = labelled(train.labels) if by_labels else torch.ones(len(train.names), dtype=torch.bool)
-    if not config.isnet and config.baseline in (None, "gated"):  # neither they nor pretraining use masks
+    if not config.isnet and config.baseline in (None, "gated"):  # no loss uses masks
         return None, known
     if config.resume:  # as checked when the run began
         return kept_masks(config.out, train.images[:, :1].shape)
@@ -84,7 +84,7 @@ def foreground_masks(
 
 
 def views_objective(config: Config, model: nn.Module, images: Tensor, priors: Callable | None) -> Callable:
-    """DINO's loss over random views of images (N, C, S, S) uint8, plus SPAN's with `priors_over` the images.
+    """DINO's loss over random views of images (N, C, S, S) uint8, plus SPAN's if `priors_over` gave priors.
 
     Without DINO (--ssl none), or after DINO has collapsed, SPAN's loss is used alone.
     """
@@ -115,7 +115,7 @@ def views_objective(config: Config, model: nn.Module, images: Tensor, priors: Ca
 
 
 def relvit_objective(config: Config, relvit: RelViT, images: Tensor, priors: Callable | None) -> Callable:
-    """RelViT's loss over patches of images (N, C, S, S) uint8, plus SPAN's with `priors_over` the images."""
+    """RelViT's loss over patches of images (N, C, S, S) uint8, plus SPAN's if `priors_over` gave priors."""
     grid, p = relvit.grid, config.patch_size
 
     def losses(index: Tensor, generator: Generator, step: int, total: int) -> tuple[Tensor, dict]:
@@ -211,7 +211,7 @@ def train(
     """Train on images (N, C, S, S) with an objective; returns the history, one row per epoch.
 
     masses_now: see `masses_of`. One generator draws order and views. Checkpoints hold its state and that of
-    PyTorch, so that a resumed run ends with the weights of an unbroken one. Each process takes its share of a
+    PyTorch, so a resumed run ends with the weights of an uninterrupted one. Each process takes its share of a
     batch. Raises Collapse, FloatingPointError (before weights are damaged), KeyboardInterrupt (after saving).
     """
     generator = Generator().manual_seed(config.seed)
@@ -238,7 +238,7 @@ def train(
                     generator.manual_seed((config.seed * total + step) * processes + rank())
                     torch.manual_seed(generator.initial_seed() + 2**40)
                 logged = train_step(config, model, losses, optimizer, index, generator, step, total)
-                for name, value in logged.items():  # some steps lack some of them
+                for name, value in logged.items():  # not every step has every value
                     whole, n = sums.get(name, (0.0, 0))
                     sums[name] = whole + value, n + 1
                 bar.set_postfix(logged, refresh=False)
@@ -369,7 +369,7 @@ def begin(argv: list[str]) -> tuple:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line: exit status 0 when done, 1 for a failed training, 2 for unusable input."""
+    """The command line: exit status 0 when done, 1 for a failed run, 2 for unusable input."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         try:

@@ -7,7 +7,7 @@ blocks transform the T = N + 1 tokens (equations numbered as in the paper):
     z'_l = MSA(LN(z_{l-1})) + z_{l-1},   z_l = MLP(LN(z'_l)) + z'_l                 (2), (3)
     y    = LN(z_L)                                                                  (4)
     [q, k, v] = z U_qkv,   A = softmax(q k^T / sqrt(d)),   SA(z) = A v              (5), (6), (7)
-    MSA(z) = [SA_1(z); ...; SA_h(z)] U_msa   for h heads of d = D / h numbers       (8)
+    MSA(z) = [SA_1(z); ...; SA_h(z)] U_msa   for h heads of dimension d = D / h     (8)
 
 Every forward returns `Features(pooled, patches, attention)`. `attention` is the CLS row of A in one block:
 the weights with which each head pooled the image. `F.scaled_dot_product_attention` never forms A, so this row
@@ -31,7 +31,7 @@ class Features(NamedTuple):
     """What an encoder returns: pooled (B, D), patches (B, N, D) row by row, attention (B, heads, N).
 
     The last two may be None if they were not requested. `attention` is the CLS token's softmax row without
-    its own column and registers', not renormalised: if a head looks at these, its weights sum to less than 1.
+    the columns of CLS and registers, not renormalised: a head that looks at these sums to less than 1.
     """
 
     pooled: Tensor
@@ -139,10 +139,10 @@ class ViT(nn.Module):
     img_size: side of the training images in pixels, or (height, width); it sets the size of the position
     embedding, which is resized for other images. pool: None for a CLS token, or a module that maps patches
     (B, N, D), before the last LayerNorm, to (pooled (B, D), attention (B, N) or (B, heads, N)); then there is
-    no CLS token, and the module's linear layers are initialised anew. registers: tokens without a position
-    behind CLS, not returned (Darcet et al. 2023, arXiv 2309.16588). drop_path, in [0, 1): stochastic depth of
-    the last block; the first has 0. Raises ValueError if patch_size does not divide img_size, or num_heads
-    embed_dim.
+    no CLS token, and the module's linear layers are initialised anew. registers: how many tokens without a
+    position follow CLS; they are not returned (Darcet et al. 2023, arXiv 2309.16588). drop_path, in [0, 1):
+    stochastic depth of the last block; the first has 0. Raises ValueError if patch_size does not divide
+    img_size, or num_heads does not divide embed_dim.
     """
 
     def __init__(

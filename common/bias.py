@@ -37,7 +37,7 @@ def measure_bias(model: nn.Module, splits: dict[str, Data], multiclass: bool, ru
 def measure_backgrounds(model: nn.Module, splits: dict[str, Data], multiclass: bool) -> tuple[Table, int]:
     """AUC and accuracy on exchanged backgrounds, and how many images are "mixed same" and "mixed rand".
 
-    Those share their labels, not all unknown, with another. Raises CannotMeasure without masks or labels.
+    Each has the same labels as another, not all unknown. Raises CannotMeasure without masks or labels.
     """
     test = shows_one(splits["test"])
     if not test.names:
@@ -56,8 +56,8 @@ def measure_backgrounds(model: nn.Module, splits: dict[str, Data], multiclass: b
 def classified(model: nn.Module, val: Data, kinds: dict[str, Data], multiclass: bool) -> Table:
     """AUC and accuracy on kinds of test images, {kind: {metric: value}}, NaN if unknown.
 
-    Of three or more classes, accuracy counts the likeliest; otherwise it takes the thresholds that are best
-    on validation images. Raises CannotMeasure without labels.
+    With three or more classes the likeliest one is the prediction; otherwise a threshold decides, which is
+    chosen on validation images. Raises CannotMeasure without labels.
     """
     test, table = next(iter(kinds.values())), {}
     if test.labels.isnan().all():

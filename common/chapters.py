@@ -1,7 +1,7 @@
 """The chapter (demo) of each concept file: `python vit.py` prints a few facts and writes vit.png.
 
-A chapter takes at most 20 seconds on a CPU. It trains on synthetic images or not at all. That of `isnet_lrp.py`
-is in `holes.py`.
+A chapter takes at most 20 seconds on a CPU. It trains on synthetic images or not at all. `holes.py` has that
+of `isnet_lrp.py`.
 """
 
 from collections.abc import Callable
@@ -80,7 +80,7 @@ def vit() -> None:
 
 
 def attention_priors() -> None:
-    """A prior carried through crops: what each view sees of it, and the loss of even attention."""
+    """A prior carried through crops: what each view sees of it, and the loss of uniform attention."""
     images, masks, _ = phantom(1, seed=0)
     priors, generator = priors_from_masks(masks[0]), Generator().manual_seed(1)
     theta = torch.cat([EYE[None], random_crops(4, (0.1, 0.5), generator)])
@@ -92,7 +92,7 @@ def attention_priors() -> None:
         for r, region in enumerate(REGIONS):
             show(axes[r + 1, b], P[b, r].view(8, 8), f"{region}: sees {100 * share[b, r]:.0f} %", top=12 / 64)
     even, own = (span_loss(A, P, share).abs() for A in (torch.full((5, 6, 64), 1 / 64), P))
-    print(f"SPAN loss, equation (4): {even:.2f} nats for even attention, {own:.2f} for the prior itself")
+    print(f"SPAN loss, equation (4): {even:.2f} nats for uniform attention, {own:.2f} for the prior itself")
     draw(figure, "attention_priors")
 
 

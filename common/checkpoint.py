@@ -146,10 +146,10 @@ def data_spec(
 def check_spec(
     folder: Path, run: Run, now: DataSpec, regions: list[str], data: str, goes_on: bool = True
 ) -> None:
-    """Raise ValueError if the data no longer have the channels, classes or images that a run was trained on,
-    or other regions than those whose masks of one image guided its heads; if both name priors, also for
-    others. regions: of the data now. If a run is only measured, where it was, other images only cause a note,
-    and so do other priors, unless they are all images' masks: a head might count for another's region.
+    """Raise ValueError if the data now have other channels, classes or training images than a run had, other
+    priors (if both name them), or other regions than those to which one image's masks guided its heads.
+    regions: those of the data now. goes_on: False if a run is only measured, on data that have not moved.
+    Then other images only cause a note. So do other priors, unless they are the masks of all images.
     """
     for name in ("channels", "classes", "multiclass", "images", "priors"):
         was, there = getattr(run.spec, name), getattr(now, name)

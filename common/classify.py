@@ -153,7 +153,7 @@ def natural_range(
     for _ in range(WARM_UP):
         order = torch.randperm(len(images), generator=generator).to(labels.device)
         for index in order.split(batch_size):
-            if len(index) == 1 < batch_size:  # a small rest
+            if len(index) == 1 < batch_size:  # a last batch of one image
                 continue
             optimizer.zero_grad()
             for part in index.tensor_split(min(parts, max(1, len(index) // 2))):  # BatchNorm needs two

@@ -85,7 +85,7 @@ class Config:
     ssl: str = flag("dino", "the objective without labels; none: the SPAN loss alone",
         group="self-supervision", choices=["dino", "relvit", "none"], needs="task=pretrain")
     relations: tuple[str, ...] = flag(None, "RelViT's tasks (default: all); with --task classify, tasks to "
-        "learn beside the labels (default: none)", choices=RELATIONS, nargs="+",
+        "learn along with the labels (default: none)", choices=RELATIONS, nargs="+",
         needs="ssl=relvit task=classify")
     in_order: bool = flag(False, "with --relations: leave patches in order and unchanged, as published",
         needs="task=classify&relations")

@@ -43,7 +43,7 @@ def select(data: Data, index: Tensor) -> Data:
 
 
 def to_device(images: Tensor, device: str) -> Tensor:
-    """Images (N, ...) on the device, or left where they are if they would take half of its free memory."""
+    """Images (N, ...) on the device, or left where they are if they would take over half its free memory."""
     large = device.startswith("cuda") and images.nbytes > torch.cuda.mem_get_info(device)[0] / 2
     return images if large else images.to(device)
 

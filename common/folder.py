@@ -120,7 +120,7 @@ def _unused(folder: Path, used: dict[str, Path]) -> str:
 def _find_masks(folder: Path, images: dict[str, Path], notes: list[str]) -> dict[str, dict[str, Path]]:
     """{region: {image name: mask file}}: by the image's full name, or else by its stem.
 
-    Adds notes on files that are not used. Raises DataError if a mask may be of two images, or two are of one.
+    Adds notes on unused files. Raises DataError if a mask may belong to two images, or two masks to one.
     """
     stems, masks = defaultdict(list), {}
     for name, path in images.items():

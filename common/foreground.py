@@ -48,8 +48,8 @@ def foreground(
             raise ValueError(f"{line}: add masks/<region>/ beside images/, or change labels.csv")
         masks = given[:, None, None, None] & train.masks.any(dim=1, keepdim=True)
         if not given.all():
-            counts = f"{int(given.sum())} of {len(given)} training images have masks"
-            print(f"warning: {counts}; those of up to {REFERENCES} images are carried to the others")
+            counts = f"masks: {int(given.sum())} of {len(given)} training images"
+            print(f"note: {counts}; those of up to {REFERENCES} images are carried to the others")
             masks[~given] = registered_masks(train.images[~given], ("sample", *prior[1:]), REFERENCES)
     elif source == "prior":
         masks = registered_masks(train.images, prior)

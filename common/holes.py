@@ -65,6 +65,7 @@ def holes() -> list[Hole]:
     marked, tinted = noise * MASK + MARKER, noise * MASK + 0.5 * OUTSIDE
     strict = partial(background_loss, mask=MASK, decay=0.97, E=0.1)
     both, clean = heat(lambda x: x * (MASK + MARKER), marked), heat(lambda x: x * MASK, marked)
+    faint = background_loss(both, MASK)
     loud, absent = both * (1 + 200 * MASK), clean + F.relu(MARKER - MARKER * (marked - MARKER))
     bounded = strict(loud) + foreground_loss(loud, MASK, 10, 60, hybrid=True)
     cancels, signed = heat(cancelling, marked), heat(cancelling, marked, gamma=3.0, signed=True)
@@ -73,10 +74,8 @@ def holes() -> list[Hole]:
     dark, ring = heat(silenced, tinted), heat(lambda x: x * WIDE, tinted)
     swapped = noise * MASK + torch.linspace(0.1, 0.6, 16) * OUTSIDE  # WIDE less a pixel is MASK
     return [
-        Hole(
-            "a small marker", marked, both, background_loss(both, MASK), "small E, ranks", both, strict(both)
-        ),
-        Hole("a louder foreground", marked, loud, strict(loud), "foreground loss", loud, bounded),
+        Hole("a small marker", marked, both, faint, "small E, ranks", both, strict(both)),
+        Hole("a louder foreground", marked, loud, strict(loud), "foreground loss", loud.clip(max=1), bounded),
         Hole("the other logit reads it", marked, clean, strict(clean), "log-odds", both, strict(both)),
         Hole("its absence is coded", marked, clean, strict(clean), "inner layer", absent, strict(absent)),
         Hole("two units cancel", marked, cancels, strict(cancels), "signed gamma", signed, strict(signed)),

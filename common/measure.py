@@ -2,7 +2,7 @@
 
 attention  pixel average precision (AP) of one attention head per region: the one that masks guided, or else
            the best on validation images, beside the mean over all heads, which needs no masks. The prior has
-           its own AP, see `prior_maps` and `best_statistics`. Even pooling has no attention.
+           its own AP, see `prior_maps` and `best_statistics`. Mean pooling has no attention.
 bias       a classifier's AUC and accuracy on test images as in training and, if these have a marker, with
            it removed, flipped, and flipped to an unseen kind. These show whether it relies on the marker.
            The share of relevance in the foreground does not: a heatmap can look right and be wrong.
@@ -27,7 +27,7 @@ from common.objects import measure_objects, shows_one, untrained
 from common.probe import PROBES, draw_labelled, probe
 
 MEASURES = ["attention", "objects", "bias", "backgrounds", *PROBES]
-NOT_OF = {  # what is not measured of a model, and of whom it is; a pipeline's encoder sees no background
+NOT_OF = {  # kind of model: measures it lacks, and what has them; a pipeline's encoder sees no background
     "encoder": (["bias", "backgrounds"], "classifiers"), "classifier": (["finetune"], "pretrained runs"),
     "pipeline": (["attention", "objects", *PROBES], "encoders of whole images")}  # fmt: skip
 OF_FOREGROUND = {  # what is measured only on images with a foreground, and its name in the note on that
@@ -71,7 +71,7 @@ def report(
         try:
             if what == "bias":
                 table = measure_bias(model, splits, multiclass, rule)
-                add_table(found, "test images (same = unchanged), in %", table, name_of_bias)
+                add_table(found, "test images, in %", table, name_of_bias)
                 if (m := int((~test.labels.isnan()).any(dim=1).sum())) < 50:
                     worth = f"each is worth up to {100 / m:.0f} points of accuracy"
                     found.notes.append(f"only {m} test images with labels: {worth}")

@@ -15,7 +15,7 @@ from dino import DINO
 from relvit import TASKS, RelViT
 from resnet import ResNet
 from simpool import GAP, SimPool
-from vit import ViT
+from vit import ViT, resized
 
 
 def build_encoder(config: Config, in_chans: int) -> ViT | ResNet:
@@ -53,15 +53,25 @@ def load_model(folder: Path, run: Run) -> nn.Module:
 
 
 def load_part(folder: Path, run: Run, model: nn.Module, prefix: str | None = None) -> nn.Module:
-    """Load a run's weights with a prefix, by default its encoder's (the student's). Raises ValueError."""
+    """Load a run's weights with a prefix, by default its encoder's (the student's). Positions of a ViT are
+    resized to its images. Raises ValueError for weights that do not fit."""
     if prefix is None:
         prefix = "student." if (run.config.task, run.config.ssl) == ("pretrain", "dino") else "encoder."
     weights = {k: v for k, v in run.checkpoint["model"].items() if not k.startswith("relvit.")}
+    weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    if isinstance(model, ViT) and "pos_embed" in weights:
+        side = run.config.img_size // run.config.patch_size
+        weights["pos_embed"] = resized(weights["pos_embed"], (side, side), model.native_grid)
     try:
-        model.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
-    except RuntimeError:
-        raise ValueError(f"{folder} holds an encoder of other sizes, channels or pooling") from None
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{folder} doesn't fit: {last_line(error)}") from None
     return model
+
+
+def last_line(error: RuntimeError) -> str:
+    """Of load_state_dict's message: a weight of another size, or missing ones."""
+    return str(error).splitlines()[-1].strip()[:200]
 
 
 def start_from(init: Path, encoder: nn.Module) -> nn.Module:
@@ -71,8 +81,8 @@ def start_from(init: Path, encoder: nn.Module) -> nn.Module:
     weights, left = read_weights(init)
     try:
         fit(weights, encoder)
-    except RuntimeError as error:  # its last line names a weight of another size, or missing ones
-        raise ValueError(f"{init} doesn't fit: {str(error).splitlines()[-1].strip()[:200]}") from None
+    except RuntimeError as error:
+        raise ValueError(f"{init} doesn't fit: {last_line(error)}") from None
     found, size = sizes(weights), encoder.native_grid[0] * encoder.patch_size
     if found["num_heads"] not in (None, encoder.num_heads):  # other heads fit, and attend to something else
         print(f"warning: {init}: releases of this width have {found['num_heads']} heads; check --num-heads")

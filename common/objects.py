@@ -1,7 +1,7 @@
 """How well maps outline the one object of an image: AP at every pixel, MaxBoxAccV2 and CorLoc.
 
-With a pooling by attention, the maps are the mean over its heads, and the head with the best AP on validation
-images, which can't be chosen without masks. With an even pooling, the map is the class activation map of the
+With attention pooling, the maps are the mean over its heads, and the head with the best AP on validation
+images, which can't be chosen without masks. With mean pooling, the map is the class activation map of the
 likeliest class (Zhou et al. 2016, arXiv 1512.04150): the patches' logits, whose mean is the image's. Two
 controls need no learning: a Gaussian in the middle of each image, and the same network with random weights.
 MaxBoxAccV2 by definition takes its threshold from test images; CorLoc takes it from validation images. The
@@ -67,11 +67,11 @@ def measure_objects(model: nn.Module, splits: dict[str, Data], layer: int) -> di
     """{map: {AP, MaxBoxAccV2 or CorLoc: value in [0, 1]}} on test images, of an encoder or a classifier.
 
     Images without an object are left out. Raises CannotMeasure without masks of one region, or for a model
-    that pools evenly but has no linear layer of logits, which a class activation map needs.
+    that pools by a mean but has no linear layer of logits, which a class activation map needs.
     """
     val, test = (shows_one(splits[name]) for name in ("val", "test"))
     if len(test.regions) != 1 or not test.names or not val.names:
-        raise CannotMeasure("objects are measured where test and validation images have masks of one region")
+        raise CannotMeasure("objects: test and validation images must have masks of exactly one region")
     encoder = getattr(model, "encoder", model)
     even = pools_evenly(encoder)
     if even and not hasattr(model, "head"):

@@ -77,7 +77,7 @@ def load_all(
     for path, config in configs.items():
         both = first, config
         here, there = ({"task": c.task} | data_of(c) | {"data": Path(c.data).resolve()} for c in both)
-        if names := [name for name in here | there if here.get(name) != there.get(name)]:
+        if names := [name for name in here if name in there and here[name] != there[name]]:
             alike = "of one --task" if "task" in names else "on the same images"
             raise ValueError(f"{paths[0]} and {path} differ in {', '.join(names)}: compare runs {alike}")
     markers = {(c.marker, c.marker_kind) for c in configs.values() if c.marker is not None}
@@ -167,7 +167,7 @@ def pretrained(model: nn.Module) -> nn.Module:
 
 
 def masses_of(config: Config, model: nn.Module, train: Data, reference: str | None) -> Callable[[], dict]:
-    """A function that measures m_r, {region: share}, of heads that one prior guides, or {} (--masks)."""
+    """A function that measures m_r, {region: share}, for --masks; {} without priors over one image."""
     if config.task == "classify" or config.prior in ("none", "masks"):
         return dict  # which makes {}
     priors, names = make_priors(config.prior, train, reference, config.prior_blur)

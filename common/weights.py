@@ -44,7 +44,7 @@ def reason(error: Exception) -> str:
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """A ViT's weights (a whole training's teacher) under the names of `vit.ViT`, and what was left out.
+    """A ViT's weights (a DINO checkpoint's teacher) under the names of `vit.ViT`, and what was left out.
 
     No code in the file is run. Raises ValueError for a file that cannot be read or holds no such ViT.
     """

@@ -1,4 +1,4 @@
-"""What a step costs beside its time, memory and operations; and attention as released in 2021."""
+"""What a step costs besides time: memory and operations. And attention as released in 2021."""
 
 from collections.abc import Callable
 from functools import partial

@@ -277,7 +277,7 @@ def test_what_has_no_map_of_one_object_says_so():
     one, two = (dict.fromkeys(("val", "test"), squares(regions=n)) for n in (1, 2))
     even, encoder = ViT(16, 4, 1, 12, 1, 2, pool=GAP()), ViT(16, 4, 1, 12, 1, 2)
     refuses("mean pooling without a linear", measure_objects, even, one, -1, error=CannotMeasure)
-    refuses("masks of one region", measure_objects, encoder, two, -1, error=CannotMeasure)
+    refuses("masks of exactly one region", measure_objects, encoder, two, -1, error=CannotMeasure)
 
 
 @pytest.mark.parametrize("levels", [1, 2, 5, 1000])

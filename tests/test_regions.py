@@ -136,7 +136,7 @@ def test_images_without_masks_get_the_reference_s_by_registration_or_are_left_ou
     masks, known = foreground("data", splits, "phantom", None, prior)
     covered = masks.flatten(1).any(dim=1)
     assert torch.equal(known, covered)
-    assert "1 of 8 training images have masks; those of up to 5 images are carried" in capsys.readouterr().out
+    assert "masks: 1 of 8 training images; those of up to 5 images are carried" in capsys.readouterr().out
     check_foreground("data", train_split._replace(labels=torch.ones(8, 1)), masks, covered)
     line = "the foreground of 7 of 8 training images is known; the others are left out"
     assert line in capsys.readouterr().out

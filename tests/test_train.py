@@ -465,7 +465,7 @@ def test_relvit_learns_tasks_beside_chance_and_classifiers_start_from_its_encode
     torch.testing.assert_close(before[name], after[name])
     assert 0.15 < after["encoder.pos_embed"].std() < 0.25
     line = refused(train.main, *argv.split(), "--embed-dim", "12", "--out", str(tmp_path / "no"))
-    assert "encoder of other sizes" in line
+    assert "relvit doesn't fit: size mismatch for " in line
 
 
 def test_the_learning_rate_rises_linearly_and_falls_as_half_a_cosine_and_the_teacher_slows_down():

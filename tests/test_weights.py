@@ -9,6 +9,7 @@ from conftest import Evil, metrics_of, noise, save
 
 import evaluate
 import train
+from common.checkpoint import load_run
 from common.models import start_from
 from common.weights import BIAS, DEVIATION, FIRST, MEAN, exported, fit, read_weights, sizes
 from simpool import SimPool
@@ -141,6 +142,9 @@ def test_published_weights_are_measured_trained_on_and_exported_again(tmp_path, 
     train.main(argv.split())
     evaluate.main("run --export out.pth".split())
     assert set(torch.load("out.pth")) == set(published_names(embed_dim=64, num_heads=1))
+    train.main("--init run --task classify --data data --img-size 64 --epochs 1 --lr 1e-9 --out larger".split())
+    name, runs = "encoder.pos_embed", [load_run(Path(run)).checkpoint["model"] for run in ("run", "larger")]
+    torch.testing.assert_close(runs[1][name], resized(runs[0][name], (2, 2), (4, 4)))
     capsys.readouterr()
     wide = "--init vit.pth --num-heads 1 --embed-dim 32 --prior none --out wide".split()
     assert "vit.pth doesn't fit: size mismatch for " in refused(train.main, *wide)
