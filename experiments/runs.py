@@ -1,6 +1,6 @@
 """Make the results: train the runs of commands.py, measure them, fill the tables.
 
-    python -m experiments.runs           2 seeds of what the claims need, then all tables (11 to 14 h, estimated)
+    python -m experiments.runs           2 seeds of what the claims need, then all tables (11 to 14 h)
     python -m experiments.runs --all     all runs and seeds, and the costs
     python -m experiments.runs --quick   4 runs; prints their tables (12 minutes)
 
