@@ -99,9 +99,7 @@ def against_backgrounds() -> dict[str, str]:
             label = f"{LABELS} {backbone} {marked}"
             runs[f"plain_{backbone}_{kind}"] = f"{older} {marked}"
             runs[f"alone_{backbone}_{kind}"] = f"{older} {marked} {ALONE[backbone]}"
-            made = {"blind_close": f"{BLIND} {one} {CLOSE}"}
-            if backbone == "resnet":
-                made["swap_close"] = f"--baseline swap {one} {CLOSE}"
+            made = {f"{way}_close": f"{ways[way]} {one} {CLOSE}" for way in ("blind", "swap")}
             if backbone == "resnet" and kind in attended:
                 made["blind_attention"] = f"{BLIND} --masks runs/marked_{kind}-{{seed}} {CLOSE}"
             runs |= {f"{way}_{backbone}_{kind}": f"{label} {flags}" for way, flags in (ways | made).items()}

@@ -121,7 +121,8 @@ def test_a_model_at_chance_or_one_that_reads_the_shortcut_supports_no_claim(auc)
     fooled |= {name: fooled[name] | {"auc_same": auc} for name in flipped}
     for number in (5, 8):
         of_number = [claim for claim in claims() if claim.number == number]
-        verdicts = {tables.measured(fooled | unguided, claim)[-1] for claim in of_number}
+        others = {claim: {} if "Swapping alone" in claim.text else unguided for claim in of_number}
+        verdicts = {tables.measured(fooled | others[claim], claim)[-1] for claim in of_number}
         assert verdicts - {"not measured"}
         assert all(verdict == "not measured" or verdict.startswith("0 of") for verdict in verdicts)
 
